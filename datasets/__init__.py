@@ -1,0 +1,1 @@
+"""From COCO-format files to training examples. Nothing here knows a network or a config."""

@@ -1,0 +1,1 @@
+"""Pipeline: puts networks and data together (config, training loop, inference, evaluation)."""
