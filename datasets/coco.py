@@ -1,0 +1,360 @@
+"""A COCO instances json in flat arrays that data-loader workers share.
+
+I: images, A: usable annotations, C: categories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from datasets import segmentations as seg
+from datasets.json_arrays import read_arrays
+
+
+class CocoInstances:
+    """Images, categories and usable annotations of a COCO instances json; sorted by image.
+
+    Attributes:
+        image_ids (I,) int64, image_sizes (I, 2) int32: height and width in pixels.
+        has_left_out (I,) bool: an annotation of the image was left out, so that the image, or a
+            part of it, cannot be taken for background.
+        image_starts (I + 1,) int64: image i has annotations image_starts[i]:image_starts[i + 1].
+        category_ids (C,) int64, ascending; category_names: C strings.
+        annotation_ids (A,) int64; image_index (A,) int32 and category_index (A,) int32: rows of
+            the arrays above; is_crowd (A,) bool; areas (A,) float32 in pixels;
+            boxes (A, 4) float32 xyxy in absolute pixels.
+        left_out: number of annotations that cannot be used, by reason.
+    """
+
+    path: str
+    image_ids: np.ndarray
+    image_sizes: np.ndarray
+    has_left_out: np.ndarray
+    image_starts: np.ndarray
+    category_ids: np.ndarray
+    category_names: list[str]
+    annotation_ids: np.ndarray
+    image_index: np.ndarray
+    category_index: np.ndarray
+    is_crowd: np.ndarray
+    areas: np.ndarray
+    boxes: np.ndarray
+    left_out: dict[str, int]
+
+    @classmethod
+    def load(cls, path: str | Path) -> CocoInstances:
+        """Read and check a COCO instances json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: its structure is broken; one line with the file and the place. A single
+                annotation that cannot be used is no error: it is left out and counted.
+        """
+        flatten = {"images": _images, "categories": _categories, "annotations": _annotations}
+        columns = {name: _Columns() for name in flatten}
+        with _no_garbage_collection():
+            for name, first, elements in read_arrays(path, flatten):
+                columns[name].append(flatten[name](_Elements(path, name, first, elements)))
+        self = cls()
+        self.path = str(path)
+        self._set_images(columns["images"].arrays())
+        self._set_categories(columns["categories"].arrays())
+        self._set_annotations(columns["annotations"].arrays())
+        return self
+
+    def _set_images(self, images: dict[str, np.ndarray]) -> None:
+        self.image_ids = images["id"]
+        if not len(self.image_ids):
+            raise ValueError(f'{self.path}: "images" is empty')
+        _refuse_duplicates(self.path, "images", self.image_ids)
+        self.image_sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
+        self._name_bytes, self._name_starts = images["name_bytes"], _starts(images["name_length"])
+
+    def _set_categories(self, categories: dict[str, np.ndarray]) -> None:
+        _refuse_duplicates(self.path, "categories", categories["id"])
+        order = np.argsort(categories["id"])
+        self.category_ids = categories["id"][order]
+        starts = _starts(categories["name_length"])
+        self.category_names = [_text(categories["name_bytes"], starts, row) for row in order]
+
+    def _set_annotations(self, columns: dict[str, np.ndarray]) -> None:
+        image = _find(columns["image_id"], self.image_ids)
+        category = _find(columns["category_id"], self.category_ids)
+        reason = self._reasons(columns, image, category)
+        counts = np.bincount(reason, minlength=len(seg.REASONS))[1:].tolist()
+        self.left_out = {name: n for name, n in zip(seg.REASONS[1:], counts, strict=True) if n}
+        self.has_left_out = np.zeros(len(self), bool)
+        self.has_left_out[image[(reason != seg.USABLE) & (image >= 0)]] = True
+
+        usable = np.flatnonzero(reason == seg.USABLE)
+        rows = usable[np.argsort(image[usable], kind="stable")]
+        self.annotation_ids = columns["id"][rows]
+        self.image_index = image[rows].astype(np.int32)
+        self.category_index = category[rows].astype(np.int32)
+        self.is_crowd = columns["is_crowd"][rows]
+        self.areas = columns["area"][rows].astype(np.float32)
+        self.boxes = columns["box"][rows].astype(np.float32)
+        self.image_starts = np.searchsorted(self.image_index, np.arange(len(self) + 1))
+        self._set_shapes(columns, rows)
+
+    def _reasons(self, columns: dict, image: np.ndarray, category: np.ndarray) -> np.ndarray:
+        """Add what shows only beside the image: each annotation's index into REASONS, (A',)."""
+        reason, sizes = columns["reason"].copy(), self.image_sizes[image]
+        box, bounds = columns["box"], columns["bounds"]
+        outside = ~(_overlaps(box, sizes) & _overlaps(bounds, sizes))
+        # So far out, a polygon is a mistake, and pycocotools would draw its edges all the way.
+        outside |= np.abs(bounds).max(axis=1, initial=0) > FAR * sizes.max(axis=1, initial=0)
+        is_rle = columns["rle_length"] > 0
+        for code, is_so in (
+            (seg.ZERO_AREA, (box[:, 2:] <= box[:, :2]).any(axis=1) | (columns["area"] <= 0)),
+            (seg.OUTSIDE, outside),
+            (seg.RLE_SIZE, is_rle & (columns["rle_size"] != sizes).any(axis=1)),
+        ):
+            reason[is_so & (reason == seg.USABLE)] = code
+        reason[category < 0] = seg.UNKNOWN_CATEGORY
+        reason[image < 0] = seg.UNKNOWN_IMAGE
+        return reason
+
+    def _set_shapes(self, columns: dict, rows: np.ndarray) -> None:
+        """Polygons and RLEs stay in the file's order; only where each begins is sorted."""
+        first_ring, ring_start = _starts(columns["ring_count"]), _starts(columns["ring_size"])
+        self._first_ring, self._last_ring = first_ring[rows], first_ring[rows + 1]
+        self._ring_starts, self._points = ring_start, columns["points"]
+        rle_starts = _starts(columns["rle_length"])
+        self._rle_start, self._rle_end = rle_starts[rows], rle_starts[rows + 1]
+        self._rle_bytes = columns["rle_bytes"]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.image_ids)
+
+    def file_name(self, i: int) -> str:
+        """The file name of image i as the json has it; it may contain folders."""
+        return _text(self._name_bytes, self._name_starts, i)
+
+    def polygons(self, a: int) -> list[np.ndarray] | None:
+        """The rings of annotation a, each (n, 2) float32 in absolute pixels; None for an RLE."""
+        first, last = self._first_ring[a], self._last_ring[a]
+        if first == last:
+            return None
+        starts = self._ring_starts[first : last + 1].tolist()
+        return [self._points[s:e].copy() for s, e in zip(starts, starts[1:], strict=False)]
+
+    def rle(self, a: int) -> dict[str, Any]:
+        """The mask of annotation a, {"size": [height, width], "counts": bytes}."""
+        height, width = self.image_sizes[self.image_index[a]].tolist()
+        rings = self.polygons(a)
+        if rings is None:
+            counts = self._rle_bytes[self._rle_start[a] : self._rle_end[a]].tobytes()
+            return {"size": [height, width], "counts": counts}
+        flat = [_as_written(ring).ravel().tolist() for ring in rings]
+        return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
+
+    def summary(self) -> str:
+        """One line: what the file holds and what was left out."""
+        line = (
+            f"{self.path}: {len(self):,} images, {len(self.annotation_ids):,} annotations "
+            f"({int(self.is_crowd.sum()):,} crowd) of {len(self.category_ids):,} categories"
+        )
+        if self.left_out:
+            reasons = ", ".join(f"{name} {count:,}" for name, count in self.left_out.items())
+            line += f"; left out {sum(self.left_out.values()):,}: {reasons}"
+        return line
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays as shared tensors: a spawned data-loader worker maps them and copies nothing."""
+        if "_shared" not in self.__dict__:
+            self._shared = {}
+            for name, value in list(self.__dict__.items()):
+                if isinstance(value, np.ndarray):
+                    tensor = torch.tensor(value)
+                    if tensor.numel():
+                        tensor.share_memory_()
+                    self._shared[name] = tensor
+                    setattr(self, name, tensor.numpy())
+        return {
+            name: self._shared.get(name, value)
+            for name, value in self.__dict__.items()
+            if name != "_shared"
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.numpy() if isinstance(value, torch.Tensor) else value)
+
+
+FAR = 20  # times the image's longer side
+
+
+class _Elements:
+    """A chunk of one of the file's arrays; its values are taken out key by key, and checked."""
+
+    def __init__(self, path: str | Path, array: str, first: int, elements: list):
+        self.path, self.array, self.first, self.elements = path, array, first, elements
+        for row, element in enumerate(elements):
+            if type(element) is not dict:
+                raise self.error(row, "is not an object")
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def error(self, row: int, problem: str) -> ValueError:
+        return ValueError(f"{self.path}: {self.array}[{self.first + row}] {problem}")
+
+    def required(self, key: str) -> list:
+        try:
+            return list(map(itemgetter(key), self.elements))
+        except KeyError:
+            row = next(row for row, element in enumerate(self.elements) if key not in element)
+            raise self.error(row, f'has no "{key}"') from None
+
+    def optional(self, key: str) -> list:
+        return [element.get(key) for element in self.elements]
+
+    def integers(self, key: str, low: int = -(2**63), high: int = 2**63 - 1) -> np.ndarray:
+        """(n,) int64; 3.0 passes for 3."""
+        values = self.required(key)
+        if not {*map(type, values)} <= {int}:
+            for row, value in enumerate(values):
+                if type(value) is float and value.is_integer():
+                    values[row] = int(value)
+                elif type(value) is not int:
+                    raise self.error(row, f'has "{key}": {value!r:.50}, expected an integer')
+        if values and not low <= min(values) <= max(values) <= high:
+            row = next(row for row, value in enumerate(values) if not low <= value <= high)
+            raise self.error(row, f'has "{key}": {values[row]!r:.50}, expected {low} to {high}')
+        return np.array(values, np.int64)
+
+    def text(self, key: str) -> dict[str, np.ndarray]:
+        """The strings' UTF-8 in one array, and their lengths in it."""
+        values = self.required(key)
+        for row, value in enumerate(values):
+            if type(value) is not str or not value:
+                raise self.error(row, f'has "{key}": {value!r:.50}, expected a string')
+        encoded = [value.encode("utf-8", "surrogatepass") for value in values]
+        return {
+            "name_bytes": np.frombuffer(b"".join(encoded), np.uint8),
+            "name_length": np.array([len(name) for name in encoded], np.int64),
+        }
+
+
+class _Columns:
+    """Arrays that grow in place: pieces to be joined would need twice the memory, scattered."""
+
+    def __init__(self):
+        self._columns: dict[str, tuple[np.ndarray, bytearray]] = {}
+
+    def append(self, chunk: dict[str, np.ndarray]) -> None:
+        for name, column in chunk.items():
+            _, grown = self._columns.setdefault(name, (column[:0], bytearray()))
+            grown.extend(np.ascontiguousarray(column))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.frombuffer(grown, empty.dtype).reshape(-1, *empty.shape[1:])
+            for name, (empty, grown) in self._columns.items()
+        }
+
+
+def _images(elements: _Elements) -> dict[str, np.ndarray]:
+    return {
+        "id": elements.integers("id"),
+        "height": elements.integers("height", 1, 2**31 - 1),
+        "width": elements.integers("width", 1, 2**31 - 1),
+        **elements.text("file_name"),
+    }
+
+
+def _categories(elements: _Elements) -> dict[str, np.ndarray]:
+    return {"id": elements.integers("id"), **elements.text("name")}
+
+
+def _annotations(elements: _Elements) -> dict[str, np.ndarray]:
+    columns = {name: elements.integers(name) for name in ("id", "image_id", "category_id")}
+    columns["is_crowd"] = np.array(elements.optional("iscrowd"), object).astype(bool)
+    columns |= seg.flatten_segmentations(elements.optional("segmentation"))
+    reason = columns["reason"]
+
+    area = _numbers([[value] for value in elements.optional("area")], 1)[:, 0]
+    columns["area"] = np.where(np.isnan(area), columns["area"], area)
+    given = elements.optional("bbox")
+    box = _numbers([value or [None] * 4 for value in given], 4)
+    box[:, 2:] += box[:, :2]
+    is_given = np.array([bool(value) for value in given], bool)
+    reason[is_given & ~np.isfinite(box).all(axis=1) & (reason == seg.USABLE)] = seg.MALFORMED_BOX
+    columns["box"] = np.where(is_given[:, None], box, columns["bounds"])
+    return columns
+
+
+def _numbers(rows: list, width: int) -> np.ndarray:
+    """(n, width) float64; NaN where a row is not a list of so many numbers."""
+    try:
+        if all(type(row) is list and len(row) == width for row in rows):
+            flat = chain.from_iterable(rows)
+            return np.fromiter(flat, np.float64, len(rows) * width).reshape(-1, width)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if len(rows) == 1:
+        return np.full((1, width), np.nan)
+    return np.concatenate([_numbers([row], width) for row in rows])
+
+
+def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The row of each id in `known`, -1 where it is not there."""
+    if not len(known):
+        return np.full(len(ids), -1)
+    order = np.argsort(known)
+    rows = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[rows] == ids, rows, -1)
+
+
+def _overlaps(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether boxes (n, 4) xyxy have points inside of images (n, 2) of height and width."""
+    height, width = sizes.T
+    x1, y1, x2, y2 = boxes.T
+    return (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
+
+
+def _refuse_duplicates(path: str, array: str, ids: np.ndarray) -> None:
+    order = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(np.diff(ids[order]) == 0)
+    if again.size:
+        first, second = order[again[0] : again[0] + 2].tolist()
+        raise ValueError(f"{path}: {array}[{second}] has the id {ids[first]} of {array}[{first}]")
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """(n,) lengths -> (n + 1,) int64 offsets."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _text(encoded: np.ndarray, starts: np.ndarray, i: int) -> str:
+    return encoded[starts[i] : starts[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+
+def _as_written(points: np.ndarray) -> np.ndarray:
+    """The decimals that were rounded to float32: masks come out as pycocotools draws the json."""
+    decimal = points.astype(np.float64).round(3)
+    return np.where(decimal.astype(np.float32) == points, decimal, points)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of short-lived lists and dicts, none in a cycle: the collector would only search."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

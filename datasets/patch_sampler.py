@@ -1,0 +1,250 @@
+"""Which patches to train on: the draws of DeepMask's two kinds of minibatch, before any pixel is read.
+
+A minibatch is all mask patches or all score patches (NIPS 2015, section 3.3; numbers of the released code). Every
+draw comes from a generator seeded by (seed, epoch, index), so a patch does not depend on workers or processes.
+
+Several patches may share one decoded image, a *group*. The image of a group is drawn with the probability that the
+published procedure gives it, and then each patch of the group from the published distribution within that image:
+every single patch is distributed as published, only patches of one group are not independent.
+
+Frames: centres are pixels of the original image; `scale` is the factor by which the image is resized so that the
+patch has its nominal size, so a patch of S pixels covers S / scale pixels of the original.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from datasets.coco import CocoInstances
+
+MASK, SCORE = "mask", "score"
+MAX_NEGATIVE_DRAWS = 100  # then the farthest of them is taken
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One drawn patch.
+
+    Attributes:
+        image: row of the image. annotation: row of the annotation that the patch shows, or -1 (negative patch).
+        label: 1 or -1. x, y: centre in the original image. scale: see the module. flip: mirror left-right.
+    """
+
+    image: int
+    annotation: int
+    label: int
+    x: float
+    y: float
+    scale: float
+    flip: bool
+
+
+@dataclass(frozen=True)
+class SamplingRules:
+    """The numbers of the sampling; defaults are the released code's."""
+
+    jitter_shift: float = 16.0  # pixels of the patch, mask patches only
+    jitter_scale: float = 0.25  # octaves, mask patches only
+    min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
+    min_side: float = 5.0
+    score_scales: tuple[float, float] = (-3.0, 2.0)  # octaves, in steps of a quarter
+    negative_distance: float = 48.0  # pixels of the resized image
+    negative_octaves: float = 2.5  # objects of a more different scale do not reject a negative
+    flip: bool = True
+
+
+def canonical_size(patch_size: int) -> int:
+    """O, the longest side in pixels of a canonical object: it fills 128 / 224 of the patch."""
+    return math.ceil(patch_size * 128 / 224)
+
+
+class PatchSampler:
+    """Draws groups of patches from a dataset (ECCV 2016, section 3.3, and the released code)."""
+
+    def __init__(
+        self,
+        coco: CocoInstances,
+        *,
+        patch_size: int = 160,
+        rules: SamplingRules | None = None,
+        seed: int = 0,
+    ):
+        """
+        Raises:
+            ValueError: the dataset has no annotation that a mask patch could show.
+        """
+        self.coco, self.rules, self.seed = coco, rules or SamplingRules(), seed
+        self.canonical = canonical_size(patch_size)
+        self._index_mask_objects()
+        self._index_score_objects()
+
+    def draw(
+        self, kind: str, epoch: int, group: int, count: int, *, attempt: int = 0
+    ) -> list[Patch]:
+        """The patches of one group: `count` patches of one image.
+
+        Args:
+            kind: "mask" or "score". attempt: counts up when the group's image turned out to be unreadable.
+        """
+        rng = np.random.default_rng([self.seed, epoch, group, attempt])
+        draw_group = {MASK: self._draw_mask_group, SCORE: self._draw_score_group}[kind]
+        draw_one = draw_group(rng)
+        return [draw_one() for _ in range(count)]
+
+    # Mask patches -----------------------------------------------------------------------------------------------
+
+    def _index_mask_objects(self) -> None:
+        coco, rules = self.coco, self.rules
+        sides = coco.boxes[:, 2:] - coco.boxes[:, :2]
+        usable = (
+            ~coco.is_crowd & (coco.areas >= rules.min_area) & (sides >= rules.min_side).all(axis=1)
+        )
+        rows = np.flatnonzero(usable)
+        if len(rows) == 0:
+            raise ValueError(f"{coco.path}: no annotation is large enough for a mask patch "
+                             f"(not a crowd, area >= {rules.min_area:g}, sides >= {rules.min_side:g} px)")  # fmt: skip
+        # Only categories that have an object are drawn: an empty one would be searched for ever.
+        order = np.argsort(coco.category_index[rows], kind="stable")
+        self.mask_rows = rows[order]  # usable annotations by category
+        categories, starts, counts = np.unique(
+            coco.category_index[self.mask_rows], return_index=True, return_counts=True
+        )
+        self.category_starts, self.category_counts = starts, counts
+        # Weight of an annotation within its image: P(category) x P(annotation | category), up to a constant.
+        self.mask_weight = np.zeros(len(coco.image_index), np.float32)
+        self.mask_weight[self.mask_rows] = np.repeat(1.0 / counts, counts)
+        assert len(categories) == len(starts)
+
+    def _draw_mask_group(self, rng: np.random.Generator) -> Callable[[], Patch]:
+        category = rng.integers(len(self.category_starts))
+        anchor = self.mask_rows[
+            self.category_starts[category] + rng.integers(self.category_counts[category])
+        ]
+        image = int(self.coco.image_index[anchor])
+        rows = np.arange(self.coco.image_starts[image], self.coco.image_starts[image + 1])
+        cumulative = np.cumsum(self.mask_weight[rows])
+
+        def draw_one() -> Patch:
+            row = rows[
+                np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right").clip(
+                    max=len(rows) - 1
+                )
+            ]
+            return self._mask_patch(rng, image, int(row))
+
+        return draw_one
+
+    def _mask_patch(self, rng: np.random.Generator, image: int, row: int) -> Patch:
+        rules = self.rules
+        x1, y1, x2, y2 = self.coco.boxes[row].tolist()
+        octaves = math.log2(max(x2 - x1, y2 - y1) / self.canonical)
+        octaves += rng.uniform(-rules.jitter_scale, rules.jitter_scale)
+        pixels = 2.0**octaves  # of the original, in a pixel of the patch
+        dx, dy = rng.uniform(-rules.jitter_shift, rules.jitter_shift, size=2) * pixels
+        return Patch(
+            image, row, 1, (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy, 1 / pixels, self._flip(rng)
+        )
+
+    # Score patches ----------------------------------------------------------------------------------------------
+
+    def _index_score_objects(self) -> None:
+        coco = self.coco
+        self.centres = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
+        longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
+        self.own_quarter = own_quarter_octave(longest, self.canonical, self.rules.score_scales)
+        self.own_quarter[coco.is_crowd] = NO_SCALE
+        positive_images = np.zeros(len(coco), bool)
+        positive_images[coco.image_index[self.own_quarter != NO_SCALE]] = True
+        annotated = np.diff(coco.image_starts) > 0
+        self.positive_images = np.flatnonzero(positive_images)
+        # An image known to show no object gives negatives. One whose annotations were left out proves nothing.
+        self.empty_images = np.flatnonzero(~annotated & ~coco.has_left_out)
+        if len(self.positive_images) == 0:
+            raise ValueError(f"{coco.path}: no image has an object that a score patch could show")
+
+    def _draw_score_group(self, rng: np.random.Generator) -> Callable[[], Patch]:
+        """Half of all patches are positive; negatives come evenly from images with and without objects."""
+        empty = len(self.empty_images)
+        share = empty / (empty + len(self.positive_images))
+        if empty and rng.random() < share / 2:
+            image = int(rng.choice(self.empty_images))
+            return lambda: self._negative_patch(rng, image)
+        image = int(self.positive_images[rng.integers(len(self.positive_images))])
+        positive_probability = 0.5 / (1 - share / 2)
+
+        def draw_one() -> Patch:
+            positive = rng.random() < positive_probability
+            return (
+                self._positive_patch(rng, image) if positive else self._negative_patch(rng, image)
+            )
+
+        return draw_one
+
+    def _positive_patch(self, rng: np.random.Generator, image: int) -> Patch:
+        start, stop = self.coco.image_starts[image : image + 2]
+        quarters = self.own_quarter[start:stop]
+        quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
+        row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
+        x, y = self.centres[row].tolist()
+        return Patch(
+            image, row, 1, *self._clamp(image, x, y), 2.0 ** (quarter / 4), self._flip(rng)
+        )
+
+    def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
+        low, high = self.rules.score_scales
+        height, width = self.coco.image_sizes[image].tolist()
+        farthest, best = -1.0, None
+        for _ in range(MAX_NEGATIVE_DRAWS):
+            quarter = int(rng.integers(round(low * 4), round(high * 4) + 1))
+            x, y = rng.random() * width, rng.random() * height
+            distance = self._distance_to_objects(image, x, y, quarter)
+            if distance > farthest:
+                farthest, best = distance, (x, y, quarter)
+            if distance >= self.rules.negative_distance:
+                break
+        x, y, quarter = best
+        return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
+
+    def _distance_to_objects(self, image: int, x: float, y: float, quarter: int) -> float:
+        """Pixels of the resized image from a centre to the nearest object of similar scale; 0 inside a crowd."""
+        start, stop = self.coco.image_starts[image : image + 2]
+        crowds = self.coco.boxes[start:stop][self.coco.is_crowd[start:stop]]
+        if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
+            return 0.0  # what is centred there may well be an object
+        near = np.abs(self.own_quarter[start:stop] - quarter) <= self.rules.negative_octaves * 4
+        offsets = self.centres[start:stop][near] - (x, y)
+        return float(np.hypot(offsets[:, 0], offsets[:, 1]).min(initial=np.inf)) * 2.0 ** (
+            quarter / 4
+        )
+
+    def _clamp(self, image: int, x: float, y: float) -> tuple[float, float]:
+        height, width = self.coco.image_sizes[image].tolist()
+        return min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
+
+    def _flip(self, rng: np.random.Generator) -> bool:
+        return bool(rng.random() < 0.5) and self.rules.flip
+
+
+NO_SCALE = -1000  # quarter octaves; far enough from any scale to be near none
+
+
+def own_quarter_octave(
+    longest: np.ndarray, canonical: int, octaves: tuple[float, float]
+) -> np.ndarray:
+    """The scale that each object belongs to, in quarter octaves.
+
+    It is the largest factor at which the longest side is at most 2^(1/4) canonical; among the factors in `octaves`.
+
+    Args:
+        longest: (A,) longest sides in pixels of the original.
+
+    Returns:
+        (A,) int32; `NO_SCALE` where the object is too large for the smallest factor.
+    """
+    low, high = (round(o * 4) for o in octaves)
+    with np.errstate(divide="ignore"):
+        quarters = np.floor(1 + 4 * np.log2(canonical / np.asarray(longest, np.float64)) + 1e-9)
+    quarters = np.minimum(quarters, high)
+    return np.where(quarters < low, NO_SCALE, quarters).astype(np.int32)

@@ -1,0 +1,326 @@
+"""COCO evaluation: the average recall (AR) of class-agnostic proposals, by boxes and by masks.
+
+Everything is matched by pycocotools' COCOeval, one image at a time, and only the counts are kept.
+Letters: T IoU thresholds (.50:.05:.95), K numbers of proposals (1, 2, 3, ...), A area ranges
+(all, small, medium, large), D proposals and G annotated objects of one image.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval, Params
+from tqdm import tqdm
+
+from datasets.coco import CocoInstances
+from datasets.rle import check_counts
+
+IOU_TYPES = {"box": "bbox", "mask": "segm"}
+IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,)
+AREA_RANGES = np.array(Params(iouType="bbox").areaRng)  # (A, 2) px², both ends included
+AREAS = tuple(Params(iouType="bbox").areaRngLbl)
+AUC_PROPOSALS = 1000  # AUC is the mean AR over 1..1000 proposals, whatever else is evaluated
+
+logger = logging.getLogger(__name__)
+
+
+def load_ground_truth(annotations: str | Path) -> COCO:
+    """Read a COCO instances json for evaluation, without pycocotools' chatter.
+
+    Read and checked as for training: what `CocoInstances` cannot use is left out, and named in one
+    logged warning; missing `area`, `bbox` and `iscrowd` are filled in. Segmentations are compressed
+    RLE and annotation ids are new, from 1 (COCOeval takes a match with id 0 for none).
+
+    Raises:
+        ValueError: the file is missing or is not COCO instances json.
+    """
+    try:
+        instances = CocoInstances.load(annotations)
+    except OSError as error:
+        raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
+    if instances.left_out:
+        logger.warning(instances.summary())
+    images = [
+        {"id": image_id, "file_name": instances.file_name(i), "height": size[0], "width": size[1]}
+        for i, (image_id, size) in enumerate(
+            zip(instances.image_ids.tolist(), instances.image_sizes.tolist(), strict=True)
+        )
+    ]
+    names = zip(instances.category_ids.tolist(), instances.category_names, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in names]
+    return _indexed(
+        {"images": images, "categories": categories, "annotations": _annotations(instances)}
+    )
+
+
+def _annotations(instances: CocoInstances) -> list[dict]:
+    columns = {
+        "image_id": instances.image_ids[instances.image_index],
+        "category_id": instances.category_ids[instances.category_index],
+        "iscrowd": instances.is_crowd.astype(int),
+        "area": instances.areas,
+        "bbox": _as_xywh(instances.boxes),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        {"id": a + 1, "segmentation": instances.rle(a)} | dict(zip(columns, row, strict=True))
+        for a, row in enumerate(rows)
+    ]
+
+
+def _as_xywh(boxes: np.ndarray) -> np.ndarray:
+    """float32 xyxy -> float64 xywh, with the json's decimals: an IoU may lie on a threshold."""
+    decimal = boxes.astype(np.float64).round(3)
+    boxes = np.where(decimal.astype(np.float32) == boxes, decimal, boxes)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def _indexed(dataset: dict) -> COCO:
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+@dataclass(frozen=True)
+class ProposalScores:
+    """Recall of proposals by IoU threshold, number of proposals and area range.
+
+    Attributes:
+        iou_thresholds: (T,) .50, .55, ... .95.
+        counts: (K,) numbers of proposals an image, 1, 2, 3, ... K; K is at least 1000.
+        recall: for "box" and/or "mask" a (T, K, A) array in [0, 1], A in the order of `AREAS`;
+            nan where the ground truth has no object in the area range.
+        max_proposals: the numbers of proposals that `metrics` reports.
+    """
+
+    iou_thresholds: np.ndarray
+    counts: np.ndarray
+    recall: dict[str, np.ndarray]
+    max_proposals: tuple[int, ...]
+
+    def average_recall(self, kind: str, area: str = "all") -> np.ndarray:
+        """AR for each number of proposals, (K,): recall averaged over the IoU thresholds."""
+        return self.recall[kind][:, :, AREAS.index(area)].mean(axis=0)
+
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """AR@k, AUC and AR by area for each kind; None where there is no ground truth.
+
+        AUC is AR averaged over log10 k, k = 1..1000: the trapezoids between all whole k.
+        """
+        return {kind: self._metrics_of(kind) for kind in self.recall}
+
+    def _metrics_of(self, kind: str) -> dict[str, float | None]:
+        average = self.average_recall(kind)
+        values = {f"AR@{k}": average[k - 1] for k in self.max_proposals}
+        values["AUC"] = _log_average(self.counts[:AUC_PROPOSALS], average[:AUC_PROPOSALS])
+        most = max(self.max_proposals)
+        for area in AREAS[1:]:
+            values[f"AR@{most}/{area}"] = self.average_recall(kind, area)[most - 1]
+        return {name: None if np.isnan(value) else float(value) for name, value in values.items()}
+
+
+def _log_average(counts: np.ndarray, values: np.ndarray) -> float:
+    widths = np.diff(np.log10(counts))
+    return np.sum(widths * (values[1:] + values[:-1]) / 2) / np.sum(widths)
+
+
+def evaluate_proposals(
+    ground_truth: COCO,
+    results: list[dict],
+    *,
+    kinds: tuple[str, ...] = ("box", "mask"),
+    max_proposals: tuple[int, ...] = (10, 100, 1000),
+) -> ProposalScores:
+    """AR of class-agnostic proposals: COCO's evaluation with useCats = 0, crowds ignored.
+
+    Every image of the ground truth counts, with or without proposals.
+
+    Args:
+        ground_truth: from `load_ground_truth`.
+        results: COCO results, {"image_id", "score", "bbox" xywh, "segmentation" RLE}, of which
+            boxes may be left out (then the mask's is taken) and masks if `kinds` has none.
+            Categories are ignored; equal scores keep the order of the list.
+        kinds: what to match by, "box" and/or "mask".
+        max_proposals: the numbers of best proposals an image to report AR for.
+
+    Raises:
+        ValueError: a result names an image that the annotations do not list, or cannot be scored.
+    """
+    assert set(kinds) <= set(IOU_TYPES) and min(max_proposals) >= 1
+    proposals_of = _by_image(ground_truth, results, kinds)
+    most = max(AUC_PROPOSALS, *max_proposals)
+    num_objects = _count_objects(ground_truth)  # (A,)
+    recall = {}
+    for kind in kinds:
+        found = np.zeros((len(IOU_THRESHOLDS), most, len(AREAS)), np.int64)
+        progress = tqdm(proposals_of.items(), desc=f"{kind} AR", unit="image", disable=None)
+        for image_id, proposals in progress:
+            if objects := ground_truth.imgToAnns.get(image_id):
+                hits = _match(ground_truth.imgs[image_id], objects, proposals, kind, most)
+                found[:, : hits.shape[1]] += hits
+        with np.errstate(invalid="ignore"):  # 0 / 0 = nan: no object in this area range
+            recall[kind] = np.cumsum(found, axis=1) / num_objects
+    return ProposalScores(IOU_THRESHOLDS, np.arange(1, most + 1), recall, tuple(max_proposals))
+
+
+def _by_image(ground_truth: COCO, results: list[dict], kinds: tuple[str, ...]) -> dict:
+    """Results (not copied) by image id, each checked."""
+    grouped = {}
+    for index, result in enumerate(results):
+        if not isinstance(result, dict) or "image_id" not in result:
+            raise ValueError(f"results[{index}] is not a COCO result with an image_id: {result!r}")
+        image = ground_truth.imgs.get(result["image_id"])
+        if image is None:
+            hint = "is not in the annotations; score against the file that lists these images"
+            raise ValueError(f"results[{index}]: image_id {result['image_id']!r} {hint}")
+        if problem := _problem(result, image, kinds):
+            raise ValueError(f"results[{index}] (image_id {image['id']!r}): {problem}")
+        grouped.setdefault(image["id"], []).append(result)
+    for proposals in grouped.values():
+        if (broken := _first_broken_rle(proposals)) is not None:
+            index = next(index for index, result in enumerate(results) if result is broken)
+            problem = "the runs of its segmentation do not fill the image"
+            raise ValueError(f"results[{index}] (image_id {broken['image_id']!r}): {problem}")
+    return grouped
+
+
+def _problem(result: dict, image: dict, kinds: tuple[str, ...]) -> str | None:
+    """Why COCOeval would fail on a result, or score it wrongly without a word."""
+    score, mask, box = (result.get(key) for key in ("score", "segmentation", "bbox"))
+    size = [image["height"], image["width"]]
+    if not _is_finite(score):
+        return f"score must be a finite number, not {score!r}"
+    if box is None and mask is None:
+        return "has neither a bbox nor a segmentation"
+    if box is not None and not _is_box(box):
+        return f"bbox must be four finite numbers (x, y, width, height), not {box!r}"
+    if mask is None and "mask" in kinds:
+        return "has no segmentation, so its mask cannot be scored"
+    if mask is None:
+        return None
+    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
+        return "segmentation must be a compressed RLE (size, counts)"
+    if list(mask.get("size", ())) != size:
+        return f"segmentation is of size {mask.get('size')}, the image of {size}"
+    return None
+
+
+def _first_broken_rle(proposals: list[dict]) -> dict | None:
+    """The first of one image's proposals whose RLE would send pycocotools' iou round for ever."""
+    owners = [proposal for proposal in proposals if proposal.get("segmentation") is not None]
+    rles = [owner["segmentation"] for owner in owners]
+    strings = [c if isinstance(c, bytes) else c.encode() for c in (rle["counts"] for rle in rles)]
+    valid, *_ = check_counts(strings, np.array([math.prod(rle["size"]) for rle in rles], np.int64))
+    return None if valid.all() else owners[int(np.argmin(valid))]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_box(box: object) -> bool:
+    is_sequence = isinstance(box, list | tuple | np.ndarray)
+    return is_sequence and len(box) == 4 and all(map(_is_finite, box))
+
+
+def _count_objects(ground_truth: COCO) -> np.ndarray:
+    """How many objects that are not crowds there are in each area range, (A,)."""
+    annotations = ground_truth.dataset["annotations"]
+    areas = np.array([a["area"] for a in annotations if not a["iscrowd"]], float)[:, None]
+    return ((areas >= AREA_RANGES[:, 0]) & (areas <= AREA_RANGES[:, 1])).sum(axis=0)
+
+
+def _match(image: dict, objects: list, proposals: list, kind: str, most: int) -> np.ndarray:
+    """Which proposals of one image find an object: (T, min(D, most), A) bool, best score first.
+
+    Matching is greedy in the order of scores, so the first k columns are the matching of the k
+    best proposals alone: one pass gives the recall for every k.
+    """
+    # COCOeval walks through the objects by category; the order decides between equal overlaps.
+    objects = sorted(objects, key=lambda annotation: annotation["category_id"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            _single_image(image, objects),
+            _single_image(image, [_as_annotation(proposal) for proposal in proposals]),
+            IOU_TYPES[kind],
+        )
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = [most]
+        evaluation.evaluate()
+    hits = [(e["dtMatches"] > 0) & ~e["dtIgnore"] for e in evaluation.evalImgs]
+    return np.stack(hits, axis=-1)
+
+
+def _single_image(image: dict, annotations: list[dict]) -> COCO:
+    """One image's annotations, with one category, in a data set that COCOeval may write to."""
+    own = [a | {"id": number, "category_id": 1} for number, a in enumerate(annotations, start=1)]
+    return _indexed({"images": [image], "categories": [{"id": 1}], "annotations": own})
+
+
+def _as_annotation(result: dict) -> dict:
+    # The area decides whether an unmatched result counts as false: recall never asks.
+    return result | {"bbox": _box(result), "area": 0.0, "iscrowd": 0}
+
+
+def _box(result: dict) -> list[float]:
+    """A result's box, xywh; that of its mask if it has none."""
+    box = result.get("bbox")
+    return list(mask_utils.toBbox(result["segmentation"]) if box is None else box)
+
+
+def rank_by_overlap(ground_truth: COCO, results: list[dict], kind: str) -> list[dict]:
+    """The same proposals with the scores that a perfect ranking would give them.
+
+    A proposal's new score is its best IoU, by `kind`, with the image's objects (crowds excepted),
+    plus 1 for the one proposal that stands for an object: the best-overlapping pairs are taken one
+    after the other, each proposal and each object once. Without the 1, ten near copies of one easy
+    object would outrank all other objects. With it, no ranking has a higher recall (all areas) at
+    any IoU threshold and number of proposals, so long as no proposal reaches IoU .5 with two
+    objects: true of the masks of disjoint objects, nearly true of boxes.
+
+    Returns:
+        Copies of the results (the masks shared), grouped by image.
+
+    Raises:
+        ValueError: as `evaluate_proposals`.
+    """
+    ranked = []
+    for image_id, proposals in _by_image(ground_truth, results, (kind,)).items():
+        annotations = ground_truth.imgToAnns.get(image_id, [])
+        objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        scores = np.zeros(len(proposals))
+        if objects:
+            scores = _perfect_scores(_overlaps(ground_truth, proposals, objects, kind))
+        ranked += [p | {"score": float(s)} for p, s in zip(proposals, scores, strict=True)]
+    return ranked
+
+
+def _overlaps(ground_truth: COCO, proposals: list, objects: list, kind: str) -> np.ndarray:
+    """IoU of each proposal with each object, (D, G)."""
+    if kind == "box":
+        regions = [[_box(item) for item in items] for items in (proposals, objects)]
+    else:
+        regions = [[ground_truth.annToRLE(i) for i in items] for items in (proposals, objects)]
+    return mask_utils.iou(*regions, [0] * len(objects))
+
+
+def _perfect_scores(overlaps: np.ndarray) -> np.ndarray:
+    """Best IoU of each proposal, plus 1 for those that stand for an object: (D, G) -> (D,)."""
+    scores = overlaps.max(axis=1)
+    free = overlaps.copy()
+    for _ in range(min(free.shape)):
+        proposal, taken = np.unravel_index(np.argmax(free), free.shape)
+        if free[proposal, taken] <= 0:
+            break
+        scores[proposal] = 1 + free[proposal, taken]
+        free[proposal, :] = free[:, taken] = 0
+    return scores

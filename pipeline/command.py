@@ -1,0 +1,40 @@
+"""What the command-line tools share: one-line errors and the choice of a device."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from pipeline.engine import Interrupted
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Runs a tool's main function and exits: 0, what it returns, or 2 after one line on a user's mistake.
+
+    Functions below raise ValueError or OSError for bad input; MASKPATH_TRACEBACK=1 shows where from.
+    """
+    try:
+        sys.exit(main() or 0)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("MASKPATH_TRACEBACK"):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Interrupted):
+        sys.exit(130)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device; the default is CUDA where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, type=_device, help=f"cpu or cuda (here: {default})")
+
+
+def _device(name: str) -> str:
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("this PyTorch sees no CUDA device; use --device cpu")
+    return name

@@ -1,0 +1,233 @@
+"""The configuration: one YAML file is a recipe for the whole pipeline.
+
+The dataclasses below are the schema. Their defaults are the published recipes (ECCV 2016 with ResNet-50; the released
+code where it differs from the paper), so a YAML file holds only what it changes. Unknown keys, at any depth, and
+values of a wrong type are errors.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class SplitConfig:
+    """A COCO-format split. Relative paths are looked for below the working directory, then below the project's root."""
+
+    annotations: str = ""
+    images: str = ""
+
+
+@dataclass
+class ShapesConfig:
+    """The synthetic dataset, written where `directory` says when it is not there yet."""
+
+    directory: str = "runs/shapes"
+    train_images: int = 1200
+    val_images: int = 200
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    shapes: ShapesConfig | None = None  # when set, train and val are made by it
+    workers: int = 4  # data-loading processes for each training process; 0 loads in the training process itself
+    max_broken_share: float = 0.01  # of the training images; more unreadable ones stop the run
+
+
+@dataclass
+class TrunkConfig:
+    name: str = "resnet50"  # models/trunk.py lists them
+    weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    frozen_levels: int = 0  # how many of the four levels stay as they are
+
+
+@dataclass
+class SamplingConfig:
+    """Numbers of patch sampling (released code, DataSampler)."""
+
+    patches_per_image: int = 1  # patches of a minibatch that share one decoded image
+    mask_share: float = 0.5  # probability that a minibatch is of mask patches
+    jitter_shift: float = 16.0  # pixels of the patch
+    jitter_scale: float = 0.25  # octaves
+    min_area: float = 100.0  # pixels of the original
+    min_side: float = 5.0
+    score_scales: tuple[float, float] = (-3.0, 2.0)  # octaves
+    negative_distance: float = 48.0  # pixels of the resized image
+    negative_octaves: float = 2.5
+    flip: bool = True
+
+
+@dataclass
+class OptimConfig:
+    """How a stage is optimised. An epoch is a number of minibatches, as in the released code."""
+
+    batch_size: int = 32  # of the whole step, over all processes
+    batches_per_epoch: int = 4000
+    epochs: int = 300
+    optimiser: str = "sgd"  # sgd | adamw
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 5e-4
+    lr: float = 1e-3
+    lr_drops: dict[int, float] = field(default_factory=dict)  # epoch: factor on lr from there on
+    schedule: str = "steps"  # steps (lr_drops) | cosine (to zero at the end)
+    warmup_batches: int = 0  # linear from zero
+    trunk_lr_factor: float = 1.0  # on the learning rate of the trunk
+    clip_gradient: float | None = None  # largest norm
+    amp: bool = True  # bfloat16 autocast, on CUDA only
+    validate_every: int = 2  # epochs
+    validation_batches: int = 500
+    save_every_minutes: float = 10.0
+    log_every: int = 20  # minibatches
+
+
+@dataclass
+class DeepMaskConfig:
+    patch_size: int = 160  # P
+    context: int = 32  # C
+    mask_size: int = 56  # M
+    target_size: int = 112  # G
+    reduction: int = 128
+    embedding: int = 512
+    score_hidden: int = 1024
+    dropout: float = 0.5
+    # The mask loss is summed over the batch of 32 and the score loss averaged: lambda = 1/32 (NIPS 2015, section 3.3).
+    mask_weight: float = 32.0
+    score_weight: float = 1.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr_drops={50: 0.5, 120: 0.1}))
+
+
+@dataclass
+class ProposeConfig:
+    """Full-image inference (ECCV 2016, section 3; released code)."""
+
+    num_proposals: int = 1000
+    scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step, in octaves
+    mask_threshold: float = 0.2  # on probabilities
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
+    propose: ProposeConfig = field(default_factory=ProposeConfig)
+
+
+CHOICES = {"optimiser": ("sgd", "adamw"), "schedule": ("steps", "cosine")}
+POSITIVE = ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "validate_every",
+            "validation_batches", "log_every", "num_proposals", "patch_size", "mask_size", "target_size")  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A recipe: the defaults, changed by a YAML file, changed by dotted overrides such as `deepmask.optim.lr=1e-4`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a key or value that the schema does not have, in one line.
+    """
+    path = Path(path)
+    if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
+        path = ROOT / path
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path} does not exist; recipes that come with the project are in configs/")
+    try:
+        layer = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"config {path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(layer, DictConfig):
+        raise ValueError(f"config {path} must be a mapping of keys to values")
+    config = _merge(OmegaConf.structured(Config), layer, source=f"config {path}")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"--set {override}: write key=value, for example deepmask.optim.lr=1e-4")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"--set {override}: {_one_line(error)}") from error
+        config = _merge(config, layer, source=f"--set {override}")
+    return _to_checked(config, source=f"config {path}")
+
+
+def config_from_dict(values: dict, *, source: str) -> Config:
+    """The config that a checkpoint carries; raises ValueError naming `source` when it is of another schema."""
+    return _to_checked(_merge(OmegaConf.structured(Config), OmegaConf.create(values), source=source), source=source)
+
+
+def config_to_dict(config: Config) -> dict:
+    """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved config as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def find_path(path: str, *, key: str) -> Path:
+    """A path of a config: as it is below the working directory, else below the project's root.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    for candidate in (Path(path), ROOT / path):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"{key}: {path} does not exist, neither here nor below {ROOT}")
+
+
+def _merge(config: DictConfig, layer: Any, *, source: str) -> DictConfig:
+    try:
+        _check_keys(OmegaConf.to_container(layer), Config, prefix="", source=source)
+        return OmegaConf.merge(config, layer)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {getattr(error, 'full_key', '') or ''}: {_one_line(error)}") from error
+
+
+def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
+    """An unknown key is an error that says what was probably meant."""
+    known = {f.name: f for f in fields(schema)}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
+        inner = _dataclass_of(known[key].type)
+        if inner and isinstance(value, dict):
+            _check_keys(value, inner, prefix=f"{prefix}{key}.", source=source)
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    candidates = getattr(annotation, "__args__", (annotation,))
+    return next((c for c in candidates if is_dataclass(c)), None)
+
+
+def _to_checked(config: DictConfig, *, source: str) -> Config:
+    _check_values(config, prefix="", source=source)
+    return OmegaConf.to_object(config)
+
+
+def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
+    for key in node:
+        value = node[key]
+        if isinstance(value, DictConfig):
+            _check_values(value, prefix=f"{prefix}{key}.", source=source)
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{source}: {prefix}{key} must be one of {', '.join(CHOICES[key])}, got {value!r}")
+        elif key in POSITIVE and not value > 0:
+            raise ValueError(f"{source}: {prefix}{key} must be greater than 0, got {value!r}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    ")[0].split())
+

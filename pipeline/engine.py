@@ -1,0 +1,272 @@
+"""The training loop of all stages: step, validate, keep the best, resume to the bit.
+
+A run is a function of its config and data: every random number comes from (seed, epoch, index), the learning rate
+from the step, so a checkpoint's weights, optimiser state and step are all that a resumed run needs.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import distributed
+from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from pipeline.config import Config, OptimConfig, config_to_dict
+from pipeline.files import atomic_path
+from pipeline.run_log import RunLog
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage; `pipeline/stages.py` has them."""
+
+    name: str
+    optim: OptimConfig
+    model: nn.Module
+    best_metric: str
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters to train, each group with its factor on the learning rate under "lr_factor"."""
+
+    def train_mode(self) -> None:
+        """Puts the parts that are trained into training mode."""
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """This process's share of the minibatches of the given steps."""
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """Scalars of a minibatch; "loss" is what is minimised."""
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """Metrics over the validation patches of all processes."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state has been saved."""
+
+
+def fit(stage: Stage, config: Config, output: Path, *, device: torch.device, resume: bool = False) -> Path:
+    """Trains a stage; returns the best checkpoint's path.
+
+    Args:
+        output: the run directory; gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+        resume: continue from `checkpoints/last.pt` if there is one.
+
+    Raises:
+        ValueError: the directory holds a run and `resume` is not set, or that run is of another model.
+        FloatingPointError: a loss was not finite; the minibatch is saved beside the checkpoints.
+        Interrupted: SIGINT or SIGTERM came; the state is in `checkpoints/last.pt`.
+    """
+    run = TrainingRun(stage, config, output, device)
+    run.prepare(resume)
+    with _stop_signals() as stop:
+        run.train(stop)
+    return output / "checkpoints" / BEST
+
+
+class TrainingRun:
+    """State of a run: model, optimiser, step, best value so far."""
+
+    def __init__(self, stage: Stage, config: Config, output: Path, device: torch.device):
+        self.stage, self.config, self.device = stage, config, device
+        self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
+        stage.model.to(device, memory_format=torch.channels_last)
+        self.optimiser = build_optimiser(self.optim, stage.parameter_groups())
+        self.total = self.optim.epochs * self.optim.batches_per_epoch
+        self.step, self.validated, self.best = 0, 0, -math.inf
+
+    def prepare(self, resume: bool) -> None:
+        """Starts anew, or takes up the run that the directory holds."""
+        last = self.checkpoints / LAST
+        if last.exists() and not resume:
+            raise ValueError(f"{self.output} already holds a run; add --resume to continue it, or choose another --output")
+        if last.exists():
+            self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
+        self.log = RunLog(self.output, enabled=distributed.is_main(), resume_step=self.step if last.exists() else None)
+        self.log.say(f"{self.stage.name}: step {self.step} of {self.total}, {_count(self.stage.model)}, on {self.device}")
+
+    def train(self, stop: dict[str, bool]) -> None:
+        """Runs to the last step; `stop["now"]` ends it after the step at hand."""
+        self.model = distributed.wrap(self.stage.model, self.device)
+        meter, saved = Meter(self.optim), time.monotonic()
+        self._validate_if_due()  # a run that was stopped between its last step and its validation
+        self.stage.train_mode()
+        for batch in self.stage.training_batches(range(self.step, self.total), self.device):
+            losses = self._train_step(batch)
+            meter.add(losses, seconds_left=self._seconds_left)
+            if self.step % self.optim.log_every == 0:
+                self.log.write("train", step=self.step, epoch=self._epoch(), lr=self._rate(), **meter.flush())
+            halt, save = distributed.any_process(stop["now"], self._save_due(saved), device=self.device)
+            if halt or save:
+                self._save(LAST)
+                saved = time.monotonic()
+            if halt:
+                self.log.say(f"stopped at step {self.step}; continue with --resume")
+                raise Interrupted
+            self._validate_if_due()
+        self.log.close()
+
+    def _train_step(self, batch: dict) -> dict[str, Tensor]:
+        rate = learning_rate(self.optim, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"):
+            losses = self.stage.losses(self.model, batch)
+        (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
+        if broken:
+            self._stop_on_non_finite(batch, losses)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        if self.optim.clip_gradient:
+            nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
+        self.optimiser.step()
+        self.step += 1
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
+        path = self.output / f"non_finite_batch_{self.step}_rank{distributed.share()[0]}.pt"
+        with atomic_path(path) as temporary:
+            torch.save({"step": self.step, "batch": batch, "losses": {k: float(v) for k, v in losses.items()}}, temporary)
+        values = ", ".join(f"{k} {float(v):g}" for k, v in losses.items())
+        raise FloatingPointError(f"loss is not finite at step {self.step} ({values}); the minibatch is in {path}; "
+                                 f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
+                                 f"a lower {self.stage.name}.optim.lr usually helps")  # fmt: skip
+
+    def _validate_if_due(self) -> None:
+        epoch, rest = divmod(self.step, self.optim.batches_per_epoch)
+        due = rest == 0 and epoch > 0 and (epoch % self.optim.validate_every == 0 or self.step == self.total)
+        if not due or self.validated == self.step:
+            return
+        metrics = self.stage.validate(self.device)
+        self.stage.train_mode()
+        self.log.write("val", step=self.step, epoch=self._epoch(), **metrics)
+        self.validated = self.step
+        # A metric that does not exist (no mask patch in the validation set) must not lose the run.
+        value = metrics.get(self.stage.best_metric, 0.0)
+        if value > self.best:
+            self.best = value
+            self._save(BEST)
+        self._save(LAST)
+
+    def _save(self, name: str) -> None:
+        if distributed.is_main():
+            save_checkpoint(self.checkpoints / name, self._state())
+        distributed.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        epoch, batch = divmod(self.step, self.optim.batches_per_epoch)
+        return {
+            "format": 1,
+            "stage": self.stage.name,
+            "config": config_to_dict(self.config),
+            "model": self.stage.model.state_dict(),
+            "optimizer": self.optimiser.state_dict(),
+            "scheduler": {"step": self.step, "lr": self._rate()},
+            "sampler": {"seed": self.config.seed, "epoch": epoch, "batch": batch},
+            "rng": {"torch": torch.get_rng_state()},
+            "step": self.step,
+            "epoch": epoch,
+            "validated": self.validated,
+            "best": self.best,
+        }
+
+    def _restore(self, state: dict[str, Any], source: str) -> None:
+        if state["config"]["seed"] != self.config.seed:
+            raise ValueError(f"{source} was trained with seed {state['config']['seed']}, not {self.config.seed}: "
+                             "a resumed run draws the same samples only with the same seed")  # fmt: skip
+        load_weights(self.stage.model, state["model"], source=source)
+        try:
+            self.optimiser.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{source}: optimiser state of another optimiser or of other frozen layers") from error
+        torch.set_rng_state(state["rng"]["torch"])
+        self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
+
+    def _save_due(self, saved: float) -> bool:
+        return time.monotonic() - saved > 60 * self.optim.save_every_minutes
+
+    def _epoch(self) -> float:
+        return self.step / self.optim.batches_per_epoch
+
+    def _rate(self) -> float:
+        return learning_rate(self.optim, max(self.step - 1, 0))
+
+    def _seconds_left(self, seconds_per_step: float) -> float:
+        return seconds_per_step * (self.total - self.step)
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Learning rate of a step (counted from 0): warm-up times drops at epochs, or times a half cosine to zero."""
+    warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
+    if optim.schedule == "cosine":
+        progress = step / (optim.epochs * optim.batches_per_epoch)
+        return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    epoch = step // optim.batches_per_epoch
+    passed = [start for start in optim.lr_drops if start <= epoch]
+    return optim.lr * warmup * (optim.lr_drops[max(passed)] if passed else 1.0)
+
+
+def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD or AdamW over the groups; the loop sets the learning rates."""
+    if optim.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+
+
+class Meter:
+    """Means since the last flush; a loss counts the minibatches that had it."""
+
+    def __init__(self, optim: OptimConfig):
+        self.batch_size = optim.batch_size
+        self._reset()
+
+    def add(self, losses: dict[str, Tensor], *, seconds_left: Any) -> None:
+        """Adds a minibatch without waiting for the device."""
+        for name, value in losses.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+        self.steps, self.seconds_left = self.steps + 1, seconds_left
+
+    def flush(self) -> dict[str, float]:
+        """Means of the losses, samples a second, and minutes left."""
+        seconds = (time.monotonic() - self.start) / max(self.steps, 1)
+        values = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        values |= {"patches_per_second": self.batch_size / seconds, "minutes_left": self.seconds_left(seconds) / 60}
+        self._reset()
+        return values
+
+    def _reset(self) -> None:
+        self.sums: dict[str, tuple[Any, int]] = {}
+        self.steps, self.start = 0, time.monotonic()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM set a flag; a second one ends the process as usual."""
+    stop = {"now": False}
+    previous = {}
+
+    def handle(number: int, _: Any) -> None:
+        stop["now"] = True
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _count(model: nn.Module) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained"

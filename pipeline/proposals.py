@@ -1,0 +1,165 @@
+"""Proposals of an image, and their store: Parquet shards and the COCO results JSON made from them.
+
+A store is a directory. Every shard is written whole, under a name of its own, and says in its metadata which image
+files it covers; so an interrupted run continues with the files that no shard covers, and several processes can write
+into one store.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.files import atomic_path, write_json
+
+SCHEMA = pa.schema([
+    ("image_id", pa.int64()), ("file_name", pa.string()), ("score", pa.float32()), ("box", pa.list_(pa.float32(), 4)),
+    ("counts", pa.binary()), ("height", pa.int32()), ("width", pa.int32()),
+])  # fmt: skip
+SETTINGS, RESULTS, IMAGES = "settings.json", "proposals.json", "images.json"
+FILES_KEY = b"images"  # shard metadata: JSON list of the images it covers, also those without a proposal
+MAX_ROWS = 20_000  # of a shard
+
+
+@dataclass
+class Proposals:
+    """Class-agnostic masks of one image, best first.
+
+    Attributes:
+        image_id, file_name, height, width: the image.
+        scores: (N,) float32 in [0, 1]. boxes: (N, 4) float32 xyxy. counts: N compressed RLE strings of the masks.
+    """
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    scores: np.ndarray
+    boxes: np.ndarray
+    counts: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def rle(self, n: int) -> dict:
+        """Mask n as COCO's {"size", "counts"}."""
+        return {"size": [self.height, self.width], "counts": self.counts[n]}
+
+    def results(self) -> list[dict]:
+        """COCO results: category 1, boxes as xywh, RLE counts as text."""
+        size = [self.height, self.width]
+        xywh = np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1).tolist()
+        return [
+            {"image_id": self.image_id, "category_id": 1, "score": round(score, 6), "bbox": box,
+             "segmentation": {"size": size, "counts": counts.decode("ascii")}}
+            for score, box, counts in zip(self.scores.tolist(), xywh, self.counts, strict=True)
+        ]  # fmt: skip
+
+
+class ProposalStore:
+    """Writes and reads a store."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+
+    def open_for(self, settings: dict) -> None:
+        """Makes the directory, or makes sure that what it holds was made with the same settings.
+
+        Raises:
+            ValueError: it was not; the settings that differ are named.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / SETTINGS
+        if not path.exists():
+            write_json(path, settings)
+            return
+        found = json.loads(path.read_text())
+        changed = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
+        if changed:
+            raise ValueError(f"{self.directory} holds proposals made with other settings ({', '.join(changed)}); "
+                             "choose another --output or delete it")  # fmt: skip
+
+    def shards(self) -> list[Path]:
+        """The shards, by name."""
+        return sorted(self.directory.glob("proposals-*.parquet"))
+
+    def images(self) -> dict[str, dict]:
+        """The images that are done: file name to {"id", "file_name", "height", "width"}."""
+        covered = {}
+        for shard in self.shards():
+            for image in json.loads(pq.read_schema(shard).metadata[FILES_KEY]):
+                covered[image["file_name"]] = image
+        return covered
+
+    def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
+        """Adds a shard with the proposals of some images. writer: the process, for a name of its own."""
+        numbers = [int(p.stem.split("-")[2]) for p in self.directory.glob(f"proposals-{writer:03d}-*.parquet")]
+        path = self.directory / f"proposals-{writer:03d}-{max(numbers, default=-1) + 1:06d}.parquet"
+        table = _to_table(proposals)
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def read(self, columns: tuple[str, ...] = tuple(SCHEMA.names)) -> Iterator[pa.Table]:
+        """One table a shard; name only the columns that are needed (masks are most of the bytes)."""
+        for shard in self.shards():
+            yield pq.read_table(shard, columns=list(columns))
+
+    def __iter__(self) -> Iterator[Proposals]:
+        """The proposals image by image; images without a proposal are left out."""
+        for table in self.read():
+            ids = table["image_id"].to_numpy()
+            starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1)) if len(ids) else []
+            for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+                yield _from_table(table.slice(start, stop - start))
+
+    def write_results(self) -> tuple[Path, int]:
+        """Writes proposals.json (COCO results) and images.json (a COCO file that lists the images).
+
+        Returns:
+            The path of the results and how many proposals they hold.
+        """
+        images = sorted(self.images().values(), key=lambda image: image["id"])
+        categories = [{"id": 1, "name": "object"}]
+        write_json(self.directory / IMAGES, {"images": images, "annotations": [], "categories": categories})
+        path, count = self.directory / RESULTS, 0
+        with atomic_path(path) as temporary, temporary.open("w") as file:
+            file.write("[")
+            for proposals in self:
+                for result in proposals.results():
+                    file.write((",\n" if count else "\n") + json.dumps(result, separators=(",", ":")))
+                    count += 1
+            file.write("\n]\n")
+        return path, count
+
+
+def _to_table(proposals: list[Proposals]) -> pa.Table:
+    lengths = [len(p) for p in proposals]
+
+    def column(values: list, type: pa.DataType) -> pa.Array:
+        return pa.array([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], type)
+
+    boxes = np.concatenate([np.empty((0, 4), np.float32), *(p.boxes for p in proposals)])
+    covered = [{"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width} for p in proposals]
+    return pa.table(
+        [
+            column([p.image_id for p in proposals], pa.int64()),
+            column([p.file_name for p in proposals], pa.string()),
+            pa.array(np.concatenate([np.empty(0, np.float32), *(p.scores for p in proposals)])),
+            pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4),
+            pa.array([c for p in proposals for c in p.counts], pa.binary()),
+            column([p.height for p in proposals], pa.int32()),
+            column([p.width for p in proposals], pa.int32()),
+        ],
+        schema=SCHEMA.with_metadata({FILES_KEY: json.dumps(covered)}),
+    )
+
+
+def _from_table(table: pa.Table) -> Proposals:
+    boxes = table["box"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+    first = table.slice(0, 1).to_pylist()[0]
+    return Proposals(first["image_id"], first["file_name"], first["height"], first["width"],
+                     table["score"].to_numpy(), boxes, table["counts"].to_pylist())  # fmt: skip

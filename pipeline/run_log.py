@@ -1,0 +1,58 @@
+"""What a training run reports: a line on stdout, a line in metrics.jsonl, TensorBoard curves."""
+
+import json
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.files import atomic_path
+
+
+class RunLog:
+    """Writes the metrics of one run directory; silent in all processes but the main one."""
+
+    def __init__(self, directory: str | Path, *, enabled: bool = True, resume_step: int | None = None):
+        """Args: resume_step: lines of later steps, left by an interrupted run, are dropped."""
+        self.path, self.enabled = Path(directory) / "metrics.jsonl", enabled
+        if not enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None and self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        purge = None if resume_step is None else resume_step + 1
+        self.board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=purge)
+
+    def write(self, split: str, *, step: int, epoch: float, **values: float) -> None:
+        """One line of metrics of a split ("train", "val")."""
+        if not self.enabled:
+            return
+        record = {"split": split, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 2), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+        print(f"{split:5s} step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
+
+    def say(self, message: str) -> None:
+        """A line on stdout only."""
+        if self.enabled:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        """Flushes the curves."""
+        if self.enabled:
+            self.board.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

@@ -1,0 +1,191 @@
+"""The stages: for each, its model, its data and its loss, put together from a config."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets.coco import CocoInstances
+from datasets.patch_sampler import MASK, SCORE, PatchSampler, SamplingRules
+from datasets.patches import BatchKeys, PatchDataset, batch_keys, patch_loader
+from datasets.shapes import write_shapes
+from models.deepmask import DeepMask
+from models.losses import mask_loss, score_loss
+from models.trunk import build_trunk
+from pipeline import distributed
+from pipeline.config import Config, SamplingConfig, SplitConfig, find_path
+from pipeline.patch_metrics import mask_ious, score_hits, summarise
+
+VALIDATION_SEED = 20151207  # validation patches are the same in every run
+
+
+def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
+    """The DeepMask of a config; `pretrained=False` leaves the trunk random, for weights that come from a checkpoint."""
+    weights = config.trunk.weights if pretrained else None
+    if weights not in (None, "imagenet"):
+        weights = find_path(weights, key="trunk.weights")
+    c = config.deepmask
+    return DeepMask(build_trunk(config.trunk.name, weights=weights), patch_size=c.patch_size, context=c.context,
+                    mask_size=c.mask_size, reduction=c.reduction, embedding=c.embedding,
+                    score_hidden=c.score_hidden, dropout=c.dropout)  # fmt: skip
+
+
+def prepare_data(config: Config) -> None:
+    """Writes the synthetic dataset when the config asks for it, and points train and val to it."""
+    shapes = config.data.shapes
+    if shapes is None:
+        return
+    for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
+        if distributed.is_main():
+            write_shapes(shapes.directory, num_images=count, seed=shapes.seed, split=split)
+        directory = Path(shapes.directory)
+        setattr(config.data, split, SplitConfig(
+            annotations=str(directory / "annotations" / f"instances_{split}.json"),
+            images=str(directory / "images" / split)))  # fmt: skip
+    distributed.barrier()
+
+
+def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
+    """Annotations and image folder of "train" or "val"."""
+    paths: SplitConfig = getattr(config.data, split)
+    if not paths.annotations or not paths.images:
+        raise ValueError(f"the config names no {split} data: set data.{split}.annotations and data.{split}.images")
+    annotations = find_path(paths.annotations, key=f"data.{split}.annotations")
+    return CocoInstances.load(annotations), find_path(paths.images, key=f"data.{split}.images")
+
+
+def sampling_rules(c: SamplingConfig) -> SamplingRules:
+    """The sampler's numbers of a config."""
+    return SamplingRules(jitter_shift=c.jitter_shift, jitter_scale=c.jitter_scale, min_area=c.min_area,
+                         min_side=c.min_side, score_scales=tuple(c.score_scales), flip=c.flip,
+                         negative_distance=c.negative_distance, negative_octaves=c.negative_octaves)  # fmt: skip
+
+
+class DeepMaskStage:
+    """Trains trunk, tail and both heads on patches."""
+
+    name = "deepmask"
+    best_metric = "iou_above_0.7"
+
+    def __init__(self, config: Config):
+        """Raises: ValueError or FileNotFoundError on data or weights that are not there or do not fit."""
+        self.config, self.optim = config, config.deepmask.optim
+        prepare_data(config)
+        self.train_data = patch_dataset(config, "train", seed=config.seed)
+        self.val_data = patch_dataset(config, "val", seed=VALIDATION_SEED)
+        self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_share)
+        self._check_batch()
+        torch.manual_seed(config.seed)  # for the weights that are drawn
+        self.model = build_deepmask(config)
+        for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
+            level.requires_grad_(False)
+
+    def parameter_groups(self) -> list[dict]:
+        """The trunk with its own factor on the learning rate, and everything else."""
+        trunk = [p for p in self.model.trunk.parameters() if p.requires_grad]
+        ids = {id(p) for p in self.model.trunk.parameters()}
+        rest = [p for p in self.model.parameters() if id(p) not in ids]
+        groups = [{"params": rest, "lr_factor": 1.0}]
+        return groups + ([{"params": trunk, "lr_factor": self.optim.trunk_lr_factor}] if trunk else [])
+
+    def train_mode(self) -> None:
+        """Dropout on (batch norm is frozen by construction)."""
+        self.model.train()
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """Minibatches on the device."""
+        c = self.config.deepmask
+        groups = self.optim.batch_size // c.sampling.patches_per_image
+        keys = BatchKeys(steps, batches_per_epoch=self.optim.batches_per_epoch, groups_per_batch=groups,
+                         seed=self.config.seed, mask_share=c.sampling.mask_share, share=distributed.share())  # fmt: skip
+        for batch in patch_batches(self.train_data, keys, device, workers=self.config.data.workers):
+            self.broken.note(batch["broken"])
+            yield batch
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """The mask loss on a mask minibatch, the score loss on a score minibatch, by the config's weights."""
+        c = self.config.deepmask
+        if "targets" in batch:
+            loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+            return {"loss": c.mask_weight * loss, "mask_loss": loss}
+        logits = model(batch["patches"], head="score", keys=batch["keys"])["score_logits"]
+        loss = score_loss(logits, batch["labels"])
+        return {"loss": c.score_weight * loss, "score_loss": loss}
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """Patch metrics on `validation_batches` minibatches, half of them of mask patches."""
+        batches = self.optim.validation_batches
+        return evaluate_patches(self.model, self.val_data, device, batches=batches, batch_size=self.optim.batch_size,
+                                workers=self.config.data.workers)  # fmt: skip
+
+    def _check_batch(self) -> None:
+        size, shared = self.optim.batch_size, self.config.deepmask.sampling.patches_per_image
+        processes = distributed.share()[1]
+        if size % (shared * processes):
+            raise ValueError(f"deepmask.optim.batch_size {size} must be a multiple of sampling.patches_per_image "
+                             f"{shared} times the number of processes {processes}")  # fmt: skip
+
+
+def patch_dataset(config: Config, split: str, *, seed: int) -> PatchDataset:
+    """Patches of a split, by the config's sampling rules."""
+    c = config.deepmask
+    coco, images = load_split(config, split)
+    if distributed.is_main():
+        print(f"{split}: {coco.summary()}", flush=True)
+    sampler = PatchSampler(coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=seed)
+    return PatchDataset(coco, images, sampler, patch_size=c.patch_size, context=c.context, target_size=c.target_size,
+                        patches_per_image=c.sampling.patches_per_image)  # fmt: skip
+
+
+def patch_batches(data: PatchDataset, keys, device: torch.device, *, workers: int) -> Iterator[dict]:
+    """Minibatches of the given keys, moved to the device."""
+    cuda = device.type == "cuda"
+    for batch in patch_loader(data, keys, workers=workers, pin_memory=cuda):
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                batch[name] = value.to(device, non_blocking=cuda)
+        batch["patches"] = batch["patches"].contiguous(memory_format=torch.channels_last)
+        yield batch
+
+
+@torch.inference_mode()
+def evaluate_patches(model: nn.Module, data: PatchDataset, device: torch.device, *, batches: int, batch_size: int,
+                     workers: int) -> dict[str, float]:  # fmt: skip
+    """Patch metrics over the first `batches` minibatches of a dataset, half mask and half score patches.
+
+    The processes share the minibatches and all get the result.
+    """
+    model.eval()
+    groups = max(1, batch_size // data.patches_per_image)
+    index, count = distributed.share()
+    kinds = [MASK if batch % 2 == 0 else SCORE for batch in range(batches)]
+    keys = [batch_keys(kinds[b], 0, b, groups, (0, 1)) for b in range(index, batches, count)]
+    ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    for batch in patch_batches(data, keys, device, workers=workers):
+        if "targets" in batch:
+            ious.append(mask_ious(model(batch["patches"], head="mask")["mask_logits"], batch["targets"]).cpu())
+        else:
+            hits.append(score_hits(model(batch["patches"], head="score")["score_logits"], batch["labels"]).cpu())
+    shares = distributed.gather((torch.cat(ious), torch.cat(hits)))
+    return summarise(torch.cat([s[0] for s in shares]), torch.cat([s[1] for s in shares]))
+
+
+class BrokenFiles:
+    """Names each unreadable image once, and stops the run when there are too many."""
+
+    def __init__(self, images: int, max_share: float):
+        self.images, self.max_share, self.messages = images, max_share, {}
+
+    def note(self, messages: list[str]) -> None:
+        """Raises: ValueError with the list, when more than the configured share of the images is unreadable."""
+        for message in messages:
+            if message not in self.messages:
+                self.messages[message] = True
+                print(f"skipped ({len(self.messages)} so far): {message}", flush=True)
+        if len(self.messages) > self.max_share * self.images:
+            raise ValueError(f"{len(self.messages)} of {self.images} images cannot be read, more than "
+                             f"data.max_broken_share {self.max_share:g}: " + "; ".join(self.messages))  # fmt: skip
+
+
+STAGES = {"deepmask": DeepMaskStage}

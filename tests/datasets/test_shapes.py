@@ -1,0 +1,241 @@
+"""The synthetic dataset: the same bytes from the same seed, and annotations true to the pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from datasets import shapes
+from datasets.shape_outlines import OUTLINES
+from datasets.shape_scenes import ShapeObject, render
+from datasets.shapes import CATEGORY_IDS, annotate, write_shapes
+
+NUM_RENDERED = 300
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """Per image: its (height, width) and its (object, annotation) pairs."""
+    images = []
+    for number in range(NUM_RENDERED):
+        image, objects = render(np.random.default_rng([7, number]))
+        images.append((image.shape[:2], [(shape, annotate(shape)) for shape in objects]))
+    return images
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def decode(segmentation, height: int, width: int) -> np.ndarray:
+    rle = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(coco_mask.merge(rle) if isinstance(rle, list) else rle).astype(bool)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return np.count_nonzero(a & b) / np.count_nonzero(a | b)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_shapes(tmp_path / name, num_images=4, seed=3)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(contents(tmp_path / "a")) == 5
+
+
+def test_seed_split_and_index_each_change_the_image(tmp_path):
+    for seed, split in ((3, "train"), (3, "val"), (4, "train")):
+        write_shapes(tmp_path / f"{seed}", num_images=2, seed=seed, split=split)
+    images = [path.read_bytes() for path in tmp_path.rglob("*.jpg")]
+    assert len(set(images)) == len(images) == 6
+
+
+def test_an_image_does_not_depend_on_how_many_there_are(tmp_path):
+    write_shapes(tmp_path / "few", num_images=2, seed=3)
+    write_shapes(tmp_path / "more", num_images=3, seed=3)
+    few, more = contents(tmp_path / "few"), contents(tmp_path / "more")
+    for name in ("images/train/000001.jpg", "images/train/000002.jpg"):
+        assert few[name] == more[name]
+
+
+def test_loads_with_pycocotools(tmp_path):
+    coco = COCO(str(write_shapes(tmp_path, num_images=6, seed=0, split="val")))
+    assert sorted(coco.imgs) == [1, 2, 3, 4, 5, 6]
+    assert {c["name"]: c["id"] for c in coco.loadCats(coco.getCatIds())} == CATEGORY_IDS
+    for image in coco.imgs.values():
+        assert (tmp_path / "images/val" / image["file_name"]).is_file()
+    for annotation in coco.anns.values():
+        image = coco.imgs[annotation["image_id"]]
+        assert coco.annToMask(annotation).shape == (image["height"], image["width"])
+
+
+def test_second_call_leaves_the_files_alone(tmp_path):
+    path = write_shapes(tmp_path, num_images=2, seed=0)
+    image = tmp_path / "images/train/000001.jpg"
+    image.write_bytes(b"left alone")
+    assert write_shapes(tmp_path, num_images=2, seed=0) == path
+    assert image.read_bytes() == b"left alone"
+
+
+@pytest.mark.parametrize("other", [{"num_images": 1, "seed": 0}, {"num_images": 3, "seed": 1}])
+def test_other_parameters_rewrite(tmp_path, other):
+    write_shapes(tmp_path / "both", num_images=2, seed=0)
+    write_shapes(tmp_path / "both", **other)
+    write_shapes(tmp_path / "fresh", **other)
+    assert contents(tmp_path / "both") == contents(tmp_path / "fresh")
+
+
+def test_interrupted_write_is_redone(tmp_path, monkeypatch):
+    """Over an older dataset at that: its json must not describe a mixture of images."""
+    path = write_shapes(tmp_path / "cut", num_images=3, seed=0)
+    drawn = []
+
+    def render_two_then_stop(rng):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(render(rng))
+        return drawn[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "render", render_two_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_shapes(tmp_path / "cut", num_images=3, seed=1)
+    assert not path.exists()
+    write_shapes(tmp_path / "cut", num_images=3, seed=1)
+    write_shapes(tmp_path / "fresh", num_images=3, seed=1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("text", ['{"info": {"description": "COCO 2017"}}', "[]", '{"images": ['])
+def test_a_foreign_json_is_kept(tmp_path, text):
+    path = tmp_path / "annotations/instances_train.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path.name}: not made by write_shapes"):
+        write_shapes(tmp_path, num_images=2, seed=0)
+    assert path.read_text() == text
+
+
+# --- annotations ----------------------------------------------------------------------------------
+
+
+def test_segmentation_agrees_with_the_painted_mask(rendered):
+    for (height, width), pairs in rendered:
+        for shape, annotation in pairs:
+            decoded = decode(annotation["segmentation"], height, width)
+            agreement = iou(decoded, shape.mask)
+            exact = isinstance(annotation["segmentation"], dict)
+            assert agreement == 1 if exact else agreement >= 0.95, (shape.category, agreement)
+
+
+def test_box_and_area_agree_with_the_segmentation(rendered):
+    for (height, width), pairs in rendered:
+        for _, annotation in pairs:
+            decoded = decode(annotation["segmentation"], height, width)
+            box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(decoded)))
+            np.testing.assert_allclose(annotation["bbox"], box, atol=1)
+            assert annotation["area"] == pytest.approx(np.count_nonzero(decoded), rel=0.04)
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_any_mask_is_annotated(mask):
+    """Specks, diagonal contacts, holes, one-pixel lines: never a polygon pycocotools refuses."""
+    mask[mask.shape[0] // 2, mask.shape[1] // 2] = True
+    annotation = annotate(ShapeObject("disk", mask))
+    if isinstance(annotation["segmentation"], dict):
+        assert np.array_equal(decode(annotation["segmentation"], *mask.shape), mask)
+    else:
+        assert all(len(polygon) >= 6 for polygon in annotation["segmentation"])
+        assert decode(annotation["segmentation"], *mask.shape).shape == mask.shape
+
+
+def test_rectangle_is_traced_along_its_pixel_edges():
+    mask = np.zeros((40, 50), bool)
+    mask[10:30, 5:45] = True
+    (polygon,) = annotate(ShapeObject("square", mask))["segmentation"]
+    x, y = np.reshape(polygon, (-1, 2)).T
+    assert (x.min(), y.min(), x.max(), y.max()) == (5, 10, 45, 30)
+    assert np.array_equal(decode([polygon], 40, 50), mask)
+
+
+def test_a_hole_makes_rle_and_a_cut_makes_two_polygons():
+    mask = np.zeros((40, 50), bool)
+    mask[10:30, 5:45] = True
+    cut, hole = mask.copy(), mask.copy()
+    cut[:, 20:30] = False
+    hole[15:20, 20:30] = False
+    assert len(annotate(ShapeObject("square", cut))["segmentation"]) == 2
+    assert set(annotate(ShapeObject("square", hole))["segmentation"]) == {"counts", "size"}
+
+
+# --- what there is to learn from ------------------------------------------------------------------
+
+
+def test_every_category_is_drawn_and_ids_have_gaps(rendered):
+    assert OUTLINES.keys() == CATEGORY_IDS.keys()
+    assert {shape.category for _, pairs in rendered for shape, _ in pairs} == set(CATEGORY_IDS)
+    assert max(CATEGORY_IDS.values()) > len(CATEGORY_IDS) == len(set(CATEGORY_IDS.values()))
+
+
+def test_sizes_span_the_range(rendered):
+    longest = np.array([max(a["bbox"][2:]) for _, pairs in rendered for _, a in pairs])
+    assert longest.max() > 250
+    assert np.mean(longest < 32) > 0.05
+    assert np.mean(longest > 96) > 0.25
+
+
+def test_empty_images_crowds_and_both_segmentations_occur(rendered):
+    pairs = [pair for _, pairs in rendered for pair in pairs]
+    crowds = [annotation for shape, annotation in pairs if shape.iscrowd]
+    single = [annotation["segmentation"] for shape, annotation in pairs if not shape.iscrowd]
+    assert 0.03 < np.mean([not pairs for _, pairs in rendered]) < 0.15
+    assert 3 <= len(crowds) <= 30
+    assert all(a["iscrowd"] == 1 and "counts" in a["segmentation"] for a in crowds)
+    assert any(isinstance(segmentation, dict) for segmentation in single)
+    assert any(len(segmentation) > 1 for segmentation in single if isinstance(segmentation, list))
+
+
+def test_some_objects_are_cut_by_the_border(rendered):
+    cut = []
+    for (height, width), pairs in rendered:
+        for _, annotation in pairs:
+            x, y, w, h = annotation["bbox"]
+            cut.append(x == 0 or y == 0 or x + w == width or y + h == height)
+    assert 0.1 < np.mean(cut) < 0.4
+
+
+def test_masks_are_disjoint_and_well_visible(rendered):
+    for (height, width), pairs in rendered:
+        owners = np.zeros((height, width), int)
+        for shape, _ in pairs:
+            owners += shape.mask
+            assert np.count_nonzero(shape.mask) >= 60
+        assert owners.max(initial=0) <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_masks_end_where_the_image_changes(axis):
+    """Half a pixel of shift, or of growth, would make the steps beside an edge unequal."""
+    beside = {-1: [], 0: [], 1: []}  # mean step of brightness, by distance outward from the edge
+    for number in range(25):
+        image, objects = render(np.random.default_rng([8, number]))
+        steps = np.abs(np.diff(image.sum(axis=2, dtype=float), axis=axis))
+        for shape in objects:
+            edge = np.diff(shape.mask.astype(int), axis=axis)
+            for distance, found in beside.items():
+                entering = np.roll(edge > 0, -distance, axis)
+                leaving = np.roll(edge < 0, distance, axis)
+                found.append(np.concatenate([steps[entering], steps[leaving]]).mean())
+    inner, centre, outer = (np.mean(found) for found in beside.values())
+    assert centre > 1.7 * max(inner, outer)
+    assert inner == pytest.approx(outer, rel=0.2)

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Trains one stage of the pipeline.
+
+    python tools/train_stage.py --stage deepmask --config configs/coco.yaml --output runs/coco/deepmask
+    torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask --config configs/coco.yaml --output runs/coco/deepmask
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline import distributed
+from pipeline.command import add_device, run_tool
+from pipeline.config import load_config, save_config
+from pipeline.engine import fit
+from pipeline.stages import STAGES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=list(STAGES))
+    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    parser.add_argument("--output", required=True, type=Path, help="run directory")
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE",
+                        help="overrides, for example deepmask.optim.lr=1e-4")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    add_device(parser)
+    args = parser.parse_args()
+
+    config = load_config(args.config, args.set)
+    with distributed.process_group(args.device) as device:
+        stage = STAGES[args.stage](config)
+        if distributed.is_main():
+            args.output.mkdir(parents=True, exist_ok=True)
+            save_config(config, args.output / "config.yaml")
+        best = fit(stage, config, args.output, device=device, resume=args.resume)
+        if distributed.is_main():
+            print(f"best checkpoint: {best}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
