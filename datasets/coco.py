@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,13 @@ import torch
 from pycocotools import mask as coco_mask
 
 from datasets import segmentations as seg
+from datasets.coco_columns import (
+    Elements,
+    GrowingColumns,
+    annotation_columns,
+    category_columns,
+    image_columns,
+)
 from datasets.json_arrays import read_arrays
 
 
@@ -60,11 +65,15 @@ class CocoInstances:
             ValueError: its structure is broken; one line with the file and the place. A single
                 annotation that cannot be used is no error: it is left out and counted.
         """
-        flatten = {"images": _images, "categories": _categories, "annotations": _annotations}
-        columns = {name: _Columns() for name in flatten}
+        columns_of = {
+            "images": image_columns,
+            "annotations": annotation_columns,
+            "categories": category_columns,
+        }
+        columns = {name: GrowingColumns() for name in columns_of}
         with _no_garbage_collection():
-            for name, first, elements in read_arrays(path, flatten):
-                columns[name].append(flatten[name](_Elements(path, name, first, elements)))
+            for name, first, elements in read_arrays(path, columns_of):
+                columns[name].append(columns_of[name](Elements(path, name, first, elements)))
         self = cls()
         self.path = str(path)
         self._set_images(columns["images"].arrays())
@@ -113,7 +122,8 @@ class CocoInstances:
         box, bounds = columns["box"], columns["bounds"]
         outside = ~(_overlaps(box, sizes) & _overlaps(bounds, sizes))
         # So far out, a polygon is a mistake, and pycocotools would draw its edges all the way.
-        outside |= np.abs(bounds).max(axis=1, initial=0) > FAR * sizes.max(axis=1, initial=0)
+        reach = np.abs(np.concatenate([box, bounds], axis=1)).max(axis=1)
+        outside |= reach > FAR * sizes.max(axis=1)
         is_rle = columns["rle_length"] > 0
         for code, is_so in (
             (seg.ZERO_AREA, (box[:, 2:] <= box[:, :2]).any(axis=1) | (columns["area"] <= 0)),
@@ -194,119 +204,6 @@ class CocoInstances:
 
 
 FAR = 20  # times the image's longer side
-
-
-class _Elements:
-    """A chunk of one of the file's arrays; its values are taken out key by key, and checked."""
-
-    def __init__(self, path: str | Path, array: str, first: int, elements: list):
-        self.path, self.array, self.first, self.elements = path, array, first, elements
-        for row, element in enumerate(elements):
-            if type(element) is not dict:
-                raise self.error(row, "is not an object")
-
-    def __len__(self) -> int:
-        return len(self.elements)
-
-    def error(self, row: int, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.array}[{self.first + row}] {problem}")
-
-    def required(self, key: str) -> list:
-        try:
-            return list(map(itemgetter(key), self.elements))
-        except KeyError:
-            row = next(row for row, element in enumerate(self.elements) if key not in element)
-            raise self.error(row, f'has no "{key}"') from None
-
-    def optional(self, key: str) -> list:
-        return [element.get(key) for element in self.elements]
-
-    def integers(self, key: str, low: int = -(2**63), high: int = 2**63 - 1) -> np.ndarray:
-        """(n,) int64; 3.0 passes for 3."""
-        values = self.required(key)
-        if not {*map(type, values)} <= {int}:
-            for row, value in enumerate(values):
-                if type(value) is float and value.is_integer():
-                    values[row] = int(value)
-                elif type(value) is not int:
-                    raise self.error(row, f'has "{key}": {value!r:.50}, expected an integer')
-        if values and not low <= min(values) <= max(values) <= high:
-            row = next(row for row, value in enumerate(values) if not low <= value <= high)
-            raise self.error(row, f'has "{key}": {values[row]!r:.50}, expected {low} to {high}')
-        return np.array(values, np.int64)
-
-    def text(self, key: str) -> dict[str, np.ndarray]:
-        """The strings' UTF-8 in one array, and their lengths in it."""
-        values = self.required(key)
-        for row, value in enumerate(values):
-            if type(value) is not str or not value:
-                raise self.error(row, f'has "{key}": {value!r:.50}, expected a string')
-        encoded = [value.encode("utf-8", "surrogatepass") for value in values]
-        return {
-            "name_bytes": np.frombuffer(b"".join(encoded), np.uint8),
-            "name_length": np.array([len(name) for name in encoded], np.int64),
-        }
-
-
-class _Columns:
-    """Arrays that grow in place: pieces to be joined would need twice the memory, scattered."""
-
-    def __init__(self):
-        self._columns: dict[str, tuple[np.ndarray, bytearray]] = {}
-
-    def append(self, chunk: dict[str, np.ndarray]) -> None:
-        for name, column in chunk.items():
-            _, grown = self._columns.setdefault(name, (column[:0], bytearray()))
-            grown.extend(np.ascontiguousarray(column))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {
-            name: np.frombuffer(grown, empty.dtype).reshape(-1, *empty.shape[1:])
-            for name, (empty, grown) in self._columns.items()
-        }
-
-
-def _images(elements: _Elements) -> dict[str, np.ndarray]:
-    return {
-        "id": elements.integers("id"),
-        "height": elements.integers("height", 1, 2**31 - 1),
-        "width": elements.integers("width", 1, 2**31 - 1),
-        **elements.text("file_name"),
-    }
-
-
-def _categories(elements: _Elements) -> dict[str, np.ndarray]:
-    return {"id": elements.integers("id"), **elements.text("name")}
-
-
-def _annotations(elements: _Elements) -> dict[str, np.ndarray]:
-    columns = {name: elements.integers(name) for name in ("id", "image_id", "category_id")}
-    columns["is_crowd"] = np.array(elements.optional("iscrowd"), object).astype(bool)
-    columns |= seg.flatten_segmentations(elements.optional("segmentation"))
-    reason = columns["reason"]
-
-    area = _numbers([[value] for value in elements.optional("area")], 1)[:, 0]
-    columns["area"] = np.where(np.isnan(area), columns["area"], area)
-    given = elements.optional("bbox")
-    box = _numbers([value or [None] * 4 for value in given], 4)
-    box[:, 2:] += box[:, :2]
-    is_given = np.array([bool(value) for value in given], bool)
-    reason[is_given & ~np.isfinite(box).all(axis=1) & (reason == seg.USABLE)] = seg.MALFORMED_BOX
-    columns["box"] = np.where(is_given[:, None], box, columns["bounds"])
-    return columns
-
-
-def _numbers(rows: list, width: int) -> np.ndarray:
-    """(n, width) float64; NaN where a row is not a list of so many numbers."""
-    try:
-        if all(type(row) is list and len(row) == width for row in rows):
-            flat = chain.from_iterable(rows)
-            return np.fromiter(flat, np.float64, len(rows) * width).reshape(-1, width)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    if len(rows) == 1:
-        return np.full((1, width), np.nan)
-    return np.concatenate([_numbers([row], width) for row in rows])
 
 
 def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:

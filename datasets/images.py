@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import glob
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .webp .bmp .dib .tif .tiff .jp2 .avif .gif .ppm .pgm .pbm .pnm".split()
+    f".{name}"
+    for name in "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
 )
+
+# Who calls `read_image` reports a broken file in one line; OpenCV would print several beside it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class ImageError(ValueError):
@@ -18,57 +23,70 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file of any kind to (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+    """Decode an image file to (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+
+    Grey values are repeated, 16 bits become 8, CMYK and palettes become RGB, alpha is dropped.
 
     Raises:
         ImageError: missing, unreadable, empty, truncated, or not an image.
     """
     try:
-        data = Path(path).read_bytes()  # by Python: any file name, and its own errors
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        data = Path(
+            path
+        ).read_bytes()  # by Python: any file name, and errors with a reason
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not data:
-        raise ImageError(f"{path}: empty file")
+        raise ImageError(f"{path}: the file is empty")
     if _is_truncated(data):
-        raise ImageError(f"{path}: truncated image")
+        raise ImageError(f"{path}: the image is truncated")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise ImageError(f"{path}: cannot be decoded ({error.err})") from None
+        raise ImageError(f"{path}: cannot be decoded: {error.err}") from None
     if image is None:
         raise ImageError(f"{path}: not an image, or a broken one")
     return image
 
 
+# A marker, but not the bytes that entropy-coded data has: stuffed, restart or fill bytes.
+_find_jpeg_marker = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL).search
+_PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
+
+
 def _is_truncated(data: bytes) -> bool:
-    """Whether the end of the file is missing where cv2 would silently return a part of the image."""
-    if data.startswith(b"\xff\xd8"):  # JPEG: end-of-image after the last start-of-scan
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-64:]
-    return False
+    """Whether the end is missing of a format of which cv2 may return a part without an error."""
+    if data.startswith(b"\xff\xd8"):
+        return not _has_jpeg_end(data)
+    return data.startswith(b"\x89PNG") and _PNG_END not in data
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Whether the segments lead to an end-of-image marker: those of thumbnails do not count."""
+    marker = _find_jpeg_marker(data, 2)
+    while marker and marker[1] != b"\xd9":
+        at = marker.end()
+        marker = _find_jpeg_marker(data, at + int.from_bytes(data[at : at + 2], "big"))
+    return marker is not None
 
 
 def list_images(source: str | Path) -> list[Path]:
-    """The image files of a folder with its subfolders, of one file, or of a glob (`**` allowed).
+    """The image files of a folder with its subfolders, of a glob (`**` allowed), or one file.
 
-    Files count by their suffix, whatever is in them. Sorted.
+    Sorted. Files count by their suffix, whatever is in them; hidden ones do not.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: nothing there; one line.
     """
-    path = Path(source)
+    path, pattern = Path(source), str(source)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = path.rglob("*")
-    elif glob.has_magic(str(source)):
-        found = map(Path, glob.glob(str(source), recursive=True))
-    else:
+        pattern = str(Path(glob.escape(pattern)) / "**" / "*")  # unlike rglob, it follows links
+    elif not glob.has_magic(pattern):
         raise ValueError(f"{source}: no such file or folder")
+    found = {Path(file) for file in glob.iglob(pattern, recursive=True)}
     images = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
     if not images:
-        raise ValueError(
-            f"{source}: no images there (known suffixes: {' '.join(sorted(SUFFIXES))})"
-        )
+        raise ValueError(f"{source}: no image files there ({' '.join(sorted(SUFFIXES))})")
     return images

@@ -1,4 +1,4 @@
-"""Read the big arrays of a JSON object a chunk at a time: the tree of dicts never exists as a whole."""
+"""The big arrays of a JSON object a chunk at a time: the tree of dicts never exists as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO `segmentation` values of a chunk of annotations -> flat arrays, with a reason for the unusable.
+"""COCO `segmentation` values of a chunk of annotations -> flat arrays, the unusable marked.
 
 N: annotations of the chunk, R: usable rings of polygons, P: their points.
 """
@@ -21,7 +21,7 @@ REASONS = (
     "NaN or infinite number",
     "fewer than three points",
     "odd number of coordinates",
-    "malformed box",
+    "box is not four finite numbers",
     "malformed segmentation",
     "no segmentation",
     "unknown category",

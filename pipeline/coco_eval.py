@@ -76,10 +76,14 @@ def _annotations(instances: CocoInstances) -> list[dict]:
 
 
 def _as_xywh(boxes: np.ndarray) -> np.ndarray:
-    """float32 xyxy -> float64 xywh, with the json's decimals: an IoU may lie on a threshold."""
-    decimal = boxes.astype(np.float64).round(3)
-    boxes = np.where(decimal.astype(np.float32) == boxes, decimal, boxes)
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    """float32 xyxy -> float64 xywh with the json's decimals (up to three) to the last bit.
+
+    The last bit decides whether an IoU that lies on a threshold, as of whole numbers, passes it.
+    """
+    corners = boxes.astype(np.float64)
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    is_decimal = (corners.round(3).astype(np.float32) == boxes).all(axis=1, keepdims=True)
+    return np.where(is_decimal, xywh.round(3), xywh)
 
 
 def _indexed(dataset: dict) -> COCO:
@@ -177,7 +181,7 @@ def _by_image(ground_truth: COCO, results: list[dict], kinds: tuple[str, ...]) -
     grouped = {}
     for index, result in enumerate(results):
         if not isinstance(result, dict) or "image_id" not in result:
-            raise ValueError(f"results[{index}] is not a COCO result with an image_id: {result!r}")
+            raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
         image = ground_truth.imgs.get(result["image_id"])
         if image is None:
             hint = "is not in the annotations; score against the file that lists these images"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.propose_run import propose_images
-from pipeline.stages import load_proposer
+from pipeline.load import load_proposer
 
 
 def main() -> int:
@@ -33,9 +33,9 @@ def main() -> int:
     args = parser.parse_args()
 
     with distributed.process_group(args.device) as device:
-        proposer = load_proposer(args.checkpoint, device=device, num_proposals=args.num_proposals, scales=args.scales)
-        summary = propose_images(proposer, args.images, args.output, annotations=args.annotations, draw=args.draw,
-                                 checkpoint=args.checkpoint)  # fmt: skip
+        proposer, settings = load_proposer(args.checkpoint, device, num_proposals=args.num_proposals, scales=args.scales)
+        summary = propose_images(proposer, args.images, args.output, settings=settings, annotations=args.annotations,
+                                 draw=args.draw)  # fmt: skip
     return 2 if summary.none_readable else 0
 
 

@@ -170,9 +170,8 @@ def test_boxes_keep_the_decimals_of_the_file(tmp_path):
     """Whether an IoU on a threshold counts hangs on the last bit; float32 boxes would lose it."""
     rng = np.random.default_rng(0)
     boxes = [(10.1, 10.2, 100.3, 100.4), (120.17, 10.23, 131.71, 99.93)]
-    path = write_dataset(
-        tmp_path / "truth.json", [annotation(i, b) for i, b in enumerate(boxes, 1)]
-    )
+    objects = [annotation(i, box) for i, box in enumerate(boxes, start=1)]
+    path = write_dataset(tmp_path / "truth.json", objects)
     shares = np.arange(0.5, 1, 0.05)
     results = [result((x, y, w, h * s), rng.random()) for x, y, w, h in boxes for s in shares]
     scores = evaluate_proposals(load_ground_truth(path), results, kinds=("box",))

@@ -1,0 +1,161 @@
+"""Proposals for many images: which files, in which process, what is left to do, and what could not be read."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import torch
+from tqdm import tqdm
+
+from datasets.images import ImageError, list_images
+from pipeline import distributed
+from pipeline.files import atomic_path, write_json
+from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
+from pipeline.propose import ImageFile, Proposer, read_ahead
+from pipeline.visualize import draw_proposals
+
+MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
+
+
+@dataclass
+class Summary:
+    """What a run did: images done now and before, proposals in the store, messages on unreadable files."""
+
+    done: int = 0
+    done_before: int = 0
+    proposals: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def none_readable(self) -> bool:
+        """Whether there was something to do and nothing of it could be read."""
+        return bool(self.broken) and not self.done and not self.done_before
+
+
+def propose_images(proposer: Proposer, source: str | Path, output: str | Path, *, settings: dict,
+                   annotations: str | Path | None = None, draw: int = 0) -> Summary:  # fmt: skip
+    """Fills the proposal store `output` for a folder, file or glob, and writes proposals.json.
+
+    Args:
+        settings: what the proposals depend on; a store made with other settings is refused.
+        annotations: COCO json that gives the images' ids and which images to take.
+        draw: number of proposals to draw for each image, into `output/drawn`.
+
+    Raises:
+        ValueError: no images, a store made with other settings, annotations that are not COCO.
+    """
+    store = ProposalStore(output)
+    files = find_images(source, annotations)
+    if distributed.is_main():
+        store.open_for(settings)
+    distributed.barrier()
+    done = store.images()
+    left = [file for file in files if file.file_name not in done]
+    distributed.barrier()  # everyone has seen the same store before anyone adds to it
+    index, count = distributed.share()
+    made, broken = _propose_share(proposer, left[index::count], store, Path(output) / "drawn", draw)
+    shares = distributed.gather((made, broken))
+    summary = Summary(sum(s[0] for s in shares), len(files) - len(left), 0, [m for s in shares for m in s[1]])
+    if distributed.is_main():
+        _finish(store, summary, Path(output))
+    distributed.barrier()
+    return summary
+
+
+def find_images(source: str | Path, annotations: str | Path | None) -> list[ImageFile]:
+    """The images to propose for, with ids.
+
+    Ids come from the annotations, else from the file names when all of them are distinct numbers (as COCO's are), else
+    they count from 1. Names are relative to the folder that was given.
+    """
+    if annotations is not None:
+        return _annotated_images(Path(source), Path(annotations), source)
+    paths = list_images(source)
+    root = Path(source) if Path(source).is_dir() else _common_parent(paths)
+    numbers = [int(path.stem) if path.stem.isdecimal() else None for path in paths]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        numbers = list(range(1, len(paths) + 1))
+    return [ImageFile(n, path.relative_to(root).as_posix(), path) for n, path in zip(numbers, paths, strict=True)]
+
+
+def _common_parent(paths: list[Path]) -> Path:
+    parent = paths[0].parent
+    while not all(path.is_relative_to(parent) for path in paths):
+        parent = parent.parent
+    return parent
+
+
+def _annotated_images(source: Path, annotations: Path, pattern: str | Path) -> list[ImageFile]:
+    """With a folder, all images that the annotations list; with a file or glob, those of them that match it."""
+    listed = read_image_list(annotations)
+    if source.is_dir():
+        return [ImageFile(image["id"], image["file_name"], source / image["file_name"]) for image in listed]
+    by_name = {Path(image["file_name"]).name: image for image in listed}
+    found = [(by_name[path.name], path) for path in list_images(pattern) if path.name in by_name]
+    if not found:
+        raise ValueError(f"{pattern}: none of these images is listed in {annotations}")
+    return [ImageFile(image["id"], image["file_name"], path) for image, path in found]
+
+
+def read_image_list(annotations: Path) -> list[dict]:
+    """The "images" of a COCO json (test sets have no annotations).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not COCO.
+    """
+    if not annotations.is_file():
+        raise FileNotFoundError(f"annotations {annotations} do not exist")
+    try:
+        content = json.loads(annotations.read_text())
+    except ValueError as error:
+        raise ValueError(f"{annotations} is not JSON: {error}") from error
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not all(isinstance(i, dict) and {"id", "file_name"} <= i.keys() for i in images):
+        raise ValueError(f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"')
+    return images
+
+
+def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalStore, drawn: Path,
+                   draw: int) -> tuple[int, list[str]]:  # fmt: skip
+    pending: list[Proposals] = []
+    made, broken = 0, []
+    writer = distributed.share()[0]
+    progress = tqdm(read_ahead(files), total=len(files), unit="img", disable=not distributed.is_main())
+    try:
+        for file, image in progress:
+            if isinstance(image, ImageError):
+                broken.append(str(image))
+                progress.write(f"skipped: {image}")
+                continue
+            pending.append(proposer(image, image_id=file.image_id, file_name=file.file_name))
+            made += 1
+            if draw:
+                _draw(image, pending[-1], drawn / f"{file.file_name}.jpg", draw)
+            if len(pending) >= MAX_IMAGES_IN_SHARD or sum(map(len, pending)) >= MAX_ROWS:
+                store.write_shard(pending, writer=writer)
+                pending = []
+    finally:  # Ctrl-C keeps what is done
+        if pending:
+            store.write_shard(pending, writer=writer)
+    return made, broken
+
+
+def _draw(image, proposals: Proposals, path: Path, count: int) -> None:
+    picture = draw_proposals(image, proposals, count)
+    ok, data = cv2.imencode(".jpg", picture[..., ::-1])
+    assert ok
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def _finish(store: ProposalStore, summary: Summary, output: Path) -> None:
+    path, summary.proposals = store.write_results()
+    write_json(output / "broken.json", summary.broken)
+    write_json(output / "metrics.json", {"images": summary.done + summary.done_before, "broken": len(summary.broken),
+                                         "proposals": summary.proposals})  # fmt: skip
+    again = f" ({summary.done_before} were there already)" if summary.done_before else ""
+    print(f"{summary.done + summary.done_before} images{again}, {summary.proposals:,} proposals, "
+          f"{len(summary.broken)} files could not be read; results in {path}")  # fmt: skip
+    for message in summary.broken:
+        print(f"  not read: {message}")

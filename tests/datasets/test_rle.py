@@ -1,0 +1,61 @@
+"""Compressed counts: what is accepted decodes in pycocotools, the rest never gets there."""
+
+import numpy as np
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco_mask
+
+from datasets.rle import check_counts
+
+
+def decode_one(counts: bytes) -> list[int] | None:
+    """The runs of a string, number by number as the format's description has it; None if broken."""
+    runs: list[int] = []
+    value = digits = 0
+    for character in counts:
+        digit = character - 48
+        if not 0 <= digit <= 63 or digits == 7:
+            return None
+        value |= (digit & 31) << (5 * digits)
+        digits += 1
+        if not digit & 32:
+            if digit & 16:
+                value -= 1 << (5 * digits)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = digits = 0
+    return runs if runs and not digits and min(runs) >= 0 else None
+
+
+@given(st.lists(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2), elements=st.integers(0, 1))))
+def test_accepts_what_pycocotools_encodes(masks):
+    strings = [coco_mask.encode(np.asfortranarray(mask))["counts"] for mask in masks]
+    valid, areas, has_empty_run = check_counts(strings, np.array([m.size for m in masks], int))
+    assert valid.all() and not has_empty_run.any()
+    assert areas.tolist() == [mask.sum() for mask in masks]
+
+
+NEAR_VALID = st.lists(st.integers(46, 113), max_size=8).map(bytes) | st.binary(max_size=8)
+
+
+@given(st.lists(st.tuples(NEAR_VALID, st.integers(0, 40)), max_size=6))
+@example([(b"", 0), (b"4", 4), (b"\x80", 1), (b"P", 0), (b"oooooooo", 1), (b"34", 7)])
+def test_judges_any_bytes_as_the_format_does(cases):
+    strings = [counts for counts, _ in cases]
+    pixels = np.array([n for _, n in cases], np.int64)
+    valid, areas, has_empty_run = check_counts(strings, pixels)
+    for i, counts in enumerate(strings):
+        runs = decode_one(counts)
+        assert valid[i] == (runs is not None and sum(runs) == pixels[i])
+        if valid[i]:
+            assert areas[i] == sum(runs[1::2])
+            assert has_empty_run[i] == (0 in runs[1:])
+
+
+@given(st.lists(st.integers(0, 2**24), min_size=1, max_size=12))
+def test_long_runs(runs):
+    size = [1, max(sum(runs), 1)]
+    counts = coco_mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"]
+    valid, areas, _ = check_counts([counts], np.array([sum(runs)]))
+    assert valid[0] and areas[0] == sum(runs[1::2])
+    assert not check_counts([counts], np.array([sum(runs) + 1]))[0][0]
