@@ -4,7 +4,8 @@ Writes a synthetic json (118,287 images, 860,001 annotations, some 450 MB, kept 
 measures in fresh processes, in turn, and prints medians. Memory is what the process has grown by
 since its modules were imported. Then four data-loader workers, forked or spawned, touch every
 annotation; what they add is the proportional memory (PSS) of all processes, less the same for a
-tiny json, less what the annotations take in one process. Linux only; some ten minutes.
+tiny json, less what the annotations take in one process. Only anonymous and shared memory counts:
+pages of libraries come and go with what else runs. Linux only; some ten minutes.
 
     python benchmarks/annotations.py --work-dir /tmp/annotations --output annotations.json
 """
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,7 +40,6 @@ IMAGES, ANNOTATIONS = 118_287, 860_001  # instances_train2017.json
 CATEGORY_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 CROWD_SHARE = 0.012
 WORKERS = 4
-MEGABYTE = 2**20
 
 
 def write_synthetic_json(path: Path, *, images: int, annotations: int, seed: int = 0) -> None:
@@ -115,21 +116,32 @@ def _ring(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def measure_load(loader: str, path: str) -> dict[str, float]:
-    """Seconds, and growth of resident memory in MB: after the load, and at its peak."""
-    before = psutil.Process().memory_info().rss
-    begin = time.perf_counter()
+    """Seconds of a load; megabytes that it leaves resident, and that it needs at its peak."""
+    before, rss_before = resident_megabytes(), psutil.Process().memory_info().rss
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(None):  # pycocotools prints
         loaded = CocoInstances.load(path) if loader == "ours" else COCO(path)
-    seconds = time.perf_counter() - begin
-    after = psutil.Process().memory_info().rss
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    resident = resident_megabytes() - before
     del loaded
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024
+    peak = _kilobytes("/proc/self/status", "VmHWM") / 1024 - rss_before / 2**20
     return {
         "seconds": seconds,
-        "resident_mb": (after - before) / MEGABYTE,
-        "peak_mb": (peak - before) / MEGABYTE,
+        "cpu_seconds": cpu_seconds,
+        "resident_mb": resident,
+        "peak_mb": peak,
     }
+
+
+def resident_megabytes(pid: int | str = "self") -> float:
+    """A process's anonymous and shared memory; of what n processes map, an n-th."""
+    rollup = f"/proc/{pid}/smaps_rollup"
+    return (_kilobytes(rollup, "Pss_Anon") + _kilobytes(rollup, "Pss_Shmem")) / 1024
+
+
+def _kilobytes(file: str, name: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class TouchEverything(Dataset):
@@ -152,16 +164,17 @@ class TouchEverything(Dataset):
 
 
 def measure_workers(start: str, path: str) -> dict[str, float]:
-    """Proportional memory in MB of this process alone, and together with its four busy workers."""
+    """Megabytes of this process alone, and together with four workers that have read everything."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than CPUs
     dataset = TouchEverything(path)
-    alone = psutil.Process().memory_full_info().pss
+    alone = resident_megabytes()
     loader = DataLoader(dataset, batch_size=1, num_workers=WORKERS, persistent_workers=True,
                         multiprocessing_context=start)  # fmt: skip
     assert len(list(loader)) == WORKERS
     # Spawned workers have a helper process of multiprocessing beside them, in both measurements.
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    together = sum(process.memory_full_info().pss for process in processes)
-    return {"alone_mb": alone / MEGABYTE, "together_mb": together / MEGABYTE}
+    together = sum(resident_megabytes(process.pid) for process in processes)
+    return {"alone_mb": alone, "together_mb": together}
 
 
 def in_fresh_process(function: Callable[..., dict], *arguments: str) -> dict[str, float]:
@@ -237,7 +250,7 @@ def run(work_dir: Path, images: int, runs: int) -> dict:
         "json": {
             "images": images,
             "annotations": annotations,
-            "megabytes": round(path.stat().st_size / MEGABYTE),
+            "megabytes": round(path.stat().st_size / 2**20),
         },
         "runs": runs,
         "load": median_load(path, runs),

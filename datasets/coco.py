@@ -6,6 +6,7 @@ I: images, A: usable annotations, C: categories.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from datasets.coco_columns import (
     image_columns,
 )
 from datasets.json_arrays import read_arrays
+from datasets.rle import MAX_PIXELS
+
+FAR = 20  # times the image's longer side: what reaches so far out is a mistake
 
 
 class CocoInstances:
@@ -78,7 +82,8 @@ class CocoInstances:
         self.path = str(path)
         self._set_images(columns["images"].arrays())
         self._set_categories(columns["categories"].arrays())
-        self._set_annotations(columns["annotations"].arrays())
+        self._set_annotations(columns.pop("annotations").arrays())
+        _return_freed_memory()
         return self
 
     def _set_images(self, images: dict[str, np.ndarray]) -> None:
@@ -86,7 +91,15 @@ class CocoInstances:
         if not len(self.image_ids):
             raise ValueError(f'{self.path}: "images" is empty')
         _refuse_duplicates(self.path, "images", self.image_ids)
-        self.image_sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int32)
+        sizes = np.stack([images["height"], images["width"]], axis=1)
+        too_large = np.flatnonzero(sizes.prod(axis=1) > MAX_PIXELS)
+        if too_large.size:
+            height, width = sizes[too_large[0]]
+            raise ValueError(
+                f"{self.path}: images[{too_large[0]}] has {width} x {height} pixels, "
+                f"more than {MAX_PIXELS}"
+            )
+        self.image_sizes = sizes.astype(np.int32)
         self._name_bytes, self._name_starts = images["name_bytes"], _starts(images["name_length"])
 
     def _set_categories(self, categories: dict[str, np.ndarray]) -> None:
@@ -121,7 +134,7 @@ class CocoInstances:
         reason, sizes = columns["reason"].copy(), self.image_sizes[image]
         box, bounds = columns["box"], columns["bounds"]
         outside = ~(_overlaps(box, sizes) & _overlaps(bounds, sizes))
-        # So far out, a polygon is a mistake, and pycocotools would draw its edges all the way.
+        # pycocotools draws a polygon's edges all the way, in memory too.
         reach = np.abs(np.concatenate([box, bounds], axis=1)).max(axis=1)
         outside |= reach > FAR * sizes.max(axis=1)
         is_rle = columns["rle_length"] > 0
@@ -138,7 +151,7 @@ class CocoInstances:
     def _set_shapes(self, columns: dict, rows: np.ndarray) -> None:
         """Polygons and RLEs stay in the file's order; only where each begins is sorted."""
         first_ring, ring_start = _starts(columns["ring_count"]), _starts(columns["ring_size"])
-        self._first_ring, self._last_ring = first_ring[rows], first_ring[rows + 1]
+        self._first_ring, self._end_ring = first_ring[rows], first_ring[rows + 1]
         self._ring_starts, self._points = ring_start, columns["points"]
         rle_starts = _starts(columns["rle_length"])
         self._rle_start, self._rle_end = rle_starts[rows], rle_starts[rows + 1]
@@ -153,11 +166,14 @@ class CocoInstances:
         return _text(self._name_bytes, self._name_starts, i)
 
     def polygons(self, a: int) -> list[np.ndarray] | None:
-        """The rings of annotation a, each (n, 2) float32 in absolute pixels; None for an RLE."""
-        first, last = self._first_ring[a], self._last_ring[a]
-        if first == last:
+        """The rings of annotation a, each (n, 2) float32 in absolute pixels; None for an RLE.
+
+        Rings of one or two points, which enclose nothing, are not among them.
+        """
+        first, end = self._first_ring[a], self._end_ring[a]
+        if first == end:
             return None
-        starts = self._ring_starts[first : last + 1].tolist()
+        starts = self._ring_starts[first : end + 1].tolist()
         return [self._points[s:e].copy() for s, e in zip(starts, starts[1:], strict=False)]
 
     def rle(self, a: int) -> dict[str, Any]:
@@ -192,6 +208,7 @@ class CocoInstances:
                         tensor.share_memory_()
                     self._shared[name] = tensor
                     setattr(self, name, tensor.numpy())
+            _return_freed_memory()
         return {
             name: self._shared.get(name, value)
             for name, value in self.__dict__.items()
@@ -201,9 +218,6 @@ class CocoInstances:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value.numpy() if isinstance(value, torch.Tensor) else value)
-
-
-FAR = 20  # times the image's longer side
 
 
 def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -255,3 +269,9 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _return_freed_memory() -> None:
+    """To the system: glibc keeps 64 MB, and what lies below a block still in use."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems have no such call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

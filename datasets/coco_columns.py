@@ -11,7 +11,7 @@ import numpy as np
 from datasets import segmentations as seg
 
 INT64 = (-(2**63), 2**63 - 1)
-SIDE = (1, 2**31 - 1)  # of an image, in pixels
+SIDE = (1, 2**20)  # of an image, in pixels: OpenCV reads none longer
 _NAN = float("nan")
 
 Columns = dict[str, np.ndarray]
@@ -30,9 +30,11 @@ class Elements:
         return len(self.elements)
 
     def error(self, row: int, problem: str) -> ValueError:
+        """What is wrong with element `row` of the chunk, by its place in the file."""
         return ValueError(f"{self.path}: {self.array}[{self.first + row}] {problem}")
 
     def required(self, key: str) -> list:
+        """The n values of a key that every element must have."""
         try:
             return list(map(itemgetter(key), self.elements))
         except KeyError:
@@ -41,10 +43,11 @@ class Elements:
 
     def optional(self, key: str, default: object = None) -> list:
         """The values, with the default also for null."""
-        get = dict.get
-        return [
-            default if (value := get(element, key)) is None else value for element in self.elements
-        ]
+        try:
+            values = list(map(itemgetter(key), self.elements))
+        except KeyError:
+            values = [element.get(key) for element in self.elements]
+        return [default if value is None else value for value in values]
 
     def integers(self, key: str, limits: tuple[int, int] = INT64) -> np.ndarray:
         """(n,) int64; 3.0 passes for 3."""
@@ -90,7 +93,7 @@ def category_columns(elements: Elements) -> Columns:
 
 
 def annotation_columns(elements: Elements) -> Columns:
-    """`id`, `image_id`, `category_id`, `is_crowd`, `box` xyxy, and what `flatten_segmentations` has.
+    """`id`, `image_id`, `category_id`, `is_crowd`, `box` xyxy, and all of `flatten_segmentations`.
 
     Area and box are measured on the segmentation where the json has none.
     """
@@ -104,7 +107,8 @@ def annotation_columns(elements: Elements) -> Columns:
     boxes = elements.optional("bbox", [])
     given = np.array(list(map(bool, boxes)), bool)
     box = _numbers([box or [_NAN] * 4 for box in boxes], 4)
-    box[:, 2:] += box[:, :2]  # xywh to xyxy
+    with np.errstate(over="ignore"):
+        box[:, 2:] += box[:, :2]  # xywh to xyxy
     malformed = given & ~np.isfinite(box).all(axis=1)
     columns["reason"][malformed & (columns["reason"] == seg.USABLE)] = seg.MALFORMED_BOX
     columns["box"] = np.where(given[:, None], box, columns["bounds"])
@@ -114,7 +118,7 @@ def annotation_columns(elements: Elements) -> Columns:
 def _numbers(rows: list, width: int) -> np.ndarray:
     """(n, width) float64; NaN where a row is not a list of so many numbers."""
     try:
-        if all(type(row) is list and len(row) == width for row in rows):
+        if {*map(type, rows)} <= {list} and {*map(len, rows)} <= {width}:
             flat = chain.from_iterable(rows)
             return np.fromiter(flat, np.float64, len(rows) * width).reshape(-1, width)
     except (TypeError, ValueError, OverflowError):

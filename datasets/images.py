@@ -31,9 +31,8 @@ def read_image(path: str | Path) -> np.ndarray:
         ImageError: missing, unreadable, empty, truncated, or not an image.
     """
     try:
-        data = Path(
-            path
-        ).read_bytes()  # by Python: any file name, and errors with a reason
+        # By Python and not by cv2, for any file name, and errors with a reason.
+        data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not data:

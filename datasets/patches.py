@@ -140,7 +140,10 @@ class PatchDataset(Dataset):
         self.patches_per_image = patches_per_image
 
     def __getitem__(self, key: tuple[str, int, int]) -> dict:
-        kind, epoch, group = key
+        return self.load(*key)[0]
+
+    def load(self, kind: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
+        """The item of a key, and the patches that it was made of."""
         patches, image, broken = self._read_group(kind, epoch, group)
         pixels = np.stack([normalise(crop_patch(image, p, self.input_size)) for p in patches])
         item = {
@@ -155,7 +158,7 @@ class PatchDataset(Dataset):
             )
         else:
             item["labels"] = torch.tensor([p.label for p in patches], dtype=torch.float32)
-        return item
+        return item, patches
 
     def _read_group(
         self, kind: str, epoch: int, group: int

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_DIGITS = 7  # enough for any run in fewer than 2^31 pixels
+# With a seventh digit pycocotools shifts a negative number by more than its 32 bits, and decodes
+# another one, to beyond the end of the mask. Six digits are enough for any run in 2^29 pixels.
+MAX_DIGITS = 6
+MAX_PIXELS = 2**29
 
 
 def check_counts(strings: list[bytes], pixels: np.ndarray) -> tuple[np.ndarray, ...]:

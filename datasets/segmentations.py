@@ -10,13 +10,13 @@ from itertools import chain
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from datasets.rle import check_counts
+from datasets.rle import MAX_PIXELS, check_counts
 
 REASONS = (
     "",
     "outside the image",
     "zero area",
-    "RLE size differs from the image's",
+    "RLE size differs from the image",
     "broken RLE",
     "NaN or infinite number",
     "fewer than three points",
@@ -44,7 +44,6 @@ REASONS = (
 ) = range(len(REASONS))
 
 MIN_AREA = 1e-6  # square pixels; points on one line give some 1e-10 by rounding
-MAX_PIXELS = 2**31 - 1
 
 
 def flatten_segmentations(values: list) -> dict[str, np.ndarray]:
@@ -70,7 +69,7 @@ def flatten_segmentations(values: list) -> dict[str, np.ndarray]:
         "rle_length": np.zeros(n, np.int64),
     }
     for kind, flatten in ((list, _flatten_polygons), (dict, _flatten_rles)):
-        rows = [row for row, value in enumerate(values) if value and type(value) is kind]
+        rows = [row for row, value in enumerate(values) if type(value) is kind and value]
         per_annotation, blobs = flatten([values[row] for row in rows])
         for name, column in per_annotation.items():
             columns[name][rows] = column
@@ -118,8 +117,10 @@ def _flatten_wellformed_polygons(values: list[list]) -> tuple[dict, dict]:
     keep = (lengths >= 6) & (reason[owner] == USABLE)
     if not keep.all():
         numbers, owner, lengths = numbers[np.repeat(keep, lengths)], owner[keep], lengths[keep]
-    points, sizes = numbers.reshape(-1, 2), lengths // 2
-    bounds, area = _measure_polygons(points, sizes, owner, n)
+    sizes = lengths // 2
+    with np.errstate(over="ignore", invalid="ignore"):  # of 1e300, which is outside of any image
+        bounds, area = _measure_polygons(numbers.reshape(-1, 2), sizes, owner, n)
+        points = numbers.reshape(-1, 2).astype(np.float32)
     reason[(reason == USABLE) & (area < MIN_AREA)] = ZERO_AREA
     per_annotation = {
         "reason": reason,
@@ -127,11 +128,18 @@ def _flatten_wellformed_polygons(values: list[list]) -> tuple[dict, dict]:
         "area": area,
         "ring_count": np.bincount(owner, minlength=n),
     }
-    return per_annotation, {"ring_size": sizes, "points": points.astype(np.float32)}
+    return per_annotation, {"ring_size": sizes, "points": points}
 
 
-def _measure_polygons(points, sizes, owner, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (n, 4) and areas (n,) of the rings `owner` groups; zeros for who has no ring."""
+def _measure_polygons(
+    points: np.ndarray, sizes: np.ndarray, owner: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds (n, 4) xyxy and areas (n,) of annotations, from rings (R,) of points (P, 2).
+
+    Args:
+        sizes: (R,) points of each ring. owner: (R,) its annotation, ascending; who has no ring
+            gets zeros.
+    """
     bounds, area = np.zeros((n, 4)), np.zeros(n)
     if not len(sizes):
         return bounds, area

@@ -5,7 +5,6 @@ and files.
 """
 
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from datasets.files import write_atomically
 from datasets.shape_scenes import ShapeObject, render
 
 # With gaps, as COCO's are: whoever takes an id for an index fails here first.
@@ -72,7 +72,7 @@ def write_shapes(
     images.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset = {"info": info, **_write_images(images, num_images=num_images, seed=seed, split=split)}
-    _write_atomically(path, json.dumps(dataset).encode())
+    write_atomically(path, json.dumps(dataset).encode())
     return path
 
 
@@ -164,11 +164,4 @@ def _write_jpeg(path: Path, image: np.ndarray) -> None:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     encoded, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     assert encoded
-    _write_atomically(path, data.tobytes())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """So that no reader, and no second writer, meets half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_atomically(path, data.tobytes())

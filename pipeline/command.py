@@ -20,10 +20,17 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("MASKPATH_TRACEBACK"):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(_message(error).split()), file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted):
         sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    """What the error says; the system's own errors as file and reason, without a number."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,13 @@ values of a wrong type are errors.
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,8 +128,24 @@ class Config:
 
 
 CHOICES = {"optimiser": ("sgd", "adamw"), "schedule": ("steps", "cosine")}
-POSITIVE = ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "validate_every",
-            "validation_batches", "log_every", "num_proposals", "patch_size", "mask_size", "target_size")  # fmt: skip
+# What must hold of a value, in words and as a test, and of which keys. Checked when a config is read: a mistake in a
+# later stage's section shows before the first stage has been trained for days.
+CONDITIONS = (
+    ("greater than 0", lambda v: v > 0,
+     ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient", "validate_every",
+      "validation_batches", "log_every", "num_proposals", "patch_size", "mask_size", "target_size", "reduction",
+      "embedding", "score_hidden", "train_images", "val_images")),
+    ("at least 0", lambda v: v >= 0,
+     ("workers", "frozen_levels", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
+      "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area", "min_side",
+      "negative_distance", "negative_octaves")),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share")),
+    ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),
+    ("between 0 and 1", lambda v: 0 < v < 1, ("mask_threshold",)),
+    ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
+    ("MIN MAX with MIN <= MAX", lambda v: v[0] <= v[1], ("score_scales",)),
+    ("MIN MAX STEP with MIN <= MAX and STEP > 0", lambda v: v[0] <= v[1] and v[2] > 0, ("scales",)),
+)  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -156,12 +174,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"--set {override}: {_one_line(error)}") from error
         config = _merge(config, layer, source=f"--set {override}")
-    return _to_checked(config, source=f"config {path}")
+    return OmegaConf.to_object(config)
 
 
 def config_from_dict(values: dict, *, source: str) -> Config:
     """The config that a checkpoint carries; raises ValueError naming `source` when it is of another schema."""
-    return _to_checked(_merge(OmegaConf.structured(Config), OmegaConf.create(values), source=source), source=source)
+    return OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(values), source=source))
 
 
 def config_to_dict(config: Config) -> dict:
@@ -171,7 +189,8 @@ def config_to_dict(config: Config) -> dict:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.structured(config), temporary)
 
 
 def find_path(path: str, *, key: str) -> Path:
@@ -189,32 +208,36 @@ def find_path(path: str, *, key: str) -> Path:
 def _merge(config: DictConfig, layer: Any, *, source: str) -> DictConfig:
     try:
         _check_keys(OmegaConf.to_container(layer), Config, prefix="", source=source)
-        return OmegaConf.merge(config, layer)
+        config = OmegaConf.merge(config, layer)
+        _check_values(config, prefix="", source=source)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{source}: {getattr(error, 'full_key', '') or ''}: {_one_line(error)}") from error
+        place = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{source}: {place}{_one_line(error)}") from error
+    return config
 
 
 def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
-    """An unknown key is an error that says what was probably meant."""
+    """An unknown key is an error that says what was probably meant; so is a section or list of a wrong form."""
     known = {f.name: f for f in fields(schema)}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
             raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
-        inner = _dataclass_of(known[key].type)
-        if inner and isinstance(value, dict):
-            _check_keys(value, inner, prefix=f"{prefix}{key}.", source=source)
+        annotation = known[key].type
+        section = _dataclass_of(annotation)
+        if section and isinstance(value, dict):
+            _check_keys(value, section, prefix=f"{prefix}{key}.", source=source)
+        elif section and not isinstance(value, annotation):  # None where it is allowed
+            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}")
+        length = len(get_args(annotation))
+        if get_origin(annotation) is tuple and not (isinstance(value, list | tuple) and len(value) == length):
+            raise ValueError(f"{source}: {prefix}{key} must be a list of {length} values, got {value!r}")
 
 
 def _dataclass_of(annotation: Any) -> type | None:
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((c for c in candidates if is_dataclass(c)), None)
-
-
-def _to_checked(config: DictConfig, *, source: str) -> Config:
-    _check_values(config, prefix="", source=source)
-    return OmegaConf.to_object(config)
 
 
 def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
@@ -224,8 +247,9 @@ def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
             _check_values(value, prefix=f"{prefix}{key}.", source=source)
         elif key in CHOICES and value not in CHOICES[key]:
             raise ValueError(f"{source}: {prefix}{key} must be one of {', '.join(CHOICES[key])}, got {value!r}")
-        elif key in POSITIVE and not value > 0:
-            raise ValueError(f"{source}: {prefix}{key} must be greater than 0, got {value!r}")
+        for words, holds, keys in CONDITIONS:
+            if key in keys and value is not None and not holds(value):
+                raise ValueError(f"{source}: {prefix}{key} must be {words}, got {value!r}")
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from pipeline.config import Config, OptimConfig, config_to_dict
+from pipeline.config import Config, OptimConfig, config_to_dict, save_config
 from pipeline.files import atomic_path
 from pipeline.run_log import RunLog
 
@@ -56,7 +56,7 @@ def fit(stage: Stage, config: Config, output: Path, *, device: torch.device, res
     """Trains a stage; returns the best checkpoint's path.
 
     Args:
-        output: the run directory; gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+        output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
         resume: continue from `checkpoints/last.pt` if there is one.
 
     Raises:
@@ -89,6 +89,8 @@ class TrainingRun:
             raise ValueError(f"{self.output} already holds a run; add --resume to continue it, or choose another --output")
         if last.exists():
             self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
+        if distributed.is_main():  # from here on the directory is this run's
+            save_config(self.config, self.output / "config.yaml")
         self.log = RunLog(self.output, enabled=distributed.is_main(), resume_step=self.step if last.exists() else None)
         self.log.say(f"{self.stage.name}: step {self.step} of {self.total}, {_count(self.stage.model)}, on {self.device}")
 

@@ -1,11 +1,11 @@
 """Proposals for many images: which files, in which process, what is left to do, and what could not be read."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
-import torch
 from tqdm import tqdm
 
 from datasets.images import ImageError, list_images
@@ -45,6 +45,8 @@ def propose_images(proposer: Proposer, source: str | Path, output: str | Path, *
     Raises:
         ValueError: no images, a store made with other settings, annotations that are not COCO.
     """
+    if draw < 0:
+        raise ValueError(f"--draw must be at least 0, got {draw}")
     store = ProposalStore(output)
     files = find_images(source, annotations)
     if distributed.is_main():
@@ -70,7 +72,7 @@ def find_images(source: str | Path, annotations: str | Path | None) -> list[Imag
     they count from 1. Names are relative to the folder that was given.
     """
     if annotations is not None:
-        return _annotated_images(Path(source), Path(annotations), source)
+        return _annotated_images(source, Path(annotations))
     paths = list_images(source)
     root = Path(source) if Path(source).is_dir() else _common_parent(paths)
     numbers = [int(path.stem) if path.stem.isdecimal() else None for path in paths]
@@ -86,16 +88,25 @@ def _common_parent(paths: list[Path]) -> Path:
     return parent
 
 
-def _annotated_images(source: Path, annotations: Path, pattern: str | Path) -> list[ImageFile]:
+def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
     """With a folder, all images that the annotations list; with a file or glob, those of them that match it."""
-    listed = read_image_list(annotations)
-    if source.is_dir():
-        return [ImageFile(image["id"], image["file_name"], source / image["file_name"]) for image in listed]
-    by_name = {Path(image["file_name"]).name: image for image in listed}
-    found = [(by_name[path.name], path) for path in list_images(pattern) if path.name in by_name]
-    if not found:
-        raise ValueError(f"{pattern}: none of these images is listed in {annotations}")
-    return [ImageFile(image["id"], image["file_name"], path) for image, path in found]
+    listed = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
+    if Path(source).is_dir():
+        files = [ImageFile(image_id, name, Path(source) / name) for name, image_id in listed.items()]
+        if not any(file.path.is_file() for file in files):
+            raise ValueError(f"{source}: none of the {len(files)} images that {annotations} lists is there")
+        return files
+    found = [(_listed_name(path, listed), path) for path in list_images(source)]
+    files = [ImageFile(listed[name], name, path) for name, path in found if name is not None]
+    if not files:
+        raise ValueError(f"{source}: none of these images is listed in {annotations}")
+    return files
+
+
+def _listed_name(path: Path, listed: Collection[str]) -> str | None:
+    """The listed name that a path ends in; the longest, since several folders may have files of one name."""
+    parts = path.absolute().parts
+    return next((name for n in range(len(parts)) if (name := "/".join(parts[n:])) in listed), None)
 
 
 def read_image_list(annotations: Path) -> list[dict]:
@@ -111,9 +122,13 @@ def read_image_list(annotations: Path) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{annotations} is not JSON: {error}") from error
     images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(isinstance(i, dict) and {"id", "file_name"} <= i.keys() for i in images):
+    if not isinstance(images, list) or not all(map(_names_image, images)):
         raise ValueError(f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"')
     return images
+
+
+def _names_image(image: object) -> bool:
+    return isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
 
 
 def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalStore, drawn: Path,

@@ -52,7 +52,10 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     if not paths.annotations or not paths.images:
         raise ValueError(f"the config names no {split} data: set data.{split}.annotations and data.{split}.images")
     annotations = find_path(paths.annotations, key=f"data.{split}.annotations")
-    return CocoInstances.load(annotations), find_path(paths.images, key=f"data.{split}.images")
+    images = find_path(paths.images, key=f"data.{split}.images")
+    if not images.is_dir():
+        raise ValueError(f"data.{split}.images: {images} is not a folder")
+    return CocoInstances.load(annotations), images
 
 
 def sampling_rules(c: SamplingConfig) -> SamplingRules:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
-from pipeline.config import load_config, save_config
+from pipeline.config import load_config
 from pipeline.engine import fit
 from pipeline.stages import STAGES
 
@@ -32,9 +32,6 @@ def main() -> None:
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device:
         stage = STAGES[args.stage](config)
-        if distributed.is_main():
-            args.output.mkdir(parents=True, exist_ok=True)
-            save_config(config, args.output / "config.yaml")
         best = fit(stage, config, args.output, device=device, resume=args.resume)
         if distributed.is_main():
             print(f"best checkpoint: {best}")

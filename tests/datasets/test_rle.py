@@ -15,7 +15,7 @@ def decode_one(counts: bytes) -> list[int] | None:
     value = digits = 0
     for character in counts:
         digit = character - 48
-        if not 0 <= digit <= 63 or digits == 7:
+        if not 0 <= digit <= 63 or digits == 6:
             return None
         value |= (digit & 31) << (5 * digits)
         digits += 1
@@ -50,6 +50,17 @@ def test_judges_any_bytes_as_the_format_does(cases):
         if valid[i]:
             assert areas[i] == sum(runs[1::2])
             assert has_empty_run[i] == (0 in runs[1:])
+
+
+def test_a_difference_too_long_for_pycocotools():
+    """-1024 in seven digits, of which its C code makes -8: a mask longer than its memory."""
+    runs = [1, 2000, 5, 2000 - 1024]
+    start = coco_mask.frPyObjects({"size": [2006, 1], "counts": runs[:3]}, 2006, 1)["counts"]
+    strings = [start + number for number in (b"PPO", b"PPooO", b"PPoooO", b"PPooooO")]
+    valid, areas, _ = check_counts(strings, np.full(4, sum(runs)))
+    assert valid.tolist() == [True, True, True, False]
+    for counts, area in zip(strings[:3], areas[:3], strict=True):
+        assert coco_mask.area({"size": [sum(runs), 1], "counts": counts}) == area
 
 
 @given(st.lists(st.integers(0, 2**24), min_size=1, max_size=12))

@@ -1,0 +1,143 @@
+"""Scores as files and tables: metrics.json for programs, scores.txt for people."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.coco import CocoInstances
+from datasets.patch_sampler import PatchSampler
+from datasets.patches import PatchDataset
+from pipeline.coco_eval import ProposalScores, evaluate_proposals, load_ground_truth, rank_by_overlap
+from pipeline.files import atomic_path, write_json
+from pipeline.load import load_deepmask
+from pipeline.proposals import ProposalStore
+from pipeline.stages import VALIDATION_SEED, evaluate_patches, sampling_rules
+
+KINDS = ("box", "mask")
+
+
+def score_proposals(annotations: str | Path, results: str | Path, output: str | Path, *,
+                    perfect_ranking: bool = True) -> dict:  # fmt: skip
+    """AR of a proposal store or results file.
+
+    Writes metrics.json, curves.json, scores.txt and, if asked for, perfect_ranking.json: the AR that the same masks
+    would have in the best possible order.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        ValueError: files that do not exist or do not fit each other.
+    """
+    ground_truth = load_ground_truth(annotations)
+    proposals = read_results(results)
+    output = Path(output)
+    try:
+        scores = evaluate_proposals(ground_truth, proposals)
+        rows = {"as ranked": scores.metrics()}
+        if perfect_ranking:
+            rows["perfect ranking"] = perfect_metrics(ground_truth, proposals)
+            write_json(output / "perfect_ranking.json", rows["perfect ranking"])
+    except ValueError as error:
+        raise ValueError(f"{results}: {error}") from error
+    write_json(output / "metrics.json", scores.metrics())
+    write_json(output / "curves.json", curves(scores))
+    _write_table(output / "scores.txt", ar_table(rows))
+    return scores.metrics()
+
+
+def perfect_metrics(ground_truth, proposals: list[dict]) -> dict:
+    """The metrics of the same proposals when the ranking is perfect for each kind of overlap."""
+    metrics = {}
+    for kind in KINDS:
+        ranked = rank_by_overlap(ground_truth, proposals, kind)
+        metrics |= evaluate_proposals(ground_truth, ranked, kinds=(kind,)).metrics()
+    return metrics
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """COCO results of a proposal store or of a json file.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: neither of the two.
+    """
+    path = Path(path)
+    if path.is_dir():
+        store = ProposalStore(path)
+        if not store.shards():
+            raise ValueError(f"{path} is no proposal store: it holds no proposals-*.parquet")
+        return [result for proposals in store for result in proposals.results()]
+    if not path.is_file():
+        raise FileNotFoundError(f"results {path} do not exist")
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, list):
+        raise ValueError(f"{path} is not COCO results: it must be a list of results, not {type(results).__name__}")
+    return results
+
+
+def curves(scores: ProposalScores) -> dict:
+    """AR by number of proposals and recall by IoU, for plots."""
+    last = scores.counts[-1]
+    counts = np.unique(np.geomspace(1, last, 40).round().astype(int))
+    content = {"iou_thresholds": np.round(scores.iou_thresholds, 2).tolist(), "counts": counts.tolist()}
+    for kind, recall in scores.recall.items():
+        content[kind] = {
+            "recall_by_iou": {str(k): _no_nan(recall[:, k - 1, 0]) for k in scores.max_proposals},
+            "ar_by_count": _no_nan(scores.average_recall(kind)[counts - 1]),
+        }
+    return content
+
+
+def _no_nan(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(v) else float(v) for v in values]
+
+
+def ar_table(rows: dict[str, dict]) -> str:
+    """Metrics of one or more sets of proposals as text, in percent."""
+    names = list(next(iter(rows.values()))["mask"])
+    width = max(map(len, rows)) + 2
+    lines = ["average recall, percent".ljust(width + 7) + "  ".join(name.rjust(8) for name in map(_short, names))]
+    for kind in KINDS:
+        for label, metrics in rows.items():
+            values = (metrics[kind][name] for name in names)
+            cells = ("-" if value is None else f"{100 * value:.1f}" for value in values)
+            lines.append(f"{kind:5s}  {label.ljust(width + 16)}" + "  ".join(cell.rjust(8) for cell in cells))
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return name.replace("AR@1000/", "")
+
+
+def score_patches(annotations: str | Path, images: str | Path, checkpoint: str | Path, output: str | Path, *,
+                  batches: int = 64, workers: int = 2, device: str = "cpu") -> dict:  # fmt: skip
+    """Patch metrics of a checkpoint on patches drawn from a dataset as in training, the same ones every time.
+
+    Writes metrics.json and scores.txt; returns the metrics.
+    """
+    if batches < 2:
+        raise ValueError(f"--batches must be at least 2, one of each kind, got {batches}")
+    if not Path(images).is_dir():
+        raise FileNotFoundError(f"image folder {images} does not exist")
+    model, config = load_deepmask(checkpoint)
+    coco, c = CocoInstances.load(annotations), config.deepmask
+    sampler = PatchSampler(coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=VALIDATION_SEED)
+    data = PatchDataset(coco, images, sampler, patch_size=c.patch_size, context=c.context, target_size=c.target_size,
+                        patches_per_image=c.sampling.patches_per_image)  # fmt: skip
+    target = torch.device(device)
+    model.to(target, memory_format=torch.channels_last)
+    metrics = evaluate_patches(model, data, target, batches=batches, batch_size=c.optim.batch_size, workers=workers)
+    write_json(Path(output) / "metrics.json", metrics)
+    _write_table(Path(output) / "scores.txt", "\n".join(f"{name:16s} {value:.4f}" for name, value in metrics.items()))
+    return metrics
+
+
+def _write_table(path: Path, table: str) -> None:
+    print(table)
+    with atomic_path(path) as temporary:
+        temporary.write_text(table + "\n")

@@ -1,0 +1,79 @@
+"""A small synthetic dataset, a recipe for it, and a network trained on it for two steps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from datasets.shapes import write_shapes
+from pipeline.config import load_config
+from pipeline.engine import fit
+from pipeline.stages import DeepMaskStage
+
+TRAIN_IMAGES, VAL_IMAGES = 24, 8
+
+
+@pytest.fixture(scope="session")
+def shapes_directory(tmp_path_factory) -> Path:
+    """`annotations/instances_{train,val}.json` and `images/{train,val}`."""
+    directory = tmp_path_factory.mktemp("shapes")
+    write_shapes(directory, num_images=TRAIN_IMAGES, seed=0, split="train")
+    write_shapes(directory, num_images=VAL_IMAGES, seed=0, split="val")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(shapes_directory) -> dict:
+    """The values of `tiny_config`; copy before you change them."""
+    data = {
+        split: {
+            "annotations": str(shapes_directory / "annotations" / f"instances_{split}.json"),
+            "images": str(shapes_directory / "images" / split),
+        }
+        for split in ("train", "val")
+    }
+    return {
+        "data": {**data, "workers": 0},
+        "trunk": {"name": "tiny", "weights": None},
+        "deepmask": {
+            "patch_size": 96,
+            "context": 32,
+            "target_size": 48,
+            "mask_size": 14,
+            "reduction": 16,
+            "embedding": 32,
+            "score_hidden": 32,
+            "optim": {
+                "batch_size": 8,
+                "batches_per_epoch": 2,
+                "epochs": 1,
+                "validation_batches": 2,
+                "log_every": 1,
+            },
+        },
+        "propose": {"num_proposals": 50, "scales": [-1.0, 0.0, 0.5]},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_recipe, tmp_path_factory) -> Path:
+    """A recipe of one epoch of two minibatches; read it, do not change it."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config, tmp_path_factory) -> Path:
+    """The run directory of `tiny_config`; read it, do not change it."""
+    config = load_config(tiny_config)
+    output = tmp_path_factory.mktemp("run") / "deepmask"
+    fit(DeepMaskStage(config), config, output, device=torch.device("cpu"))
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_run) -> Path:
+    """The trained network's checkpoint; read it, do not change it."""
+    return tiny_run / "checkpoints" / "best.pt"

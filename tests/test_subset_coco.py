@@ -1,0 +1,167 @@
+"""A small dataset out of a large one."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.coco import CocoInstances
+from datasets.subset import choose_images, cut_subset
+
+
+@pytest.fixture
+def large(shapes_directory, tmp_path) -> tuple[Path, Path]:
+    """Annotations and image folder, with what a subset has to carry over."""
+    content = json.loads((shapes_directory / "annotations" / "instances_train.json").read_bytes())
+    content["licenses"] = [{"id": 4, "name": "as is"}]
+    content["categories"].append({"id": 90, "name": "never seen"})
+    crowd = {"size": [10, 10], "counts": [0, 100]}  # of another size than the image: unusable
+    for image in content["images"]:
+        content["annotations"].append(
+            {"id": 1000 + image["id"], "image_id": image["id"], "category_id": 1, "iscrowd": 1,
+             "segmentation": crowd, "area": 100, "bbox": [0, 0, 10, 10]}
+        )  # fmt: skip
+    annotations = tmp_path / "large.json"
+    annotations.write_text(json.dumps(content))
+    images = tmp_path / "large"
+    shutil.copytree(shapes_directory / "images" / "train", images)
+    return annotations, images
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_bytes())
+
+
+def test_everything_about_the_chosen_images_is_kept(large, tmp_path):
+    annotations, images = large
+    path, broken = cut_subset(annotations, images, tmp_path / "mini", num_images=7, split="small")
+    assert path == tmp_path / "mini" / "annotations" / "instances_small.json" and broken == []
+    whole, small = read(annotations), read(path)
+    ids = {image["id"] for image in small["images"]}
+    assert len(small["images"]) == len(ids) == 7
+    for name in ("info", "licenses", "categories"):
+        assert small[name] == whole[name]
+    assert small["images"] == [image for image in whole["images"] if image["id"] in ids]
+    assert small["annotations"] == [a for a in whole["annotations"] if a["image_id"] in ids]
+    copies = sorted(p for p in (tmp_path / "mini" / "images" / "small").rglob("*") if p.is_file())
+    assert [p.name for p in copies] == sorted(image["file_name"] for image in small["images"])
+    assert all(p.read_bytes() == (images / p.name).read_bytes() for p in copies)
+
+
+def test_the_choice_depends_on_the_seed_alone(large, tmp_path):
+    def names(output: str, seed: int) -> list[str]:
+        path, _ = cut_subset(*large, tmp_path / output, num_images=6, seed=seed)
+        return [image["file_name"] for image in read(path)["images"]]
+
+    first = names("a", 0)
+    assert names("b", 0) == first
+    assert any(names(f"other{seed}", seed) != first for seed in (1, 2, 3))
+
+
+def test_missing_and_broken_images_are_named_and_replaced(large, tmp_path):
+    annotations, images = large
+    files = sorted(images.iterdir())
+    for file in files[:8]:
+        file.unlink()
+    for file in files[8:14]:
+        file.write_bytes(file.read_bytes()[:500])
+    path, broken = cut_subset(annotations, images, tmp_path / "mini", num_images=10)
+    chosen = {image["file_name"] for image in read(path)["images"]}
+    assert chosen == {file.name for file in files[14:]}  # the only ten that are left
+    assert len(broken) == len(set(broken)) > 0
+    assert all(any(f.name in message for f in files[:14]) for message in broken)
+
+
+def test_subfolders_in_file_names_are_kept(large, tmp_path):
+    annotations, images = large
+    content = read(annotations)
+    for number, image in enumerate(content["images"]):
+        folder = f"part{number % 2}/deep"
+        (images / folder).mkdir(parents=True, exist_ok=True)
+        (images / image["file_name"]).rename(images / folder / image["file_name"])
+        image["file_name"] = f"{folder}/{image['file_name']}"
+    annotations.write_text(json.dumps(content))
+    path, broken = cut_subset(annotations, images, tmp_path / "mini", num_images=5)
+    assert broken == []
+    for image in read(path)["images"]:
+        assert (tmp_path / "mini" / "images" / "train" / image["file_name"]).is_file()
+
+
+def test_nothing_outside_of_the_output_is_written(large, tmp_path):
+    annotations, images = large
+    content = read(annotations)
+    for image in content["images"]:
+        image["file_name"] = f"../{images.name}/{image['file_name']}"
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="leads out of the image folder"):
+        cut_subset(annotations, images, tmp_path / "mini", num_images=5)
+
+
+def test_a_json_that_is_there_is_kept(large, tmp_path):
+    path, _ = cut_subset(*large, tmp_path / "mini", num_images=2)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="instances_train.json is there already"):
+        cut_subset(*large, tmp_path / "mini", num_images=3)
+    assert path.read_bytes() == before
+    assert cut_subset(*large, tmp_path / "mini", num_images=3, split="val")[0].is_file()
+
+
+def test_too_few_readable_images_leave_no_json(large, tmp_path):
+    annotations, images = large
+    for file in sorted(images.iterdir())[4:]:
+        file.unlink()
+    with pytest.raises(ValueError, match="only 4 of the 5 images") as error:
+        cut_subset(annotations, images, tmp_path / "mini", num_images=5)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "mini").rglob("*.json"))
+
+
+def coco_of(shown: list[set[int]], categories: int) -> CocoInstances:
+    """A dataset in which image i shows the categories `shown[i]`."""
+    coco = CocoInstances()
+    pairs = [(image, category) for image, found in enumerate(shown) for category in sorted(found)]
+    coco.image_ids, coco.category_ids = np.arange(len(shown)), np.arange(categories)
+    coco.image_index = np.array([image for image, _ in pairs], np.int32)
+    coco.category_index = np.array([category for _, category in pairs], np.int32)
+    coco.is_crowd = np.zeros(len(pairs), bool)
+    return coco
+
+
+shown_categories = st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(
+    shown=shown_categories,
+    share=st.floats(0, 1),
+    refused=st.sets(st.integers(0, 29)),
+    seed=st.integers(0, 99),
+)
+def test_as_many_images_as_can_be_had_and_none_twice(shown, share, refused, seed):
+    wanted = max(1, round(share * len(shown)))
+    asked = []
+
+    def accept(row: int) -> bool:
+        asked.append(row)
+        return row not in refused
+
+    rows = choose_images(coco_of(shown, 6), wanted, seed=seed, accept=accept)
+    assert len(set(asked)) == len(asked)
+    assert rows == sorted(set(asked) - refused)
+    assert len(rows) == min(wanted, len(set(range(len(shown))) - refused))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000))
+def test_rare_categories_are_covered(seed):
+    """Nine of ten categories are in two of 500 images each; in 24 images chance finds one."""
+    shown = [{1 + number // 2} if number < 18 else {0} for number in range(500)]
+    rows = choose_images(coco_of(shown, 10), 24, seed=seed, accept=lambda row: True)
+    found = Counter(category for row in rows for category in shown[row])
+    assert set(found) == set(range(10))
+    assert found[0] >= 8  # most of the half that is drawn from all

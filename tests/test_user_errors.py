@@ -1,0 +1,340 @@
+"""A user's mistake is one line on stderr that names the file, key or value, and exit status 2."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline.command import run_tool
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory, shapes_directory, tiny_recipe, tiny_checkpoint) -> Path:
+    """A folder of files with something wrong about each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    write_configs(folder, tiny_recipe)
+    write_annotations(folder, shapes_directory)
+    write_checkpoints(folder, tiny_checkpoint)
+    write_results(folder, shapes_directory)
+    (folder / "empty").mkdir()
+    (folder / "broken_images").mkdir()
+    names = [f"{number:06d}.jpg" for number in range(1, 25)]
+    for name in names:
+        (folder / "broken_images" / name).write_text("no JPEG")
+    (folder / "store").mkdir()
+    (folder / "store" / "settings.json").write_text(json.dumps({"num_proposals": 7}))
+    return folder
+
+
+def write_configs(folder: Path, recipe: dict) -> None:
+    texts = {
+        "key": yaml.safe_dump({**recipe, "dropout": 0.1}),
+        "nested_key": yaml.safe_dump({**recipe, "deepmask": {"optim": {"learning_rate": 0.1}}}),
+        "type": yaml.safe_dump({**recipe, "trunk": {"frozen_levels": "two"}}),
+        "section": yaml.safe_dump({**recipe, "trunk": "resnet50"}),
+        "syntax": "trunk: {name: tiny\ndata:\n",
+        "list": "- trunk\n- data\n",
+        "twice": "seed: 1\nseed: 2\n",
+        "no_data": yaml.safe_dump({"trunk": recipe["trunk"]}),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def write_annotations(folder: Path, shapes_directory: Path) -> None:
+    whole = (shapes_directory / "annotations" / "instances_train.json").read_text()
+    content = json.loads(whole)
+    contents = {
+        "no_coco.json": {"shapes": [1, 2, 3]},
+        "no_size.json": {**content, "images": [{"id": 1, "file_name": "a.jpg"}]},
+        "no_images.json": {**content, "images": []},
+        "unusable.json": {
+            **content,
+            "annotations": [{**a, "segmentation": [[1, 2, 3]]} for a in content["annotations"]],
+        },
+        "other_names.json": {
+            **content,
+            "images": [{**i, "file_name": "no" + i["file_name"]} for i in content["images"]],
+        },
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "truncated.json").write_text(whole[: len(whole) // 2])
+
+
+def write_checkpoints(folder: Path, checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    resnet = {**content["config"], "trunk": {**content["config"]["trunk"], "name": "resnet18"}}
+    contents = {
+        "foreign.pt": {"layer.weight": torch.zeros(2)},
+        "sharpmask.pt": {**content, "stage": "sharpmask"},
+        "resnet.pt": {**content, "config": resnet},
+        "schema.pt": {**content, "config": {**content["config"], "zoom": 2}},
+    }
+    for name, value in contents.items():
+        torch.save(value, folder / name)
+    (folder / "text.pt").write_text("no checkpoint")
+    (folder / "truncated.pt").write_bytes(checkpoint.read_bytes()[:5000])
+
+
+def write_results(folder: Path, shapes_directory: Path) -> None:
+    images = json.loads((shapes_directory / "annotations" / "instances_val.json").read_text())
+    size = [images["images"][0]["height"], images["images"][0]["width"]]
+    result = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [0, 0, 10, 10]}
+    contents = {
+        "no_list.json": {"results": [result]},
+        "unknown_image.json": [{**result, "image_id": 4711}],
+        "no_score.json": [{key: result[key] for key in ("image_id", "bbox")}],
+        "mask_size.json": [{**result, "segmentation": {"size": [5, 5], "counts": "I0"}}],
+        "mask_runs.json": [{**result, "segmentation": {"size": size, "counts": "I0"}}],
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+
+
+@pytest.fixture
+def fill(wrong, shapes_directory, tiny_config, tiny_run, tmp_path) -> Callable[[str], list[str]]:
+    """The arguments of a command line that names right and wrong files by {placeholders}."""
+    places = {
+        "wrong": wrong,
+        "config": tiny_config,
+        "run": tiny_run,
+        "checkpoint": tiny_run / "checkpoints" / "best.pt",
+        "annotations": shapes_directory / "annotations" / "instances_val.json",
+        "images": shapes_directory / "images" / "val",
+        "out": tmp_path / "out",
+    }
+    return lambda command: [argument.format(**places) for argument in command.split()]
+
+
+TRAIN = "train_stage --stage deepmask --device cpu --output {out} "
+SET = TRAIN + "--config {config} --set "
+PROPOSE = "propose --device cpu --output {out} "
+GOOD = "--checkpoint {checkpoint} --images {images} "
+AR = "score_coco proposals --output {out} "
+PATCHES = "score_coco patches --device cpu --workers 0 --output {out} "
+SHEET = "show_patches --output {out}.png "
+SUBSET = "subset_coco --output {out} --annotations {annotations} --images {images} "
+ALL = "run_pipeline --device cpu --output {out} "
+
+# What is wrong: a command line, and what the error line has to name.
+MISTAKES = {
+    # configs
+    "config missing": (TRAIN + "--config nowhere.yaml", "nowhere.yaml does not exist"),
+    "config unknown key": (TRAIN + "--config {wrong}/key.yaml", "key.yaml: unknown key dropout"),
+    "config unknown nested key": (
+        TRAIN + "--config {wrong}/nested_key.yaml",
+        "nested_key.yaml: unknown key deepmask.optim.learning_rate",
+    ),
+    "config wrong type": (TRAIN + "--config {wrong}/type.yaml", "trunk.frozen_levels: 'two'"),
+    "config value for a section": (TRAIN + "--config {wrong}/section.yaml", "trunk 'resnet50'"),
+    "config not YAML": (TRAIN + "--config {wrong}/syntax.yaml", "syntax.yaml not YAML line"),
+    "config a list": (TRAIN + "--config {wrong}/list.yaml", "list.yaml mapping"),
+    "config key twice": (TRAIN + "--config {wrong}/twice.yaml", "twice.yaml duplicate seed"),
+    "config a folder": (TRAIN + "--config {wrong}", "{wrong}"),
+    "config without data": (TRAIN + "--config {wrong}/no_data.yaml", "data.train.annotations"),
+    "config is a checkpoint": (TRAIN + "--config {checkpoint}", "best.pt not YAML"),
+    # --set
+    "set unknown key": (SET + "deepmask.optim.lrr=1", "--set deepmask.optim.lrr mean deepmask.optim.lr?"),
+    "set no value": (SET + "deepmask.optim.lr", "--set deepmask.optim.lr key=value"),
+    "set wrong type": (SET + "deepmask.optim.lr=fast", "deepmask.optim.lr: 'fast'"),
+    "set not YAML": (SET + "trunk.name=[", "--set trunk.name=["),
+    "set interpolation": (SET + "seed=${{nothing}}", "seed: 'nothing'"),
+    "set zero batch": (SET + "deepmask.optim.batch_size=0", "deepmask.optim.batch_size 0"),
+    "set dropout 1": (SET + "deepmask.dropout=1", "deepmask.dropout 1"),
+    "set negative seed": (SET + "seed=-1", "seed -1"),
+    "set not a choice": (SET + "deepmask.optim.optimiser=adam", "sgd adamw 'adam'"),
+    "set two scales": (SET + "propose.scales=[-1,1]", "propose.scales [-1, 1]"),
+    "set scales MIN > MAX": (SET + "propose.scales=[1,0,0.5]", "propose.scales MIN 1.0"),
+    "set patch size": (SET + "deepmask.patch_size=100", "patch_size 16 100"),
+    "set context": (SET + "deepmask.context=20", "context 32 20"),
+    "set batch not divisible": (
+        SET + "deepmask.sampling.patches_per_image=3",
+        "deepmask.optim.batch_size 8 patches_per_image 3",
+    ),
+    "set unknown trunk": (SET + "trunk.name=resnet19", "resnet19 resnet18"),
+    "set weights for tiny": (SET + "trunk.weights=imagenet", "tiny weights 'imagenet'"),
+    # weights
+    "weights missing": (SET + "trunk.weights=nowhere.pth", "trunk.weights nowhere.pth"),
+    "weights of another trunk": (
+        SET + "trunk.name=resnet18 trunk.weights={checkpoint}",
+        "best.pt missing conv1.weight unexpected",
+    ),
+    "weights not torch": (SET + "trunk.name=resnet18 trunk.weights={wrong}/text.pt", "text.pt"),
+    # training data
+    "annotations missing": (SET + "data.train.annotations=no.json", "data.train.annotations no.json"),
+    "annotations a folder": (SET + "data.val.annotations={wrong}", "{wrong} folder"),
+    "annotations not COCO": (SET + "data.val.annotations={wrong}/no_coco.json", 'no_coco.json "images"'),
+    "annotations truncated": (
+        SET + "data.train.annotations={wrong}/truncated.json",
+        "truncated.json not valid JSON line",
+    ),
+    "annotations are a config": (SET + "data.train.annotations={config}", "tiny.yaml not valid JSON"),
+    "annotations without sizes": (
+        SET + "data.train.annotations={wrong}/no_size.json",
+        'no_size.json images[0] "height"',
+    ),
+    "annotations without images": (
+        SET + "data.train.annotations={wrong}/no_images.json",
+        'no_images.json "images" empty',
+    ),
+    "annotations unusable": (
+        SET + "data.train.annotations={wrong}/unusable.json",
+        "unusable.json no annotation",
+    ),
+    "image folder missing": (SET + "data.train.images=nowhere", "data.train.images nowhere"),
+    "image folder is a file": (SET + "data.train.images={annotations}", "data.train.images instances_val.json"),
+    "images broken": (SET + "data.train.images={wrong}/broken_images", "data.max_broken_share broken_images"),
+    "images not in the folder": (SET + "data.train.images={wrong}/empty", "data.max_broken_share .jpg"),
+    # runs
+    "stage unknown": ("train_stage --stage deepmsk --config {config} --output {out}", "deepmsk"),
+    "device unknown": (SET + "seed=1 --device gpu", "'gpu' cpu"),
+    "run there already": (TRAIN.replace("{out}", "{run}") + "--config {config}", "{run} --resume"),
+    "resume with another seed": (
+        SET.replace("{out}", "{run}") + "seed=5 --resume",
+        "last.pt seed 0 5",
+    ),
+    "resume with another network": (
+        SET.replace("{out}", "{run}") + "deepmask.embedding=16 --resume",
+        "last.pt tail.2.weight",
+    ),
+    "resume with another optimiser": (
+        SET.replace("{out}", "{run}") + "trunk.frozen_levels=2 --resume",
+        "last.pt optimiser",
+    ),
+    "output below a file": (TRAIN.replace("{out}", "{config}/x") + "--config {config}", "tiny.yaml/x"),
+    # propose
+    "checkpoint missing": (PROPOSE + "--images {images} --checkpoint nowhere.pt", "nowhere.pt"),
+    "checkpoint text": (PROPOSE + "--images {images} --checkpoint {wrong}/text.pt", "text.pt"),
+    "checkpoint truncated": (PROPOSE + "--images {images} --checkpoint {wrong}/truncated.pt", "truncated.pt"),
+    "checkpoint foreign": (PROPOSE + "--images {images} --checkpoint {wrong}/foreign.pt", "foreign.pt stage"),
+    "checkpoint of another stage": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/sharpmask.pt",
+        "sharpmask.pt sharpmask deepmask",
+    ),
+    "checkpoint of another trunk": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/resnet.pt",
+        "resnet.pt missing trunk.levels",
+    ),
+    "checkpoint of another version": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/schema.pt",
+        "schema.pt unknown key zoom",
+    ),
+    "no such images": (PROPOSE + "--checkpoint {checkpoint} --images nowhere", "nowhere"),
+    "empty folder": (PROPOSE + "--checkpoint {checkpoint} --images {wrong}/empty", "{wrong}/empty no image"),
+    "glob without a match": (PROPOSE + "--checkpoint {checkpoint} --images {images}/*.webp", "*.webp"),
+    "no proposals": (PROPOSE + GOOD + "--num-proposals 0", "--num-proposals 0"),
+    "scales MIN > MAX": (PROPOSE + GOOD + "--scales 1 0 0.5", "MIN 1 0 0.5"),
+    "scales without end": (PROPOSE + GOOD + "--scales 0 1 0", "STEP 0 1 0"),
+    "negative draw": (PROPOSE + GOOD + "--draw -1", "--draw -1"),
+    "ids not COCO": (PROPOSE + GOOD + "--annotations {wrong}/no_coco.json", 'no_coco.json "images"'),
+    "ids truncated": (PROPOSE + GOOD + "--annotations {wrong}/truncated.json", "truncated.json JSON"),
+    "ids missing": (PROPOSE + GOOD + "--annotations nowhere.json", "nowhere.json"),
+    "ids of other images": (
+        PROPOSE + "--checkpoint {checkpoint} --images {images}/*.jpg --annotations {wrong}/other_names.json",
+        "*.jpg other_names.json",
+    ),
+    "ids of no image of the folder": (
+        PROPOSE + GOOD + "--annotations {wrong}/other_names.json",
+        "{images} other_names.json",
+    ),
+    "store of other settings": (
+        PROPOSE.replace("{out}", "{wrong}/store") + GOOD,
+        "store num_proposals 7 -> 50",
+    ),
+    # score_coco
+    "results missing": (AR + "--annotations {annotations} --results nowhere.json", "nowhere.json"),
+    "results no list": (AR + "--annotations {annotations} --results {wrong}/no_list.json", "no_list.json list dict"),
+    "results not JSON": (AR + "--annotations {annotations} --results {wrong}/text.pt", "text.pt JSON"),
+    "results no store": (AR + "--annotations {annotations} --results {wrong}/empty", "{wrong}/empty store"),
+    "results of unknown images": (
+        AR + "--annotations {annotations} --results {wrong}/unknown_image.json",
+        "unknown_image.json 4711",
+    ),
+    "results without scores": (
+        AR + "--annotations {annotations} --results {wrong}/no_score.json",
+        "no_score.json results[0] score",
+    ),
+    "results of another size": (
+        AR + "--annotations {annotations} --results {wrong}/mask_size.json",
+        "mask_size.json results[0] [5, 5]",
+    ),
+    "results with broken masks": (
+        AR + "--annotations {annotations} --results {wrong}/mask_runs.json",
+        "mask_runs.json results[0] runs",
+    ),
+    "scores against no COCO": (AR + "--annotations {wrong}/no_coco.json --results {out}", "no_coco.json"),
+    "scores against nothing": (AR + "--annotations nowhere.json --results {out}", "nowhere.json"),
+    "patches from nowhere": (
+        PATCHES + "--annotations {annotations} --images nowhere --checkpoint {checkpoint}",
+        "nowhere",
+    ),
+    "patches of one kind": (
+        PATCHES + "--annotations {annotations} --batches 1 " + GOOD,
+        "--batches 1",
+    ),
+    "patches unreadable": (
+        PATCHES + "--annotations {annotations} --images {wrong}/broken_images --checkpoint {checkpoint}",
+        "broken_images",
+    ),
+    # show_patches
+    "sheet of nothing": (SHEET + "--config {config} --count 0", "--count 0"),
+    "sheet with a negative seed": (SHEET + "--config {config} --seed -3", "-3"),
+    "sheet of broken images": (
+        SHEET + "--config {config} --set data.train.images={wrong}/broken_images",
+        "broken_images",
+    ),
+    # subset_coco
+    "subset of too many": (SUBSET + "--num-images 1000", "1000 instances_val.json 8"),
+    "subset of none": (SUBSET + "--num-images 0", "0"),
+    "subset negative seed": (SUBSET + "--num-images 2 --seed -1", "seed -1"),
+    "subset without images": (SUBSET + "--num-images 2 --images nowhere", "nowhere"),
+    "subset of an empty folder": (SUBSET + "--num-images 2 --images {wrong}/empty", "{wrong}/empty 0 of the 2"),
+    "subset of no COCO": (SUBSET + "--num-images 2 --annotations {wrong}/no_coco.json", "no_coco.json"),
+    "subset of nothing": (SUBSET + "--num-images 2 --annotations nowhere.json", "nowhere.json"),
+    # run_pipeline
+    "pipeline unknown key": (ALL + "--config {wrong}/key.yaml", "key.yaml dropout"),
+    "pipeline without data": (ALL + "--config {wrong}/no_data.yaml", "data.train.annotations"),
+}  # fmt: skip
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def error_line(stderr: str) -> str:
+    """The one line of the error; argparse prints its usage before it."""
+    assert "Traceback" not in stderr
+    before, mark, line = stderr.rpartition("error: ")
+    assert mark and line.endswith("\n") and line.count("\n") == 1
+    usage = before.startswith("usage:")
+    assert usage or before == "", f"more than one line: {stderr!r}"
+    return line
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line(mistake, fill, monkeypatch, capsys, tmp_path):
+    command, named = MISTAKES[mistake]
+    name, *arguments = fill(command)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run_tool(load_tool(name).main)
+    line = error_line(capsys.readouterr().err)
+    print(mistake, "|", line)
+    assert exit.value.code == 2
+    for part in fill(named):
+        assert part in line
