@@ -29,7 +29,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
 def _message(error: Exception) -> str:
     """What the error says; the system's own errors as file and reason, without a number."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename2 or error.filename}: {error.strerror}"  # the second: of a renaming
     return str(error)
 
 

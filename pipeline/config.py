@@ -6,6 +6,7 @@ values of a wrong type are errors.
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -136,15 +137,18 @@ CONDITIONS = (
       "validation_batches", "log_every", "num_proposals", "patch_size", "mask_size", "target_size", "reduction",
       "embedding", "score_hidden", "train_images", "val_images")),
     ("at least 0", lambda v: v >= 0,
-     ("workers", "frozen_levels", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
+     ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area", "min_side",
       "negative_distance", "negative_octaves")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share")),
     ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),
     ("between 0 and 1", lambda v: 0 < v < 1, ("mask_threshold",)),
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
-    ("MIN MAX with MIN <= MAX", lambda v: v[0] <= v[1], ("score_scales",)),
-    ("MIN MAX STEP with MIN <= MAX and STEP > 0", lambda v: v[0] <= v[1] and v[2] > 0, ("scales",)),
+    ("from 0 to 4", lambda v: 0 <= v <= 4, ("frozen_levels",)),
+    ("MIN MAX with MIN <= MAX", lambda v: -math.inf < v[0] <= v[1] < math.inf, ("score_scales",)),
+    ("MIN MAX STEP with MIN <= MAX and STEP > 0", lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0,
+     ("scales",)),
+    ("epochs with factors > 0", lambda v: all(k >= 0 and factor > 0 for k, factor in v.items()), ("lr_drops",)),
 )  # fmt: skip
 
 

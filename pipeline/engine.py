@@ -133,11 +133,12 @@ class TrainingRun:
         return {name: value.detach() for name, value in losses.items()}
 
     def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
         path = self.output / f"non_finite_batch_{self.step}_rank{distributed.share()[0]}.pt"
         with atomic_path(path) as temporary:
-            torch.save({"step": self.step, "batch": batch, "losses": {k: float(v) for k, v in losses.items()}}, temporary)
-        values = ", ".join(f"{k} {float(v):g}" for k, v in losses.items())
-        raise FloatingPointError(f"loss is not finite at step {self.step} ({values}); the minibatch is in {path}; "
+            torch.save({"step": self.step, "batch": batch, "losses": values}, temporary)
+        words = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise FloatingPointError(f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
                                  f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
                                  f"a lower {self.stage.name}.optim.lr usually helps")  # fmt: skip
 

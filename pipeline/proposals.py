@@ -8,6 +8,7 @@ into one store.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,10 @@ class ProposalStore:
         if not path.exists():
             write_json(path, settings)
             return
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is not of a proposal store; choose another --output") from None
         changed = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
         if changed:
             raise ValueError(f"{self.directory} holds proposals made with other settings ({', '.join(changed)}); "
@@ -91,8 +95,10 @@ class ProposalStore:
         """The images that are done: file name to {"id", "file_name", "height", "width"}."""
         covered = {}
         for shard in self.shards():
-            for image in json.loads(pq.read_schema(shard).metadata[FILES_KEY]):
-                covered[image["file_name"]] = image
+            metadata = pq.read_schema(shard).metadata or {}
+            if FILES_KEY not in metadata:
+                raise ValueError(f"{shard} is not a shard of a proposal store; choose another --output")
+            covered |= {image["file_name"]: image for image in json.loads(metadata[FILES_KEY])}
         return covered
 
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
@@ -112,8 +118,8 @@ class ProposalStore:
         """The proposals image by image; images without a proposal are left out."""
         for table in self.read():
             ids = table["image_id"].to_numpy()
-            starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1)) if len(ids) else []
-            for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+            for start, stop in pairwise(bounds if len(ids) else []):
                 yield _from_table(table.slice(start, stop - start))
 
     def write_results(self) -> tuple[Path, int]:

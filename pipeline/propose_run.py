@@ -1,20 +1,24 @@
 """Proposals for many images: which files, in which process, what is left to do, and what could not be read."""
 
+import itertools
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
+import numpy as np
 from tqdm import tqdm
 
-from datasets.images import ImageError, list_images
+from datasets.images import ImageError, list_images, read_image
 from pipeline import distributed
 from pipeline.files import atomic_path, write_json
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import ImageFile, Proposer, read_ahead
 from pipeline.visualize import draw_proposals
 
+MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
 MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
 
 
@@ -43,42 +47,68 @@ def propose_images(proposer: Proposer, source: str | Path, output: str | Path, *
         draw: number of proposals to draw for each image, into `output/drawn`.
 
     Raises:
-        ValueError: no images, a store made with other settings, annotations that are not COCO.
+        ValueError: no images, a store made with other settings or ids, annotations that are not COCO.
     """
     if draw < 0:
         raise ValueError(f"--draw must be at least 0, got {draw}")
     store = ProposalStore(output)
-    files = find_images(source, annotations)
+    done = store.images()
+    files = find_images(source, annotations, {name: image["id"] for name, image in done.items()})
+    left = [file for file in files if file.file_name not in done]
     if distributed.is_main():
         store.open_for(settings)
-    distributed.barrier()
-    done = store.images()
-    left = [file for file in files if file.file_name not in done]
     distributed.barrier()  # everyone has seen the same store before anyone adds to it
     index, count = distributed.share()
-    made, broken = _propose_share(proposer, left[index::count], store, Path(output) / "drawn", draw)
-    shares = distributed.gather((made, broken))
+    shares = distributed.gather(_propose_share(proposer, left[index::count], store))
     summary = Summary(sum(s[0] for s in shares), len(files) - len(left), 0, [m for s in shares for m in s[1]])
     if distributed.is_main():
         _finish(store, summary, Path(output))
+    if draw:
+        _draw_share(store, files, Path(output) / "drawn", draw)
     distributed.barrier()
     return summary
 
 
-def find_images(source: str | Path, annotations: str | Path | None) -> list[ImageFile]:
+def find_images(source: str | Path, annotations: str | Path | None, known: dict[str, int]) -> list[ImageFile]:
     """The images to propose for, with ids.
 
     Ids come from the annotations, else from the file names when all of them are distinct numbers (as COCO's are), else
     they count from 1. Names are relative to the folder that was given.
+
+    Args:
+        known: ids by file name that an earlier run has given; they stay, whatever has come into the folder since.
+
+    Raises:
+        ValueError: no images, annotations that are not COCO, or ids other than the known ones.
     """
     if annotations is not None:
-        return _annotated_images(source, Path(annotations))
+        files = _annotated_images(source, Path(annotations))
+        _refuse_other_ids(files, known, annotations)
+        return files
     paths = list_images(source)
     root = Path(source) if Path(source).is_dir() else _common_parent(paths)
-    numbers = [int(path.stem) if path.stem.isdecimal() else None for path in paths]
-    if None in numbers or len(set(numbers)) < len(numbers):
-        numbers = list(range(1, len(paths) + 1))
-    return [ImageFile(n, path.relative_to(root).as_posix(), path) for n, path in zip(numbers, paths, strict=True)]
+    names = [path.relative_to(root).as_posix() for path in paths]
+    numbers = _own_numbers(paths) or range(1, len(paths) + 1)
+    taken = set(known.values())
+    unused = itertools.count(max([*numbers, *taken]) + 1)
+    ids = [known[name] if name in known else next(unused) if number in taken else number
+           for name, number in zip(names, numbers, strict=True)]  # fmt: skip
+    return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
+
+
+def _own_numbers(paths: list[Path]) -> list[int] | None:
+    """The numbers that the files are named; None unless all have one of their own."""
+    if not all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
+        return None
+    numbers = [int(path.stem) for path in paths]
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def _refuse_other_ids(files: list[ImageFile], known: dict[str, int], annotations: str | Path) -> None:
+    for file in files:
+        if known.get(file.file_name, file.image_id) != file.image_id:
+            raise ValueError(f"{file.file_name} has the id {file.image_id} in {annotations}, but the output holds its "
+                             f"proposals under {known[file.file_name]}; choose another --output or delete it")  # fmt: skip
 
 
 def _common_parent(paths: list[Path]) -> Path:
@@ -131,8 +161,7 @@ def _names_image(image: object) -> bool:
     return isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
 
 
-def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalStore, drawn: Path,
-                   draw: int) -> tuple[int, list[str]]:  # fmt: skip
+def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalStore) -> tuple[int, list[str]]:
     pending: list[Proposals] = []
     made, broken = 0, []
     writer = distributed.share()[0]
@@ -145,8 +174,6 @@ def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalSt
                 continue
             pending.append(proposer(image, image_id=file.image_id, file_name=file.file_name))
             made += 1
-            if draw:
-                _draw(image, pending[-1], drawn / f"{file.file_name}.jpg", draw)
             if len(pending) >= MAX_IMAGES_IN_SHARD or sum(map(len, pending)) >= MAX_ROWS:
                 store.write_shard(pending, writer=writer)
                 pending = []
@@ -156,8 +183,20 @@ def _propose_share(proposer: Proposer, files: list[ImageFile], store: ProposalSt
     return made, broken
 
 
-def _draw(image, proposals: Proposals, path: Path, count: int) -> None:
-    picture = draw_proposals(image, proposals, count)
+def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, count: int) -> None:
+    """Pictures of this process's share of what the store holds on the files, also from earlier runs."""
+    paths = {file.file_name: file.path for file in files}
+    index, processes = distributed.share()
+    for proposals in itertools.islice(store, index, None, processes):
+        if proposals.file_name not in paths:
+            continue
+        inner = [part for part in PurePosixPath(proposals.file_name).parts if part not in ("/", "..")]
+        with suppress(ImageError):  # the file has gone since its proposals were made
+            picture = draw_proposals(read_image(paths[proposals.file_name]), proposals, count)
+            _save_jpeg(picture, directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg"))
+
+
+def _save_jpeg(picture: np.ndarray, path: Path) -> None:
     ok, data = cv2.imencode(".jpg", picture[..., ::-1])
     assert ok
     with atomic_path(path) as temporary:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageError
 from datasets.patch_sampler import MASK, SCORE, PatchSampler, SamplingRules
 from datasets.patches import BatchKeys, PatchDataset, batch_keys, patch_loader
 from datasets.shapes import write_shapes
@@ -142,14 +143,21 @@ def patch_dataset(config: Config, split: str, *, seed: int) -> PatchDataset:
 
 
 def patch_batches(data: PatchDataset, keys, device: torch.device, *, workers: int) -> Iterator[dict]:
-    """Minibatches of the given keys, moved to the device."""
+    """Minibatches of the given keys, moved to the device.
+
+    Raises:
+        ImageError: too many images in a row cannot be read.
+    """
     cuda = device.type == "cuda"
-    for batch in patch_loader(data, keys, workers=workers, pin_memory=cuda):
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                batch[name] = value.to(device, non_blocking=cuda)
-        batch["patches"] = batch["patches"].contiguous(memory_format=torch.channels_last)
-        yield batch
+    try:
+        for batch in patch_loader(data, keys, workers=workers, pin_memory=cuda):
+            for name, value in batch.items():
+                if isinstance(value, Tensor):
+                    batch[name] = value.to(device, non_blocking=cuda)
+            batch["patches"] = batch["patches"].contiguous(memory_format=torch.channels_last)
+            yield batch
+    except ImageError as error:  # from a worker process it comes with that process's traceback before it
+        raise ImageError(str(error).rpartition(f"{ImageError.__name__}: ")[2]) from None
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 
+from pipeline.files import atomic_path
 from pipeline.proposals import Proposals
 
 # Distinct hues, by steps of the golden ratio around the colour circle.
@@ -61,5 +62,5 @@ def save_png(picture: np.ndarray, path) -> None:
     """Writes (H, W, 3) uint8 RGB as PNG."""
     ok, data = cv2.imencode(".png", picture[..., ::-1])
     assert ok
-    with open(path, "wb") as file:
-        file.write(data.tobytes())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())

@@ -1,5 +1,8 @@
-"""A small synthetic dataset, a recipe for it, and a network trained on it for two steps."""
+"""A small synthetic dataset, a network trained on it for two steps, and the tools as functions."""
 
+import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,10 +10,12 @@ import torch
 import yaml
 
 from datasets.shapes import write_shapes
+from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.engine import fit
 from pipeline.stages import DeepMaskStage
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 
 
@@ -77,3 +82,19 @@ def tiny_run(tiny_config, tmp_path_factory) -> Path:
 def tiny_checkpoint(tiny_run) -> Path:
     """The trained network's checkpoint; read it, do not change it."""
     return tiny_run / "checkpoints" / "best.pt"
+
+
+@pytest.fixture
+def call_tool(monkeypatch) -> Callable[..., int]:
+    """A tool as from the command line, but in this process: (name, *arguments) -> exit status."""
+
+    def call(name: str, *arguments: object) -> int:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_tool(tool.main)
+        return exit.value.code
+
+    return call

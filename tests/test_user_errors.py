@@ -1,19 +1,18 @@
 """A user's mistake is one line on stderr that names the file, key or value, and exit status 2."""
 
-import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-
-from pipeline.command import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,14 +25,23 @@ def wrong(tmp_path_factory, shapes_directory, tiny_recipe, tiny_checkpoint) -> P
     write_annotations(folder, shapes_directory)
     write_checkpoints(folder, tiny_checkpoint)
     write_results(folder, shapes_directory)
+    write_images(folder, shapes_directory)
     (folder / "empty").mkdir()
-    (folder / "broken_images").mkdir()
-    names = [f"{number:06d}.jpg" for number in range(1, 25)]
-    for name in names:
-        (folder / "broken_images" / name).write_text("no JPEG")
-    (folder / "store").mkdir()
+    for name in ("store", "settings", "shard"):
+        (folder / name).mkdir()
     (folder / "store" / "settings.json").write_text(json.dumps({"num_proposals": 7}))
+    (folder / "settings" / "settings.json").write_text("// an editor's")
+    pq.write_table(pa.table({"score": [0.5]}), folder / "shard" / "proposals-1.parquet")
     return folder
+
+
+def write_images(folder: Path, shapes_directory: Path) -> None:
+    shutil.copytree(shapes_directory / "images" / "train", folder / "some_broken")
+    (folder / "broken_images").mkdir()
+    for number, path in enumerate(sorted((folder / "some_broken").iterdir())):
+        (folder / "broken_images" / path.name).write_text("no JPEG")
+        if number % 2:
+            path.write_bytes(path.read_bytes()[:1000])
 
 
 def write_configs(folder: Path, recipe: dict) -> None:
@@ -45,6 +53,7 @@ def write_configs(folder: Path, recipe: dict) -> None:
         "syntax": "trunk: {name: tiny\ndata:\n",
         "list": "- trunk\n- data\n",
         "twice": "seed: 1\nseed: 2\n",
+        "foreign_shapes": yaml.safe_dump({"data": {"shapes": {"directory": str(folder)}}}),
         "no_data": yaml.safe_dump({"trunk": recipe["trunk"]}),
     }
     for name, text in texts.items():
@@ -62,6 +71,7 @@ def write_annotations(folder: Path, shapes_directory: Path) -> None:
             **content,
             "annotations": [{**a, "segmentation": [[1, 2, 3]]} for a in content["annotations"]],
         },
+        "text_ids.json": {"images": [{"id": "first", "file_name": "000001.jpg"}]},
         "other_names.json": {
             **content,
             "images": [{**i, "file_name": "no" + i["file_name"]} for i in content["images"]],
@@ -70,6 +80,8 @@ def write_annotations(folder: Path, shapes_directory: Path) -> None:
     for name, value in contents.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "truncated.json").write_text(whole[: len(whole) // 2])
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "instances_train.json").write_text(whole.replace("shapes", "COCO"))
 
 
 def write_checkpoints(folder: Path, checkpoint: Path) -> None:
@@ -84,6 +96,9 @@ def write_checkpoints(folder: Path, checkpoint: Path) -> None:
     for name, value in contents.items():
         torch.save(value, folder / name)
     (folder / "text.pt").write_text("no checkpoint")
+    for run, last in (("broken_run", "text.pt"), ("other_run", "sharpmask.pt")):
+        (folder / run / "checkpoints").mkdir(parents=True)
+        shutil.copy(folder / last, folder / run / "checkpoints" / "last.pt")
     (folder / "truncated.pt").write_bytes(checkpoint.read_bytes()[:5000])
 
 
@@ -145,7 +160,10 @@ MISTAKES = {
     "config without data": (TRAIN + "--config {wrong}/no_data.yaml", "data.train.annotations"),
     "config is a checkpoint": (TRAIN + "--config {checkpoint}", "best.pt not YAML"),
     # --set
-    "set unknown key": (SET + "deepmask.optim.lrr=1", "--set deepmask.optim.lrr mean deepmask.optim.lr?"),
+    "set unknown key": (
+        SET + "deepmask.optim.lrr=1",
+        "--set deepmask.optim.lrr mean deepmask.optim.lr?",
+    ),
     "set no value": (SET + "deepmask.optim.lr", "--set deepmask.optim.lr key=value"),
     "set wrong type": (SET + "deepmask.optim.lr=fast", "deepmask.optim.lr: 'fast'"),
     "set not YAML": (SET + "trunk.name=[", "--set trunk.name=["),
@@ -156,6 +174,9 @@ MISTAKES = {
     "set not a choice": (SET + "deepmask.optim.optimiser=adam", "sgd adamw 'adam'"),
     "set two scales": (SET + "propose.scales=[-1,1]", "propose.scales [-1, 1]"),
     "set scales MIN > MAX": (SET + "propose.scales=[1,0,0.5]", "propose.scales MIN 1.0"),
+    "set endless scales": (SET + "propose.scales=[-.inf,0,0.5]", "propose.scales MIN -inf"),
+    "set factors": (SET + "deepmask.optim.lr_drops={{3:-1}}", "deepmask.optim.lr_drops -1"),
+    "set too many levels": (SET + "trunk.frozen_levels=5", "trunk.frozen_levels 0 4 5"),
     "set patch size": (SET + "deepmask.patch_size=100", "patch_size 16 100"),
     "set context": (SET + "deepmask.context=20", "context 32 20"),
     "set batch not divisible": (
@@ -172,14 +193,23 @@ MISTAKES = {
     ),
     "weights not torch": (SET + "trunk.name=resnet18 trunk.weights={wrong}/text.pt", "text.pt"),
     # training data
-    "annotations missing": (SET + "data.train.annotations=no.json", "data.train.annotations no.json"),
+    "annotations missing": (
+        SET + "data.train.annotations=no.json",
+        "data.train.annotations no.json",
+    ),
     "annotations a folder": (SET + "data.val.annotations={wrong}", "{wrong} folder"),
-    "annotations not COCO": (SET + "data.val.annotations={wrong}/no_coco.json", 'no_coco.json "images"'),
+    "annotations not COCO": (
+        SET + "data.val.annotations={wrong}/no_coco.json",
+        'no_coco.json "images"',
+    ),
     "annotations truncated": (
         SET + "data.train.annotations={wrong}/truncated.json",
         "truncated.json not valid JSON line",
     ),
-    "annotations are a config": (SET + "data.train.annotations={config}", "tiny.yaml not valid JSON"),
+    "annotations are a config": (
+        SET + "data.train.annotations={config}",
+        "tiny.yaml not valid JSON",
+    ),
     "annotations without sizes": (
         SET + "data.train.annotations={wrong}/no_size.json",
         'no_size.json images[0] "height"',
@@ -193,11 +223,33 @@ MISTAKES = {
         "unusable.json no annotation",
     ),
     "image folder missing": (SET + "data.train.images=nowhere", "data.train.images nowhere"),
-    "image folder is a file": (SET + "data.train.images={annotations}", "data.train.images instances_val.json"),
-    "images broken": (SET + "data.train.images={wrong}/broken_images", "data.max_broken_share broken_images"),
-    "images not in the folder": (SET + "data.train.images={wrong}/empty", "data.max_broken_share .jpg"),
+    "image folder is a file": (
+        SET + "data.train.images={annotations}",
+        "data.train.images instances_val.json",
+    ),
+    "images broken": (SET + "data.train.images={wrong}/broken_images", "broken_images 50 in a row"),
+    "images broken for a worker": (
+        SET + "data.train.images={wrong}/broken_images data.workers=1",
+        "50 images in a row broken_images",
+    ),
+    "images not in the folder": (
+        SET + "data.train.images={wrong}/empty",
+        "{wrong}/empty 50 in a row",
+    ),
+    "too many images broken": (
+        SET + "data.train.images={wrong}/some_broken data.max_broken_share=0.05",
+        "data.max_broken_share 0.05 some_broken 2 of 24",
+    ),
+    "shapes over other annotations": (
+        TRAIN + "--config {wrong}/foreign_shapes.yaml",
+        "instances_train.json write_shapes another directory",
+    ),
     # runs
     "stage unknown": ("train_stage --stage deepmsk --config {config} --output {out}", "deepmsk"),
+    "loss not finite": (
+        SET + "deepmask.optim.lr=1e30 deepmask.optim.epochs=5",
+        "not finite step {out}/non_finite_batch deepmask.optim.lr",
+    ),
     "device unknown": (SET + "seed=1 --device gpu", "'gpu' cpu"),
     "run there already": (TRAIN.replace("{out}", "{run}") + "--config {config}", "{run} --resume"),
     "resume with another seed": (
@@ -212,12 +264,29 @@ MISTAKES = {
         SET.replace("{out}", "{run}") + "trunk.frozen_levels=2 --resume",
         "last.pt optimiser",
     ),
-    "output below a file": (TRAIN.replace("{out}", "{config}/x") + "--config {config}", "tiny.yaml/x"),
+    "resume with a broken checkpoint": (
+        TRAIN.replace("{out}", "{wrong}/broken_run") + "--resume --config {config}",
+        "last.pt",
+    ),
+    "resume a run of another stage": (
+        TRAIN.replace("{out}", "{wrong}/other_run") + "--resume --config {config}",
+        "last.pt sharpmask deepmask",
+    ),
+    "output below a file": (
+        TRAIN.replace("{out}", "{config}/x") + "--config {config}",
+        "tiny.yaml/x",
+    ),
     # propose
     "checkpoint missing": (PROPOSE + "--images {images} --checkpoint nowhere.pt", "nowhere.pt"),
     "checkpoint text": (PROPOSE + "--images {images} --checkpoint {wrong}/text.pt", "text.pt"),
-    "checkpoint truncated": (PROPOSE + "--images {images} --checkpoint {wrong}/truncated.pt", "truncated.pt"),
-    "checkpoint foreign": (PROPOSE + "--images {images} --checkpoint {wrong}/foreign.pt", "foreign.pt stage"),
+    "checkpoint truncated": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/truncated.pt",
+        "truncated.pt",
+    ),
+    "checkpoint foreign": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/foreign.pt",
+        "foreign.pt stage",
+    ),
     "checkpoint of another stage": (
         PROPOSE + "--images {images} --checkpoint {wrong}/sharpmask.pt",
         "sharpmask.pt sharpmask deepmask",
@@ -231,32 +300,62 @@ MISTAKES = {
         "schema.pt unknown key zoom",
     ),
     "no such images": (PROPOSE + "--checkpoint {checkpoint} --images nowhere", "nowhere"),
-    "empty folder": (PROPOSE + "--checkpoint {checkpoint} --images {wrong}/empty", "{wrong}/empty no image"),
-    "glob without a match": (PROPOSE + "--checkpoint {checkpoint} --images {images}/*.webp", "*.webp"),
+    "empty folder": (
+        PROPOSE + "--checkpoint {checkpoint} --images {wrong}/empty",
+        "{wrong}/empty no image",
+    ),
+    "glob without a match": (
+        PROPOSE + "--checkpoint {checkpoint} --images {images}/*.webp",
+        "*.webp",
+    ),
     "no proposals": (PROPOSE + GOOD + "--num-proposals 0", "--num-proposals 0"),
     "scales MIN > MAX": (PROPOSE + GOOD + "--scales 1 0 0.5", "MIN 1 0 0.5"),
     "scales without end": (PROPOSE + GOOD + "--scales 0 1 0", "STEP 0 1 0"),
     "negative draw": (PROPOSE + GOOD + "--draw -1", "--draw -1"),
-    "ids not COCO": (PROPOSE + GOOD + "--annotations {wrong}/no_coco.json", 'no_coco.json "images"'),
-    "ids truncated": (PROPOSE + GOOD + "--annotations {wrong}/truncated.json", "truncated.json JSON"),
+    "ids not COCO": (
+        PROPOSE + GOOD + "--annotations {wrong}/no_coco.json",
+        'no_coco.json "images"',
+    ),
+    "ids truncated": (
+        PROPOSE + GOOD + "--annotations {wrong}/truncated.json",
+        "truncated.json JSON",
+    ),
     "ids missing": (PROPOSE + GOOD + "--annotations nowhere.json", "nowhere.json"),
     "ids of other images": (
-        PROPOSE + "--checkpoint {checkpoint} --images {images}/*.jpg --annotations {wrong}/other_names.json",
+        PROPOSE
+        + "--checkpoint {checkpoint} --images {images}/*.jpg"
+        + " --annotations {wrong}/other_names.json",
         "*.jpg other_names.json",
     ),
     "ids of no image of the folder": (
         PROPOSE + GOOD + "--annotations {wrong}/other_names.json",
         "{images} other_names.json",
     ),
+    "ids of another form": (
+        PROPOSE + GOOD + "--annotations {wrong}/text_ids.json",
+        "text_ids.json id",
+    ),
+    "output is a file": (PROPOSE.replace("{out}", "{config}") + GOOD, "tiny.yaml"),
     "store of other settings": (
         PROPOSE.replace("{out}", "{wrong}/store") + GOOD,
         "store num_proposals 7 -> 50",
     ),
+    "no store's settings": (PROPOSE.replace("{out}", "{wrong}/settings") + GOOD, "settings.json"),
+    "no store's shard": (PROPOSE.replace("{out}", "{wrong}/shard") + GOOD, "proposals-1.parquet"),
     # score_coco
     "results missing": (AR + "--annotations {annotations} --results nowhere.json", "nowhere.json"),
-    "results no list": (AR + "--annotations {annotations} --results {wrong}/no_list.json", "no_list.json list dict"),
-    "results not JSON": (AR + "--annotations {annotations} --results {wrong}/text.pt", "text.pt JSON"),
-    "results no store": (AR + "--annotations {annotations} --results {wrong}/empty", "{wrong}/empty store"),
+    "results no list": (
+        AR + "--annotations {annotations} --results {wrong}/no_list.json",
+        "no_list.json list dict",
+    ),
+    "results not JSON": (
+        AR + "--annotations {annotations} --results {wrong}/text.pt",
+        "text.pt JSON",
+    ),
+    "results no store": (
+        AR + "--annotations {annotations} --results {wrong}/empty",
+        "{wrong}/empty store",
+    ),
     "results of unknown images": (
         AR + "--annotations {annotations} --results {wrong}/unknown_image.json",
         "unknown_image.json 4711",
@@ -273,7 +372,10 @@ MISTAKES = {
         AR + "--annotations {annotations} --results {wrong}/mask_runs.json",
         "mask_runs.json results[0] runs",
     ),
-    "scores against no COCO": (AR + "--annotations {wrong}/no_coco.json --results {out}", "no_coco.json"),
+    "scores against no COCO": (
+        AR + "--annotations {wrong}/no_coco.json --results {out}",
+        "no_coco.json",
+    ),
     "scores against nothing": (AR + "--annotations nowhere.json --results {out}", "nowhere.json"),
     "patches from nowhere": (
         PATCHES + "--annotations {annotations} --images nowhere --checkpoint {checkpoint}",
@@ -284,7 +386,8 @@ MISTAKES = {
         "--batches 1",
     ),
     "patches unreadable": (
-        PATCHES + "--annotations {annotations} --images {wrong}/broken_images --checkpoint {checkpoint}",
+        PATCHES
+        + "--annotations {annotations} --images {wrong}/broken_images --checkpoint {checkpoint}",
         "broken_images",
     ),
     # show_patches
@@ -294,25 +397,25 @@ MISTAKES = {
         SHEET + "--config {config} --set data.train.images={wrong}/broken_images",
         "broken_images",
     ),
+    "sheet is a folder": ("show_patches --output {wrong} --config {config}", "{wrong}: directory"),
     # subset_coco
     "subset of too many": (SUBSET + "--num-images 1000", "1000 instances_val.json 8"),
     "subset of none": (SUBSET + "--num-images 0", "0"),
     "subset negative seed": (SUBSET + "--num-images 2 --seed -1", "seed -1"),
     "subset without images": (SUBSET + "--num-images 2 --images nowhere", "nowhere"),
-    "subset of an empty folder": (SUBSET + "--num-images 2 --images {wrong}/empty", "{wrong}/empty 0 of the 2"),
-    "subset of no COCO": (SUBSET + "--num-images 2 --annotations {wrong}/no_coco.json", "no_coco.json"),
+    "subset of an empty folder": (
+        SUBSET + "--num-images 2 --images {wrong}/empty",
+        "{wrong}/empty 0 of the 2",
+    ),
+    "subset of no COCO": (
+        SUBSET + "--num-images 2 --annotations {wrong}/no_coco.json",
+        "no_coco.json",
+    ),
     "subset of nothing": (SUBSET + "--num-images 2 --annotations nowhere.json", "nowhere.json"),
     # run_pipeline
     "pipeline unknown key": (ALL + "--config {wrong}/key.yaml", "key.yaml dropout"),
     "pipeline without data": (ALL + "--config {wrong}/no_data.yaml", "data.train.annotations"),
-}  # fmt: skip
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+}
 
 
 def error_line(stderr: str) -> str:
@@ -326,15 +429,47 @@ def error_line(stderr: str) -> str:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_one_line(mistake, fill, monkeypatch, capsys, tmp_path):
+def test_mistake_is_one_line(mistake, fill, call_tool, monkeypatch, capsys, tmp_path):
     command, named = MISTAKES[mistake]
-    name, *arguments = fill(command)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with pytest.raises(SystemExit) as exit:
-        run_tool(load_tool(name).main)
+    status = call_tool(*fill(command))
     line = error_line(capsys.readouterr().err)
-    print(mistake, "|", line)
-    assert exit.value.code == 2
+    assert status == 2
     for part in fill(named):
         assert part in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--resume", "--set", "seed=5"], ["--resume", "--set", "deepmask.embedding=16"]],
+    ids=["without --resume", "another seed", "another network"],
+)
+def test_a_refused_run_leaves_the_directory_as_it_is(
+    arguments, tiny_run, tiny_config, tmp_path, call_tool
+):
+    directory = tmp_path / "run"
+    shutil.copytree(tiny_run, directory)
+    command = ["train_stage", "--stage", "deepmask", "--device", "cpu", "--config", tiny_config]
+    assert call_tool(*command, "--output", directory, *arguments) == 2
+    assert content_of(directory) == content_of(tiny_run)
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def test_mistakes_as_a_shell_sees_them(fill, tmp_path):
+    """The same through a process: standard error and exit status are what a script gets."""
+    chosen = ["config unknown nested key", "empty folder", "results missing"]
+
+    def start(mistake: str) -> subprocess.CompletedProcess:
+        name, *arguments = fill(MISTAKES[mistake][0])
+        command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        for mistake, process in zip(chosen, pool.map(start, chosen), strict=True):
+            assert process.returncode == 2
+            line = error_line(process.stderr)
+            assert all(part in line for part in fill(MISTAKES[mistake][1]))
