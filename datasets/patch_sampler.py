@@ -1,14 +1,17 @@
-"""Which patches to train on: the draws of DeepMask's two kinds of minibatch, before any pixel is read.
+"""Which patches to train on: draws of DeepMask's two kinds of minibatch, before any pixel is read.
 
-A minibatch is all mask patches or all score patches (NIPS 2015, section 3.3; numbers of the released code). Every
-draw comes from a generator seeded by (seed, epoch, index), so a patch does not depend on workers or processes.
+A minibatch is all mask patches or all score patches (NIPS 2015, section 3.3; numbers of the
+released code). Every draw comes from a generator seeded by (seed, epoch, index), so a patch does
+not depend on workers or processes.
 
-Several patches may share one decoded image, a *group*. The image of a group is drawn with the probability that the
-published procedure gives it, and then each patch of the group from the published distribution within that image:
-every single patch is distributed as published, only patches of one group are not independent.
+Several patches may share one decoded image, a *group*. The image of a group is drawn with the
+probability that the published procedure gives it, and then each patch of the group from the
+published distribution within that image: every single patch is distributed as published, only
+patches of one group are not independent.
 
-Frames: centres are pixels of the original image; `scale` is the factor by which the image is resized so that the
-patch has its nominal size, so a patch of S pixels covers S / scale pixels of the original.
+Frames: centres are pixels of the original image; `scale` is the factor by which the image is
+resized so that the patch has its nominal size, so a patch of S pixels covers S / scale pixels of
+the original.
 """
 
 import math
@@ -28,8 +31,12 @@ class Patch:
     """One drawn patch.
 
     Attributes:
-        image: row of the image. annotation: row of the annotation that the patch shows, or -1 (negative patch).
-        label: 1 or -1. x, y: centre in the original image. scale: see the module. flip: mirror left-right.
+        image: row of the image.
+        annotation: row of the annotation that the patch shows, or -1 (negative patch).
+        label: 1 or -1.
+        x, y: centre in the original image.
+        scale: see the module.
+        flip: mirror left-right.
     """
 
     image: int
@@ -86,14 +93,15 @@ class PatchSampler:
         """The patches of one group: `count` patches of one image.
 
         Args:
-            kind: "mask" or "score". attempt: counts up when the group's image turned out to be unreadable.
+            kind: "mask" or "score".
+            attempt: counts up when the group's image turned out to be unreadable.
         """
         rng = np.random.default_rng([self.seed, epoch, group, attempt])
         draw_group = {MASK: self._draw_mask_group, SCORE: self._draw_score_group}[kind]
         draw_one = draw_group(rng)
         return [draw_one() for _ in range(count)]
 
-    # Mask patches -----------------------------------------------------------------------------------------------
+    # Mask patches ---------------------------------------------------------------------------------
 
     def _index_mask_objects(self) -> None:
         coco, rules = self.coco, self.rules
@@ -103,8 +111,10 @@ class PatchSampler:
         )
         rows = np.flatnonzero(usable)
         if len(rows) == 0:
-            raise ValueError(f"{coco.path}: no annotation is large enough for a mask patch "
-                             f"(not a crowd, area >= {rules.min_area:g}, sides >= {rules.min_side:g} px)")  # fmt: skip
+            raise ValueError(
+                f"{coco.path}: no annotation is large enough for a mask patch "
+                f"(not a crowd, area >= {rules.min_area:g}, sides >= {rules.min_side:g} px)"
+            )
         # Only categories that have an object are drawn: an empty one would be searched for ever.
         order = np.argsort(coco.category_index[rows], kind="stable")
         self.mask_rows = rows[order]  # usable annotations by category
@@ -112,7 +122,8 @@ class PatchSampler:
             coco.category_index[self.mask_rows], return_index=True, return_counts=True
         )
         self.category_starts, self.category_counts = starts, counts
-        # Weight of an annotation within its image: P(category) x P(annotation | category), up to a constant.
+        # Weight of an annotation within its image: P(category) x P(annotation | category), up to a
+        # constant.
         self.mask_weight = np.zeros(len(coco.image_index), np.float32)
         self.mask_weight[self.mask_rows] = np.repeat(1.0 / counts, counts)
         assert len(categories) == len(starts)
@@ -147,7 +158,7 @@ class PatchSampler:
             image, row, 1, (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy, 1 / pixels, self._flip(rng)
         )
 
-    # Score patches ----------------------------------------------------------------------------------------------
+    # Score patches --------------------------------------------------------------------------------
 
     def _index_score_objects(self) -> None:
         coco = self.coco
@@ -159,13 +170,17 @@ class PatchSampler:
         positive_images[coco.image_index[self.own_quarter != NO_SCALE]] = True
         annotated = np.diff(coco.image_starts) > 0
         self.positive_images = np.flatnonzero(positive_images)
-        # An image known to show no object gives negatives. One whose annotations were left out proves nothing.
+        # An image known to show no object gives negatives. One whose annotations were left out
+        # proves nothing.
         self.empty_images = np.flatnonzero(~annotated & ~coco.has_left_out)
         if len(self.positive_images) == 0:
             raise ValueError(f"{coco.path}: no image has an object that a score patch could show")
 
     def _draw_score_group(self, rng: np.random.Generator) -> Callable[[], Patch]:
-        """Half of all patches are positive; negatives come evenly from images with and without objects."""
+        """A group's draws: half of all patches are positive.
+
+        Negatives come from all images alike, whether or not they show an object.
+        """
         empty = len(self.empty_images)
         share = empty / (empty + len(self.positive_images))
         if empty and rng.random() < share / 2:
@@ -208,7 +223,10 @@ class PatchSampler:
         return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
 
     def _distance_to_objects(self, image: int, x: float, y: float, quarter: int) -> float:
-        """Pixels of the resized image from a centre to the nearest object of similar scale; 0 inside a crowd."""
+        """Pixels of the resized image from a centre to the nearest object of similar scale.
+
+        It is 0 inside a crowd.
+        """
         start, stop = self.coco.image_starts[image : image + 2]
         crowds = self.coco.boxes[start:stop][self.coco.is_crowd[start:stop]]
         if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
@@ -235,7 +253,8 @@ def own_quarter_octave(
 ) -> np.ndarray:
     """The scale that each object belongs to, in quarter octaves.
 
-    It is the largest factor at which the longest side is at most 2^(1/4) canonical; among the factors in `octaves`.
+    It is the largest factor at which the longest side is at most 2^(1/4) canonical; among the
+    factors in `octaves`.
 
     Args:
         longest: (A,) longest sides in pixels of the original.

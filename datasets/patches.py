@@ -1,7 +1,8 @@
-"""Training patches: pixels and targets of what `PatchSampler` draws, and the loader that serves them.
+"""Training patches: pixels and targets of what `PatchSampler` draws, and the loader serving them.
 
-A patch of S pixels at scale s covers an S / s square of the original image around its centre. Image and target are
-both resampled from that square with sub-pixel positions, so they stay aligned at any scale.
+A patch of S pixels at scale s covers an S / s square of the original image around its centre.
+Image and target are both resampled from that square with sub-pixel positions, so they stay
+aligned at any scale.
 
 Letters: m patches of a group (one decoded image), B batch, S input size P + C, G target size.
 """
@@ -41,10 +42,17 @@ def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
 
 
 def resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
-    """(H, W) or (H, W, C) uint8 to (size, size) or (size, size, C): the patch's square, edges repeated outside.
+    """The patch's square, edges repeated outside.
 
-    Where several original pixels fall on one of the patch, whole blocks are averaged first, and the remaining factor
-    (.67 to 1.5) is bilinear: close to an exact area average at a fraction of its cost, and sub-pixel at any scale.
+    Where several original pixels fall on one of the patch, whole blocks are averaged first, and
+    the remaining factor (.75 to 1.5) is bilinear: close to an exact area average at a fraction of
+    its cost, and sub-pixel at any scale.
+
+    Args:
+        image: (H, W) or (H, W, C) uint8.
+
+    Returns:
+        (size, size) or (size, size, C) uint8.
     """
     height, width = image.shape[:2]
     block = max(1, round(1 / patch.scale))
@@ -63,19 +71,31 @@ def resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     left = (patch.x - half - x0) / block + step / 2 - 0.5
     top = (patch.y - half - y0) / block + step / 2 - 0.5
     matrix = np.array([[step, 0, left], [0, step, top]])
-    return cv2.warpAffine(source, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                          borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
+    return cv2.warpAffine(
+        source,
+        matrix,
+        (size, size),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
 def _block_range(low: float, high: float, length: int, block: int) -> tuple[int, int]:
-    """Original pixels that [low, high] needs, with a block to spare, starting on a block; never empty."""
+    """Original pixels that [low, high] needs, with a block to spare; never empty.
+
+    They start on a block.
+    """
     first = min(max(int(low // block) - 1, 0), (length - 1) // block)
     last = min(max(int(high // block) + 2, first + 1), -(-length // block))
     return first * block, min(last * block, length)
 
 
 def _inside_share(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
-    """(size, size) float32: how much of each patch pixel lies inside the image; None when all of all do."""
+    """How much of each patch pixel lies inside the image.
+
+    Returns:
+        (size, size) float32; None when all of all do.
+    """
     shares = []
     for centre, length in ((patch.y, shape[0]), (patch.x, shape[1])):
         edges = centre + (np.arange(size + 1) - size / 2) / patch.scale
@@ -90,8 +110,8 @@ def mask_target(
 ) -> np.ndarray:
     """The annotation's mask in the patch's central P x P square.
 
-    Polygons are moved into the patch's frame and rasterised there by COCO's own rule; only an annotation that is
-    stored as RLE is decoded at full size.
+    Polygons are moved into the patch's frame and rasterised there by COCO's own rule; only an
+    annotation that is stored as RLE is decoded at full size.
 
     Returns:
         (G, G) float32 in {-1, 1}, mirrored if the patch says so.
@@ -113,7 +133,14 @@ def mask_target(
 def rasterise(
     polygons: list[np.ndarray], patch: Patch, *, patch_size: int, target_size: int
 ) -> np.ndarray:
-    """Union of polygons (n, 2) in the original frame, drawn in the patch's frame: (G, G) bool, not mirrored."""
+    """Union of polygons, drawn in the patch's frame.
+
+    Args:
+        polygons: each (n, 2), in the original frame.
+
+    Returns:
+        (G, G) bool, not mirrored.
+    """
     factor = patch.scale * target_size / patch_size
     shift = target_size / 2 - factor * np.array([patch.x, patch.y])
     rings = [(ring * factor + shift).ravel().tolist() for ring in polygons]
@@ -122,15 +149,25 @@ def rasterise(
 
 
 class PatchDataset(Dataset):
-    """Groups of patches by key: item (kind, epoch, group) is the group's `patches_per_image` patches.
+    """Groups of patches by key: item (kind, epoch, group) is the patches of that group.
 
-    Items are dicts with "patches" (m, 3, S, S) float32 normalised, "keys" (m,) int64 that identify the samples,
-    "broken" (list of messages on files that could not be read), and "targets" (m, G, G) in {-1, 1} for mask groups
-    or "labels" (m,) in {-1, 1} for score groups.
+    There are `patches_per_image` (m) of them. Items are dicts with "patches" (m, 3, S, S) float32
+    normalised, "keys" (m,) int64 that identify the samples, "broken" (list of messages on files
+    that could not be read), and "targets" (m, G, G) in {-1, 1} for mask groups or "labels" (m,) in
+    {-1, 1} for score groups.
     """
 
-    def __init__(self, coco: CocoInstances, images: str | Path, sampler: PatchSampler, *, patch_size: int = 160,
-                 context: int = 32, target_size: int = 112, patches_per_image: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        coco: CocoInstances,
+        images: str | Path,
+        sampler: PatchSampler,
+        *,
+        patch_size: int = 160,
+        context: int = 32,
+        target_size: int = 112,
+        patches_per_image: int = 1,
+    ):
         self.coco, self.images, self.sampler = coco, Path(images), sampler
         self.patch_size, self.input_size, self.target_size = (
             patch_size,
@@ -148,7 +185,9 @@ class PatchDataset(Dataset):
         pixels = np.stack([normalise(crop_patch(image, p, self.input_size)) for p in patches])
         item = {
             "patches": torch.from_numpy(pixels),
-            "keys": sample_keys(self.sampler.seed, epoch, group * self.patches_per_image, len(patches)),
+            "keys": sample_keys(
+                self.sampler.seed, epoch, group * self.patches_per_image, len(patches)
+            ),
             "broken": broken,
         }
         if kind == MASK:
@@ -186,26 +225,39 @@ class PatchDataset(Dataset):
         if image.shape[:2] != tuple(self.coco.image_sizes[row]):
             height, width = self.coco.image_sizes[row]
             raise ImageError(
-                f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, the annotations say {width}x{height}"
+                f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, "
+                f"the annotations say {width}x{height}"
             )
         return image
 
 
 def sample_keys(seed: int, epoch: int, first: int, count: int) -> torch.Tensor:
-    """(count,) int64 that tell sample `first`, `first` + 1, ... of an epoch of a seed from all others of a run."""
+    """Keys that tell sample `first`, `first` + 1, ... of an epoch of a seed from all others.
+
+    Returns:
+        (count,) int64, distinct from the keys of all other samples of a run.
+    """
     run = (seed * 0x9E3779B1 + epoch) % (1 << 31)
     return (run << 32) + torch.arange(first, first + count, dtype=torch.int64)
 
 
 class BatchKeys:
-    """A batch sampler: the keys of the minibatches of a range of training steps, this process's share of them.
+    """A batch sampler: this process's share of the keys of the minibatches of a range of steps.
 
-    The kind of a minibatch depends on (seed, epoch, batch) and is the same in every process; the groups of a
-    minibatch are dealt out to the processes in order.
+    The steps are training steps. The kind of a minibatch depends on (seed, epoch, batch) and is
+    the same in every process; the groups of a minibatch are dealt out to the processes in order.
     """
 
-    def __init__(self, steps: range, *, batches_per_epoch: int, groups_per_batch: int, seed: int = 0,
-                 mask_share: float = 0.5, share: tuple[int, int] = (0, 1)):  # fmt: skip
+    def __init__(
+        self,
+        steps: range,
+        *,
+        batches_per_epoch: int,
+        groups_per_batch: int,
+        seed: int = 0,
+        mask_share: float = 0.5,
+        share: tuple[int, int] = (0, 1),
+    ):
         """
         Args:
             steps: minibatches counted over all epochs (a resumed run starts in the middle of one).
@@ -213,7 +265,12 @@ class BatchKeys:
             mask_share: probability of a minibatch of mask patches.
             share: (index, count) of this process; the count divides `groups_per_batch`.
         """
-        self.steps, self.batches_per_epoch, self.seed, self.mask_share = steps, batches_per_epoch, seed, mask_share
+        self.steps, self.batches_per_epoch, self.seed, self.mask_share = (
+            steps,
+            batches_per_epoch,
+            seed,
+            mask_share,
+        )
         self.groups_per_batch, self.share = groups_per_batch, share
         assert groups_per_batch % share[1] == 0, (groups_per_batch, share)
 
@@ -223,7 +280,9 @@ class BatchKeys:
     def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
         for step in self.steps:
             epoch, batch = divmod(step, self.batches_per_epoch)
-            yield batch_keys(self.kind(epoch, batch), epoch, batch, self.groups_per_batch, self.share)
+            yield batch_keys(
+                self.kind(epoch, batch), epoch, batch, self.groups_per_batch, self.share
+            )
 
     def kind(self, epoch: int, batch: int) -> str:
         """Mask or score, by a coin whose sides have the given shares."""
@@ -231,7 +290,9 @@ class BatchKeys:
         return MASK if coin < self.mask_share else SCORE
 
 
-def batch_keys(kind: str, epoch: int, batch: int, groups: int, share: tuple[int, int]) -> list[tuple[str, int, int]]:
+def batch_keys(
+    kind: str, epoch: int, batch: int, groups: int, share: tuple[int, int]
+) -> list[tuple[str, int, int]]:
     """Keys of one process's share of one minibatch of `groups` groups."""
     index, count = share
     first = batch * groups + index * (groups // count)
@@ -245,15 +306,29 @@ def collate_groups(items: list[dict]) -> dict:
     return batch
 
 
-def patch_loader(dataset: PatchDataset, keys: Iterable[list], *, workers: int, pin_memory: bool = False,
-                 prefetch: int = 4) -> DataLoader:  # fmt: skip
+def patch_loader(
+    dataset: PatchDataset,
+    keys: Iterable[list],
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    prefetch: int = 4,
+) -> DataLoader:
     """Serves the minibatches whose keys are given, in order."""
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate_groups, pin_memory=pin_memory,
-                      worker_init_fn=_single_threaded, prefetch_factor=prefetch if workers else None)  # fmt: skip
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate_groups,
+        pin_memory=pin_memory,
+        worker_init_fn=_single_threaded,
+        prefetch_factor=prefetch if workers else None,
+    )
 
 
 def _single_threaded(_: int) -> None:
-    # Workers are the parallelism: threads of theirs would only compete with each other and with training.
+    # Workers are the parallelism: threads of theirs would only compete with each other and with
+    # training.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # Ctrl-C goes to the whole process group; the training process decides what to finish first.

@@ -1,12 +1,12 @@
 """DeepMask: a class-agnostic mask and an objectness score for the object centred in a patch.
 
-Pinheiro, Collobert, Dollar, *Learning to Segment Object Candidates*, NIPS 2015; the default is the arrangement of
-the ECCV 2016 models. All linear layers are written as convolutions, so the same weights run on a patch and, densely,
-on a whole image: cell (i, j) of the dense output is the patch centred at pixel (16 i, 16 j) of the image before its
-border of P/2 pixels was added.
+Pinheiro, Collobert, Dollar, *Learning to Segment Object Candidates*, NIPS 2015; the default is the
+arrangement of the ECCV 2016 models. All linear layers are written as convolutions, so the same
+weights run on a patch and, densely, on a whole image: cell (i, j) of the dense output is the patch
+centred at pixel (16 i, 16 j) of the image before its border of P/2 pixels was added.
 
-Letters: B patches, P patch size in pixels, F = P / 16 feature cells, E embedding width, M mask size,
-(h, w) cells of a dense output, N chosen cells.
+Letters: B patches, P patch size in pixels, F = P / 16 feature cells, E embedding width, M mask
+size, (h, w) cells of a dense output, N chosen cells.
 """
 
 import torch.nn.functional as F
@@ -21,29 +21,45 @@ STRIDE = STRIDES[-1]
 class DeepMask(nn.Module):
     """Trunk, tail and two heads (NIPS 2015, section 3; ECCV 2016, section 3.1)."""
 
-    def __init__(self, trunk: Trunk, *, patch_size: int = 160, context: int = 32, mask_size: int = 56,
-                 reduction: int = 128, embedding: int = 512, score_hidden: int = 1024, dropout: float = 0.5):  # fmt: skip
+    def __init__(
+        self,
+        trunk: Trunk,
+        *,
+        patch_size: int = 160,
+        context: int = 32,
+        mask_size: int = 56,
+        reduction: int = 128,
+        embedding: int = 512,
+        score_hidden: int = 1024,
+        dropout: float = 0.5,
+    ):
         """
         Args:
             trunk: gives the stride-16 map.
             patch_size: P, the side of the patch that a mask covers; a multiple of 16.
-            context: C, pixels of surroundings in a training patch (half on each side); a multiple of 32.
+            context: C, pixels of surroundings in a training patch (half on each side); a multiple
+                of 32.
             mask_size: M, the side of the coarse mask.
             reduction: channels of the 1x1 convolution before the embedding.
-            embedding: E. score_hidden: width of the score head's hidden layer. dropout: probability to drop.
+            embedding: E.
+            score_hidden: width of the score head's hidden layer.
+            dropout: probability to drop.
 
         Raises:
             ValueError: a patch size or context that does not fall on whole cells.
         """
         super().__init__()
         if patch_size % STRIDE or patch_size <= 0:
-            raise ValueError(f"patch_size must be a positive multiple of {STRIDE}, got {patch_size}")
+            raise ValueError(
+                f"patch_size must be a positive multiple of {STRIDE}, got {patch_size}"
+            )
         if context % (2 * STRIDE) or context < 0:
             raise ValueError(f"context must be a multiple of {2 * STRIDE}, got {context}")
         self.patch_size, self.context, self.mask_size = patch_size, context, mask_size
         self.cells = patch_size // STRIDE
         self.trunk = trunk
-        # No ReLU between the embedding and the mask head: together they are one low-rank linear map.
+        # No ReLU between the embedding and the mask head: together they are one low-rank linear
+        # map.
         self.tail = nn.Sequential(
             nn.Conv2d(trunk.channels[-1], reduction, 1),
             nn.ReLU(inplace=True),
@@ -58,14 +74,17 @@ class DeepMask(nn.Module):
             nn.Conv2d(score_hidden, 1, 1),
         )
 
-    def forward(self, patches: Tensor, *, head: str = "both", keys: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, patches: Tensor, *, head: str = "both", keys: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Logits for patches.
 
         Args:
-            patches: (B, 3, S, S), normalised; S = P + C, or P plus any other even number of cells of surroundings: the
-                P x P centre of the trunk's map is used.
+            patches: (B, 3, S, S), normalised; S = P + C, or P plus any other even number of cells
+                of surroundings: the P x P centre of the trunk's map is used.
             head: "mask", "score" or "both": what to compute.
-            keys: (B,) int64, the identity of each patch, from which dropout draws in training (see `KeyedDropout`).
+            keys: (B,) int64, the identity of each patch, from which dropout draws in training
+                (see `KeyedDropout`).
 
         Returns:
             "mask_logits" (B, M, M) and "score_logits" (B,), as far as asked for.
@@ -84,7 +103,10 @@ class DeepMask(nn.Module):
         return features[..., border : border + self.cells, border : border + self.cells]
 
     def embed(self, features: Tensor) -> Tensor:
-        """Embeddings of all F x F windows of a stride-16 map: (B, C, f, g) to (B, E, f - F + 1, g - F + 1)."""
+        """Embeddings of all F x F windows of a stride-16 map.
+
+        (B, C, f, g) to (B, E, f - F + 1, g - F + 1).
+        """
         return self.tail(features)
 
     def score(self, embeddings: Tensor, *, keys: Tensor | None = None) -> Tensor:
@@ -104,4 +126,6 @@ def resize_mask_logits(logits: Tensor, size: int) -> Tensor:
     """Bilinear resize, pixel areas aligned: (N, M, M) to (N, size, size)."""
     if logits.shape[-1] == size:
         return logits
-    return F.interpolate(logits[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(logits[:, None], size=(size, size), mode="bilinear", align_corners=False)[
+        :, 0
+    ]

@@ -3,26 +3,35 @@
 import torch
 from torch import Tensor, nn
 
-# splitmix64's constants as signed integers (Steele, Lea, Flood, OOPSLA 2014); int64 arithmetic wraps.
+# splitmix64's constants as signed integers (Steele, Lea, Flood, OOPSLA 2014); int64 arithmetic
+# wraps.
 _GOLDEN = -0x61C8864680B583EB
 _MIX1 = -0x40A7B892E31B1A47
 _MIX2 = -0x6B2FB644ECCEEE15
 
 
 class KeyedDropout(nn.Module):
-    """Zeroes a channel's value with probability p, decided by a hash of (sample key, stream, channel).
+    """Zeroes a channel's value with probability p, by a hash of (sample key, stream, channel).
 
-    A run on two processes therefore drops what a run on one drops, and a resumed run what an uninterrupted one does.
+    A run on two processes therefore drops what a run on one drops, and a resumed run what an
+    uninterrupted one does.
     """
 
     def __init__(self, p: float, *, stream: int):
-        """Args: p: probability to drop, in [0, 1). stream: tells this layer's noise from another's."""
+        """
+        Args:
+            p: probability to drop, in [0, 1).
+            stream: tells this layer's noise from another's.
+        """
         super().__init__()
         assert 0 <= p < 1, p
         self.p, self.stream = p, stream
 
     def forward(self, x: Tensor, *, keys: Tensor | None) -> Tensor:
-        """(B, C, h, w) to the same shape; in training `keys` (B,) int64 is needed, in eval mode nothing is dropped."""
+        """(B, C, h, w) to the same shape.
+
+        In training `keys` (B,) int64 is needed, in eval mode nothing is dropped.
+        """
         if not self.training or self.p == 0:
             return x
         assert keys is not None, "dropout in training needs the samples' keys"

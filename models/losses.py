@@ -1,7 +1,8 @@
 """Losses as pure functions of logits and targets; every one is a mean over the batch.
 
-Means make the loss of a batch the mean of the losses of its equal parts, which is what DistributedDataParallel
-averages. The papers' sums are weights on these means (`pipeline/config.py`).
+Means make the loss of a batch the mean of the losses of its equal parts, which is what
+DistributedDataParallel averages. The papers' sums are weights on these means
+(`pipeline/config.py`).
 """
 
 import torch.nn.functional as F
@@ -11,7 +12,10 @@ from models.deepmask import resize_mask_logits
 
 
 def soft_margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """log(1 + exp(-y f)) for targets y in {-1, 1}; same shape as the logits, finite for any finite logit."""
+    """log(1 + exp(-y f)) for targets y in {-1, 1}.
+
+    Same shape as the logits, finite for any finite logit.
+    """
     return F.softplus(-targets * logits)
 
 
@@ -26,5 +30,10 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean soft margin over patches (NIPS 2015, equation 1, second term): (B,) logits, (B,) labels in {-1, 1}."""
+    """Mean soft margin over patches (NIPS 2015, equation 1, second term).
+
+    Args:
+        score_logits: (B,).
+        labels: (B,) in {-1, 1}.
+    """
     return soft_margin(score_logits, labels).mean()

@@ -1,9 +1,10 @@
 """Trunks: the shared convolutional layers, as four levels at strides 2, 4, 8 and 16.
 
-A trunk is an ImageNet network of torchvision cut at stride 16, with two changes that the methods ask for
-(Pinheiro et al., ECCV 2016, and the released code): every convolution pads with a symmetric mirror of its
-input, and batch norm is frozen. A frozen batch norm is two numbers a channel, so it lives in the convolution
-before it (`weight`, `scale`, `shift`) and costs no pass over the activations, in training as in inference.
+A trunk is an ImageNet network of torchvision cut at stride 16, with two changes that the methods
+ask for (Pinheiro et al., ECCV 2016, and the released code): every convolution pads with a symmetric
+mirror of its input, and batch norm is frozen. A frozen batch norm is two numbers a channel, so it
+lives in the convolution before it (`weight`, `scale`, `shift`) and costs no pass over the
+activations, in training as in inference.
 
 Shapes: N images, (H, W) their size; level i gives (N, channels[i], ~H / 2^(i+1), ~W / 2^(i+1)).
 """
@@ -20,7 +21,7 @@ STRIDES = (2, 4, 8, 16)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11", "vgg16")
 TRUNKS = (*RESNETS, *VGGS, "densenet121", "tiny")
-# How many of torchvision's modules each family is cut into; what lies behind them is not used by a trunk.
+# torchvision's modules of a ResNet by level; what lies behind them is cut away.
 RESNET_LEVELS = (("conv1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
 # A convolution and the batch norm that follows it directly, by their names in one parent module.
 CONV_NORM_PAIRS = (
@@ -31,7 +32,7 @@ CONV_NORM_PAIRS = (
 
 
 def symmetric_pad(x: Tensor, pad: int) -> Tensor:
-    """Pads both spatial sides by `pad` pixels with a mirror that repeats the edge: cb a|abc..xyz|zyx.
+    """Pads all four sides by `pad` pixels with a mirror that repeats the edge: cba|abc..xyz|zyx.
 
     Args:
         x: (N, C, H, W) with H and W at least `pad`.
@@ -50,12 +51,22 @@ def symmetric_pad(x: Tensor, pad: int) -> Tensor:
 class TrunkConv2d(nn.Conv2d):
     """A convolution with symmetric padding that can carry the frozen batch norm behind it.
 
-    With a frozen batch norm, y = scale * conv(x) + shift, computed as one convolution by weight * scale. The
-    gradient reaches `weight` as if the two were separate, so the training recipe is unchanged.
+    With a frozen batch norm, y = scale * conv(x) + shift, computed as one convolution by
+    weight * scale. The gradient reaches `weight` as if the two were separate, so the training
+    recipe is unchanged.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1,
-                 padding: int | None = None, bias: bool = True, frozen_norm: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        bias: bool = True,
+        frozen_norm: bool = False,
+    ):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, bias=bias)
         # nn.Conv2d's own padding stays 0: the mirror is written in forward.
         self.symmetric_padding = kernel_size // 2 if padding is None else padding
@@ -115,15 +126,18 @@ def build_trunk(name: str, *, weights: str | Path | None = None) -> Trunk:
 
     Args:
         name: one of `TRUNKS`.
-        weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of a state dict with
-            torchvision's key names, or None for random weights.
+        weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of
+            a state dict with torchvision's key names, or None for random weights.
 
     Raises:
-        ValueError: an unknown name, or weights of another network (the keys and shapes that differ are listed).
+        ValueError: an unknown name, or weights of another network (the keys and shapes that differ
+            are listed).
     """
     if name == "tiny":
         if weights is not None:
-            raise ValueError(f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null")
+            raise ValueError(
+                f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null"
+            )
         return Trunk(name, tiny_levels())
     network = load_backbone(name, weights=weights)
     levels = _CUTS[name.rstrip("0123456789")](network)
@@ -131,37 +145,47 @@ def build_trunk(name: str, *, weights: str | Path | None = None) -> Trunk:
 
 
 def load_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:
-    """torchvision's whole network, with the layers that a trunk uses loaded from `weights` (see `build_trunk`)."""
+    """torchvision's whole network, with the layers that a trunk uses loaded from `weights`.
+
+    See `build_trunk`.
+    """
     if name not in TRUNKS or name == "tiny":
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(TRUNKS)}")
     if weights == "imagenet":
         return _download_imagenet(name)
     network = torchvision.models.get_model(name, weights=None)
     if weights is not None:
-        _load_checked(network, read_state_dict(weights), used=_used_keys(network, name), source=str(weights))
+        _load_checked(
+            network, read_state_dict(weights), used=_used_keys(network, name), source=str(weights)
+        )
     return network
 
 
 def _download_imagenet(name: str) -> nn.Module:
     try:
         return torchvision.models.get_model(name, weights="IMAGENET1K_V1")
-    except OSError as error:
-        raise ValueError(f"cannot download ImageNet weights for {name} ({error}); "
-                         "set trunk.weights to a local file instead") from error  # fmt: skip
+    except (OSError, RuntimeError) as error:  # no network, or a file that came damaged
+        raise ValueError(
+            f"cannot download ImageNet weights for {name} ({error}); "
+            "set trunk.weights to a local file instead"
+        ) from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A file's state dict: tensors by name; a `model` or `state_dict` wrapper around it is opened.
 
     Raises:
-        ValueError: the file holds no state dict, or cannot be read as one. FileNotFoundError: there is none.
+        ValueError: the file holds no state dict, or cannot be read as one.
+        FileNotFoundError: there is none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        raise ValueError(f"{path} is not a PyTorch weights file ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is not a PyTorch weights file ({type(error).__name__})"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -170,7 +194,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, optional: set = frozenset()) -> str:
+def describe_mismatch(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, optional: set = frozenset()
+) -> str:
     """What differs between two state dicts, in words; empty when `found` fits `expected`.
 
     Args:
@@ -178,17 +204,24 @@ def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
     """
     missing = [k for k in expected if k not in found]
     unexpected = [k for k in found if k not in expected and k not in optional]
-    shapes = [f"{k} is {tuple(found[k].shape)} instead of {tuple(v.shape)}"
-              for k, v in expected.items() if k in found and found[k].shape != v.shape]  # fmt: skip
+    shapes = [
+        f"{k} is {tuple(found[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in found and found[k].shape != v.shape
+    ]
     parts = [("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)]
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in parts if keys)
 
 
 def _first(items: list[str], limit: int = 4) -> str:
-    return ", ".join(items[:limit]) + (f", ... ({len(items) - limit} more)" if len(items) > limit else "")
+    return ", ".join(items[:limit]) + (
+        f", ... ({len(items) - limit} more)" if len(items) > limit else ""
+    )
 
 
-def _load_checked(network: nn.Module, state: dict[str, Tensor], *, used: set[str], source: str) -> None:
+def _load_checked(
+    network: nn.Module, state: dict[str, Tensor], *, used: set[str], source: str
+) -> None:
     own = network.state_dict()
     # num_batches_tracked is a counter of live batch norm; frozen batch norm has no use for it.
     expected = {k: own[k] for k in own if k in used and not k.endswith("num_batches_tracked")}
@@ -205,12 +238,21 @@ def _used_keys(network: nn.Module, name: str) -> set[str]:
     elif name in VGGS:
         cut = ("classifier.",)
     else:
-        cut = ("classifier.", "features.denseblock4.", "features.norm5.", "features.transition3.conv.")
+        cut = (
+            "classifier.",
+            "features.denseblock4.",
+            "features.norm5.",
+            "features.transition3.conv.",
+        )
     return {key for key in network.state_dict() if not key.startswith(cut)}
 
 
 def to_trunk_layers(module: nn.Module) -> nn.Module:
-    """Replaces convolutions by `TrunkConv2d` and batch norm by constants, in place; returns the module."""
+    """Replaces convolutions by `TrunkConv2d` and batch norm by constants, in place.
+
+    Returns:
+        The module.
+    """
     for parent in list(module.modules()):
         for conv_name, norm_name in CONV_NORM_PAIRS:
             conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
@@ -228,8 +270,15 @@ def to_trunk_layers(module: nn.Module) -> nn.Module:
 
 
 def _trunk_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> TrunkConv2d:
-    new = TrunkConv2d(conv.in_channels, conv.out_channels, conv.kernel_size[0], stride=conv.stride[0],
-                      padding=conv.padding[0], bias=conv.bias is not None, frozen_norm=norm is not None)  # fmt: skip
+    new = TrunkConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size[0],
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        bias=conv.bias is not None,
+        frozen_norm=norm is not None,
+    )
     new.weight = conv.weight
     new.bias = conv.bias
     if norm is not None:
@@ -257,20 +306,31 @@ def _resnet_levels(network: nn.Module) -> list[nn.Module]:
 
 
 def _vgg_levels(network: nn.Module) -> list[nn.Module]:
-    """conv1 and conv2, then a level each for conv3, conv4 and conv5; every pool opens the block behind it."""
-    layers = list(network.features)[:-1]  # without the last pool, so that the map stays at stride 16
+    """conv1 and conv2, then a level each for conv3, conv4 and conv5.
+
+    Every pool opens the block behind it.
+    """
+    # Without the last pool, so that the map stays at stride 16.
+    layers = list(network.features)[:-1]
     pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
     starts = [0, *pools[1:], len(layers)]
     return [nn.Sequential(*layers[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
 def _densenet_levels(network: nn.Module) -> list[nn.Module]:
-    """A dense block leaves raw sums; the norm and ReLU of the transition behind it make them features."""
+    """The stem, then a level for each dense block.
+
+    A dense block leaves raw sums; the norm and ReLU of the transition behind it make them features.
+    """
     f = network.features
     f.conv0, f.norm0 = _trunk_conv(f.conv0, f.norm0), nn.Identity()
     levels = [nn.Sequential(f.conv0, f.relu0)]
     entrance = [f.pool0]
-    for block, transition in ((f.denseblock1, f.transition1), (f.denseblock2, f.transition2), (f.denseblock3, f.transition3)):
+    for block, transition in (
+        (f.denseblock1, f.transition1),
+        (f.denseblock2, f.transition2),
+        (f.denseblock3, f.transition3),
+    ):
         levels.append(nn.Sequential(*entrance, block, transition.norm, transition.relu))
         entrance = [transition.conv, transition.pool]
     return levels
@@ -287,7 +347,10 @@ _CUTS = {"resnet": _resnet_levels, "vgg": _vgg_levels, "densenet": _densenet_lev
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(x))), then ReLU; starts as the identity, so that it trains without batch norm."""
+    """x + conv(relu(conv(x))), then ReLU.
+
+    Starts as the identity, so that it trains without batch norm.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -301,13 +364,19 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-def tiny_levels(widths: tuple[int, ...] = (24, 48, 96, 192), blocks: tuple[int, ...] = (0, 1, 1, 2)) -> list[nn.Module]:
-    """The levels of a small residual network for two CPU cores: no batch norm, trained from scratch."""
+def tiny_levels(
+    widths: tuple[int, ...] = (12, 24, 64, 128), blocks: tuple[int, ...] = (0, 0, 1, 1)
+) -> list[nn.Module]:
+    """Levels of a small residual network for two CPU cores: no batch norm, trained from scratch."""
     levels, channels = [], 3
     for width, depth in zip(widths, blocks, strict=True):
         entrance = TrunkConv2d(channels, width, 3, stride=2)
         nn.init.kaiming_normal_(entrance.weight, nonlinearity="relu")
         nn.init.zeros_(entrance.bias)
-        levels.append(nn.Sequential(entrance, nn.ReLU(inplace=True), *(ResidualBlock(width) for _ in range(depth))))
+        levels.append(
+            nn.Sequential(
+                entrance, nn.ReLU(inplace=True), *(ResidualBlock(width) for _ in range(depth))
+            )
+        )
         channels = width
     return levels

@@ -19,14 +19,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, temporary)
 
 
-def load_checkpoint(path: str | Path, *, stage: str | tuple[str, ...] | None = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, *, stage: str | tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Reads a checkpoint of this project.
 
     Args:
         stage: the stages that the caller can use; None for any.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, or a checkpoint of another stage.
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or a checkpoint of another stage.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
@@ -35,15 +38,24 @@ def load_checkpoint(path: str | Path, *, stage: str | tuple[str, ...] | None = N
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
         raise ValueError(f"{path} is not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, Mapping) or not all(key in checkpoint for key in KEYS):
-        raise ValueError(f"{path} is a PyTorch file but not a checkpoint of this project: it lacks {', '.join(KEYS)}")
+        raise ValueError(
+            f"{path} is a PyTorch file but not a checkpoint of this project: "
+            f"it lacks {', '.join(KEYS)}"
+        )
     stages = (stage,) if isinstance(stage, str) else stage
     if stages and checkpoint["stage"] not in stages:
-        raise ValueError(f"{path} is a {checkpoint['stage']} checkpoint, needed is {' or '.join(stages)}")
+        raise ValueError(
+            f"{path} is a {checkpoint['stage']} checkpoint, needed is {' or '.join(stages)}"
+        )
     return checkpoint
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Copies a state dict into a model; what does not fit is listed in one ValueError naming `source`."""
+    """Copies a state dict into a model.
+
+    Raises:
+        ValueError: one that names `source` and lists all that does not fit.
+    """
     difference = describe_mismatch(model.state_dict(), state)
     if difference:
         raise ValueError(f"{source} does not fit the configured model: {difference}")

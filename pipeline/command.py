@@ -11,9 +11,11 @@ from pipeline.engine import Interrupted
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Runs a tool's main function and exits: 0, what it returns, or 2 after one line on a user's mistake.
+    """Runs a tool's main function and exits.
 
-    Functions below raise ValueError or OSError for bad input; MASKPATH_TRACEBACK=1 shows where from.
+    The exit code is 0, what the function returns, or 2 after one line on a user's mistake.
+    Functions below raise ValueError or OSError for bad input; MASKPATH_TRACEBACK=1 shows where
+    from.
     """
     try:
         sys.exit(main() or 0)
@@ -36,7 +38,9 @@ def _message(error: Exception) -> str:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds --device; the default is CUDA where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, type=_device, help=f"cpu or cuda (here: {default})")
+    parser.add_argument(
+        "--device", default=default, type=_device, help=f"cpu or cuda (here: {default})"
+    )
 
 
 def _device(name: str) -> str:

@@ -1,8 +1,8 @@
 """The configuration: one YAML file is a recipe for the whole pipeline.
 
-The dataclasses below are the schema. Their defaults are the published recipes (ECCV 2016 with ResNet-50; the released
-code where it differs from the paper), so a YAML file holds only what it changes. Unknown keys, at any depth, and
-values of a wrong type are errors.
+The dataclasses below are the schema. Their defaults are the published recipes (ECCV 2016 with
+ResNet-50; the released code where it differs from the paper), so a YAML file holds only what it
+changes. Unknown keys, at any depth, and values of a wrong type are errors.
 """
 
 import difflib
@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class SplitConfig:
-    """A COCO-format split. Relative paths are looked for below the working directory, then below the project's root."""
+    """A COCO-format split.
+
+    Relative paths are looked for below the working directory, then below the project's root.
+    """
 
     annotations: str = ""
     images: str = ""
@@ -43,7 +46,8 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     shapes: ShapesConfig | None = None  # when set, train and val are made by it
-    workers: int = 4  # data-loading processes for each training process; 0 loads in the training process itself
+    # Data-loading processes for each training process; 0 loads in the training process itself.
+    workers: int = 4
     max_broken_share: float = 0.01  # of the training images; more unreadable ones stop the run
 
 
@@ -103,7 +107,8 @@ class DeepMaskConfig:
     embedding: int = 512
     score_hidden: int = 1024
     dropout: float = 0.5
-    # The mask loss is summed over the batch of 32 and the score loss averaged: lambda = 1/32 (NIPS 2015, section 3.3).
+    # The mask loss is summed over the batch of 32 and the score loss averaged: lambda = 1/32
+    # (NIPS 2015, section 3.3).
     mask_weight: float = 32.0
     score_weight: float = 1.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -129,40 +134,48 @@ class Config:
 
 
 CHOICES = {"optimiser": ("sgd", "adamw"), "schedule": ("steps", "cosine")}
-# What must hold of a value, in words and as a test, and of which keys. Checked when a config is read: a mistake in a
-# later stage's section shows before the first stage has been trained for days.
+# What must hold of a value, in words and as a test, and of which keys. Checked when a config is
+# read: a mistake in a later stage's section shows before the first stage has been trained for days.
 CONDITIONS = (
     ("greater than 0", lambda v: v > 0,
-     ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient", "validate_every",
-      "validation_batches", "log_every", "num_proposals", "patch_size", "mask_size", "target_size", "reduction",
-      "embedding", "score_hidden", "train_images", "val_images")),
+     ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient",
+      "validate_every", "validation_batches", "log_every", "num_proposals", "patch_size",
+      "mask_size", "target_size", "reduction", "embedding", "score_hidden", "train_images",
+      "val_images")),
     ("at least 0", lambda v: v >= 0,
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
-      "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area", "min_side",
-      "negative_distance", "negative_octaves")),
+      "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
+      "min_side", "negative_distance", "negative_octaves")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share")),
     ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),
     ("between 0 and 1", lambda v: 0 < v < 1, ("mask_threshold",)),
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
     ("from 0 to 4", lambda v: 0 <= v <= 4, ("frozen_levels",)),
     ("MIN MAX with MIN <= MAX", lambda v: -math.inf < v[0] <= v[1] < math.inf, ("score_scales",)),
-    ("MIN MAX STEP with MIN <= MAX and STEP > 0", lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0,
-     ("scales",)),
-    ("epochs with factors > 0", lambda v: all(k >= 0 and factor > 0 for k, factor in v.items()), ("lr_drops",)),
+    ("MIN MAX STEP with MIN <= MAX and STEP > 0",
+     lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0, ("scales",)),
+    ("epochs with factors > 0",
+     lambda v: all(k >= 0 and factor > 0 for k, factor in v.items()), ("lr_drops",)),
 )  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """A recipe: the defaults, changed by a YAML file, changed by dotted overrides such as `deepmask.optim.lr=1e-4`.
+    """A recipe: the defaults, changed by a YAML file, changed by dotted overrides.
+
+    Args:
+        overrides: such as `deepmask.optim.lr=1e-4`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a key or value that the schema does not have, in one line.
+        FileNotFoundError: no such file.
+        ValueError: a key or value that the schema does not have, in one line.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
         path = ROOT / path
     if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist; recipes that come with the project are in configs/")
+        raise FileNotFoundError(
+            f"config {path} does not exist; recipes that come with the project are in configs/"
+        )
     try:
         layer = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -172,7 +185,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     config = _merge(OmegaConf.structured(Config), layer, source=f"config {path}")
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"--set {override}: write key=value, for example deepmask.optim.lr=1e-4")
+            raise ValueError(
+                f"--set {override}: write key=value, for example deepmask.optim.lr=1e-4"
+            )
         try:
             layer = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -182,8 +197,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def config_from_dict(values: dict, *, source: str) -> Config:
-    """The config that a checkpoint carries; raises ValueError naming `source` when it is of another schema."""
-    return OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(values), source=source))
+    """The config that a checkpoint carries.
+
+    Raises:
+        ValueError: it is of another schema; names `source`.
+    """
+    return OmegaConf.to_object(
+        _merge(OmegaConf.structured(Config), OmegaConf.create(values), source=source)
+    )
 
 
 def config_to_dict(config: Config) -> dict:
@@ -221,22 +242,33 @@ def _merge(config: DictConfig, layer: Any, *, source: str) -> DictConfig:
 
 
 def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
-    """An unknown key is an error that says what was probably meant; so is a section or list of a wrong form."""
+    """An unknown key is an error that says what was probably meant.
+
+    So is a section or list of a wrong form.
+    """
     known = {f.name: f for f in fields(schema)}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            hint = (
+                f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            )
             raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
         annotation = known[key].type
         section = _dataclass_of(annotation)
         if section and isinstance(value, dict):
             _check_keys(value, section, prefix=f"{prefix}{key}.", source=source)
         elif section and not isinstance(value, annotation):  # None where it is allowed
-            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}")
+            raise ValueError(
+                f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}"
+            )
         length = len(get_args(annotation))
-        if get_origin(annotation) is tuple and not (isinstance(value, list | tuple) and len(value) == length):
-            raise ValueError(f"{source}: {prefix}{key} must be a list of {length} values, got {value!r}")
+        if get_origin(annotation) is tuple and not (
+            isinstance(value, list | tuple) and len(value) == length
+        ):
+            raise ValueError(
+                f"{source}: {prefix}{key} must be a list of {length} values, got {value!r}"
+            )
 
 
 def _dataclass_of(annotation: Any) -> type | None:
@@ -250,7 +282,9 @@ def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
         if isinstance(value, DictConfig):
             _check_values(value, prefix=f"{prefix}{key}.", source=source)
         elif key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{source}: {prefix}{key} must be one of {', '.join(CHOICES[key])}, got {value!r}")
+            raise ValueError(
+                f"{source}: {prefix}{key} must be one of {', '.join(CHOICES[key])}, got {value!r}"
+            )
         for words, holds, keys in CONDITIONS:
             if key in keys and value is not None and not holds(value):
                 raise ValueError(f"{source}: {prefix}{key} must be {words}, got {value!r}")
@@ -258,4 +292,3 @@ def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\n    ")[0].split())
-

@@ -38,15 +38,20 @@ def is_main() -> bool:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over the processes; the model itself when there is one process."""
+    """The model whose gradients are averaged over the processes.
+
+    The model itself when there is one process.
+    """
     if not dist.is_initialized():
         return model
-    # Either head is idle in a minibatch of the other kind; its gradients must stay None, so that neither momentum
-    # nor weight decay moves it.
+    # Either head is idle in a minibatch of the other kind; its gradients must stay None, so that
+    # neither momentum nor weight decay moves it.
     return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True,
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=True,
         broadcast_buffers=False,
-    )  # fmt: skip
+    )
 
 
 def any_process(*flags: bool | torch.Tensor, device: torch.device) -> list[bool]:

@@ -1,7 +1,8 @@
 """The training loop of all stages: step, validate, keep the best, resume to the bit.
 
-A run is a function of its config and data: every random number comes from (seed, epoch, index), the learning rate
-from the step, so a checkpoint's weights, optimiser state and step are all that a resumed run needs.
+A run is a function of its config and data: every random number comes from (seed, epoch, index), the
+learning rate from the step, so a checkpoint's weights, optimiser state and step are all that a
+resumed run needs.
 """
 
 import math
@@ -33,7 +34,7 @@ class Stage(Protocol):
     best_metric: str
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters to train, each group with its factor on the learning rate under "lr_factor"."""
+        """Parameters to train; each group has its factor on the learning rate as "lr_factor"."""
 
     def train_mode(self) -> None:
         """Puts the parts that are trained into training mode."""
@@ -52,15 +53,19 @@ class Interrupted(Exception):
     """The run was asked to stop; its state has been saved."""
 
 
-def fit(stage: Stage, config: Config, output: Path, *, device: torch.device, resume: bool = False) -> Path:
+def fit(
+    stage: Stage, config: Config, output: Path, *, device: torch.device, resume: bool = False
+) -> Path:
     """Trains a stage; returns the best checkpoint's path.
 
     Args:
-        output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+        output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and
+            TensorBoard events.
         resume: continue from `checkpoints/last.pt` if there is one.
 
     Raises:
-        ValueError: the directory holds a run and `resume` is not set, or that run is of another model.
+        ValueError: the directory holds a run and `resume` is not set, or that run is of another
+            model.
         FloatingPointError: a loss was not finite; the minibatch is saved beside the checkpoints.
         Interrupted: SIGINT or SIGTERM came; the state is in `checkpoints/last.pt`.
     """
@@ -86,13 +91,23 @@ class TrainingRun:
         """Starts anew, or takes up the run that the directory holds."""
         last = self.checkpoints / LAST
         if last.exists() and not resume:
-            raise ValueError(f"{self.output} already holds a run; add --resume to continue it, or choose another --output")
+            raise ValueError(
+                f"{self.output} already holds a run; add --resume to continue it, "
+                "or choose another --output"
+            )
         if last.exists():
             self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
         if distributed.is_main():  # from here on the directory is this run's
             save_config(self.config, self.output / "config.yaml")
-        self.log = RunLog(self.output, enabled=distributed.is_main(), resume_step=self.step if last.exists() else None)
-        self.log.say(f"{self.stage.name}: step {self.step} of {self.total}, {_count(self.stage.model)}, on {self.device}")
+        self.log = RunLog(
+            self.output,
+            enabled=distributed.is_main(),
+            resume_step=self.step if last.exists() else None,
+        )
+        self.log.say(
+            f"{self.stage.name}: step {self.step} of {self.total}, "
+            f"{_count(self.stage.model)}, on {self.device}"
+        )
 
     def train(self, stop: dict[str, bool]) -> None:
         """Runs to the last step; `stop["now"]` ends it after the step at hand."""
@@ -104,8 +119,12 @@ class TrainingRun:
             losses = self._train_step(batch)
             meter.add(losses, seconds_left=self._seconds_left)
             if self.step % self.optim.log_every == 0:
-                self.log.write("train", step=self.step, epoch=self._epoch(), lr=self._rate(), **meter.flush())
-            halt, save = distributed.any_process(stop["now"], self._save_due(saved), device=self.device)
+                self.log.write(
+                    "train", step=self.step, epoch=self._epoch(), lr=self._rate(), **meter.flush()
+                )
+            halt, save = distributed.any_process(
+                stop["now"], self._save_due(saved), device=self.device
+            )
             if halt or save:
                 self._save(LAST)
                 saved = time.monotonic()
@@ -119,7 +138,9 @@ class TrainingRun:
         rate = learning_rate(self.optim, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"
+        ):
             losses = self.stage.losses(self.model, batch)
         (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
         if broken:
@@ -138,13 +159,19 @@ class TrainingRun:
         with atomic_path(path) as temporary:
             torch.save({"step": self.step, "batch": batch, "losses": values}, temporary)
         words = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        raise FloatingPointError(f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
-                                 f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
-                                 f"a lower {self.stage.name}.optim.lr usually helps")  # fmt: skip
+        raise FloatingPointError(
+            f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
+            f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
+            f"a lower {self.stage.name}.optim.lr usually helps"
+        )
 
     def _validate_if_due(self) -> None:
         epoch, rest = divmod(self.step, self.optim.batches_per_epoch)
-        due = rest == 0 and epoch > 0 and (epoch % self.optim.validate_every == 0 or self.step == self.total)
+        due = (
+            rest == 0
+            and epoch > 0
+            and (epoch % self.optim.validate_every == 0 or self.step == self.total)
+        )
         if not due or self.validated == self.step:
             return
         metrics = self.stage.validate(self.device)
@@ -182,13 +209,18 @@ class TrainingRun:
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
         if state["config"]["seed"] != self.config.seed:
-            raise ValueError(f"{source} was trained with seed {state['config']['seed']}, not {self.config.seed}: "
-                             "a resumed run draws the same samples only with the same seed")  # fmt: skip
+            raise ValueError(
+                f"{source} was trained with seed {state['config']['seed']}, "
+                f"not {self.config.seed}: "
+                "a resumed run draws the same samples only with the same seed"
+            )
         load_weights(self.stage.model, state["model"], source=source)
         try:
             self.optimiser.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise ValueError(f"{source}: optimiser state of another optimiser or of other frozen layers") from error
+            raise ValueError(
+                f"{source}: optimiser state of another optimiser or of other frozen layers"
+            ) from error
         torch.set_rng_state(state["rng"]["torch"])
         self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
 
@@ -206,7 +238,10 @@ class TrainingRun:
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Learning rate of a step (counted from 0): warm-up times drops at epochs, or times a half cosine to zero."""
+    """Learning rate of a step (counted from 0).
+
+    Warm-up times drops at epochs, or times a half cosine to zero.
+    """
     warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
     if optim.schedule == "cosine":
         progress = step / (optim.epochs * optim.batches_per_epoch)
@@ -220,7 +255,9 @@ def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
     """SGD or AdamW over the groups; the loop sets the learning rates."""
     if optim.optimiser == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(
+        groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+    )
 
 
 class Meter:
@@ -241,7 +278,10 @@ class Meter:
         """Means of the losses, samples a second, and minutes left."""
         seconds = (time.monotonic() - self.start) / max(self.steps, 1)
         values = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        values |= {"patches_per_second": self.batch_size / seconds, "minutes_left": self.seconds_left(seconds) / 60}
+        values |= {
+            "patches_per_second": self.batch_size / seconds,
+            "minutes_left": self.seconds_left(seconds) / 60,
+        }
         self._reset()
         return values
 

@@ -16,7 +16,8 @@ def load_deepmask(checkpoint: str | Path) -> tuple[DeepMask, Config]:
     """The network of a DeepMask checkpoint and the config it was trained with.
 
     Raises:
-        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that do not fit.
+        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
+            do not fit.
     """
     content = load_checkpoint(checkpoint, stage="deepmask")
     config = config_from_dict(content["config"], source=str(checkpoint))
@@ -25,8 +26,13 @@ def load_deepmask(checkpoint: str | Path) -> tuple[DeepMask, Config]:
     return model.eval(), config
 
 
-def load_proposer(checkpoint: str | Path, device: torch.device, *, num_proposals: int | None = None,
-                  scales: list[float] | None = None) -> tuple[Proposer, dict]:  # fmt: skip
+def load_proposer(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    num_proposals: int | None = None,
+    scales: list[float] | None = None,
+) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
     Args:
@@ -38,7 +44,11 @@ def load_proposer(checkpoint: str | Path, device: torch.device, *, num_proposals
         raise ValueError(f"--num-proposals must be at least 1, got {count}")
     scales = tuple(config.propose.scales if scales is None else scales)
     octave_range(*scales)
-    options = {"num_proposals": count, "scales": scales, "mask_threshold": config.propose.mask_threshold}
+    options = {
+        "num_proposals": count,
+        "scales": scales,
+        "mask_threshold": config.propose.mask_threshold,
+    }
     settings = {"checkpoint_sha256": file_sha256(checkpoint), **options, "scales": list(scales)}
     return Proposer(model, device=device, **options), settings
 

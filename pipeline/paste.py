@@ -1,7 +1,8 @@
 """From mask logits in a patch to an RLE mask in the image, working in the mask's own window only.
 
-A proposal's mask covers the square of its patch in the image. Only the window around its foreground is resampled,
-thresholded and run-length encoded; the runs are then shifted to where the window lies. No full-image array exists.
+A proposal's mask covers the square of its patch in the image. Only the window around its foreground
+is resampled, thresholded and run-length encoded; the runs are then shifted to where the window
+lies. No full-image array exists.
 """
 
 import math
@@ -13,7 +14,10 @@ import pycocotools.mask as coco_mask
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a patch lies in the original image: its top-left corner and its size, in pixels, each (x, y)."""
+    """Where a patch lies in the original image.
+
+    Its top-left corner and its size, in pixels, each (x, y).
+    """
 
     left: float
     top: float
@@ -21,16 +25,20 @@ class Placement:
     height: float
 
 
-def paste(logits: np.ndarray, place: Placement, *, image_size: tuple[int, int], threshold: float) -> tuple[dict, np.ndarray] | None:
+def paste(
+    logits: np.ndarray, place: Placement, *, image_size: tuple[int, int], threshold: float
+) -> tuple[dict, np.ndarray] | None:
     """The mask of a patch as an object of the image.
 
     Args:
         logits: (M, M) float32, over the patch.
         place: the patch in the image.
-        image_size: height and width. threshold: probability from which on a pixel belongs to the mask, in (0, 1).
+        image_size: height and width.
+        threshold: probability from which on a pixel belongs to the mask, in (0, 1).
 
     Returns:
-        The compressed RLE and its box (4,) float32 xyxy; None when no pixel of the image belongs to the mask.
+        The compressed RLE and its box (4,) float32 xyxy; None when no pixel of the image belongs to
+        the mask.
     """
     limit = math.log(threshold / (1 - threshold))
     above = logits > limit
@@ -59,13 +67,19 @@ def _window(above: np.ndarray, start: float, length: float, limit: int) -> tuple
 
 
 def _interpolation(first: int, last: int, start: float, length: float, cells: int) -> np.ndarray:
-    """(last - first, cells) float32: bilinear weights of the cells' centres at the pixels' centres."""
+    """Bilinear weights of the cells' centres at the pixels' centres.
+
+    Returns:
+        (last - first, cells) float32.
+    """
     position = (np.arange(first, last) + 0.5 - start) * (cells / length) - 0.5
     position = position.clip(0, cells - 1)
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells))).astype(np.float32)
 
 
-def encode_window(window: np.ndarray, x0: int, y0: int, image_size: tuple[int, int]) -> tuple[dict, np.ndarray] | None:
+def encode_window(
+    window: np.ndarray, x0: int, y0: int, image_size: tuple[int, int]
+) -> tuple[dict, np.ndarray] | None:
     """RLE and box of a mask that is known within a window of the image.
 
     Args:
@@ -75,7 +89,9 @@ def encode_window(window: np.ndarray, x0: int, y0: int, image_size: tuple[int, i
     rows, columns = np.flatnonzero(window.any(1)), np.flatnonzero(window.any(0))
     if len(rows) == 0:
         return None
-    box = np.array([x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1], np.float32)
+    box = np.array(
+        [x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1], np.float32
+    )
     # COCO runs go down the columns. A border of background closes every run within its column.
     padded = np.zeros((window.shape[1], window.shape[0] + 2), np.int8)
     padded[:, 1:-1] = window.T
@@ -83,7 +99,8 @@ def encode_window(window: np.ndarray, x0: int, y0: int, image_size: tuple[int, i
     edges = (x0 + column) * height + y0 + row  # alternately the start and the end of a run
     starts, ends = edges[::2], edges[1::2]
     apart = np.ones(len(starts) + 1, bool)
-    apart[1:-1] = starts[1:] != ends[:-1]  # a run to the bottom of a column may go on at the top of the next
+    # A run to the bottom of a column may go on at the top of the next.
+    apart[1:-1] = starts[1:] != ends[:-1]
     edges = np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).ravel()
     counts = np.diff(edges, prepend=0, append=height * width)
     if counts[-1] == 0:

@@ -1,4 +1,7 @@
-"""Patch metrics: how good masks and scores are on single patches (NIPS 2015, section 5; the released code)."""
+"""Patch metrics: how good masks and scores are on single patches.
+
+NIPS 2015, section 5; the released code.
+"""
 
 import torch
 from torch import Tensor
@@ -31,8 +34,12 @@ def summarise(ious: Tensor, hits: Tensor) -> dict[str, float]:
     """The table's row; a metric without a patch to measure it on is left out."""
     row = {}
     if len(ious):
-        row = {"mean_iou": ious.mean(), "median_iou": ious.median(),
-               "iou_above_0.5": (ious > 0.5).float().mean(), "iou_above_0.7": (ious > 0.7).float().mean()}  # fmt: skip
+        row = {
+            "mean_iou": ious.mean(),
+            "median_iou": ious.median(),
+            "iou_above_0.5": (ious > 0.5).float().mean(),
+            "iou_above_0.7": (ious > 0.7).float().mean(),
+        }
     if len(hits):
         row["score_accuracy"] = hits.float().mean()
     return {name: float(value) for name, value in row.items()}

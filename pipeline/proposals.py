@@ -1,8 +1,8 @@
 """Proposals of an image, and their store: Parquet shards and the COCO results JSON made from them.
 
-A store is a directory. Every shard is written whole, under a name of its own, and says in its metadata which image
-files it covers; so an interrupted run continues with the files that no shard covers, and several processes can write
-into one store.
+A store is a directory. Every shard is written whole, under a name of its own, and says in its
+metadata which image files it covers; so an interrupted run continues with the files that no shard
+covers, and several processes can write into one store.
 """
 
 import json
@@ -17,12 +17,20 @@ import pyarrow.parquet as pq
 
 from pipeline.files import atomic_path, write_json
 
-SCHEMA = pa.schema([
-    ("image_id", pa.int64()), ("file_name", pa.string()), ("score", pa.float32()), ("box", pa.list_(pa.float32(), 4)),
-    ("counts", pa.binary()), ("height", pa.int32()), ("width", pa.int32()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("score", pa.float32()),
+        ("box", pa.list_(pa.float32(), 4)),
+        ("counts", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
 SETTINGS, RESULTS, IMAGES = "settings.json", "proposals.json", "images.json"
-FILES_KEY = b"images"  # shard metadata: JSON list of the images it covers, also those without a proposal
+# Shard metadata: JSON list of the images it covers, also those without a proposal.
+FILES_KEY = b"images"
 MAX_ROWS = 20_000  # of a shard
 
 
@@ -32,7 +40,8 @@ class Proposals:
 
     Attributes:
         image_id, file_name, height, width: the image.
-        scores: (N,) float32 in [0, 1]. boxes: (N, 4) float32 xyxy. counts: N compressed RLE strings of the masks.
+        scores: (N,) float32 in [0, 1]. boxes: (N, 4) float32 xyxy.
+        counts: N compressed RLE strings of the masks.
     """
 
     image_id: int
@@ -53,12 +62,19 @@ class Proposals:
     def results(self) -> list[dict]:
         """COCO results: category 1, boxes as xywh, RLE counts as text."""
         size = [self.height, self.width]
-        xywh = np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1).tolist()
+        xywh = np.concatenate(
+            [self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1
+        ).tolist()
         return [
-            {"image_id": self.image_id, "category_id": 1, "score": round(score, 6), "bbox": box,
-             "segmentation": {"size": size, "counts": counts.decode("ascii")}}
+            {
+                "image_id": self.image_id,
+                "category_id": 1,
+                "score": round(score, 6),
+                "bbox": box,
+                "segmentation": {"size": size, "counts": counts.decode("ascii")},
+            }
             for score, box, counts in zip(self.scores.tolist(), xywh, self.counts, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 class ProposalStore:
@@ -77,15 +93,28 @@ class ProposalStore:
         path = self.directory / SETTINGS
         if not path.exists():
             write_json(path, settings)
-            return
+        elif changed := self.changed_settings(settings):
+            raise ValueError(
+                f"{self.directory} holds proposals made with other settings "
+                f"({', '.join(changed)}); choose another --output or delete it"
+            )
+
+    def changed_settings(self, settings: dict) -> list[str]:
+        """What differs from the settings that the store was made with; none if there is no store.
+
+        Raises:
+            ValueError: the directory's settings file is not of a store.
+        """
+        path = self.directory / SETTINGS
+        if not path.exists():
+            return []
         try:
             found = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
-            raise ValueError(f"{path} is not of a proposal store; choose another --output") from None
-        changed = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
-        if changed:
-            raise ValueError(f"{self.directory} holds proposals made with other settings ({', '.join(changed)}); "
-                             "choose another --output or delete it")  # fmt: skip
+            raise ValueError(
+                f"{path} is not of a proposal store; choose another --output"
+            ) from None
+        return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
 
     def shards(self) -> list[Path]:
         """The shards, by name."""
@@ -97,20 +126,29 @@ class ProposalStore:
         for shard in self.shards():
             metadata = pq.read_schema(shard).metadata or {}
             if FILES_KEY not in metadata:
-                raise ValueError(f"{shard} is not a shard of a proposal store; choose another --output")
+                raise ValueError(
+                    f"{shard} is not a shard of a proposal store; choose another --output"
+                )
             covered |= {image["file_name"]: image for image in json.loads(metadata[FILES_KEY])}
         return covered
 
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
-        """Adds a shard with the proposals of some images. writer: the process, for a name of its own."""
-        numbers = [int(p.stem.split("-")[2]) for p in self.directory.glob(f"proposals-{writer:03d}-*.parquet")]
+        """Adds a shard with the proposals of some images.
+
+        Args:
+            writer: the process, for a name of its own.
+        """
+        numbers = [
+            int(p.stem.split("-")[2])
+            for p in self.directory.glob(f"proposals-{writer:03d}-*.parquet")
+        ]
         path = self.directory / f"proposals-{writer:03d}-{max(numbers, default=-1) + 1:06d}.parquet"
         table = _to_table(proposals)
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
     def read(self, columns: tuple[str, ...] = tuple(SCHEMA.names)) -> Iterator[pa.Table]:
-        """One table a shard; name only the columns that are needed (masks are most of the bytes)."""
+        """One table a shard; name only the columns needed (masks are most of the bytes)."""
         for shard in self.shards():
             yield pq.read_table(shard, columns=list(columns))
 
@@ -130,13 +168,17 @@ class ProposalStore:
         """
         images = sorted(self.images().values(), key=lambda image: image["id"])
         categories = [{"id": 1, "name": "object"}]
-        write_json(self.directory / IMAGES, {"images": images, "annotations": [], "categories": categories})
+        write_json(
+            self.directory / IMAGES, {"images": images, "annotations": [], "categories": categories}
+        )
         path, count = self.directory / RESULTS, 0
         with atomic_path(path) as temporary, temporary.open("w") as file:
             file.write("[")
             for proposals in self:
                 for result in proposals.results():
-                    file.write((",\n" if count else "\n") + json.dumps(result, separators=(",", ":")))
+                    file.write(
+                        (",\n" if count else "\n") + json.dumps(result, separators=(",", ":"))
+                    )
                     count += 1
             file.write("\n]\n")
         return path, count
@@ -149,7 +191,10 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
         return pa.array([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], type)
 
     boxes = np.concatenate([np.empty((0, 4), np.float32), *(p.boxes for p in proposals)])
-    covered = [{"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width} for p in proposals]
+    covered = [
+        {"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width}
+        for p in proposals
+    ]
     return pa.table(
         [
             column([p.image_id for p in proposals], pa.int64()),
@@ -167,5 +212,12 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
 def _from_table(table: pa.Table) -> Proposals:
     boxes = table["box"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     first = table.slice(0, 1).to_pylist()[0]
-    return Proposals(first["image_id"], first["file_name"], first["height"], first["width"],
-                     table["score"].to_numpy(), boxes, table["counts"].to_pylist())  # fmt: skip
+    return Proposals(
+        first["image_id"],
+        first["file_name"],
+        first["height"],
+        first["width"],
+        table["score"].to_numpy(),
+        boxes,
+        table["counts"].to_pylist(),
+    )

@@ -1,7 +1,7 @@
 """Dense proposal inference: image to proposals (ECCV 2016, section 3; spec of the released code).
 
-image -> pyramid -> trunk and tail once per scale -> scores of all cells of all scales ranked together -> masks of the
-best cells only -> RLE in the image.
+image -> pyramid -> trunk and tail once per scale -> scores of all cells of all scales ranked
+together -> masks of the best cells only -> RLE in the image.
 
 Letters: (h, w) cells of a scale, E embedding width, M mask size, N proposals.
 """
@@ -43,8 +43,15 @@ class Level:
 class Proposer:
     """Proposes object masks for whole images with a trained DeepMask."""
 
-    def __init__(self, model: DeepMask, *, device: torch.device, num_proposals: int = 1000,
-                 scales: tuple[float, float, float] = (-2.5, 0.5, 0.5), mask_threshold: float = 0.2):  # fmt: skip
+    def __init__(
+        self,
+        model: DeepMask,
+        *,
+        device: torch.device,
+        num_proposals: int = 1000,
+        scales: tuple[float, float, float] = (-2.5, 0.5, 0.5),
+        mask_threshold: float = 0.2,
+    ):
         """
         Args:
             scales: smallest, largest and step of the pyramid, in octaves.
@@ -71,19 +78,31 @@ class Proposer:
         boxes = np.array([pasted[n][1] for n in kept], np.float32).reshape(-1, 4)
         counts = [pasted[n][0]["counts"] for n in kept]
         height, width = image.shape[:2]
-        return Proposals(image_id, file_name, height, width, scores.cpu().numpy()[kept], boxes, counts)
+        return Proposals(
+            image_id, file_name, height, width, scores.cpu().numpy()[kept], boxes, counts
+        )
 
     def _run_level(self, image: np.ndarray, octave: float) -> Level:
         scaled = resize_image(image, 2.0**octave)
         factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
-        pixels = pad_and_normalise(torch.from_numpy(scaled).to(self.device), self.model.patch_size // 2)
+        pixels = pad_and_normalise(
+            torch.from_numpy(scaled).to(self.device), self.model.patch_size // 2
+        )
         embeddings = self.model.embed(self.model.trunk(pixels)[-1])
         return Level(factors, embeddings[0], self.model.score(embeddings)[0])
 
-    def _masks(self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]) -> Iterator[tuple | None]:
-        """Pasted masks of the chosen cells, in their order; chosen: (N, 3) of level, row, column."""
+    def _masks(
+        self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]
+    ) -> Iterator[tuple | None]:
+        """Pasted masks of the chosen cells, in their order.
+
+        Args:
+            chosen: (N, 3) of level, row, column.
+        """
         for cells in chosen.split(MASK_CHUNK):
-            embeddings = torch.stack([levels[n].embeddings[:, i, j] for n, i, j in cells.tolist()])  # (n, E)
+            embeddings = torch.stack(
+                [levels[n].embeddings[:, i, j] for n, i, j in cells.tolist()]
+            )  # (n, E)
             logits = self.model.decode_masks(embeddings).float().cpu().numpy()  # (n, M, M)
             for mask, (n, i, j) in zip(logits, cells.tolist(), strict=True):
                 place = place_patch(i, j, levels[n].factors, self.model.patch_size)
@@ -97,7 +116,10 @@ def octave_range(low: float, high: float, step: float) -> list[float]:
         ValueError: a range that is empty or endless.
     """
     if not (math.isfinite(low) and math.isfinite(high) and step > 0 and low <= high):
-        raise ValueError(f"scales must be MIN MAX STEP with MIN <= MAX and STEP > 0, got {low:g} {high:g} {step:g}")
+        raise ValueError(
+            "scales must be MIN MAX STEP with MIN <= MAX and STEP > 0, "
+            f"got {low:g} {high:g} {step:g}"
+        )
     return [low + n * step for n in range(math.floor((high - low) / step + 1e-6) + 1)]
 
 
@@ -110,11 +132,16 @@ def resize_image(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def pad_and_normalise(pixels: Tensor, border: int) -> Tensor:
-    """(H, W, 3) uint8 to (1, 3, H + 2 border, W + 2 border) float32, normalised, grey all around, channels last."""
+    """(H, W, 3) uint8 to (1, 3, H + 2 border, W + 2 border) float32.
+
+    Normalised, grey all around, channels last.
+    """
     mean = torch.tensor(MEAN, device=pixels.device)
     std = torch.tensor(STD, device=pixels.device)
     height, width = pixels.shape[:2]
-    canvas = ((float(GREY) - mean) / std).expand(height + 2 * border, width + 2 * border, 3).contiguous()
+    canvas = (
+        ((float(GREY) - mean) / std).expand(height + 2 * border, width + 2 * border, 3).contiguous()
+    )
     canvas[border : border + height, border : border + width] = (pixels.float() / 255 - mean) / std
     return canvas.permute(2, 0, 1)[None]
 
@@ -126,7 +153,8 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
         score_logits: for each scale (h, w).
 
     Returns:
-        Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in order.
+        Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in
+        order.
     """
     flat = torch.cat([scores.flatten() for scores in score_logits]).float()
     order = torch.sort(flat, descending=True, stable=True).indices[:count]
@@ -140,10 +168,17 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def place_patch(row: int, column: int, factors: tuple[float, float], patch_size: int) -> Placement:
-    """Where the patch of a cell lies in the original image: centred on (16 column, 16 row) of the scaled image."""
+    """Where the patch of a cell lies in the original image.
+
+    Its centre is (16 column, 16 row) of the scaled image.
+    """
     fx, fy = factors
-    return Placement((STRIDE * column - patch_size / 2) / fx, (STRIDE * row - patch_size / 2) / fy,
-                     patch_size / fx, patch_size / fy)  # fmt: skip
+    return Placement(
+        (STRIDE * column - patch_size / 2) / fx,
+        (STRIDE * row - patch_size / 2) / fy,
+        patch_size / fx,
+        patch_size / fy,
+    )
 
 
 @dataclass(frozen=True)
@@ -156,7 +191,10 @@ class ImageFile:
 
 
 def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray | ImageError]]:
-    """Images in order, the next one read while the present one is worked on; an unreadable one gives its error."""
+    """Images in order, the next one read while the present one is worked on.
+
+    An unreadable one gives its error.
+    """
 
     def read(file: ImageFile) -> np.ndarray | ImageError:
         try:

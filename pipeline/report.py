@@ -67,10 +67,18 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     commands = [line for s in stages for line in stage_commands(s.name, run, annotations, images)]
     path = files.run / "report.html"
     page = _template().render(
-        run=run, stages=stages, missing=files.missing, seconds=summary.get("seconds") or {},
-        commands=commands, this_command=shlex.join(["python", *sys.argv]), software=software(),
-        date=datetime.now().astimezone(), top=TOP, shown=SHOWN, kinds=KINDS,
-    )  # fmt: skip
+        run=run,
+        stages=stages,
+        missing=files.missing,
+        seconds=summary.get("seconds") or {},
+        commands=commands,
+        this_command=shlex.join(["python", *sys.argv]),
+        software=software(),
+        date=datetime.now().astimezone(),
+        top=TOP,
+        shown=SHOWN,
+        kinds=KINDS,
+    )
     with atomic_path(path) as temporary:
         # A path may hold bytes that are no text.
         temporary.write_text(page, encoding="utf-8", errors="replace")
@@ -318,8 +326,14 @@ def plot_average_recall(curves: dict, perfect: dict | None) -> Markup:
             axes.plot(curves["counts"], _no_none(curves[kind]["ar_by_count"]), c=rgb, label=kind)
             if perfect:
                 points = {k: perfect[kind][f"AR@{k}"] for k in (10, 100, 1000)}
-                axes.plot(points.keys(), _no_none(points.values()), "o", c=rgb, mfc="none",
-                          label=f"{kind}, perfect ranking")  # fmt: skip
+                axes.plot(
+                    points.keys(),
+                    _no_none(points.values()),
+                    "o",
+                    c=rgb,
+                    mfc="none",
+                    label=f"{kind}, perfect ranking",
+                )
         axes.set(xscale="log", xlabel="proposals per image", ylabel="average recall")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter("{x:g}")

@@ -9,7 +9,13 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.patch_sampler import PatchSampler
 from datasets.patches import PatchDataset
-from pipeline.coco_eval import ProposalScores, evaluate_proposals, load_ground_truth, rank_by_overlap
+from pipeline import distributed
+from pipeline.coco_eval import (
+    ProposalScores,
+    evaluate_proposals,
+    load_ground_truth,
+    rank_by_overlap,
+)
 from pipeline.files import atomic_path, write_json
 from pipeline.load import load_deepmask
 from pipeline.proposals import ProposalStore
@@ -18,12 +24,17 @@ from pipeline.stages import VALIDATION_SEED, evaluate_patches, sampling_rules
 KINDS = ("box", "mask")
 
 
-def score_proposals(annotations: str | Path, results: str | Path, output: str | Path, *,
-                    perfect_ranking: bool = True) -> dict:  # fmt: skip
+def score_proposals(
+    annotations: str | Path,
+    results: str | Path,
+    output: str | Path,
+    *,
+    perfect_ranking: bool = True,
+) -> dict:
     """AR of a proposal store or results file.
 
-    Writes metrics.json, curves.json, scores.txt and, if asked for, perfect_ranking.json: the AR that the same masks
-    would have in the best possible order.
+    Writes metrics.json, curves.json, scores.txt and, if asked for, perfect_ranking.json: the AR
+    that the same masks would have in the best possible order.
 
     Returns:
         The metrics.
@@ -76,7 +87,10 @@ def read_results(path: str | Path) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(results, list):
-        raise ValueError(f"{path} is not COCO results: it must be a list of results, not {type(results).__name__}")
+        raise ValueError(
+            f"{path} is not COCO results: "
+            f"it must be a list of results, not {type(results).__name__}"
+        )
     return results
 
 
@@ -84,7 +98,10 @@ def curves(scores: ProposalScores) -> dict:
     """AR by number of proposals and recall by IoU, for plots."""
     last = scores.counts[-1]
     counts = np.unique(np.geomspace(1, last, 40).round().astype(int))
-    content = {"iou_thresholds": np.round(scores.iou_thresholds, 2).tolist(), "counts": counts.tolist()}
+    content = {
+        "iou_thresholds": np.round(scores.iou_thresholds, 2).tolist(),
+        "counts": counts.tolist(),
+    }
     for kind, recall in scores.recall.items():
         content[kind] = {
             "recall_by_iou": {str(k): _no_nan(recall[:, k - 1, 0]) for k in scores.max_proposals},
@@ -101,12 +118,17 @@ def ar_table(rows: dict[str, dict]) -> str:
     """Metrics of one or more sets of proposals as text, in percent."""
     names = list(next(iter(rows.values()))["mask"])
     width = max(map(len, rows)) + 2
-    lines = ["average recall, percent".ljust(width + 7) + "  ".join(name.rjust(8) for name in map(_short, names))]
+    lines = [
+        "average recall, percent".ljust(width + 7)
+        + "  ".join(name.rjust(8) for name in map(_short, names))
+    ]
     for kind in KINDS:
         for label, metrics in rows.items():
             values = (metrics[kind][name] for name in names)
             cells = ("-" if value is None else f"{100 * value:.1f}" for value in values)
-            lines.append(f"{kind:5s}  {label.ljust(width + 16)}" + "  ".join(cell.rjust(8) for cell in cells))
+            lines.append(
+                f"{kind:5s}  {label.ljust(width + 16)}" + "  ".join(cell.rjust(8) for cell in cells)
+            )
     return "\n".join(lines)
 
 
@@ -114,11 +136,20 @@ def _short(name: str) -> str:
     return name.replace("AR@1000/", "")
 
 
-def score_patches(annotations: str | Path, images: str | Path, checkpoint: str | Path, output: str | Path, *,
-                  batches: int = 64, workers: int = 2, device: str = "cpu") -> dict:  # fmt: skip
-    """Patch metrics of a checkpoint on patches drawn from a dataset as in training, the same ones every time.
+def score_patches(
+    annotations: str | Path,
+    images: str | Path,
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    batches: int = 64,
+    workers: int = 2,
+    device: torch.device,
+) -> dict:
+    """Patch metrics of a checkpoint on patches drawn from a dataset as in training.
 
-    Writes metrics.json and scores.txt; returns the metrics.
+    The patches are the same ones every time. Writes metrics.json and scores.txt; returns the
+    metrics.
     """
     if batches < 2:
         raise ValueError(f"--batches must be at least 2, one of each kind, got {batches}")
@@ -126,14 +157,26 @@ def score_patches(annotations: str | Path, images: str | Path, checkpoint: str |
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config = load_deepmask(checkpoint)
     coco, c = CocoInstances.load(annotations), config.deepmask
-    sampler = PatchSampler(coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=VALIDATION_SEED)
-    data = PatchDataset(coco, images, sampler, patch_size=c.patch_size, context=c.context, target_size=c.target_size,
-                        patches_per_image=c.sampling.patches_per_image)  # fmt: skip
-    target = torch.device(device)
-    model.to(target, memory_format=torch.channels_last)
-    metrics = evaluate_patches(model, data, target, batches=batches, batch_size=c.optim.batch_size, workers=workers)
-    write_json(Path(output) / "metrics.json", metrics)
-    _write_table(Path(output) / "scores.txt", "\n".join(f"{name:16s} {value:.4f}" for name, value in metrics.items()))
+    sampler = PatchSampler(
+        coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=VALIDATION_SEED
+    )
+    data = PatchDataset(
+        coco,
+        images,
+        sampler,
+        patch_size=c.patch_size,
+        context=c.context,
+        target_size=c.target_size,
+        patches_per_image=c.sampling.patches_per_image,
+    )
+    model.to(device, memory_format=torch.channels_last)
+    metrics = evaluate_patches(
+        model, data, device, batches=batches, batch_size=c.optim.batch_size, workers=workers
+    )
+    if distributed.is_main():
+        write_json(Path(output) / "metrics.json", metrics)
+        table = "\n".join(f"{name:16s} {value:.4f}" for name, value in metrics.items())
+        _write_table(Path(output) / "scores.txt", table)
     return metrics
 
 

@@ -22,14 +22,25 @@ VALIDATION_SEED = 20151207  # validation patches are the same in every run
 
 
 def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
-    """The DeepMask of a config; `pretrained=False` leaves the trunk random, for weights that come from a checkpoint."""
+    """The DeepMask of a config.
+
+    Args:
+        pretrained: False leaves the trunk random, for weights that come from a checkpoint.
+    """
     weights = config.trunk.weights if pretrained else None
     if weights not in (None, "imagenet"):
         weights = find_path(weights, key="trunk.weights")
     c = config.deepmask
-    return DeepMask(build_trunk(config.trunk.name, weights=weights), patch_size=c.patch_size, context=c.context,
-                    mask_size=c.mask_size, reduction=c.reduction, embedding=c.embedding,
-                    score_hidden=c.score_hidden, dropout=c.dropout)  # fmt: skip
+    return DeepMask(
+        build_trunk(config.trunk.name, weights=weights),
+        patch_size=c.patch_size,
+        context=c.context,
+        mask_size=c.mask_size,
+        reduction=c.reduction,
+        embedding=c.embedding,
+        score_hidden=c.score_hidden,
+        dropout=c.dropout,
+    )
 
 
 def prepare_data(config: Config) -> None:
@@ -41,9 +52,14 @@ def prepare_data(config: Config) -> None:
         if distributed.is_main():
             write_shapes(shapes.directory, num_images=count, seed=shapes.seed, split=split)
         directory = Path(shapes.directory)
-        setattr(config.data, split, SplitConfig(
-            annotations=str(directory / "annotations" / f"instances_{split}.json"),
-            images=str(directory / "images" / split)))  # fmt: skip
+        setattr(
+            config.data,
+            split,
+            SplitConfig(
+                annotations=str(directory / "annotations" / f"instances_{split}.json"),
+                images=str(directory / "images" / split),
+            ),
+        )
     distributed.barrier()
 
 
@@ -51,7 +67,10 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     """Annotations and image folder of "train" or "val"."""
     paths: SplitConfig = getattr(config.data, split)
     if not paths.annotations or not paths.images:
-        raise ValueError(f"the config names no {split} data: set data.{split}.annotations and data.{split}.images")
+        raise ValueError(
+            f"the config names no {split} data: "
+            f"set data.{split}.annotations and data.{split}.images"
+        )
     annotations = find_path(paths.annotations, key=f"data.{split}.annotations")
     images = find_path(paths.images, key=f"data.{split}.images")
     if not images.is_dir():
@@ -61,9 +80,16 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
 
 def sampling_rules(c: SamplingConfig) -> SamplingRules:
     """The sampler's numbers of a config."""
-    return SamplingRules(jitter_shift=c.jitter_shift, jitter_scale=c.jitter_scale, min_area=c.min_area,
-                         min_side=c.min_side, score_scales=tuple(c.score_scales), flip=c.flip,
-                         negative_distance=c.negative_distance, negative_octaves=c.negative_octaves)  # fmt: skip
+    return SamplingRules(
+        jitter_shift=c.jitter_shift,
+        jitter_scale=c.jitter_scale,
+        min_area=c.min_area,
+        min_side=c.min_side,
+        score_scales=tuple(c.score_scales),
+        flip=c.flip,
+        negative_distance=c.negative_distance,
+        negative_octaves=c.negative_octaves,
+    )
 
 
 class DeepMaskStage:
@@ -73,7 +99,10 @@ class DeepMaskStage:
     best_metric = "iou_above_0.7"
 
     def __init__(self, config: Config):
-        """Raises: ValueError or FileNotFoundError on data or weights that are not there or do not fit."""
+        """
+        Raises:
+            ValueError or FileNotFoundError: data or weights that are not there or do not fit.
+        """
         self.config, self.optim = config, config.deepmask.optim
         prepare_data(config)
         self.train_data = patch_dataset(config, "train", seed=config.seed)
@@ -91,7 +120,9 @@ class DeepMaskStage:
         ids = {id(p) for p in self.model.trunk.parameters()}
         rest = [p for p in self.model.parameters() if id(p) not in ids]
         groups = [{"params": rest, "lr_factor": 1.0}]
-        return groups + ([{"params": trunk, "lr_factor": self.optim.trunk_lr_factor}] if trunk else [])
+        return groups + (
+            [{"params": trunk, "lr_factor": self.optim.trunk_lr_factor}] if trunk else []
+        )
 
     def train_mode(self) -> None:
         """Dropout on (batch norm is frozen by construction)."""
@@ -101,14 +132,23 @@ class DeepMaskStage:
         """Minibatches on the device."""
         c = self.config.deepmask
         groups = self.optim.batch_size // c.sampling.patches_per_image
-        keys = BatchKeys(steps, batches_per_epoch=self.optim.batches_per_epoch, groups_per_batch=groups,
-                         seed=self.config.seed, mask_share=c.sampling.mask_share, share=distributed.share())  # fmt: skip
+        keys = BatchKeys(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            groups_per_batch=groups,
+            seed=self.config.seed,
+            mask_share=c.sampling.mask_share,
+            share=distributed.share(),
+        )
         for batch in patch_batches(self.train_data, keys, device, workers=self.config.data.workers):
             self.broken.note(batch["broken"])
             yield batch
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """The mask loss on a mask minibatch, the score loss on a score minibatch, by the config's weights."""
+        """The mask loss on a mask minibatch, the score loss on a score minibatch.
+
+        They are weighted by the config's weights.
+        """
         c = self.config.deepmask
         if "targets" in batch:
             loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
@@ -120,15 +160,23 @@ class DeepMaskStage:
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches, half of them of mask patches."""
         batches = self.optim.validation_batches
-        return evaluate_patches(self.model, self.val_data, device, batches=batches, batch_size=self.optim.batch_size,
-                                workers=self.config.data.workers)  # fmt: skip
+        return evaluate_patches(
+            self.model,
+            self.val_data,
+            device,
+            batches=batches,
+            batch_size=self.optim.batch_size,
+            workers=self.config.data.workers,
+        )
 
     def _check_batch(self) -> None:
         size, shared = self.optim.batch_size, self.config.deepmask.sampling.patches_per_image
         processes = distributed.share()[1]
         if size % (shared * processes):
-            raise ValueError(f"deepmask.optim.batch_size {size} must be a multiple of sampling.patches_per_image "
-                             f"{shared} times the number of processes {processes}")  # fmt: skip
+            raise ValueError(
+                f"deepmask.optim.batch_size {size} must be a multiple of "
+                f"sampling.patches_per_image {shared} times the number of processes {processes}"
+            )
 
 
 def patch_dataset(config: Config, split: str, *, seed: int) -> PatchDataset:
@@ -137,12 +185,23 @@ def patch_dataset(config: Config, split: str, *, seed: int) -> PatchDataset:
     coco, images = load_split(config, split)
     if distributed.is_main():
         print(f"{split}: {coco.summary()}", flush=True)
-    sampler = PatchSampler(coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=seed)
-    return PatchDataset(coco, images, sampler, patch_size=c.patch_size, context=c.context, target_size=c.target_size,
-                        patches_per_image=c.sampling.patches_per_image)  # fmt: skip
+    sampler = PatchSampler(
+        coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=seed
+    )
+    return PatchDataset(
+        coco,
+        images,
+        sampler,
+        patch_size=c.patch_size,
+        context=c.context,
+        target_size=c.target_size,
+        patches_per_image=c.sampling.patches_per_image,
+    )
 
 
-def patch_batches(data: PatchDataset, keys, device: torch.device, *, workers: int) -> Iterator[dict]:
+def patch_batches(
+    data: PatchDataset, keys, device: torch.device, *, workers: int
+) -> Iterator[dict]:
     """Minibatches of the given keys, moved to the device.
 
     Raises:
@@ -156,16 +215,25 @@ def patch_batches(data: PatchDataset, keys, device: torch.device, *, workers: in
                     batch[name] = value.to(device, non_blocking=cuda)
             batch["patches"] = batch["patches"].contiguous(memory_format=torch.channels_last)
             yield batch
-    except ImageError as error:  # from a worker process it comes with that process's traceback before it
+    except ImageError as error:
+        # From a worker process it comes with that process's traceback before it.
         raise ImageError(str(error).rpartition(f"{ImageError.__name__}: ")[2]) from None
 
 
 @torch.inference_mode()
-def evaluate_patches(model: nn.Module, data: PatchDataset, device: torch.device, *, batches: int, batch_size: int,
-                     workers: int) -> dict[str, float]:  # fmt: skip
-    """Patch metrics over the first `batches` minibatches of a dataset, half mask and half score patches.
+def evaluate_patches(
+    model: nn.Module,
+    data: PatchDataset,
+    device: torch.device,
+    *,
+    batches: int,
+    batch_size: int,
+    workers: int,
+) -> dict[str, float]:
+    """Patch metrics over the first `batches` minibatches of a dataset.
 
-    The processes share the minibatches and all get the result.
+    Half are mask and half score patches. The processes share the minibatches and all get the
+    result.
     """
     model.eval()
     groups = max(1, batch_size // data.patches_per_image)
@@ -175,9 +243,17 @@ def evaluate_patches(model: nn.Module, data: PatchDataset, device: torch.device,
     ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for batch in patch_batches(data, keys, device, workers=workers):
         if "targets" in batch:
-            ious.append(mask_ious(model(batch["patches"], head="mask")["mask_logits"], batch["targets"]).cpu())
+            ious.append(
+                mask_ious(
+                    model(batch["patches"], head="mask")["mask_logits"], batch["targets"]
+                ).cpu()
+            )
         else:
-            hits.append(score_hits(model(batch["patches"], head="score")["score_logits"], batch["labels"]).cpu())
+            hits.append(
+                score_hits(
+                    model(batch["patches"], head="score")["score_logits"], batch["labels"]
+                ).cpu()
+            )
     shares = distributed.gather((torch.cat(ious), torch.cat(hits)))
     return summarise(torch.cat([s[0] for s in shares]), torch.cat([s[1] for s in shares]))
 
@@ -189,14 +265,20 @@ class BrokenFiles:
         self.images, self.max_share, self.messages = images, max_share, {}
 
     def note(self, messages: list[str]) -> None:
-        """Raises: ValueError with the list, when more than the configured share of the images is unreadable."""
+        """Notes the images of a minibatch that could not be read.
+
+        Raises:
+            ValueError: more than the configured share of the images is unreadable; has the list.
+        """
         for message in messages:
             if message not in self.messages:
                 self.messages[message] = True
                 print(f"skipped ({len(self.messages)} so far): {message}", flush=True)
         if len(self.messages) > self.max_share * self.images:
-            raise ValueError(f"{len(self.messages)} of {self.images} images cannot be read, more than "
-                             f"data.max_broken_share {self.max_share:g}: " + "; ".join(self.messages))  # fmt: skip
+            raise ValueError(
+                f"{len(self.messages)} of {self.images} images cannot be read, more than "
+                f"data.max_broken_share {self.max_share:g}: " + "; ".join(self.messages)
+            )
 
 
 STAGES = {"deepmask": DeepMaskStage}

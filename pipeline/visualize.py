@@ -9,7 +9,8 @@ from pipeline.proposals import Proposals
 
 # Distinct hues, by steps of the golden ratio around the colour circle.
 PALETTE = cv2.cvtColor(
-    np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8), cv2.COLOR_HSV2RGB
+    np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8),
+    cv2.COLOR_HSV2RGB,
 )[0]
 
 
@@ -27,7 +28,14 @@ def colour(n: int) -> tuple[int, int, int]:
     return tuple(PALETTE[n % len(PALETTE)].tolist())
 
 
-def draw_mask(picture: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int], *, label: str = "", tint: float = 0.35) -> None:
+def draw_mask(
+    picture: np.ndarray,
+    mask: np.ndarray,
+    rgb: tuple[int, int, int],
+    *,
+    label: str = "",
+    tint: float = 0.35,
+) -> None:
     """Tints a mask (H, W) and draws its outline and a label at its top, in place."""
     inside = mask.astype(bool)
     picture[inside] = (picture[inside] * (1 - tint) + np.array(rgb) * tint).astype(np.uint8)
@@ -38,8 +46,18 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int], 
         put_label(picture, label, (x, max(y, 12)), rgb)
 
 
-def put_label(picture: np.ndarray, text: str, origin: tuple[int, int], rgb: tuple[int, int, int], scale: float = 0.42) -> None:
-    """Text on a dark ground, readable on any picture, in place; origin: the left end of its baseline."""
+def put_label(
+    picture: np.ndarray,
+    text: str,
+    origin: tuple[int, int],
+    rgb: tuple[int, int, int],
+    scale: float = 0.42,
+) -> None:
+    """Text on a dark ground, readable on any picture, in place.
+
+    Args:
+        origin: the left end of its baseline.
+    """
     (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     x, y = origin
     ground = picture[max(y - height - 2, 0) : y + base, max(x - 1, 0) : x + width + 1]

@@ -23,9 +23,16 @@ def large(shapes_directory, tmp_path) -> tuple[Path, Path]:
     crowd = {"size": [10, 10], "counts": [0, 100]}  # of another size than the image: unusable
     for image in content["images"]:
         content["annotations"].append(
-            {"id": 1000 + image["id"], "image_id": image["id"], "category_id": 1, "iscrowd": 1,
-             "segmentation": crowd, "area": 100, "bbox": [0, 0, 10, 10]}
-        )  # fmt: skip
+            {
+                "id": 1000 + image["id"],
+                "image_id": image["id"],
+                "category_id": 1,
+                "iscrowd": 1,
+                "segmentation": crowd,
+                "area": 100,
+                "bbox": [0, 0, 10, 10],
+            }
+        )
     annotations = tmp_path / "large.json"
     annotations.write_text(json.dumps(content))
     images = tmp_path / "large"

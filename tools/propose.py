@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Proposes object masks for images: a folder, one file or a glob.
+r"""Proposes object masks for images: a folder, one file or a glob.
 
-    python tools/propose.py --checkpoint runs/coco/deepmask/checkpoints/best.pt --images photos --output runs/photos --draw 10
+    python tools/propose.py --checkpoint runs/coco/deepmask/checkpoints/best.pt \
+        --images photos --output runs/photos --draw 10
 
-Writes a proposal store (Parquet shards), proposals.json (COCO results) and, with --draw, pictures. Started again after an
-interruption it does only what is left.
+Writes a proposal store (Parquet shards), proposals.json (COCO results) and, with --draw, pictures.
+Started again after an interruption it does only what is left.
 """
 
 import argparse
@@ -15,27 +16,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
-from pipeline.propose_run import propose_images
 from pipeline.load import load_proposer
+from pipeline.propose_run import propose_images
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="a trained DeepMask")
     parser.add_argument("--images", required=True, metavar="DIR_OR_FILE_OR_GLOB")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--annotations", metavar="COCO.json", help="take image ids from here, and only images listed here")
-    parser.add_argument("--num-proposals", type=int, help="per image (default: the checkpoint's config, 1000 as published)")
-    parser.add_argument("--scales", type=float, nargs=3, metavar=("MIN", "MAX", "STEP"),
-                        help="octaves (default: the checkpoint's config, -2.5 .5 .5 as published)")  # fmt: skip
-    parser.add_argument("--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image")
+    parser.add_argument(
+        "--annotations",
+        metavar="COCO.json",
+        help="take image ids from here, and only images listed here",
+    )
+    parser.add_argument(
+        "--num-proposals",
+        type=int,
+        help="per image (default: the checkpoint's config, 1000 as published)",
+    )
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs=3,
+        metavar=("MIN", "MAX", "STEP"),
+        help="octaves (default: the checkpoint's config, -2.5 .5 .5 as published)",
+    )
+    parser.add_argument(
+        "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"
+    )
     add_device(parser)
     args = parser.parse_args()
 
     with distributed.process_group(args.device) as device:
-        proposer, settings = load_proposer(args.checkpoint, device, num_proposals=args.num_proposals, scales=args.scales)
-        summary = propose_images(proposer, args.images, args.output, settings=settings, annotations=args.annotations,
-                                 draw=args.draw)  # fmt: skip
+        proposer, settings = load_proposer(
+            args.checkpoint, device, num_proposals=args.num_proposals, scales=args.scales
+        )
+        summary = propose_images(
+            proposer,
+            args.images,
+            args.output,
+            settings=settings,
+            annotations=args.annotations,
+            draw=args.draw,
+        )
     return 2 if summary.none_readable else 0
 
 

@@ -18,10 +18,14 @@ from pipeline.full_run import run_pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a recipe, see configs/")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides")
+    parser.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides"
+    )
     add_device(parser)
     args = parser.parse_args()
     with distributed.process_group(args.device) as device:

@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Scores results against COCO annotations.
+r"""Scores results against COCO annotations.
 
-    python tools/score_coco.py proposals --annotations instances_val.json --results runs/photos --output runs/photos/scores
-    python tools/score_coco.py patches --annotations instances_val.json --images val --checkpoint best.pt --output runs/patches
+    python tools/score_coco.py proposals --annotations instances_val.json \
+        --results runs/photos --output runs/photos/scores
+    python tools/score_coco.py patches --annotations instances_val.json \
+        --images val --checkpoint best.pt --output runs/patches
 """
 
 import argparse
 import sys
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,31 +20,57 @@ from pipeline.scoring import score_patches, score_proposals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
 
-    proposals = kinds.add_parser("proposals", help="average recall (AR) of class-agnostic proposals, by box and by mask")
-    proposals.add_argument("--results", required=True, help="a proposal store, or COCO results json")
-    proposals.add_argument("--no-perfect-ranking", dest="perfect_ranking", action="store_false",
-                           help="do not score the same masks in the best possible order as well")  # fmt: skip
+    proposals = kinds.add_parser(
+        "proposals", help="average recall (AR) of class-agnostic proposals, by box and by mask"
+    )
+    proposals.add_argument(
+        "--results", required=True, help="a proposal store, or COCO results json"
+    )
+    proposals.add_argument(
+        "--no-perfect-ranking",
+        dest="perfect_ranking",
+        action="store_false",
+        help="do not score the same masks in the best possible order as well",
+    )
 
     patches = kinds.add_parser("patches", help="mask IoU and score accuracy on single patches")
     patches.add_argument("--images", required=True, help="the folder of the annotated images")
     patches.add_argument("--checkpoint", required=True)
-    patches.add_argument("--batches", type=int, default=64, help="minibatches to draw, half mask and half score patches")
+    patches.add_argument(
+        "--batches",
+        type=int,
+        default=64,
+        help="minibatches to draw, half mask and half score patches",
+    )
     patches.add_argument("--workers", type=int, default=2)
     add_device(patches)
 
     for kind in (proposals, patches):
         kind.add_argument("--annotations", required=True, help="COCO instances json")
-        kind.add_argument("--output", required=True, type=Path, help="folder for metrics.json and the tables")
+        kind.add_argument(
+            "--output", required=True, type=Path, help="folder for metrics.json and the tables"
+        )
     args = parser.parse_args()
 
     if args.kind == "proposals":
-        score_proposals(args.annotations, args.results, args.output, perfect_ranking=args.perfect_ranking)
+        score_proposals(
+            args.annotations, args.results, args.output, perfect_ranking=args.perfect_ranking
+        )
     else:
-        score_patches(args.annotations, args.images, args.checkpoint, args.output, batches=args.batches,
-                      workers=args.workers, device=args.device)  # fmt: skip
+        score_patches(
+            args.annotations,
+            args.images,
+            args.checkpoint,
+            args.output,
+            batches=args.batches,
+            workers=args.workers,
+            device=torch.device(args.device),
+        )
 
 
 if __name__ == "__main__":

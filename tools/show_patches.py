@@ -3,8 +3,9 @@
 
     python tools/show_patches.py --config configs/coco_mini.yaml --output sheet.png
 
-Mask patches come first, with their target's outline; then score patches, framed green (positive) or red (negative).
-The number is the scale: the factor by which the image was resized. The thin square is the patch that the mask covers.
+Mask patches come first, with their target's outline; then score patches, framed green (positive)
+or red (negative). The number is the scale: the factor by which the image was resized. The thin
+square is the patch that the mask covers.
 """
 
 import argparse
@@ -21,10 +22,14 @@ from pipeline.visualize import save_png
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a recipe, see configs/")
     parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides")
+    parser.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides"
+    )
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--count", type=int, default=24, help="patches of each kind")
     parser.add_argument("--seed", type=int, help="other patches (default: the config's seed)")

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Trains one stage of the pipeline.
+r"""Trains one stage of the pipeline.
 
-    python tools/train_stage.py --stage deepmask --config configs/coco.yaml --output runs/coco/deepmask
-    torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask --config configs/coco.yaml --output runs/coco/deepmask
+    python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
+        --output runs/coco/deepmask
+    torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
+        --config configs/coco.yaml --output runs/coco/deepmask
 """
 
 import argparse
@@ -19,12 +21,20 @@ from pipeline.stages import STAGES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", required=True, choices=list(STAGES))
     parser.add_argument("--config", required=True, help="a recipe, see configs/")
     parser.add_argument("--output", required=True, type=Path, help="run directory")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE",
-                        help="overrides, for example deepmask.optim.lr=1e-4")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        help="overrides, for example deepmask.optim.lr=1e-4",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     add_device(parser)
     args = parser.parse_args()

@@ -295,11 +295,17 @@ def test_left_out(load, change, reason):
 def test_left_out_ones_do_not_shift_the_others(load):
     good = various()
     mixed = copy.deepcopy(good)
-    bad = [minimal(**(change | {"id": 1000 + i}))["annotations"][0]
-           for i, (change, _) in enumerate(LEFT_OUT)]  # fmt: skip
+    bad = [
+        minimal(**(change | {"id": 1000 + i}))["annotations"][0]
+        for i, (change, _) in enumerate(LEFT_OUT)
+    ]
     mixed["annotations"] = [
-        *bad[:9], *good["annotations"][:2], *bad[9:30], *good["annotations"][2:], *bad[30:]
-    ]  # fmt: skip
+        *bad[:9],
+        *good["annotations"][:2],
+        *bad[9:30],
+        *good["annotations"][2:],
+        *bad[30:],
+    ]
     expected, coco = load(good), load(mixed)
     assert sum(coco.left_out.values()) == len(bad)
     assert coco.has_left_out.tolist() == [False, False, True]
@@ -315,8 +321,15 @@ def test_summary_is_one_line_with_the_reasons(load):
     content["annotations"] += [{**content["annotations"][0], "segmentation": []}]
     summary = load(content).summary()
     assert "\n" not in summary
-    for part in ("instances.json", "3 images", "4 annotations", "1 crowd", "2 categories",
-                 "unknown image 2", "no segmentation 1"):  # fmt: skip
+    for part in (
+        "instances.json",
+        "3 images",
+        "4 annotations",
+        "1 crowd",
+        "2 categories",
+        "unknown image 2",
+        "no segmentation 1",
+    ):
         assert part in summary
 
 
@@ -493,6 +506,9 @@ def test_annotations_are_flat_arrays(load):
     """Nothing that grows with the json is a Python object: those are copied page by page."""
     content = minimal()
     content["annotations"] *= 500
-    grown = {name: value for name, value in vars(load(content)).items()
-             if not isinstance(value, np.ndarray)}  # fmt: skip
+    grown = {
+        name: value
+        for name, value in vars(load(content)).items()
+        if not isinstance(value, np.ndarray)
+    }
     assert grown == {name: getattr(load(minimal()), name) for name in grown}

@@ -128,9 +128,16 @@ def test_any_file_name(tmp_path, name):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("BMP", {}),
-     ("TIFF", {}), ("GIF", {})],
-)  # fmt: skip
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+    ],
+)
 def test_truncated(read, kind, options, share):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
     data = encode(noise, kind, **options)
@@ -209,8 +216,17 @@ def test_unreadable_file(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    names = ["b.jpg", "a.PNG", "broken.jpeg", "notes.txt", "sub/c.webp", "sub/sub/d.tif",
-             "._b.jpg", "e[1].jpg", "noimage.json"]  # fmt: skip
+    names = [
+        "b.jpg",
+        "a.PNG",
+        "broken.jpeg",
+        "notes.txt",
+        "sub/c.webp",
+        "sub/sub/d.tif",
+        "._b.jpg",
+        "e[1].jpg",
+        "noimage.json",
+    ]
     for name in names:
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).touch()

@@ -25,22 +25,40 @@ WIDTH, HEIGHT = 640, 480
 
 def rectangle(number, image, category, x, y, w, h, **more):
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    return {"id": number, "image_id": image, "category_id": category, "bbox": [x, y, w, h], "area": w * h,
-            "segmentation": [polygon], "iscrowd": 0, **more}  # fmt: skip
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [x, y, w, h],
+        "area": w * h,
+        "segmentation": [polygon],
+        "iscrowd": 0,
+        **more,
+    }
 
 
 def write_coco(path, annotations, images=(1, 2, 3, 4), categories=(3, 7, 20, 90)):
-    path.write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in images],
-        "categories": [{"id": c, "name": f"c{c}"} for c in categories],
-        "annotations": annotations,
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT}
+                    for i in images
+                ],
+                "categories": [{"id": c, "name": f"c{c}"} for c in categories],
+                "annotations": annotations,
+            }
+        )
+    )
     return CocoInstances.load(path)
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Image 1 has three objects, 2 has two and a crowd, 3 has one, 4 is empty; category 90 has no annotation."""
+    """Image 1 has three objects, 2 has two and a crowd, 3 has one, 4 is empty.
+
+    Category 90 has no annotation.
+    """
     annotations = [
         rectangle(1, 1, 3, 30, 40, 100, 50),
         rectangle(2, 1, 7, 300, 200, 40, 160),
@@ -66,14 +84,20 @@ def shares(values):
 
 
 def assert_share(found, expected, draws=DRAWS, sigmas=4.5):
-    assert abs(found - expected) < sigmas * math.sqrt(expected * (1 - expected) / draws) + 1e-9, (found, expected)
+    assert abs(found - expected) < sigmas * math.sqrt(expected * (1 - expected) / draws) + 1e-9, (
+        found,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_mask_patches_draw_a_category_then_one_of_its_annotations(coco, per_group):
     """Sharing a decoded image must not change how often an annotation is drawn."""
-    found = shares(coco.annotation_ids[[p.annotation for p in draw_many(coco, MASK, per_group=per_group)]])
-    # Categories 3, 7, 20 have 2, 3, 1 annotations of at least 100 px²; the crowd and the 9x9 px one are not drawn.
+    found = shares(
+        coco.annotation_ids[[p.annotation for p in draw_many(coco, MASK, per_group=per_group)]]
+    )
+    # Categories 3, 7, 20 have 2, 3, 1 annotations of at least 100 px²; the crowd and the 9x9 px one
+    # are not drawn.
     expected = {1: 1 / 6, 7: 1 / 6, 2: 1 / 9, 3: 1 / 9, 4: 1 / 9, 5: 1 / 3}
     assert set(found) == set(expected)
     for annotation, share in expected.items():
@@ -88,11 +112,15 @@ def test_mask_patches_jitter_scale_and_centre_evenly(coco):
     scale = np.array([p.scale for p in patches])
     octaves = -np.log2(scale) - np.log2(longest / CANONICAL)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    shift = (np.array([(p.x, p.y) for p in patches]) - centres) * scale[:, None]  # in pixels of the patch
+    # Shifts are in pixels of the patch.
+    shift = (np.array([(p.x, p.y) for p in patches]) - centres) * scale[:, None]
     for values, bound in ((octaves, 0.25), (shift[:, 0], 16), (shift[:, 1], 16)):
         assert np.abs(values).max() <= bound * (1 + 1e-5)
         assert_even(values / bound)
-    assert abs(np.corrcoef(shift.T)[0, 1]) < 0.03 and abs(np.corrcoef(octaves, shift[:, 0])[0, 1]) < 0.03
+    assert (
+        abs(np.corrcoef(shift.T)[0, 1]) < 0.03
+        and abs(np.corrcoef(octaves, shift[:, 0])[0, 1]) < 0.03
+    )
     assert_share(np.mean([p.flip for p in patches]), 0.5)
     assert all(p.label == 1 for p in patches)
 
@@ -120,7 +148,11 @@ def test_score_patches_are_balanced_and_empty_images_give_negatives(coco, per_gr
 
 
 def test_without_empty_images_every_score_patch_is_from_an_image_with_an_object(tmp_path):
-    coco = write_coco(tmp_path / "a.json", [rectangle(1, 1, 3, 30, 40, 100, 50), rectangle(2, 2, 3, 9, 9, 50, 50)], images=(1, 2))
+    coco = write_coco(
+        tmp_path / "a.json",
+        [rectangle(1, 1, 3, 30, 40, 100, 50), rectangle(2, 2, 3, 9, 9, 50, 50)],
+        images=(1, 2),
+    )
     patches = draw_many(coco, SCORE)
     assert_share(np.mean([p.label > 0 for p in patches]), 0.5)
     assert_share(np.mean([p.image == 0 for p in patches]), 0.5)
@@ -142,7 +174,11 @@ def test_positives_are_centred_and_of_canonical_size_up_to_a_quarter_octave(coco
 
 def test_positives_draw_a_scale_of_the_image_then_an_object_at_it(tmp_path):
     """Two objects of one scale share its probability with the single object of another."""
-    annotations = [rectangle(1, 1, 3, 0, 0, 100, 50), rectangle(2, 1, 3, 200, 0, 50, 100), rectangle(3, 1, 3, 0, 200, 400, 200)]
+    annotations = [
+        rectangle(1, 1, 3, 0, 0, 100, 50),
+        rectangle(2, 1, 3, 200, 0, 50, 100),
+        rectangle(3, 1, 3, 0, 200, 400, 200),
+    ]
     coco = write_coco(tmp_path / "a.json", annotations, images=(1,))
     drawn = [coco.annotation_ids[p.annotation] for p in draw_many(coco, SCORE) if p.label > 0]
     for annotation, share in {1: 0.25, 2: 0.25, 3: 0.5}.items():
@@ -173,10 +209,15 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
 
 def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
     path = tmp_path / "small.json"
-    path.write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 20}],
-        "categories": [{"id": 1, "name": "a"}], "annotations": [rectangle(1, 1, 1, 2, 2, 16, 16)],
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 20}],
+                "categories": [{"id": 1, "name": "a"}],
+                "annotations": [rectangle(1, 1, 1, 2, 2, 16, 16)],
+            }
+        )
+    )
     coco = CocoInstances.load(path)
     sampler = PatchSampler(coco)
     labels = [p.label for group in range(50) for p in sampler.draw(SCORE, 0, group, 1)]
@@ -190,9 +231,15 @@ def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_pat
 
 
 def test_categories_without_a_usable_annotation_are_never_drawn(tmp_path):
-    annotations = [rectangle(1, 1, 3, 0, 0, 100, 50), rectangle(2, 1, 7, 0, 0, 4, 60), rectangle(3, 1, 20, 5, 5, 99, 99, iscrowd=1)]
+    annotations = [
+        rectangle(1, 1, 3, 0, 0, 100, 50),
+        rectangle(2, 1, 7, 0, 0, 4, 60),
+        rectangle(3, 1, 20, 5, 5, 99, 99, iscrowd=1),
+    ]
     coco = write_coco(tmp_path / "a.json", annotations)
-    assert {p.annotation for p in draw_many(coco, MASK)[:500]} == {coco.annotation_ids.tolist().index(1)}
+    assert {p.annotation for p in draw_many(coco, MASK)[:500]} == {
+        coco.annotation_ids.tolist().index(1)
+    }
 
 
 def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
@@ -201,15 +248,23 @@ def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
         PatchSampler(coco)
 
 
-@given(seed=st.integers(0, 5), epoch=st.integers(0, 9), group=st.integers(0, 99), kind=st.sampled_from([MASK, SCORE]))
+@given(
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 9),
+    group=st.integers(0, 99),
+    kind=st.sampled_from([MASK, SCORE]),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group, kind):
     sampler = PatchSampler(coco, seed=seed)
     first = sampler.draw(kind, epoch, group, 3)
     sampler.draw(kind, epoch + 1, group, 3)  # what was drawn before does not matter
     assert sampler.draw(kind, epoch, group, 3) == first
-    others = [sampler.draw(kind, epoch + 1, group, 3), sampler.draw(kind, epoch, group + 1, 3),
-              PatchSampler(coco, seed=seed + 1).draw(kind, epoch, group, 3)]  # fmt: skip
+    others = [
+        sampler.draw(kind, epoch + 1, group, 3),
+        sampler.draw(kind, epoch, group + 1, 3),
+        PatchSampler(coco, seed=seed + 1).draw(kind, epoch, group, 3),
+    ]
     assert all(other != first for other in others)
     assert len({p.image for p in first}) == 1
 
@@ -218,7 +273,14 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group
 def test_own_scale_is_the_first_at_which_the_object_is_small_enough(longest):
     quarters = own_quarter_octave(np.array(longest), CANONICAL, (-3, 2))
     for side, quarter in zip(longest, quarters.tolist(), strict=True):
-        slow = next((q for q in range(8, -13, -1) if side * 2 ** (q / 4) <= CANONICAL * 2**0.25 * (1 + 1e-9)), NO_SCALE)
+        slow = next(
+            (
+                q
+                for q in range(8, -13, -1)
+                if side * 2 ** (q / 4) <= CANONICAL * 2**0.25 * (1 + 1e-9)
+            ),
+            NO_SCALE,
+        )
         assert quarter == slow
 
 

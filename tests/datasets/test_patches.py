@@ -1,4 +1,7 @@
-"""Pixels and targets of patches: right to the sub-pixel, the same whatever the workers, robust to bad files."""
+"""Pixels and targets of patches.
+
+They are right to the sub-pixel, the same whatever the workers, robust to bad files.
+"""
 
 import json
 
@@ -37,7 +40,11 @@ def smooth_image(height, width):
 
 
 def evaluate(y, x):
-    channels = [127 + 100 * np.sin(x / 31 + y / 47), 127 + 100 * np.cos(x / 53), 40 + 0.2 * y + 0.1 * x]
+    channels = [
+        127 + 100 * np.sin(x / 31 + y / 47),
+        127 + 100 * np.cos(x / 53),
+        40 + 0.2 * y + 0.1 * x,
+    ]
     return np.stack(channels, axis=-1)
 
 
@@ -62,7 +69,9 @@ def test_grey_begins_exactly_at_the_image_border():
     image = np.full((40, 40, 3), 255, np.uint8)
     pixels = crop_patch(image, patch_at(0, 20, 1.0), 32)[..., 0]
     assert np.allclose(pixels[:, :16], 0.5) and np.allclose(pixels[:, 16:], 1)
-    half = crop_patch(image, patch_at(0.5, 20, 1.0), 32)[16, :, 0]  # the border falls in the middle of pixel 15
+    half = crop_patch(image, patch_at(0.5, 20, 1.0), 32)[
+        16, :, 0
+    ]  # the border falls in the middle of pixel 15
     assert np.allclose(half[:15], 0.5) and np.isclose(half[15], 0.75) and np.allclose(half[16:], 1)
 
 
@@ -73,13 +82,16 @@ def test_targets_agree_with_rasterising_at_8x_and_averaging(octave, dx, dy, seed
     angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
     radii = rng.uniform(15, 45, 12)
     scale = 2.0**octave
-    ring = np.stack([200 + radii * np.cos(angles) / scale, 150 + radii * np.sin(angles) / scale], axis=1)
+    ring = np.stack(
+        [200 + radii * np.cos(angles) / scale, 150 + radii * np.sin(angles) / scale], axis=1
+    )
     patch = patch_at(200 + dx / scale, 150 + dy / scale, scale)
     target = rasterise([ring.astype(np.float32)], patch, patch_size=160, target_size=112)
     fine = rasterise([ring.astype(np.float32)], patch, patch_size=160, target_size=8 * 112)
     coverage = fine.reshape(112, 8, 112, 8).mean((1, 3))
     wrong = target != (coverage > 0.5)
-    # COCO's rule rounds the outline to a fifth of a pixel: what is wrong is nearly half covered, but at sharp corners.
+    # COCO's rule rounds the outline to a fifth of a pixel: what is wrong is nearly half covered,
+    # but at sharp corners.
     assert np.abs(coverage[wrong] - 0.5).sum() < 0.004 * coverage.sum() + 0.5
     assert abs(target.mean() - coverage.mean()) < 0.006
 
@@ -90,9 +102,13 @@ def make_dataset(folder, *, rle=False, count=6, **options):
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for n in range(1, count + 1):
-        pixels = cv2.resize(rng.integers(0, 255, (12, 16, 3), np.uint8), (160, 120), interpolation=cv2.INTER_CUBIC)
+        pixels = cv2.resize(
+            rng.integers(0, 255, (12, 16, 3), np.uint8), (160, 120), interpolation=cv2.INTER_CUBIC
+        )
         ring = np.array([[30.5, 20.25], [110.0 + n, 25], [100, 90.75], [40, 100]])
-        painted = coco_mask.decode(coco_mask.frPyObjects([ring.ravel().tolist()], 120, 160)[0]).astype(bool)
+        painted = coco_mask.decode(
+            coco_mask.frPyObjects([ring.ravel().tolist()], 120, 160)[0]
+        ).astype(bool)
         pixels[painted] = (250, 20 * n, 5)
         cv2.imwrite(str(folder / f"{n}.png"), pixels[..., ::-1])
         images.append({"id": n, "file_name": f"{n}.png", "width": 160, "height": 120})
@@ -102,13 +118,28 @@ def make_dataset(folder, *, rle=False, count=6, **options):
             segmentation["counts"] = segmentation["counts"].decode()
         x, y = ring.min(0)
         w, h = ring.max(0) - ring.min(0)
-        annotations.append({"id": n, "image_id": n, "category_id": 1, "iscrowd": 0, "area": 5000.0,
-                            "bbox": [x, y, w, h], "segmentation": segmentation})  # fmt: skip
+        annotations.append(
+            {
+                "id": n,
+                "image_id": n,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 5000.0,
+                "bbox": [x, y, w, h],
+                "segmentation": segmentation,
+            }
+        )
     path = folder / "instances.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}))
+    path.write_text(
+        json.dumps(
+            {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+        )
+    )
     coco = CocoInstances.load(path)
     sampler = PatchSampler(coco, patch_size=SIZE, seed=options.pop("seed", 0))
-    return PatchDataset(coco, folder, sampler, **{"patch_size": SIZE, "context": 32, "target_size": 48, **options})
+    return PatchDataset(
+        coco, folder, sampler, **{"patch_size": SIZE, "context": 32, "target_size": 48, **options}
+    )
 
 
 def test_rle_targets_agree_with_polygon_targets(tmp_path):
@@ -116,22 +147,38 @@ def test_rle_targets_agree_with_polygon_targets(tmp_path):
     for n, flip in ((0, False), (3, True)):
         for scale in (0.4, 0.8, 1.7):
             patch = patch_at(70 + n, 50, scale, flip=flip, annotation=n)
-            a, b = (mask_target(d.coco, patch, patch_size=SIZE, target_size=48) > 0 for d in (polygons, rles))
+            a, b = (
+                mask_target(d.coco, patch, patch_size=SIZE, target_size=48) > 0
+                for d in (polygons, rles)
+            )
             assert (a & b).sum() / (a | b).sum() > 0.96
-            assert mask_target(polygons.coco, patch, patch_size=SIZE, target_size=48).dtype == np.float32
+            assert (
+                mask_target(polygons.coco, patch, patch_size=SIZE, target_size=48).dtype
+                == np.float32
+            )
 
 
 def test_target_and_pixels_of_a_mask_patch_show_the_same_object(tmp_path):
-    """The painted polygon is red: where the target is 1 the pixels are red, mirrored or not, at any jitter."""
+    """The painted polygon is red: where the target is 1 the pixels are red.
+
+    So mirrored or not, at any jitter.
+    """
     data = make_dataset(tmp_path)
     flips = set()
     for group in range(30):
         item, (patch,) = data.load(MASK, 0, group)
         flips.add(patch.flip)
         pixels = denormalise(item["patches"][0].numpy())[16:-16, 16:-16].astype(int)
-        target = cv2.resize((item["targets"][0].numpy() > 0).astype(np.uint8), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        target = cv2.resize(
+            (item["targets"][0].numpy() > 0).astype(np.uint8),
+            (SIZE, SIZE),
+            interpolation=cv2.INTER_LINEAR,
+        )
         inner, outer = (
-            cv2.erode(side, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+            cv2.erode(
+                side, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
+            )
+            > 0
             for side in (target, 1 - target)
         )  # what is not near an outline
         green = 20 * (patch.image + 1)
@@ -144,7 +191,10 @@ def test_items_have_the_contracts_shapes_and_values(tmp_path):
     data = make_dataset(tmp_path, patches_per_image=3)
     mask, score = data[(MASK, 0, 0)], data[(SCORE, 0, 1)]
     assert mask["patches"].shape == (3, 3, 96, 96) and mask["patches"].dtype == torch.float32
-    assert mask["targets"].shape == (3, 48, 48) and set(mask["targets"].unique().tolist()) == {-1.0, 1.0}
+    assert mask["targets"].shape == (3, 48, 48) and set(mask["targets"].unique().tolist()) == {
+        -1.0,
+        1.0,
+    }
     assert score["labels"].shape == (3,) and set(score["labels"].tolist()) <= {-1.0, 1.0}
     keys = torch.cat([data[(MASK, e, g)]["keys"] for e in range(2) for g in range(4)])
     assert len(keys.unique()) == len(keys) == 24
@@ -153,7 +203,11 @@ def test_items_have_the_contracts_shapes_and_values(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=20)
 def test_normalise_and_denormalise_are_inverse(height, width):
-    pixels = np.random.default_rng(height * 41 + width).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    pixels = (
+        np.random.default_rng(height * 41 + width)
+        .integers(0, 256, (height, width, 3))
+        .astype(np.uint8)
+    )
     assert np.array_equal(denormalise(normalise(pixels.astype(np.float32) / 255)), pixels)
 
 
@@ -192,7 +246,9 @@ def test_unreadable_images_are_named_and_replaced_the_same_way_every_time(tmp_pa
     (tmp_path / "2.png").write_bytes(b"no image")
     (tmp_path / "5.png").unlink()
     batches = run_epoch(data, workers=0, steps=range(12))
-    named = {message.split(":")[0].rsplit("/", 1)[-1] for batch in batches for message in batch["broken"]}
+    named = {
+        message.split(":")[0].rsplit("/", 1)[-1] for batch in batches for message in batch["broken"]
+    }
     assert named == {"2.png", "5.png"}
     assert all(len(batch["keys"]) == 4 for batch in batches)
     assert_same_batches(batches, run_epoch(data, workers=2, steps=range(12)))

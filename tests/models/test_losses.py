@@ -22,10 +22,15 @@ def test_soft_margin_is_its_formula_and_survives_large_logits():
 def test_mask_loss_is_the_mean_over_patches_and_pixels():
     torch.manual_seed(0)
     logits, targets = torch.randn(3, 4, 4), torch.randn(3, 4, 4).sign()
-    slow = sum(
-        math.log(1 + math.exp(-targets[b, i, j].item() * logits[b, i, j].item()))
-        for b in range(3) for i in range(4) for j in range(4)
-    ) / 48  # fmt: skip
+    slow = (
+        sum(
+            math.log(1 + math.exp(-targets[b, i, j].item() * logits[b, i, j].item()))
+            for b in range(3)
+            for i in range(4)
+            for j in range(4)
+        )
+        / 48
+    )
     assert math.isclose(mask_loss(logits, targets).item(), slow, rel_tol=1e-5)
     assert mask_loss(logits, torch.ones(3, 9, 9)).isfinite()  # resized to the targets
 
@@ -36,7 +41,10 @@ def test_losses_of_halves_average_to_the_loss_of_the_whole():
     halves = (mask_loss(logits[:4], targets[:4]) + mask_loss(logits[4:], targets[4:])) / 2
     torch.testing.assert_close(mask_loss(logits, targets), halves)
     scores, labels = torch.randn(8), torch.randn(8).sign()
-    torch.testing.assert_close(score_loss(scores, labels), (score_loss(scores[:4], labels[:4]) + score_loss(scores[4:], labels[4:])) / 2)
+    torch.testing.assert_close(
+        score_loss(scores, labels),
+        (score_loss(scores[:4], labels[:4]) + score_loss(scores[4:], labels[4:])) / 2,
+    )
 
 
 def test_dropout_belongs_to_the_sample():

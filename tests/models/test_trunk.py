@@ -31,7 +31,8 @@ def test_levels_have_their_strides_and_channels(name):
     trunk = build_trunk(name)
     features = trunk(torch.zeros(1, 3, 96, 128))
     assert [tuple(f.shape[1:]) for f in features] == [
-        (channels, 96 // stride, 128 // stride) for channels, stride in zip(trunk.channels, STRIDES, strict=True)
+        (channels, 96 // stride, 128 // stride)
+        for channels, stride in zip(trunk.channels, STRIDES, strict=True)
     ]
 
 
@@ -47,7 +48,7 @@ def randomise_batch_norm(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES[:-1])
 def test_trunk_computes_torchvisions_network_with_another_padding(name, monkeypatch, tmp_path):
-    """With the mirror replaced by zeros, every level equals torchvision's own layers in eval mode."""
+    """With zeros for the mirror, every level equals torchvision's own layers in eval mode."""
     network = torchvision.models.get_model(name, weights=None).eval()
     randomise_batch_norm(network)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -56,7 +57,9 @@ def test_trunk_computes_torchvisions_network_with_another_padding(name, monkeypa
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         for ours, theirs in zip(trunk(x), torchvision_levels(network, name, x), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())
+            )
 
 
 def torchvision_levels(network, name, x):
@@ -77,7 +80,11 @@ def torchvision_levels(network, name, x):
         return [*outputs, x]
     stem = F.relu(f.norm0(f.conv0(x)))
     outputs, x = [stem], f.pool0(stem)
-    for block, transition in ((f.denseblock1, f.transition1), (f.denseblock2, f.transition2), (f.denseblock3, f.transition3)):
+    for block, transition in (
+        (f.denseblock1, f.transition1),
+        (f.denseblock2, f.transition2),
+        (f.denseblock3, f.transition3),
+    ):
         x = F.relu(transition.norm(block(x)))
         outputs.append(x)
         x = transition.pool(transition.conv(x))
@@ -121,13 +128,18 @@ def test_local_file_without_the_layers_that_are_cut_away():
 
 def test_weights_of_another_network_are_refused_with_a_readable_difference(tmp_path):
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "r34.pth")
-    with pytest.raises(ValueError, match=r"r34\.pth does not fit.*missing: layer1\.0\.conv3\.weight") as error:
+    with pytest.raises(
+        ValueError, match=r"r34\.pth does not fit.*missing: layer1\.0\.conv3\.weight"
+    ) as error:
         build_trunk("resnet50", weights=tmp_path / "r34.pth")
     assert "\n" not in str(error.value)
     state = torchvision.models.resnet18(weights=None).state_dict()
     state["layer2.0.conv1.weight"] = torch.zeros(128, 64, 1, 1)
     torch.save({"state_dict": state}, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match=r"1 other shapes: layer2\.0\.conv1\.weight is \(128, 64, 1, 1\) instead of"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 other shapes: layer2\.0\.conv1\.weight is \(128, 64, 1, 1\) instead of",
+    ):
         build_trunk("resnet18", weights=tmp_path / "odd.pth")
 
 
@@ -152,7 +164,11 @@ def test_unknown_names_list_the_known_ones():
 def test_imagenet_weights_come_from_torchvision(monkeypatch):
     asked = []
     network = torchvision.models.resnet18(weights=None)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: asked.append((name, weights)) or network)
+    monkeypatch.setattr(
+        torchvision.models,
+        "get_model",
+        lambda name, weights: asked.append((name, weights)) or network,
+    )
     assert load_backbone("resnet18", weights="imagenet") is network
     assert asked == [("resnet18", "IMAGENET1K_V1")]
 

@@ -11,7 +11,10 @@ from pipeline.paste import Placement, encode_window, paste
 
 
 def paste_slowly(logits, place, image_size, threshold):
-    """Pixel by pixel: bilinear interpolation of the four nearest cells at every pixel centre of the image."""
+    """Pixel by pixel.
+
+    Bilinear interpolation of the four nearest cells at every pixel centre of the image.
+    """
     height, width = image_size
     cells = len(logits)
     mask = np.zeros((height, width), np.uint8)
@@ -21,20 +24,33 @@ def paste_slowly(logits, place, image_size, threshold):
             u, v = (x + 0.5 - place.left) / place.width, (y + 0.5 - place.top) / place.height
             if not (0 <= u < 1 and 0 <= v < 1):
                 continue
-            column, row = min(max(u * cells - 0.5, 0), cells - 1), min(max(v * cells - 0.5, 0), cells - 1)
+            column, row = (
+                min(max(u * cells - 0.5, 0), cells - 1),
+                min(max(v * cells - 0.5, 0), cells - 1),
+            )
             c0, r0 = int(column), int(row)
             c1, r1 = min(c0 + 1, cells - 1), min(r0 + 1, cells - 1)
             a, b = column - c0, row - r0
-            value = ((1 - a) * (1 - b) * logits[r0, c0] + a * (1 - b) * logits[r0, c1]
-                     + (1 - a) * b * logits[r1, c0] + a * b * logits[r1, c1])  # fmt: skip
+            value = (
+                (1 - a) * (1 - b) * logits[r0, c0]
+                + a * (1 - b) * logits[r0, c1]
+                + (1 - a) * b * logits[r1, c0]
+                + a * b * logits[r1, c1]
+            )
             mask[y, x] = value > limit
     return mask
 
 
 @given(
-    seed=st.integers(0, 10_000), cells=st.integers(2, 12), left=st.floats(-30, 40), top=st.floats(-30, 30),
-    width=st.floats(3, 80), height=st.floats(3, 80), threshold=st.sampled_from([0.2, 0.5, 0.8]), bias=st.floats(-2, 2),
-)  # fmt: skip
+    seed=st.integers(0, 10_000),
+    cells=st.integers(2, 12),
+    left=st.floats(-30, 40),
+    top=st.floats(-30, 30),
+    width=st.floats(3, 80),
+    height=st.floats(3, 80),
+    threshold=st.sampled_from([0.2, 0.5, 0.8]),
+    bias=st.floats(-2, 2),
+)
 @settings(max_examples=150, deadline=None)
 def test_paste_equals_the_slow_reference(seed, cells, left, top, width, height, threshold, bias):
     logits = np.random.default_rng(seed).normal(bias, 2, (cells, cells)).astype(np.float32)
@@ -53,11 +69,19 @@ def assert_tight(box, mask):
 
 
 @given(
-    seed=st.integers(0, 10_000), height=st.integers(1, 9), width=st.integers(1, 9), above=st.integers(0, 3),
-    below=st.integers(0, 3), left=st.integers(0, 3), right=st.integers(0, 3), density=st.floats(0, 1),
-)  # fmt: skip
+    seed=st.integers(0, 10_000),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    above=st.integers(0, 3),
+    below=st.integers(0, 3),
+    left=st.integers(0, 3),
+    right=st.integers(0, 3),
+    density=st.floats(0, 1),
+)
 @settings(max_examples=300, deadline=None)
-def test_window_encoding_equals_pycocotools_on_the_full_canvas(seed, height, width, above, below, left, right, density):
+def test_window_encoding_equals_pycocotools_on_the_full_canvas(
+    seed, height, width, above, below, left, right, density
+):
     window = np.random.default_rng(seed).random((height, width)) < density
     canvas = np.zeros((above + height + below, left + width + right), np.uint8)
     canvas[above : above + height, left : left + width] = window
@@ -74,9 +98,13 @@ def test_a_mask_outside_the_image_or_empty_is_none():
     inside = np.full((4, 4), 5, np.float32)
     assert paste(inside, Placement(100, 10, 20, 20), image_size=(50, 50), threshold=0.2) is None
     assert paste(-inside, Placement(10, 10, 20, 20), image_size=(50, 50), threshold=0.2) is None
-    assert paste(inside, Placement(10.2, 10.2, 0.2, 0.2), image_size=(50, 50), threshold=0.2) is None
+    assert (
+        paste(inside, Placement(10.2, 10.2, 0.2, 0.2), image_size=(50, 50), threshold=0.2) is None
+    )
 
 
 def test_a_full_patch_covers_its_square_to_the_pixel():
-    rle, box = paste(np.full((4, 4), 5, np.float32), Placement(3, 5, 10, 20), image_size=(60, 50), threshold=0.2)
+    rle, box = paste(
+        np.full((4, 4), 5, np.float32), Placement(3, 5, 10, 20), image_size=(60, 50), threshold=0.2
+    )
     assert box.tolist() == [3, 5, 13, 25] and coco_mask.area(rle) == 200

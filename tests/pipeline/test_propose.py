@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return DeepMask(build_trunk("tiny"), patch_size=96, mask_size=14, reduction=8, embedding=16, score_hidden=8).eval()
+    return DeepMask(
+        build_trunk("tiny"), patch_size=96, mask_size=14, reduction=8, embedding=16, score_hidden=8
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,23 @@ def test_octaves():
             octave_range(*wrong)
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(1, 90), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    st.integers(1, 90),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_best_cells_equals_sorting_a_list(sizes, count, ties):
     generator = torch.Generator().manual_seed(len(sizes) * 100 + count)
     maps = [torch.randn(h, w, generator=generator) for h, w in sizes]
     if ties:
         maps = [m.round() for m in maps]
-    rows = [(-m[i, j].item(), n, i, j) for n, m in enumerate(maps) for i in range(m.shape[0]) for j in range(m.shape[1])]
+    rows = [
+        (-m[i, j].item(), n, i, j)
+        for n, m in enumerate(maps)
+        for i in range(m.shape[0])
+        for j in range(m.shape[1])
+    ]
     expected = sorted(rows)[:count]  # equal scores: the earlier scale, then row, then column
     probs, cells = best_cells(maps, count)
     assert cells.tolist() == [list(row[1:]) for row in expected]
@@ -62,12 +73,17 @@ def test_border_is_grey_and_pixels_are_normalised():
     padded = pad_and_normalise(pixels, 2)
     assert padded.shape == (1, 3, 5, 5)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    np.testing.assert_allclose(padded[0, :, 2, 2], (np.array([0, 128 / 255, 1]) - mean) / std, rtol=1e-5)
+    np.testing.assert_allclose(
+        padded[0, :, 2, 2], (np.array([0, 128 / 255, 1]) - mean) / std, rtol=1e-5
+    )
     np.testing.assert_allclose(padded[0, :, 0, 0], (0.5 - mean) / std, rtol=1e-5)
 
 
 def test_proposals_equal_patch_by_patch_inference(model, image):
-    """Every cell on its own, as a patch with all its surroundings: same scores, same masks at the same places."""
+    """Every cell on its own, as a patch with all its surroundings.
+
+    Same scores, same masks at the same places.
+    """
     octaves, count = (-0.5, 0.0), 40
     proposals = Proposer(model, device=CPU, num_proposals=10_000, scales=(*octaves, 0.5))(image)
     slow = []
@@ -84,7 +100,12 @@ def test_proposals_equal_patch_by_patch_inference(model, image):
                     embedding = model.embed(features[..., i : i + 6, j : j + 6])
                     score = model.score(embedding).item()
                     logits = model.decode_masks(embedding.flatten(1))[0].numpy()
-                pasted = paste(logits, place_patch(i, j, factors, 96), image_size=image.shape[:2], threshold=0.2)
+                pasted = paste(
+                    logits,
+                    place_patch(i, j, factors, 96),
+                    image_size=image.shape[:2],
+                    threshold=0.2,
+                )
                 if pasted:
                     slow.append((1 / (1 + np.exp(-score)), pasted))
     slow.sort(key=lambda row: -row[0])
@@ -102,7 +123,10 @@ def test_a_patch_lies_around_its_cell():
 
 
 def test_masks_stay_where_the_object_is():
-    """A network that marks red pixels: proposals over the pyramid outline the red square, not a shifted one."""
+    """A network that marks red pixels.
+
+    Proposals over the pyramid outline the red square, not a shifted one.
+    """
 
     class RedTrunk(torch.nn.Module):
         name, channels = "red", (1, 1, 1, 3)
@@ -110,7 +134,9 @@ def test_masks_stay_where_the_object_is():
         def forward(self, x):
             return [torch.nn.functional.avg_pool2d(x, 16)]
 
-    red = DeepMask(RedTrunk(), patch_size=96, context=0, mask_size=6, reduction=3, embedding=36, score_hidden=1)
+    red = DeepMask(
+        RedTrunk(), patch_size=96, context=0, mask_size=6, reduction=3, embedding=36, score_hidden=1
+    )
     with torch.no_grad():
         for parameter in red.parameters():
             parameter.zero_()
@@ -123,7 +149,9 @@ def test_masks_stay_where_the_object_is():
     picture[48:128, 64:160] = (255, 0, 0)
     truth = np.zeros((192, 240), np.uint8)
     truth[48:128, 64:160] = 1
-    proposals = Proposer(red, device=CPU, num_proposals=10_000, scales=(-1, 0, 0.5), mask_threshold=0.5)(picture)
+    proposals = Proposer(
+        red, device=CPU, num_proposals=10_000, scales=(-1, 0, 0.5), mask_threshold=0.5
+    )(picture)
     target = coco_mask.encode(np.asfortranarray(truth))
     ious = coco_mask.iou([proposals.rle(n) for n in range(len(proposals))], [target], [0])[:, 0]
     assert ious.max() > 0.9

@@ -59,9 +59,13 @@ def proposals_of(image_id, name, boxes):
 def object_of(image_id, box, *, iscrowd=0):
     x1, y1, x2, y2 = box
     return {
-        "image_id": image_id, "category_id": 1, "iscrowd": iscrowd, "area": (x2 - x1) * (y2 - y1),
-        "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-    }  # fmt: skip
+        "image_id": image_id,
+        "category_id": 1,
+        "iscrowd": iscrowd,
+        "area": (x2 - x1) * (y2 - y1),
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
+    }
 
 
 def write_dataset(directory, names, objects):
@@ -96,8 +100,13 @@ def metrics_of(start):
     }
 
 
-PATCHES = {"mean_iou": 0.761, "median_iou": 0.792, "iou_above_0.5": 0.873, "iou_above_0.7": 0.664,
-           "score_accuracy": 0.915}  # fmt: skip
+PATCHES = {
+    "mean_iou": 0.761,
+    "median_iou": 0.792,
+    "iou_above_0.5": 0.873,
+    "iou_above_0.7": 0.664,
+    "score_accuracy": 0.915,
+}
 RECORDS = [
     {"split": "train", "step": 20, "epoch": 0.2, "loss": 0.7, "mask_loss": 0.711, "lr": 1e-3,
      "patches_per_second": 10.0},
@@ -291,9 +300,18 @@ def test_text_from_files_is_escaped(tmp_path, run):
 
 @pytest.mark.parametrize(
     "part",
-    ["metrics.jsonl", "config.yaml", "proposals", "proposals/settings.json", "scores/metrics.json",
-     "scores/perfect_ranking.json", "scores/curves.json", "scores", ""],
-)  # fmt: skip
+    [
+        "metrics.jsonl",
+        "config.yaml",
+        "proposals",
+        "proposals/settings.json",
+        "scores/metrics.json",
+        "scores/perfect_ranking.json",
+        "scores/curves.json",
+        "scores",
+        "",
+    ],
+)
 def test_missing_part_of_a_stage_is_named(run, dataset, part):
     path = run / "deepmask" / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -468,9 +486,14 @@ def test_plot_is_well_formed_and_takes_its_colours_from_the_page():
 
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
-    [(0.03333, 3, "0.033"), (0.0, 3, "0.000"), (None, 3, "–"), (float("nan"), 1, "–"),
-     (12345, 0, "12,345")],
-)  # fmt: skip
+    [
+        (0.03333, 3, "0.033"),
+        (0.0, 3, "0.000"),
+        (None, 3, "–"),
+        (float("nan"), 1, "–"),
+        (12345, 0, "12,345"),
+    ],
+)
 def test_number(value, digits, text):
     assert number(value, digits) == text
 

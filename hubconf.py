@@ -1,0 +1,47 @@
+"""torch.hub entry points: the networks, assembled in the open.
+
+    model = torch.hub.load("path/to/maskpath", "deepmask", source="local", checkpoint="best.pt")
+
+One hub project with a top-level package `models` can be loaded in a process.
+"""
+
+dependencies = ["torch", "torchvision"]
+
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+import models  # noqa: E402
+from models.deepmask import DeepMask  # noqa: E402
+from models.trunk import build_trunk  # noqa: E402
+
+if Path(models.__file__).resolve().parent != Path(__file__).resolve().parent / "models":
+    raise ImportError(
+        f"another package called models was imported first: {models.__file__}; "
+        "load this project in a process of its own"
+    )
+
+
+def deepmask(
+    *,
+    checkpoint: str | None = None,
+    trunk: str = "resnet50",
+    trunk_weights: str | None = None,
+    **sizes: int,
+) -> DeepMask:
+    """DeepMask, from a checkpoint of tools/train_stage.py or with a new head.
+
+    Args:
+        checkpoint: its config gives trunk and sizes, and the other arguments are not used.
+        trunk, trunk_weights: see `models.trunk.build_trunk`.
+        sizes: patch_size, context, mask_size, ... of `models.deepmask.DeepMask`.
+    """
+    if checkpoint is None:
+        return DeepMask(build_trunk(trunk, weights=trunk_weights), **sizes)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    config = content["config"]
+    names = ("patch_size", "context", "mask_size", "reduction", "embedding", "score_hidden")
+    sizes = {name: config["deepmask"][name] for name in names}
+    model = DeepMask(build_trunk(config["trunk"]["name"]), **sizes)
+    model.load_state_dict(content["model"])
+    return model.eval()

@@ -1,0 +1,124 @@
+"""All stages in a row on a tiny dataset, as a user runs them.
+
+And one overfitted network that must find its object.
+"""
+
+import copy
+import json
+
+import cv2
+import numpy as np
+import torch
+import yaml
+
+from pipeline.config import config_from_dict
+from pipeline.engine import fit
+from pipeline.load import load_deepmask
+from pipeline.propose import Proposer
+from pipeline.stages import DeepMaskStage, evaluate_patches
+
+
+def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
+    tiny_recipe, tmp_path, call_tool, capsys
+):
+    recipe = copy.deepcopy(tiny_recipe)
+    recipe["data"] = {
+        "shapes": {"directory": str(tmp_path / "shapes"), "train_images": 12, "val_images": 4},
+        "workers": 0,
+    }
+    config, output = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(recipe))
+    arguments = ("run_pipeline", "--config", config, "--output", output, "--device", "cpu")
+    assert call_tool(*arguments) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    deepmask = summary["deepmask"]
+    assert set(deepmask["patches"]) == {
+        "mean_iou",
+        "median_iou",
+        "iou_above_0.5",
+        "iou_above_0.7",
+        "score_accuracy",
+    }
+    for kind in ("box", "mask"):
+        assert {"AR@10", "AR@100", "AR@1000", "AUC"} <= set(deepmask["proposals"][kind])
+    assert summary["seconds"]["deepmask"] > 0
+    assert "<html" in (output / "report.html").read_text()
+    stores = sorted(p.name for p in (output / "deepmask" / "proposals").glob("*.parquet"))
+
+    assert call_tool(*arguments) == 0  # nothing is left to do
+    again = json.loads((output / "summary.json").read_text())
+    assert again["deepmask"] == deepmask
+    assert sorted(p.name for p in (output / "deepmask" / "proposals").glob("*.parquet")) == stores
+
+    more = [
+        *arguments,
+        "--set",
+        "deepmask.optim.epochs=3",
+    ]  # trained on: the old proposals are stale
+    assert call_tool(*more) == 0
+    settings = json.loads((output / "deepmask" / "proposals" / "settings.json").read_text())
+    assert settings["checkpoint_sha256"]
+    capsys.readouterr()
+
+
+def square_dataset(folder):
+    """One image with one bright square on dark noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 60, (120, 160, 3), np.uint8)
+    image[40:88, 50:102] = rng.integers(180, 255, (48, 52, 3), np.uint8)
+    cv2.imwrite(str(folder / "1.png"), image)
+    annotation = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "iscrowd": 0,
+        "area": 48 * 52,
+        "bbox": [50, 40, 52, 48],
+        "segmentation": [[50, 40, 102, 40, 102, 88, 50, 88]],
+    }
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 160, "height": 120}],
+        "categories": [{"id": 1, "name": "square"}],
+        "annotations": [annotation],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    return {"annotations": str(folder / "instances.json"), "images": str(folder)}, image
+
+
+def test_a_network_that_learned_one_object_proposes_it_first(tiny_recipe, tmp_path):
+    """Training, checkpoint, dense inference and pasting agree on frames.
+
+    The best mask is the square.
+    """
+    split, image = square_dataset(tmp_path / "data")
+    recipe = copy.deepcopy(tiny_recipe)
+    recipe["data"] = {"train": split, "val": split, "workers": 0}
+    recipe["deepmask"] |= {"mask_weight": 20.0}
+    recipe["deepmask"]["sampling"] = {"jitter_shift": 9.6, "negative_distance": 28.8}
+    recipe["deepmask"]["optim"] |= {
+        "optimiser": "adamw",
+        "lr": 1e-3,
+        "batch_size": 16,
+        "batches_per_epoch": 150,
+        "schedule": "cosine",
+        "log_every": 50,
+        "validation_batches": 8,
+    }
+    config = config_from_dict(recipe, source="test")
+    best = fit(DeepMaskStage(config), config, tmp_path / "run", device=torch.device("cpu"))
+    model, _ = load_deepmask(best)
+    metrics = evaluate_patches(
+        model,
+        DeepMaskStage(config).val_data,
+        torch.device("cpu"),
+        batches=8,
+        batch_size=16,
+        workers=0,
+    )
+    assert metrics["mean_iou"] > 0.8 and metrics["score_accuracy"] > 0.9
+    scales = (-0.5, 0.5, 0.25)
+    proposals = Proposer(
+        model, device=torch.device("cpu"), num_proposals=5, scales=scales, mask_threshold=0.5
+    )(image)
+    assert np.abs(proposals.boxes[0] - [50, 40, 102, 88]).max() <= 6
