@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.files import write_json
 from datasets.patch_sampler import MASK
 from datasets.patches import PatchDataset
 from pipeline.command import run_tool
 from pipeline.config import load_config
-from pipeline.files import write_json
-from pipeline.stages import patch_dataset, prepare_data
+from pipeline.stages import load_split, patch_dataset, prepare_data
 
 SHARED = (1, 2, 4, 8)
 
@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(args.config)
     prepare_data(config)
-    data = patch_dataset(config, "train", seed=0)
+    data = patch_dataset(config.deepmask, *load_split(config, "train"), seed=0)
     rates: dict[str, list[float]] = {}
     for round_number in range(args.rounds):
         for name, rate in measure(data, args.patches, epoch=round_number):

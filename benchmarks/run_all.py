@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Runs the benchmarks one after the other; each prints its table.
 
-    python benchmarks/run_all.py
+python benchmarks/run_all.py
 """
 
 import subprocess

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from datasets.files import atomic_path
 from models.trunk import describe_mismatch
-from pipeline.files import atomic_path
 
 KEYS = ("stage", "config", "model")  # what inference and the next stage need; training adds more
 

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.files import atomic_path
+from datasets.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 

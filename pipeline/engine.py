@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from datasets.files import atomic_path
 from pipeline import distributed
 from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, OptimConfig, config_to_dict, save_config
-from pipeline.files import atomic_path
 from pipeline.run_log import RunLog
 
 LAST, BEST = "last.pt", "best.pt"

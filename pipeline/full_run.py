@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from datasets.files import write_json
 from pipeline import distributed
 from pipeline.config import Config, find_path, load_config, save_config
 from pipeline.engine import fit
-from pipeline.files import write_json
 from pipeline.load import load_proposer
 from pipeline.proposals import ProposalStore
 from pipeline.propose_run import propose_images

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import atomic_path, write_json
+from datasets.files import atomic_path, write_json
 
 SCHEMA = pa.schema(
     [

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from datasets.files import atomic_path, write_json
 from datasets.images import ImageError, list_images, read_image
 from pipeline import distributed
-from pipeline.files import atomic_path, write_json
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import ImageFile, Proposer, read_ahead
 from pipeline.visualize import draw_proposals

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
+from datasets.files import atomic_path
 from datasets.images import ImageError, read_image
-from pipeline.files import atomic_path
 from pipeline.proposals import Proposals, ProposalStore
 from pipeline.run_log import read_metrics
 from pipeline.visualize import colour, draw_mask, put_label

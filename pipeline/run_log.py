@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.files import atomic_path
+from datasets.files import atomic_path
 
 
 class RunLog:

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from datasets.coco import CocoInstances
-from datasets.patch_sampler import PatchSampler
-from datasets.patches import PatchDataset
+from datasets.files import atomic_path, write_json
 from pipeline import distributed
 from pipeline.coco_eval import (
     ProposalScores,
@@ -16,10 +15,9 @@ from pipeline.coco_eval import (
     load_ground_truth,
     rank_by_overlap,
 )
-from pipeline.files import atomic_path, write_json
 from pipeline.load import load_deepmask
 from pipeline.proposals import ProposalStore
-from pipeline.stages import VALIDATION_SEED, evaluate_patches, sampling_rules
+from pipeline.stages import VALIDATION_SEED, evaluate_patches, patch_dataset
 
 KINDS = ("box", "mask")
 
@@ -156,22 +154,16 @@ def score_patches(
     if not Path(images).is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config = load_deepmask(checkpoint)
-    coco, c = CocoInstances.load(annotations), config.deepmask
-    sampler = PatchSampler(
-        coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=VALIDATION_SEED
-    )
-    data = PatchDataset(
-        coco,
-        images,
-        sampler,
-        patch_size=c.patch_size,
-        context=c.context,
-        target_size=c.target_size,
-        patches_per_image=c.sampling.patches_per_image,
-    )
+    coco = CocoInstances.load(annotations)
+    data = patch_dataset(config.deepmask, coco, images, seed=VALIDATION_SEED)
     model.to(device, memory_format=torch.channels_last)
     metrics = evaluate_patches(
-        model, data, device, batches=batches, batch_size=c.optim.batch_size, workers=workers
+        model,
+        data,
+        device,
+        batches=batches,
+        batch_size=config.deepmask.optim.batch_size,
+        workers=workers,
     )
     if distributed.is_main():
         write_json(Path(output) / "metrics.json", metrics)

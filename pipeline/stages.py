@@ -15,7 +15,7 @@ from models.deepmask import DeepMask
 from models.losses import mask_loss, score_loss
 from models.trunk import build_trunk
 from pipeline import distributed
-from pipeline.config import Config, SamplingConfig, SplitConfig, find_path
+from pipeline.config import Config, DeepMaskConfig, SamplingConfig, SplitConfig, find_path
 from pipeline.patch_metrics import mask_ious, score_hits, summarise
 
 VALIDATION_SEED = 20151207  # validation patches are the same in every run
@@ -64,7 +64,7 @@ def prepare_data(config: Config) -> None:
 
 
 def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
-    """Annotations and image folder of "train" or "val"."""
+    """Annotations and image folder of "train" or "val"; says what they hold."""
     paths: SplitConfig = getattr(config.data, split)
     if not paths.annotations or not paths.images:
         raise ValueError(
@@ -75,7 +75,10 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     images = find_path(paths.images, key=f"data.{split}.images")
     if not images.is_dir():
         raise ValueError(f"data.{split}.images: {images} is not a folder")
-    return CocoInstances.load(annotations), images
+    coco = CocoInstances.load(annotations)
+    if distributed.is_main():
+        print(f"{split}: {coco.summary()}", flush=True)
+    return coco, images
 
 
 def sampling_rules(c: SamplingConfig) -> SamplingRules:
@@ -105,8 +108,12 @@ class DeepMaskStage:
         """
         self.config, self.optim = config, config.deepmask.optim
         prepare_data(config)
-        self.train_data = patch_dataset(config, "train", seed=config.seed)
-        self.val_data = patch_dataset(config, "val", seed=VALIDATION_SEED)
+        self.train_data = patch_dataset(
+            config.deepmask, *load_split(config, "train"), seed=config.seed
+        )
+        self.val_data = patch_dataset(
+            config.deepmask, *load_split(config, "val"), seed=VALIDATION_SEED
+        )
         self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_share)
         self._check_batch()
         torch.manual_seed(config.seed)  # for the weights that are drawn
@@ -179,12 +186,10 @@ class DeepMaskStage:
             )
 
 
-def patch_dataset(config: Config, split: str, *, seed: int) -> PatchDataset:
-    """Patches of a split, by the config's sampling rules."""
-    c = config.deepmask
-    coco, images = load_split(config, split)
-    if distributed.is_main():
-        print(f"{split}: {coco.summary()}", flush=True)
+def patch_dataset(
+    c: DeepMaskConfig, coco: CocoInstances, images: str | Path, *, seed: int
+) -> PatchDataset:
+    """Patches of annotated images, by the sampling rules of a config."""
     sampler = PatchSampler(
         coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=seed
     )

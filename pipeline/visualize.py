@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 
-from pipeline.files import atomic_path
+from datasets.files import atomic_path
 from pipeline.proposals import Proposals
 
 # Distinct hues, by steps of the golden ratio around the colour circle.

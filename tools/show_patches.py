@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.patch_sheet import patch_sheet
-from pipeline.stages import patch_dataset, prepare_data
+from pipeline.stages import load_split, patch_dataset, prepare_data
 from pipeline.visualize import save_png
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, args.set + seed)
     prepare_data(config)
-    data = patch_dataset(config, args.split, seed=config.seed)
+    data = patch_dataset(config.deepmask, *load_split(config, args.split), seed=config.seed)
     save_png(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 
