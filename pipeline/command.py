@@ -14,7 +14,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's main function and exits.
 
     The exit code is 0, what the function returns, or 2 after one line on a user's mistake.
-    Functions below raise ValueError or OSError for bad input; MASKPATH_TRACEBACK=1 shows where
+    Functions below raise ValueError or OSError for bad input, FloatingPointError for a loss that is
+    not finite; MASKPATH_TRACEBACK=1 shows where
     from.
     """
     try:

@@ -224,6 +224,8 @@ def find_path(path: str, *, key: str) -> Path:
     Raises:
         FileNotFoundError: it is in neither place.
     """
+    if not path:
+        raise ValueError(f"{key} is empty; give a path")
     for candidate in (Path(path), ROOT / path):
         if candidate.exists():
             return candidate

@@ -5,6 +5,7 @@ learning rate from the step, so a checkpoint's weights, optimiser state and step
 resumed run needs.
 """
 
+import functools
 import math
 import signal
 import time
@@ -23,6 +24,7 @@ from pipeline.config import Config, OptimConfig, config_to_dict, save_config
 from pipeline.run_log import RunLog
 
 LAST, BEST = "last.pt", "best.pt"
+FIXED = ("optimiser", "batch_size", "batches_per_epoch")  # of a run that is resumed
 
 
 class Stage(Protocol):
@@ -131,7 +133,8 @@ class TrainingRun:
             if halt:
                 self.log.say(f"stopped at step {self.step}; continue with --resume")
                 raise Interrupted
-            self._validate_if_due()
+            if self._validate_if_due():
+                meter.restart()
         self.log.close()
 
     def _train_step(self, batch: dict) -> dict[str, Tensor]:
@@ -165,7 +168,8 @@ class TrainingRun:
             f"a lower {self.stage.name}.optim.lr usually helps"
         )
 
-    def _validate_if_due(self) -> None:
+    def _validate_if_due(self) -> bool:
+        """Validates at the end of every `validate_every`-th epoch; returns whether it did."""
         epoch, rest = divmod(self.step, self.optim.batches_per_epoch)
         due = (
             rest == 0
@@ -173,7 +177,7 @@ class TrainingRun:
             and (epoch % self.optim.validate_every == 0 or self.step == self.total)
         )
         if not due or self.validated == self.step:
-            return
+            return False
         metrics = self.stage.validate(self.device)
         self.stage.train_mode()
         self.log.write("val", step=self.step, epoch=self._epoch(), **metrics)
@@ -184,6 +188,7 @@ class TrainingRun:
             self.best = value
             self._save(BEST)
         self._save(LAST)
+        return True
 
     def _save(self, name: str) -> None:
         if distributed.is_main():
@@ -208,21 +213,32 @@ class TrainingRun:
         }
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
-        if state["config"]["seed"] != self.config.seed:
-            raise ValueError(
-                f"{source} was trained with seed {state['config']['seed']}, "
-                f"not {self.config.seed}: "
-                "a resumed run draws the same samples only with the same seed"
-            )
+        self._check_same_run(state["config"], source)
         load_weights(self.stage.model, state["model"], source=source)
+        own = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimiser.param_groups
+        ]
         try:
             self.optimiser.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise ValueError(
-                f"{source}: optimiser state of another optimiser or of other frozen layers"
-            ) from error
+            raise ValueError(f"{source}: optimiser state of other frozen layers") from error
+        # The state is the old run's; rates, decay and momentum are what the config says now.
+        for group, values in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(values)
         torch.set_rng_state(state["rng"]["torch"])
         self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
+
+    def _check_same_run(self, old: dict[str, Any], source: str) -> None:
+        """What decides which samples a step sees, and what the optimiser's state means."""
+        own = config_to_dict(self.config)
+        for key in ("seed", *(f"{self.stage.name}.optim.{name}" for name in FIXED)):
+            was, now = (functools.reduce(dict.get, key.split("."), c) for c in (old, own))
+            if was != now:
+                raise ValueError(
+                    f"{source} was trained with {key} {was}, not {now}; a run is resumed with the "
+                    "same value: restore it, or choose another --output"
+                )
 
     def _save_due(self, saved: float) -> bool:
         return time.monotonic() - saved > 60 * self.optim.save_every_minutes
@@ -265,7 +281,7 @@ class Meter:
 
     def __init__(self, optim: OptimConfig):
         self.batch_size = optim.batch_size
-        self._reset()
+        self.restart()
 
     def add(self, losses: dict[str, Tensor], *, seconds_left: Any) -> None:
         """Adds a minibatch without waiting for the device."""
@@ -282,10 +298,11 @@ class Meter:
             "patches_per_second": self.batch_size / seconds,
             "minutes_left": self.seconds_left(seconds) / 60,
         }
-        self._reset()
+        self.restart()
         return values
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was added and starts the clock anew."""
         self.sums: dict[str, tuple[Any, int]] = {}
         self.steps, self.start = 0, time.monotonic()
 

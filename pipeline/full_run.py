@@ -88,7 +88,10 @@ def _drop_stale(store: ProposalStore, settings: dict) -> None:
     """Proposals of an earlier checkpoint are made anew: here, unlike elsewhere, they are ours."""
     if store.changed_settings(settings):
         print(f"{store.directory}: made with an earlier checkpoint, made anew")
-        shutil.rmtree(store.directory)
+        stale = store.directory.with_name(f"{store.directory.name}.stale")
+        shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed right here
+        store.directory.rename(stale)  # at once: half a store would pass for a whole one
+        shutil.rmtree(stale)
 
 
 def _validation_files(config: Config) -> dict[str, Path]:

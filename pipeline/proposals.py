@@ -92,6 +92,8 @@ class ProposalStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / SETTINGS
         if not path.exists():
+            if self.shards():
+                raise ValueError(f"{self.directory} holds proposals but no {SETTINGS}; delete it")
             write_json(path, settings)
         elif changed := self.changed_settings(settings):
             raise ValueError(

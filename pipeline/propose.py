@@ -115,7 +115,7 @@ def octave_range(low: float, high: float, step: float) -> list[float]:
     Raises:
         ValueError: a range that is empty or endless.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and step > 0 and low <= high):
+    if not (math.isfinite(low) and math.isfinite(high) and 0 < step < math.inf and low <= high):
         raise ValueError(
             "scales must be MIN MAX STEP with MIN <= MAX and STEP > 0, "
             f"got {low:g} {high:g} {step:g}"

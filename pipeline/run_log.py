@@ -59,7 +59,7 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; a line that a kill cut short is left out."""
     records = []
     for line in Path(path).read_text().splitlines():
         try:

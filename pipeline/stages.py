@@ -279,9 +279,11 @@ class BrokenFiles:
             if message not in self.messages:
                 self.messages[message] = True
                 print(f"skipped ({len(self.messages)} so far): {message}", flush=True)
-        if len(self.messages) > self.max_share * self.images:
+        # Every process meets its share of the images.
+        images = self.images / distributed.share()[1]
+        if len(self.messages) > self.max_share * images:
             raise ValueError(
-                f"{len(self.messages)} of {self.images} images cannot be read, more than "
+                f"{len(self.messages)} of {images:.0f} images cannot be read, more than "
                 f"data.max_broken_share {self.max_share:g}: " + "; ".join(self.messages)
             )
 

@@ -236,7 +236,7 @@ def test_too_many_broken_images_stop_the_run_with_the_list(tiny_recipe, tmp_path
     config = config_from_dict(values, source="test")
     with pytest.raises(
         ValueError,
-        match=r"of 24 images cannot be read.*000021\.jpg|of 24 images cannot be read.*00002\d\.jpg",
+        match=r"of 24 images cannot be read.*00002\d\.jpg",
     ):
         fit(DeepMaskStage(config), config, tmp_path / "run", device=CPU)
     values["data"]["max_broken_share"] = 0.5
