@@ -12,14 +12,15 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 import models  # noqa: E402
-from models.deepmask import DeepMask  # noqa: E402
-from models.trunk import build_trunk  # noqa: E402
 
 if Path(models.__file__).resolve().parent != Path(__file__).resolve().parent / "models":
     raise ImportError(
         f"another package called models was imported first: {models.__file__}; "
         "load this project in a process of its own"
     )
+
+from models.deepmask import DeepMask  # noqa: E402
+from models.trunk import build_trunk  # noqa: E402
 
 
 def deepmask(
