@@ -7,7 +7,7 @@ annotation; what they add is the proportional memory (PSS) of all processes, les
 tiny json, less what the annotations take in one process. Only anonymous and shared memory counts:
 pages of libraries come and go with what else runs. Linux only; some ten minutes.
 
-    python benchmarks/annotations.py --work-dir /tmp/annotations --output annotations.json
+    python benchmarks/annotations.py --work-dir annotations --output annotations.json
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.files import write_json
 from datasets.patch_sampler import MASK
 from datasets.patches import PatchDataset
+from datasets.transforms import MEAN, STD
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.stages import load_split, patch_dataset, prepare_data
@@ -83,8 +83,7 @@ def straightforward(data: PatchDataset, epoch: int, group: int) -> tuple[torch.T
     target = _crop(mask, patch, data.patch_size, data.target_size, fill=0.0)
     if patch.flip:
         pixels, target = pixels.flip(-1), target.flip(-1)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     return pixels.float(), torch.where(target[0] > 0.5, 1.0, -1.0)
 
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from datasets.files import atomic_path, write_json
+from datasets.files import write_atomically, write_json
 from datasets.images import ImageError, list_images, read_image
 from pipeline import distributed
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
@@ -250,8 +250,7 @@ def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, c
 def _save_jpeg(picture: np.ndarray, path: Path) -> None:
     ok, data = cv2.imencode(".jpg", picture[..., ::-1])
     assert ok
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+    write_atomically(path, data.tobytes())
 
 
 def _finish(store: ProposalStore, summary: Summary, output: Path) -> None:

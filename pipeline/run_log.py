@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.files import atomic_path
+from datasets.files import write_atomically
 
 
 class RunLog:
@@ -22,8 +22,8 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None and self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-            with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            lines = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(self.path, lines.encode())
         purge = None if resume_step is None else resume_step + 1
         self.board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=purge)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from datasets.coco import CocoInstances
-from datasets.files import atomic_path, write_json
+from datasets.files import write_atomically, write_json
 from pipeline import distributed
 from pipeline.coco_eval import (
     ProposalScores,
@@ -174,5 +174,4 @@ def score_patches(
 
 def _write_table(path: Path, table: str) -> None:
     print(table)
-    with atomic_path(path) as temporary:
-        temporary.write_text(table + "\n")
+    write_atomically(path, (table + "\n").encode())
