@@ -46,7 +46,10 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(args.config)
     prepare_data(config)
-    data = patch_dataset(config.deepmask, *load_split(config, "train"), seed=0)
+    c = config.deepmask
+    data = patch_dataset(
+        c, *load_split(config, "train"), sampling=c.sampling, target_size=c.target_size, seed=0
+    )
     rates: dict[str, list[float]] = {}
     for round_number in range(args.rounds):
         for name, rate in measure(data, args.patches, epoch=round_number):

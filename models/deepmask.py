@@ -107,7 +107,15 @@ class DeepMask(nn.Module):
 
         (B, C, f, g) to (B, E, f - F + 1, g - F + 1).
         """
-        return self.tail(features)
+        reduce, relu, window = self.tail
+        features = relu(reduce(features))
+        if features.shape[-2:] != window.kernel_size:
+            return window(features)
+        # One window is one matrix product. In channels-last order (which both tensors have in
+        # training) the views below cost nothing, and backward is several times that of the
+        # convolution: it neither reorders the largest weight of the model nor its gradient.
+        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, window.weight))
+        return F.linear(x, weight, window.bias)[:, :, None, None]
 
     def score(self, embeddings: Tensor, *, keys: Tensor | None = None) -> Tensor:
         """Objectness logits: (B, E, h, w) to (B, h, w)."""

@@ -10,6 +10,7 @@ from torch import nn
 from datasets.files import atomic_path
 from models.trunk import describe_mismatch
 
+LAST, BEST = "last.pt", "best.pt"  # in a run directory's checkpoints/
 KEYS = ("stage", "config", "model")  # what inference and the next stage need; training adds more
 
 

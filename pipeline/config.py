@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
+from models.sharpmask import ARRANGEMENTS, WIDTHS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,6 +116,37 @@ class DeepMaskConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr_drops={50: 0.5, 120: 0.1}))
 
 
+# What two DeepMasks must agree in for the weights of one to fit the other.
+DEEPMASK_SIZES = (
+    "patch_size", "context", "mask_size", "reduction", "embedding", "score_hidden"
+)  # fmt: skip
+
+
+@dataclass
+class SharpMaskConfig:
+    """The refinement; patch and context are DeepMask's."""
+
+    km: int = 32  # channels of the mask encoding at the first module
+    ks: int = 32  # channels of the skip features there
+    widths: str = "halving"  # of km and ks over the modules: halving | constant
+    merge: str = "sum"  # sum (released) | concat (paper): the same function
+    num_modules: int = 4
+    mask_weight: float = 32.0  # as for DeepMask
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(mask_share=1.0))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            momentum=0.0, weight_decay=0.0, lr_drops={50: 0.5, 80: 0.1}
+        )
+    )
+
+
+@dataclass
+class InitConfig:
+    """Checkpoints of the stages before; without, the run directory beside the output is taken."""
+
+    deepmask: str | None = None
+
+
 @dataclass
 class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
@@ -122,6 +154,9 @@ class ProposeConfig:
     num_proposals: int = 1000
     scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step, in octaves
     mask_threshold: float = 0.2  # on probabilities
+    # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
+    # published AR does.
+    nms: float | None = None
 
 
 @dataclass
@@ -130,10 +165,17 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
+    sharpmask: SharpMaskConfig = field(default_factory=SharpMaskConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     propose: ProposeConfig = field(default_factory=ProposeConfig)
 
 
-CHOICES = {"optimiser": ("sgd", "adamw"), "schedule": ("steps", "cosine")}
+CHOICES = {
+    "optimiser": ("sgd", "adamw"),
+    "schedule": ("steps", "cosine"),
+    "widths": WIDTHS,
+    "merge": ARRANGEMENTS,
+}
 # What must hold of a value, in words and as a test, and of which keys. Checked when a config is
 # read: a mistake in a later stage's section shows before the first stage has been trained for days.
 CONDITIONS = (
@@ -141,7 +183,7 @@ CONDITIONS = (
      ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient",
       "validate_every", "validation_batches", "log_every", "num_proposals", "patch_size",
       "mask_size", "target_size", "reduction", "embedding", "score_hidden", "train_images",
-      "val_images")),
+      "val_images", "km", "ks")),
     ("at least 0", lambda v: v >= 0,
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
@@ -149,8 +191,10 @@ CONDITIONS = (
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share")),
     ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),
     ("between 0 and 1", lambda v: 0 < v < 1, ("mask_threshold",)),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, ("nms",)),
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
     ("from 0 to 4", lambda v: 0 <= v <= 4, ("frozen_levels",)),
+    ("from 1 to 4", lambda v: 1 <= v <= 4, ("num_modules",)),
     ("MIN MAX with MIN <= MAX", lambda v: -math.inf < v[0] <= v[1] < math.inf, ("score_scales",)),
     ("MIN MAX STEP with MIN <= MAX and STEP > 0",
      lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0, ("scales",)),

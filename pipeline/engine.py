@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from datasets.files import atomic_path
 from pipeline import distributed
-from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, OptimConfig, config_to_dict, save_config
 from pipeline.run_log import RunLog
 
-LAST, BEST = "last.pt", "best.pt"
 FIXED = ("optimiser", "batch_size", "batches_per_epoch")  # of a run that is resumed
 
 
@@ -270,7 +269,7 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
 def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """SGD or AdamW over the groups; the loop sets the learning rates."""
     if optim.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     return torch.optim.SGD(
         groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )

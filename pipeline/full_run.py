@@ -19,7 +19,7 @@ from pipeline.proposals import ProposalStore
 from pipeline.propose_run import propose_images
 from pipeline.report import write_report
 from pipeline.scoring import score_patches, score_proposals
-from pipeline.stages import STAGES, prepare_data
+from pipeline.stages import STAGES, build_stage, prepare_data
 
 SUMMARY = "summary.json"
 
@@ -39,7 +39,7 @@ def run_pipeline(
         start = time.monotonic()
         if distributed.is_main():
             print(f"\n== {name} ==", flush=True)
-        stage = STAGES[name](load_config(config_path, overrides))
+        stage = build_stage(name, load_config(config_path, overrides), output / name)
         checkpoint = fit(stage, stage.config, output / name, device=device, resume=True)
         summary[name] = score(config, checkpoint, output / name, device)
         seconds = summary["seconds"].get(name, 0) + time.monotonic() - start

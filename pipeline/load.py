@@ -1,29 +1,37 @@
 """Trained networks from checkpoints, ready for use."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from models.deepmask import DeepMask
+from models.sharpmask import SharpMask
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, config_from_dict
 from pipeline.propose import Proposer, octave_range
-from pipeline.stages import build_deepmask
+from pipeline.stages import build_deepmask, build_sharpmask
 
 
-def load_deepmask(checkpoint: str | Path) -> tuple[DeepMask, Config]:
-    """The network of a DeepMask checkpoint and the config it was trained with.
+def load_mask_network(checkpoint: str | Path) -> tuple[DeepMask | SharpMask, Config]:
+    """The network of a DeepMask or SharpMask checkpoint and the config it was trained with.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
             do not fit.
     """
-    content = load_checkpoint(checkpoint, stage="deepmask")
+    content = load_checkpoint(checkpoint, stage=tuple(BUILDERS))
     config = config_from_dict(content["config"], source=str(checkpoint))
-    model = build_deepmask(config, pretrained=False)
+    model = BUILDERS[content["stage"]](config)
     load_weights(model, content["model"], source=str(checkpoint))
     return model.eval(), config
+
+
+BUILDERS = {
+    "deepmask": partial(build_deepmask, pretrained=False),
+    "sharpmask": build_sharpmask,
+}
 
 
 def load_proposer(
@@ -32,24 +40,36 @@ def load_proposer(
     *,
     num_proposals: int | None = None,
     scales: list[float] | None = None,
+    zoom: bool = False,
+    refine: bool = True,
+    nms: float | None = None,
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
     Args:
-        num_proposals, scales: None for the values of the checkpoint's config.
+        num_proposals, scales, nms: None for the values of the checkpoint's config.
+        zoom: adds the scale 2^1.
+        refine: False gives the coarse masks of the DeepMask that a SharpMask is built on.
     """
-    model, config = load_deepmask(checkpoint)
+    model, config = load_mask_network(checkpoint)
     count = config.propose.num_proposals if num_proposals is None else num_proposals
     if count < 1:
         raise ValueError(f"--num-proposals must be at least 1, got {count}")
     scales = tuple(config.propose.scales if scales is None else scales)
-    octave_range(*scales)
+    octaves = sorted({*octave_range(*scales), *([1.0] if zoom else [])})
+    nms = config.propose.nms if nms is None else nms
+    if nms is not None and not 0 < nms <= 1:
+        raise ValueError(f"--nms must be above 0 and at most 1, got {nms:g}")
+    if isinstance(model, SharpMask) and not refine:
+        model = model.deepmask
     options = {
         "num_proposals": count,
-        "scales": scales,
+        "octaves": octaves,
         "mask_threshold": config.propose.mask_threshold,
+        "nms": nms,
     }
-    settings = {"checkpoint_sha256": file_sha256(checkpoint), **options, "scales": list(scales)}
+    refined = isinstance(model, SharpMask)
+    settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     return Proposer(model, device=device, **options), settings
 
 

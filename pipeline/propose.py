@@ -1,25 +1,24 @@
 """Dense proposal inference: image to proposals (ECCV 2016, section 3; spec of the released code).
 
-image -> pyramid -> trunk and tail once per scale -> scores of all cells of all scales ranked
-together -> masks of the best cells only -> RLE in the image.
+image -> pyramid -> trunk, tail and horizontal nets once per scale -> scores of all cells of all
+scales ranked together -> masks of the best cells only -> RLE in the image.
 
-Letters: (h, w) cells of a scale, E embedding width, M mask size, N proposals.
+Letters: (h, w) cells of a scale, E embedding width, M mask size, F cells of a patch, N proposals.
 """
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
-from datasets.images import ImageError, read_image
 from datasets.transforms import GREY, MEAN, STD
 from models.deepmask import STRIDE, DeepMask
+from models.sharpmask import SharpMask
+from pipeline.mask_nms import suppress_duplicates
 from pipeline.paste import Placement, paste
 from pipeline.proposals import Proposals
 
@@ -33,33 +32,40 @@ class Level:
     Attributes:
         factors: (x, y) resize factors that the rounding of the size really gave.
         embeddings: (E, h, w). score_logits: (h, w).
+        horizontal: of each refinement module (c, h', w') at its stride; empty without refinement.
     """
 
     factors: tuple[float, float]
     embeddings: Tensor
     score_logits: Tensor
+    horizontal: list[Tensor]
 
 
 class Proposer:
-    """Proposes object masks for whole images with a trained DeepMask."""
+    """Proposes object masks for whole images with a trained DeepMask or SharpMask."""
 
     def __init__(
         self,
-        model: DeepMask,
+        model: DeepMask | SharpMask,
         *,
         device: torch.device,
         num_proposals: int = 1000,
-        scales: tuple[float, float, float] = (-2.5, 0.5, 0.5),
+        octaves: list[float] | None = None,
         mask_threshold: float = 0.2,
+        nms: float | None = None,
     ):
         """
         Args:
-            scales: smallest, largest and step of the pyramid, in octaves.
+            octaves: log2 of the pyramid's factors; None for -2.5 to .5 in steps of .5.
             mask_threshold: probability from which on a pixel belongs to a mask.
+            nms: see `suppress_duplicates`; None keeps all.
         """
-        self.model = model.eval().to(device, memory_format=torch.channels_last)
-        self.device, self.num_proposals, self.mask_threshold = device, num_proposals, mask_threshold
-        self.octaves = octave_range(*scales)
+        model = model.eval().to(device, memory_format=torch.channels_last)
+        self.refinement = model if isinstance(model, SharpMask) else None
+        self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
+        self.device, self.num_proposals = device, num_proposals
+        self.octaves = octave_range(-2.5, 0.5, 0.5) if octaves is None else octaves
+        self.mask_threshold, self.nms = mask_threshold, nms
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -71,42 +77,96 @@ class Proposer:
         Returns:
             At most `num_proposals`, best first; masks without a pixel in the image are left out.
         """
-        levels = [self._run_level(image, octave) for octave in self.octaves]
+        levels = [self.run_level(image, octave) for octave in self.octaves]
         scores, chosen = best_cells([level.score_logits for level in levels], self.num_proposals)
-        pasted = list(self._masks(levels, chosen, image.shape[:2]))
+        pasted = self._masks(levels, chosen, image.shape[:2])
         kept = [n for n, mask in enumerate(pasted) if mask is not None]
         boxes = np.array([pasted[n][1] for n in kept], np.float32).reshape(-1, 4)
         counts = [pasted[n][0]["counts"] for n in kept]
         height, width = image.shape[:2]
-        return Proposals(
+        proposals = Proposals(
             image_id, file_name, height, width, scores.cpu().numpy()[kept], boxes, counts
         )
+        return proposals if self.nms is None else suppress_duplicates(proposals, self.nms)
 
-    def _run_level(self, image: np.ndarray, octave: float) -> Level:
+    @torch.inference_mode()
+    def run_level(self, image: np.ndarray, octave: float) -> Level:
+        """What depends on the image alone, at one scale."""
         scaled = resize_image(image, 2.0**octave)
         factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         pixels = pad_and_normalise(
-            torch.from_numpy(scaled).to(self.device), self.model.patch_size // 2
+            torch.from_numpy(scaled).to(self.device), self.deepmask.patch_size // 2
         )
-        embeddings = self.model.embed(self.model.trunk(pixels)[-1])
-        return Level(factors, embeddings[0], self.model.score(embeddings)[0])
+        features = self.deepmask.trunk(pixels)
+        embeddings = self.deepmask.embed(features[-1])
+        horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
+        scores = self.deepmask.score(embeddings)
+        return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
+
+    @torch.inference_mode()
+    def decode(self, level: Level, cells: Tensor) -> Tensor:
+        """Mask logits of chosen cells of one scale, refined if there is a refinement.
+
+        Args:
+            cells: (n, 2) int64 rows and columns.
+
+        Returns:
+            (n, M, M), or (n, P, P) when refined.
+        """
+        rows, columns = cells.unbind(1)
+        embeddings = level.embeddings[:, rows, columns].T  # (n, E)
+        if self.refinement is None:
+            return self.deepmask.decode_masks(embeddings)
+        windows = [
+            gather_windows(each, cells, size=self.deepmask.cells << i, step=1 << i)
+            for i, each in enumerate(level.horizontal)
+        ]
+        return self.refinement.refine(embeddings, windows)
 
     def _masks(
         self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]
-    ) -> Iterator[tuple | None]:
+    ) -> list[tuple | None]:
         """Pasted masks of the chosen cells, in their order.
 
         Args:
             chosen: (N, 3) of level, row, column.
         """
-        for cells in chosen.split(MASK_CHUNK):
-            embeddings = torch.stack(
-                [levels[n].embeddings[:, i, j] for n, i, j in cells.tolist()]
-            )  # (n, E)
-            logits = self.model.decode_masks(embeddings).float().cpu().numpy()  # (n, M, M)
-            for mask, (n, i, j) in zip(logits, cells.tolist(), strict=True):
-                place = place_patch(i, j, levels[n].factors, self.model.patch_size)
-                yield paste(mask, place, image_size=image_size, threshold=self.mask_threshold)
+        pasted: list[tuple | None] = [None] * len(chosen)
+        for number, level in enumerate(levels):
+            ranks = torch.nonzero(chosen[:, 0] == number).flatten()
+            for part in ranks.split(MASK_CHUNK) if len(ranks) else ():
+                cells = chosen[part, 1:]
+                logits = self.decode(level, cells).float().cpu().numpy()
+                for rank, mask, (row, column) in zip(
+                    part.tolist(), logits, cells.tolist(), strict=True
+                ):
+                    place = place_patch(row, column, level.factors, self.deepmask.patch_size)
+                    pasted[rank] = paste(
+                        mask, place, image_size=image_size, threshold=self.mask_threshold
+                    )
+        return pasted
+
+
+def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> Tensor:
+    """The windows of cells in a map of their own or a finer stride.
+
+    Args:
+        features: (c, h, w).
+        cells: (n, 2) int64 rows and columns at stride 16.
+        size: side of a window. step: positions of the map in a cell.
+
+    Returns:
+        (n, c, size, size); the window of cell (i, j) begins at (i step, j step).
+    """
+    # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
+    short = [
+        max(0, int(last) * step + size - side)
+        for last, side in zip(cells.amax(0), features.shape[1:], strict=True)
+    ]
+    if any(short):
+        features = nnf.pad(features[None], (0, short[1], 0, short[0]), mode="replicate")[0]
+    windows = features.unfold(1, size, step).unfold(2, size, step)  # a view
+    return windows[:, cells[:, 0], cells[:, 1]].transpose(0, 1)
 
 
 def octave_range(low: float, high: float, step: float) -> list[float]:
@@ -179,32 +239,3 @@ def place_patch(row: int, column: int, factors: tuple[float, float], patch_size:
         patch_size / fx,
         patch_size / fy,
     )
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image to propose for: its id, its name in results, and where it is."""
-
-    image_id: int
-    file_name: str
-    path: Path
-
-
-def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray | ImageError]]:
-    """Images in order, the next one read while the present one is worked on.
-
-    An unreadable one gives its error.
-    """
-
-    def read(file: ImageFile) -> np.ndarray | ImageError:
-        try:
-            return read_image(file.path)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(1) as reader:
-        following = None
-        for n, file in enumerate(files):
-            image = following.result() if following else read(file)
-            following = reader.submit(read, files[n + 1]) if n + 1 < len(files) else None
-            yield file, image

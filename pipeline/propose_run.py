@@ -1,35 +1,38 @@
 """Proposals for many images.
 
-Which files, in which process, what is left to do, and what could not be read.
+In which process, what is left to do, and what had to be left out.
 """
 
 import itertools
-import json
-from collections.abc import Collection
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from datasets.files import write_atomically, write_json
-from datasets.images import ImageError, list_images, read_image
+from datasets.images import ImageError, read_image
 from pipeline import distributed
+from pipeline.image_files import ImageFile, common_folder, find_images, read_ahead
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
-from pipeline.propose import ImageFile, Proposer, read_ahead
+from pipeline.propose import Proposer
 from pipeline.visualize import draw_proposals
 
-MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
 MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
+# PyTorch on a CPU and OpenCV have no exception of their own for it.
+NO_MEMORY = re.compile("(can't allocate|not enough|insufficient|out of) memory", re.IGNORECASE)
 
 
 @dataclass
 class Summary:
     """What a run did.
 
-    Images done now and before, proposals in the store, messages on unreadable files.
+    Images done now and before, proposals in the store, messages on files left out: unreadable, or
+    the network failed on them.
     """
 
     done: int = 0
@@ -39,7 +42,7 @@ class Summary:
 
     @property
     def none_readable(self) -> bool:
-        """Whether there was something to do and nothing of it could be read."""
+        """Whether there was something to do and nothing of it could be used."""
         return bool(self.broken) and not self.done and not self.done_before
 
 
@@ -60,8 +63,8 @@ def propose_images(
         draw: number of proposals to draw for each image, into `output/drawn`.
 
     Raises:
-        ValueError: no images, a store made with other settings or ids, annotations that are not
-            COCO.
+        ValueError: no images, annotations that are not COCO, a store made with other settings or
+            ids, or for another folder (files of the same names would pass for done).
     """
     if draw < 0:
         raise ValueError(f"--draw must be at least 0, got {draw}")
@@ -70,7 +73,7 @@ def propose_images(
     files = find_images(source, annotations, {name: image["id"] for name, image in done.items()})
     left = [file for file in files if file.file_name not in done]
     if distributed.is_main():
-        store.open_for(settings)
+        store.open_for(settings | {"image_folder": str(common_folder(files))})
     distributed.barrier()  # everyone has seen the same store before anyone adds to it
     index, count = distributed.share()
     shares = distributed.gather(_propose_share(proposer, left[index::count], store))
@@ -85,124 +88,6 @@ def propose_images(
     return summary
 
 
-def find_images(
-    source: str | Path, annotations: str | Path | None, known: dict[str, int]
-) -> list[ImageFile]:
-    """The images to propose for, with ids.
-
-    Ids come from the annotations, else from the file names when all of them are distinct numbers
-    (as COCO's are), else they count from 1. Names are relative to the folder that was given.
-
-    Args:
-        known: ids by file name that an earlier run has given; they stay, whatever has come into the
-            folder since.
-
-    Raises:
-        ValueError: no images, annotations that are not COCO, or ids other than the known ones.
-    """
-    if annotations is not None:
-        files = _annotated_images(source, Path(annotations))
-        _refuse_other_ids(files, known, annotations)
-        return files
-    paths = list_images(source)
-    root = Path(source) if Path(source).is_dir() else _common_parent(paths)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    numbers = _own_numbers(paths) or range(1, len(paths) + 1)
-    taken = set(known.values())
-    unused = itertools.count(max([*numbers, *taken]) + 1)
-    ids = [
-        known[name] if name in known else next(unused) if number in taken else number
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
-
-
-def _own_numbers(paths: list[Path]) -> list[int] | None:
-    """The numbers that the files are named; None unless all have one of their own."""
-    if not all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
-        return None
-    numbers = [int(path.stem) for path in paths]
-    return numbers if len(set(numbers)) == len(numbers) else None
-
-
-def _refuse_other_ids(
-    files: list[ImageFile], known: dict[str, int], annotations: str | Path
-) -> None:
-    for file in files:
-        if known.get(file.file_name, file.image_id) != file.image_id:
-            raise ValueError(
-                f"{file.file_name} has the id {file.image_id} in {annotations}, "
-                f"but the output holds its proposals under {known[file.file_name]}; "
-                "choose another --output or delete it"
-            )
-
-
-def _common_parent(paths: list[Path]) -> Path:
-    parent = paths[0].parent
-    while not all(path.is_relative_to(parent) for path in paths):
-        parent = parent.parent
-    return parent
-
-
-def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
-    """With a folder, all images that the annotations list.
-
-    With a file or glob, those of them that match it.
-    """
-    listed = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
-    if Path(source).is_dir():
-        files = [
-            ImageFile(image_id, name, Path(source) / name) for name, image_id in listed.items()
-        ]
-        if not any(file.path.is_file() for file in files):
-            raise ValueError(
-                f"{source}: none of the {len(files)} images that {annotations} lists is there"
-            )
-        return files
-    found = [(_listed_name(path, listed), path) for path in list_images(source)]
-    files = [ImageFile(listed[name], name, path) for name, path in found if name is not None]
-    if not files:
-        raise ValueError(f"{source}: none of these images is listed in {annotations}")
-    return files
-
-
-def _listed_name(path: Path, listed: Collection[str]) -> str | None:
-    """The listed name that a path ends in.
-
-    The longest, since several folders may have files of one name.
-    """
-    parts = path.absolute().parts
-    return next((name for n in range(len(parts)) if (name := "/".join(parts[n:])) in listed), None)
-
-
-def read_image_list(annotations: Path) -> list[dict]:
-    """The "images" of a COCO json (test sets have no annotations).
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not COCO.
-    """
-    if not annotations.is_file():
-        raise FileNotFoundError(f"annotations {annotations} do not exist")
-    try:
-        content = json.loads(annotations.read_text())
-    except ValueError as error:
-        raise ValueError(f"{annotations} is not JSON: {error}") from error
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(map(_names_image, images)):
-        raise ValueError(
-            f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"'
-        )
-    return images
-
-
-def _names_image(image: object) -> bool:
-    return (
-        isinstance(image, dict)
-        and isinstance(image.get("id"), int)
-        and isinstance(image.get("file_name"), str)
-    )
-
-
 def _propose_share(
     proposer: Proposer, files: list[ImageFile], store: ProposalStore
 ) -> tuple[int, list[str]]:
@@ -214,11 +99,12 @@ def _propose_share(
     )
     try:
         for file, image in progress:
-            if isinstance(image, ImageError):
-                broken.append(str(image))
-                progress.write(f"skipped: {image}")
+            try:
+                pending.append(_propose_one(proposer, file, image))
+            except ImageError as error:
+                broken.append(str(error))
+                progress.write(f"skipped: {error}")
                 continue
-            pending.append(proposer(image, image_id=file.image_id, file_name=file.file_name))
             made += 1
             if len(pending) >= MAX_IMAGES_IN_SHARD or sum(map(len, pending)) >= MAX_ROWS:
                 store.write_shard(pending, writer=writer)
@@ -227,6 +113,27 @@ def _propose_share(
         if pending:
             store.write_shard(pending, writer=writer)
     return made, broken
+
+
+def _propose_one(proposer: Proposer, file: ImageFile, image: np.ndarray | ImageError) -> Proposals:
+    """Raises: ImageError: the image was not read, or the network failed on it (out of memory)."""
+    if isinstance(image, ImageError):
+        raise image
+    try:
+        return proposer(image, image_id=file.image_id, file_name=file.file_name)
+    except (RuntimeError, MemoryError, cv2.error) as error:
+        raise ImageError(f"{file.path}: {_reason(error, image)}") from error
+
+
+def _reason(error: Exception, image: np.ndarray) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
+        height, width = image.shape[:2]
+        return (
+            f"out of memory at {width} x {height} px; "
+            "make the image smaller or lower the largest of --scales"
+        )
+    return f"{type(error).__name__}: {text}"
 
 
 def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, count: int) -> None:
@@ -267,7 +174,7 @@ def _finish(store: ProposalStore, summary: Summary, output: Path) -> None:
     again = f" ({summary.done_before} were there already)" if summary.done_before else ""
     print(
         f"{summary.done + summary.done_before} images{again}, {summary.proposals:,} proposals, "
-        f"{len(summary.broken)} files could not be read; results in {path}"
+        f"{len(summary.broken)} files could not be used; results in {path}"
     )
     for message in summary.broken:
-        print(f"  not read: {message}")
+        print(f"  left out: {message}")

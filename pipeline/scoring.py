@@ -15,9 +15,14 @@ from pipeline.coco_eval import (
     load_ground_truth,
     rank_by_overlap,
 )
-from pipeline.load import load_deepmask
+from pipeline.load import load_mask_network
 from pipeline.proposals import ProposalStore
-from pipeline.stages import VALIDATION_SEED, evaluate_patches, patch_dataset
+from pipeline.stages import (
+    VALIDATION_SEED,
+    evaluate_patches,
+    patch_dataset,
+    validation_kinds,
+)
 
 KINDS = ("box", "mask")
 
@@ -146,23 +151,31 @@ def score_patches(
 ) -> dict:
     """Patch metrics of a checkpoint on patches drawn from a dataset as in training.
 
-    The patches are the same ones every time. Writes metrics.json and scores.txt; returns the
-    metrics.
+    The patches are the same ones every time, and for DeepMask and SharpMask; masks are compared at
+    the full resolution of the patch. Writes metrics.json and scores.txt; returns the metrics.
     """
     if batches < 2:
         raise ValueError(f"--batches must be at least 2, one of each kind, got {batches}")
     if not Path(images).is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
-    model, config = load_deepmask(checkpoint)
+    model, config = load_mask_network(checkpoint)
+    c = config.deepmask
     coco = CocoInstances.load(annotations)
-    data = patch_dataset(config.deepmask, coco, images, seed=VALIDATION_SEED)
+    data = patch_dataset(
+        c,
+        coco,
+        images,
+        sampling=c.sampling,
+        target_size=c.patch_size,
+        seed=VALIDATION_SEED,
+    )
     model.to(device, memory_format=torch.channels_last)
     metrics = evaluate_patches(
         model,
         data,
         device,
-        batches=batches,
-        batch_size=config.deepmask.optim.batch_size,
+        kinds=validation_kinds(batches),
+        batch_size=c.optim.batch_size,
         workers=workers,
     )
     if distributed.is_main():

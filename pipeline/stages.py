@@ -13,9 +13,20 @@ from datasets.patches import BatchKeys, PatchDataset, batch_keys, patch_loader
 from datasets.shapes import write_shapes
 from models.deepmask import DeepMask
 from models.losses import mask_loss, score_loss
+from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline import distributed
-from pipeline.config import Config, DeepMaskConfig, SamplingConfig, SplitConfig, find_path
+from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from pipeline.config import (
+    DEEPMASK_SIZES,
+    Config,
+    DeepMaskConfig,
+    SamplingConfig,
+    SharpMaskConfig,
+    SplitConfig,
+    config_to_dict,
+    find_path,
+)
 from pipeline.patch_metrics import mask_ious, score_hits, summarise
 
 VALIDATION_SEED = 20151207  # validation patches are the same in every run
@@ -31,15 +42,20 @@ def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
     if weights not in (None, "imagenet"):
         weights = find_path(weights, key="trunk.weights")
     c = config.deepmask
-    return DeepMask(
-        build_trunk(config.trunk.name, weights=weights),
-        patch_size=c.patch_size,
-        context=c.context,
-        mask_size=c.mask_size,
-        reduction=c.reduction,
-        embedding=c.embedding,
-        score_hidden=c.score_hidden,
-        dropout=c.dropout,
+    sizes = {name: getattr(c, name) for name in DEEPMASK_SIZES}
+    return DeepMask(build_trunk(config.trunk.name, weights=weights), dropout=c.dropout, **sizes)
+
+
+def build_sharpmask(config: Config) -> SharpMask:
+    """The SharpMask of a config, its weights random: they come from checkpoints or training."""
+    c = config.sharpmask
+    return SharpMask(
+        build_deepmask(config, pretrained=False),
+        km=c.km,
+        ks=c.ks,
+        widths=c.widths,
+        merge=c.merge,
+        num_modules=c.num_modules,
     )
 
 
@@ -95,31 +111,96 @@ def sampling_rules(c: SamplingConfig) -> SamplingRules:
     )
 
 
-class DeepMaskStage:
-    """Trains trunk, tail and both heads on patches."""
+class PatchStage:
+    """What DeepMask's and SharpMask's training have in common: patches in, masks out."""
+
+    name: str
+    best_metric = "iou_above_0.7"
+
+    def __init__(self, config: Config, model: nn.Module, *, target_size: int):
+        """
+        Args:
+            target_size: side of the mask targets.
+
+        Raises:
+            ValueError or FileNotFoundError: data that is not there or does not fit.
+        """
+        self.config, self.model = config, model
+        self.section: DeepMaskConfig | SharpMaskConfig = getattr(config, self.name)
+        self.optim = self.section.optim
+        self._check_batch()
+        prepare_data(config)
+
+        def patches(split: str, seed: int) -> PatchDataset:
+            coco, images = load_split(config, split)
+            return patch_dataset(
+                config.deepmask,
+                coco,
+                images,
+                sampling=self.section.sampling,
+                target_size=target_size,
+                seed=seed,
+            )
+
+        self.train_data = patches("train", config.seed)
+        self.val_data = patches("val", VALIDATION_SEED)
+        self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_share)
+
+    def train_mode(self) -> None:
+        """Dropout on (batch norm is frozen by construction)."""
+        self.model.train()
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """Minibatches on the device."""
+        sampling = self.section.sampling
+        keys = BatchKeys(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            groups_per_batch=self.optim.batch_size // sampling.patches_per_image,
+            seed=self.config.seed,
+            mask_share=sampling.mask_share,
+            share=distributed.share(),
+        )
+        for batch in patch_batches(self.train_data, keys, device, workers=self.config.data.workers):
+            self.broken.note(batch["broken"])
+            yield batch
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """Patch metrics on `validation_batches` minibatches."""
+        return evaluate_patches(
+            self.model,
+            self.val_data,
+            device,
+            kinds=validation_kinds(self.optim.validation_batches, self.section.sampling.mask_share),
+            batch_size=self.optim.batch_size,
+            workers=self.config.data.workers,
+        )
+
+    def _check_batch(self) -> None:
+        size, shared = self.optim.batch_size, self.section.sampling.patches_per_image
+        processes = distributed.share()[1]
+        if size % (shared * processes):
+            raise ValueError(
+                f"{self.name}.optim.batch_size {size} must be a multiple of "
+                f"sampling.patches_per_image {shared} times the number of processes {processes}"
+            )
+
+
+class DeepMaskStage(PatchStage):
+    """Trains trunk, tail and both heads."""
 
     name = "deepmask"
-    best_metric = "iou_above_0.7"
 
     def __init__(self, config: Config):
         """
         Raises:
             ValueError or FileNotFoundError: data or weights that are not there or do not fit.
         """
-        self.config, self.optim = config, config.deepmask.optim
-        prepare_data(config)
-        self.train_data = patch_dataset(
-            config.deepmask, *load_split(config, "train"), seed=config.seed
-        )
-        self.val_data = patch_dataset(
-            config.deepmask, *load_split(config, "val"), seed=VALIDATION_SEED
-        )
-        self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_share)
-        self._check_batch()
         torch.manual_seed(config.seed)  # for the weights that are drawn
-        self.model = build_deepmask(config)
-        for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
+        model = build_deepmask(config)
+        for level in model.trunk.levels[: config.trunk.frozen_levels]:
             level.requires_grad_(False)
+        super().__init__(config, model, target_size=config.deepmask.target_size)
 
     def parameter_groups(self) -> list[dict]:
         """The trunk with its own factor on the learning rate, and everything else."""
@@ -131,32 +212,12 @@ class DeepMaskStage:
             [{"params": trunk, "lr_factor": self.optim.trunk_lr_factor}] if trunk else []
         )
 
-    def train_mode(self) -> None:
-        """Dropout on (batch norm is frozen by construction)."""
-        self.model.train()
-
-    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
-        """Minibatches on the device."""
-        c = self.config.deepmask
-        groups = self.optim.batch_size // c.sampling.patches_per_image
-        keys = BatchKeys(
-            steps,
-            batches_per_epoch=self.optim.batches_per_epoch,
-            groups_per_batch=groups,
-            seed=self.config.seed,
-            mask_share=c.sampling.mask_share,
-            share=distributed.share(),
-        )
-        for batch in patch_batches(self.train_data, keys, device, workers=self.config.data.workers):
-            self.broken.note(batch["broken"])
-            yield batch
-
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """The mask loss on a mask minibatch, the score loss on a score minibatch.
 
         They are weighted by the config's weights.
         """
-        c = self.config.deepmask
+        c = self.section
         if "targets" in batch:
             loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
             return {"loss": c.mask_weight * loss, "mask_loss": loss}
@@ -164,43 +225,109 @@ class DeepMaskStage:
         loss = score_loss(logits, batch["labels"])
         return {"loss": c.score_weight * loss, "score_loss": loss}
 
-    def validate(self, device: torch.device) -> dict[str, float]:
-        """Patch metrics on `validation_batches` minibatches, half of them of mask patches."""
-        batches = self.optim.validation_batches
-        return evaluate_patches(
-            self.model,
-            self.val_data,
-            device,
-            batches=batches,
-            batch_size=self.optim.batch_size,
-            workers=self.config.data.workers,
-        )
 
-    def _check_batch(self) -> None:
-        size, shared = self.optim.batch_size, self.config.deepmask.sampling.patches_per_image
-        processes = distributed.share()[1]
-        if size % (shared * processes):
-            raise ValueError(
-                f"deepmask.optim.batch_size {size} must be a multiple of "
-                f"sampling.patches_per_image {shared} times the number of processes {processes}"
-            )
+class SharpMaskStage(PatchStage):
+    """Trains the refinement on top of a trained DeepMask, which stays as it is.
+
+    ECCV 2016, section 3.3: targets have the full resolution of the patch, and all minibatches are
+    of mask patches.
+    """
+
+    name = "sharpmask"
+
+    def __init__(self, config: Config, deepmask: Path | None):
+        """
+        Args:
+            deepmask: checkpoint of the DeepMask; None when a checkpoint of this stage is going to
+                fill the whole model.
+
+        Raises:
+            ValueError or FileNotFoundError: data or a DeepMask that does not fit the config.
+        """
+        torch.manual_seed(config.seed)
+        model = build_sharpmask(config)
+        if deepmask is not None:
+            load_initial_deepmask(model.deepmask, config, deepmask)
+        super().__init__(config, model, target_size=config.deepmask.patch_size)
+
+    def parameter_groups(self) -> list[dict]:
+        """The refinement."""
+        return [
+            {"params": [p for p in self.model.parameters() if p.requires_grad], "lr_factor": 1.0}
+        ]
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """The mask loss at the resolution of the patch."""
+        loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+        return {"loss": self.section.mask_weight * loss, "mask_loss": loss}
+
+
+def find_initial_deepmask(config: Config, output: Path) -> Path | None:
+    """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it.
+
+    Args:
+        output: the run directory.
+
+    Returns:
+        A checkpoint; None when the run has begun: then its own checkpoint holds the DeepMask.
+
+    Raises:
+        FileNotFoundError: there is none; says how to get one.
+    """
+    if (output / "checkpoints" / LAST).exists():
+        return None
+    if config.init.deepmask:
+        return find_path(config.init.deepmask, key="init.deepmask")
+    beside = output.parent / "deepmask"
+    if not (beside / "checkpoints" / BEST).is_file():
+        raise FileNotFoundError(
+            f"no trained DeepMask: {beside / 'checkpoints' / BEST} does not exist; name one by "
+            "--set init.deepmask=CHECKPOINT, or train it first: tools/train_stage.py "
+            f"--stage deepmask --output {beside}"
+        )
+    return beside / "checkpoints" / BEST
+
+
+def load_initial_deepmask(model: DeepMask, config: Config, path: Path) -> None:
+    """Fills a DeepMask from a checkpoint.
+
+    Raises:
+        ValueError: it is of another stage, trunk or size; says which.
+    """
+    content = load_checkpoint(path, stage="deepmask")
+    own, other = config_to_dict(config), content["config"]
+    keys = [("trunk", "name"), *(("deepmask", name) for name in DEEPMASK_SIZES)]
+    differences = [
+        f"{section}.{key} {other[section][key]} instead of {own[section][key]}"
+        for section, key in keys
+        if other[section][key] != own[section][key]
+    ]
+    if differences:
+        raise ValueError(f"{path} is a DeepMask of another model: {', '.join(differences)}")
+    load_weights(model, content["model"], source=str(path))
+    if distributed.is_main():
+        print(f"DeepMask from {path}", flush=True)
 
 
 def patch_dataset(
-    c: DeepMaskConfig, coco: CocoInstances, images: str | Path, *, seed: int
+    c: DeepMaskConfig,
+    coco: CocoInstances,
+    images: str | Path,
+    *,
+    sampling: SamplingConfig,
+    target_size: int,
+    seed: int,
 ) -> PatchDataset:
-    """Patches of annotated images, by the sampling rules of a config."""
-    sampler = PatchSampler(
-        coco, patch_size=c.patch_size, rules=sampling_rules(c.sampling), seed=seed
-    )
+    """Patches of annotated images, for a DeepMask and by the sampling rules of a stage."""
+    sampler = PatchSampler(coco, patch_size=c.patch_size, rules=sampling_rules(sampling), seed=seed)
     return PatchDataset(
         coco,
         images,
         sampler,
         patch_size=c.patch_size,
         context=c.context,
-        target_size=c.target_size,
-        patches_per_image=c.sampling.patches_per_image,
+        target_size=target_size,
+        patches_per_image=sampling.patches_per_image,
     )
 
 
@@ -231,20 +358,21 @@ def evaluate_patches(
     data: PatchDataset,
     device: torch.device,
     *,
-    batches: int,
+    kinds: list[str],
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """Patch metrics over the first `batches` minibatches of a dataset.
+    """Patch metrics over the first minibatches of a dataset.
 
-    Half are mask and half score patches. The processes share the minibatches and all get the
-    result.
+    The processes share the minibatches and all get the result.
+
+    Args:
+        kinds: of each minibatch, "mask" or "score".
     """
     model.eval()
     groups = max(1, batch_size // data.patches_per_image)
     index, count = distributed.share()
-    kinds = [MASK if batch % 2 == 0 else SCORE for batch in range(batches)]
-    keys = [batch_keys(kinds[b], 0, b, groups, (0, 1)) for b in range(index, batches, count)]
+    keys = [batch_keys(kinds[b], 0, b, groups, (0, 1)) for b in range(index, len(kinds), count)]
     ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for batch in patch_batches(data, keys, device, workers=workers):
         if "targets" in batch:
@@ -261,6 +389,11 @@ def evaluate_patches(
             )
     shares = distributed.gather((torch.cat(ious), torch.cat(hits)))
     return summarise(torch.cat([s[0] for s in shares]), torch.cat([s[1] for s in shares]))
+
+
+def validation_kinds(batches: int, mask_share: float = 0.5) -> list[str]:
+    """Kinds of validation minibatches: mask and score in turn; all mask if no score is trained."""
+    return [MASK if mask_share == 1 or batch % 2 == 0 else SCORE for batch in range(batches)]
 
 
 class BrokenFiles:
@@ -288,4 +421,15 @@ class BrokenFiles:
             )
 
 
-STAGES = {"deepmask": DeepMaskStage}
+STAGES = (DeepMaskStage.name, SharpMaskStage.name)  # in the order of the pipeline
+
+
+def build_stage(name: str, config: Config, output: Path) -> PatchStage:
+    """A stage by its name, on what the stages before it have left beside `output`.
+
+    Raises:
+        ValueError or FileNotFoundError: what it needs is not there or does not fit.
+    """
+    if name == DeepMaskStage.name:
+        return DeepMaskStage(config)
+    return SharpMaskStage(config, find_initial_deepmask(config, output))

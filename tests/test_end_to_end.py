@@ -14,9 +14,9 @@ import yaml
 
 from pipeline.config import config_from_dict
 from pipeline.engine import fit
-from pipeline.load import load_deepmask
+from pipeline.load import load_mask_network
 from pipeline.propose import Proposer
-from pipeline.stages import DeepMaskStage, evaluate_patches
+from pipeline.stages import DeepMaskStage, evaluate_patches, validation_kinds
 
 
 def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
@@ -108,19 +108,19 @@ def test_a_network_that_learned_one_object_proposes_it_first(tiny_recipe, tmp_pa
     }
     config = config_from_dict(recipe, source="test")
     best = fit(DeepMaskStage(config), config, tmp_path / "run", device=torch.device("cpu"))
-    model, _ = load_deepmask(best)
+    model, _ = load_mask_network(best)
     metrics = evaluate_patches(
         model,
         DeepMaskStage(config).val_data,
         torch.device("cpu"),
-        batches=8,
+        kinds=validation_kinds(8),
         batch_size=16,
         workers=0,
     )
     assert metrics["mean_iou"] > 0.8 and metrics["score_accuracy"] > 0.9
-    scales = (-0.5, 0.5, 0.25)
+    octaves = [-0.5, -0.25, 0.0, 0.25, 0.5]
     proposals = Proposer(
-        model, device=torch.device("cpu"), num_proposals=5, scales=scales, mask_threshold=0.5
+        model, device=torch.device("cpu"), num_proposals=5, octaves=octaves, mask_threshold=0.5
     )(image)
     square = np.zeros(image.shape[:2], np.uint8, order="F")
     square[40:88, 50:102] = 1

@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="a trained DeepMask")
+    parser.add_argument("--checkpoint", required=True, help="a trained DeepMask or SharpMask")
     parser.add_argument("--images", required=True, metavar="DIR_OR_FILE_OR_GLOB")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument(
@@ -44,6 +44,19 @@ def main() -> int:
         metavar=("MIN", "MAX", "STEP"),
         help="octaves (default: the checkpoint's config, -2.5 .5 .5 as published)",
     )
+    parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
+    parser.add_argument(
+        "--no-refine",
+        dest="refine",
+        action="store_false",
+        help="coarse masks of the DeepMask that a SharpMask is built on",
+    )
+    parser.add_argument(
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="drop proposals whose mask has this IoU with a better one's (default: keep all)",
+    )
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"
     )
@@ -52,7 +65,13 @@ def main() -> int:
 
     with distributed.process_group(args.device) as device:
         proposer, settings = load_proposer(
-            args.checkpoint, device, num_proposals=args.num_proposals, scales=args.scales
+            args.checkpoint,
+            device,
+            num_proposals=args.num_proposals,
+            scales=args.scales,
+            zoom=args.zoom,
+            refine=args.refine,
+            nms=args.nms,
         )
         summary = propose_images(
             proposer,

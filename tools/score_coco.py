@@ -3,6 +3,8 @@ r"""Scores results against COCO annotations.
 
     python tools/score_coco.py proposals --annotations instances_val.json \
         --results runs/photos --output runs/photos/scores
+    python tools/score_coco.py detections --annotations instances_val.json \
+        --results runs/photos/detections.json --output runs/photos/scores
     python tools/score_coco.py patches --annotations instances_val.json \
         --images val --checkpoint best.pt --output runs/patches
 """
@@ -16,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command import add_device, run_tool
+from pipeline.detection_scoring import score_detections
 from pipeline.scoring import score_patches, score_proposals
 
 
@@ -38,6 +41,11 @@ def main() -> None:
         help="do not score the same masks in the best possible order as well",
     )
 
+    detections = kinds.add_parser(
+        "detections", help="average precision (AP) by category, by box and, if given, by mask"
+    )
+    detections.add_argument("--results", required=True, help="COCO results json")
+
     patches = kinds.add_parser("patches", help="mask IoU and score accuracy on single patches")
     patches.add_argument("--images", required=True, help="the folder of the annotated images")
     patches.add_argument("--checkpoint", required=True)
@@ -50,7 +58,7 @@ def main() -> None:
     patches.add_argument("--workers", type=int, default=2)
     add_device(patches)
 
-    for kind in (proposals, patches):
+    for kind in (proposals, detections, patches):
         kind.add_argument("--annotations", required=True, help="COCO instances json")
         kind.add_argument(
             "--output", required=True, type=Path, help="folder for metrics.json and the tables"
@@ -61,6 +69,8 @@ def main() -> None:
         score_proposals(
             args.annotations, args.results, args.output, perfect_ranking=args.perfect_ranking
         )
+    elif args.kind == "detections":
+        score_detections(args.annotations, args.results, args.output)
     else:
         score_patches(
             args.annotations,

@@ -38,7 +38,14 @@ def main() -> None:
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, args.set + seed)
     prepare_data(config)
-    data = patch_dataset(config.deepmask, *load_split(config, args.split), seed=config.seed)
+    c = config.deepmask
+    data = patch_dataset(
+        c,
+        *load_split(config, args.split),
+        sampling=c.sampling,
+        target_size=c.target_size,
+        seed=config.seed,
+    )
     save_png(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 

@@ -3,6 +3,8 @@ r"""Trains one stage of the pipeline.
 
     python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
         --output runs/coco/deepmask
+    python tools/train_stage.py --stage sharpmask --config configs/coco.yaml \
+        --output runs/coco/sharpmask
     torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
         --config configs/coco.yaml --output runs/coco/deepmask
 """
@@ -17,14 +19,14 @@ from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.config import load_config
 from pipeline.engine import fit
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, build_stage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", required=True, choices=list(STAGES))
+    parser.add_argument("--stage", required=True, choices=STAGES)
     parser.add_argument("--config", required=True, help="a recipe, see configs/")
     parser.add_argument("--output", required=True, type=Path, help="run directory")
     parser.add_argument(
@@ -41,7 +43,7 @@ def main() -> None:
 
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device:
-        stage = STAGES[args.stage](config)
+        stage = build_stage(args.stage, config, args.output)
         best = fit(stage, config, args.output, device=device, resume=args.resume)
         if distributed.is_main():
             print(f"best checkpoint: {best}")

@@ -85,7 +85,9 @@ def test_proposals_equal_patch_by_patch_inference(model, image):
     Same scores, same masks at the same places.
     """
     octaves, count = (-0.5, 0.0), 40
-    proposals = Proposer(model, device=CPU, num_proposals=10_000, scales=(*octaves, 0.5))(image)
+    proposals = Proposer(
+        model, device=CPU, num_proposals=10_000, octaves=octave_range(*octaves, 0.5)
+    )(image)
     slow = []
     for octave in octaves:
         scaled = resize_image(image, 2.0**octave)
@@ -150,7 +152,7 @@ def test_masks_stay_where_the_object_is():
     truth = np.zeros((192, 240), np.uint8)
     truth[48:128, 64:160] = 1
     proposals = Proposer(
-        red, device=CPU, num_proposals=10_000, scales=(-1, 0, 0.5), mask_threshold=0.5
+        red, device=CPU, num_proposals=10_000, octaves=[-1.0, -0.5, 0.0], mask_threshold=0.5
     )(picture)
     target = coco_mask.encode(np.asfortranarray(truth))
     ious = coco_mask.iou([proposals.rle(n) for n in range(len(proposals))], [target], [0])[:, 0]
@@ -160,7 +162,7 @@ def test_masks_stay_where_the_object_is():
 
 
 def test_an_image_smaller_than_a_patch_and_a_long_one(model):
-    proposer = Proposer(model, device=CPU, num_proposals=20, scales=(-2.5, 0.5, 0.5))
+    proposer = Proposer(model, device=CPU, num_proposals=20)
     for shape in ((1, 1, 3), (3, 200, 3), (150, 7, 3)):
         proposals = proposer(np.full(shape, 200, np.uint8))
         assert len(proposals) <= 20

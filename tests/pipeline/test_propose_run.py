@@ -10,15 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.images import read_image
 from pipeline.load import load_proposer
 from pipeline.proposals import Proposals, ProposalStore
-from pipeline.propose_run import find_images, propose_images
+from pipeline.propose_run import propose_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"num_proposals": 3}
@@ -105,7 +103,7 @@ def test_broken_files_are_named_and_the_others_done(photos, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     for name in BROKEN:
         assert sum(str(photos / name) in message for message in summary.broken) == 1
-        assert any("not read" in line and str(photos / name) in line for line in printed)
+        assert any("left out" in line and str(photos / name) in line for line in printed)
     assert len(summary.broken) == 4
     assert json.loads((output / "broken.json").read_text()) == summary.broken
     assert json.loads((output / "metrics.json").read_text()) == {
@@ -125,18 +123,66 @@ def test_a_file_that_was_broken_is_done_once_it_can_be_read(photos, tmp_path):
     assert len(summary.broken) == 3
 
 
+def fails_on(name: str, error: Exception) -> BoxProposer:
+    class Failing(BoxProposer):
+        def __call__(self, image: np.ndarray, *, image_id: int, file_name: str) -> Proposals:
+            if file_name == name:
+                raise error
+            return super().__call__(image, image_id=image_id, file_name=file_name)
+
+    return Failing()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("shapes do\n not fit"), "RuntimeError: shapes do not fit"),
+    ],
+)
+def test_an_image_that_the_network_fails_on_is_named_and_the_others_done(
+    photos, tmp_path, error, reason
+):
+    summary = propose(fails_on("e.jpg", error), photos, tmp_path / "out")
+    [message] = [m for m in summary.broken if m.startswith(f"{photos / 'e.jpg'}: ")]
+    assert reason in message and "\n" not in message
+    assert ("32 x 22 px" in message) == (reason == "out of memory")
+    assert summary.done == 4 and len(summary.broken) == 5
+    proposer = BoxProposer()
+    propose(proposer, photos, tmp_path / "out")
+    assert proposer.seen == ["e.jpg"], "what failed is not taken as done"
+
+
+def test_memory_runs_out_in_pytorch_itself(photos, tmp_path):
+    class Greedy(BoxProposer):
+        def __call__(self, image: np.ndarray, **names) -> Proposals:
+            torch.empty(2**50)
+            raise AssertionError("there is memory for four petabytes")
+
+    summary = propose(Greedy(), photos / "a.jpg", tmp_path / "out")
+    assert summary.none_readable and "a.jpg: out of memory at 30 x 20 px" in summary.broken[0]
+
+
+def test_a_mistake_of_ours_is_no_broken_file(photos, tmp_path):
+    with pytest.raises(TypeError):
+        propose(fails_on("e.jpg", TypeError("a bug")), photos, tmp_path / "out")
+    assert set(ProposalStore(tmp_path / "out").images()) == {"a.jpg", "c.png"}
+
+
 def test_exit_status(photos, tiny_checkpoint, tmp_path, call_tool, capsys):
     """0 with a summary when some files are broken, 2 when all are."""
     tool = ["propose", "--device", "cpu", "--checkpoint", tiny_checkpoint, "--images", photos]
     assert call_tool(*tool, "--output", tmp_path / "some") == 0
     printed = capsys.readouterr().out
-    assert "5 images" in printed and "4 files could not be read" in printed
+    assert "5 images" in printed and "4 files could not be used" in printed
     assert all(name in printed for name in BROKEN)
 
     for name in GOOD:
         (photos / name).write_text("broken too")
     assert call_tool(*tool, "--output", tmp_path / "none") == 2
-    assert "9 files could not be read" in capsys.readouterr().out
+    assert "9 files could not be used" in capsys.readouterr().out
 
 
 # Interruptions ------------------------------------------------------------------------------------
@@ -226,6 +272,54 @@ def test_a_store_of_other_settings_is_refused_before_any_work(photos, tmp_path):
     assert proposer.seen == [] and results(tmp_path / "out") == before
 
 
+# Ids and folders ---------------------------------------------------------------------------------
+
+
+def listing(path: Path, **ids_of: int) -> Path:
+    images = [{"id": n, "file_name": f"{name}.jpg"} for name, n in ids_of.items()]
+    path.write_text(json.dumps({"images": images}))
+    return path
+
+
+def test_an_annotated_image_that_is_not_there_is_named(tmp_path):
+    write_image(tmp_path / "photos" / "a.jpg")
+    annotations = listing(tmp_path / "instances.json", a=3, gone=4)
+    summary = propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=annotations)
+    assert summary.done == 1 and len(summary.broken) == 1 and "gone.jpg" in summary.broken[0]
+
+
+def test_other_ids_than_before_are_refused(tmp_path):
+    write_image(tmp_path / "photos" / "a.jpg")
+    first, second = listing(tmp_path / "1.json", a=3), listing(tmp_path / "2.json", a=4)
+    propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=first)
+    with pytest.raises(ValueError, match="a.jpg has the id 4 in .*2.json.* under 3"):
+        propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=second)
+
+
+def test_an_image_that_comes_later_gets_an_id_of_its_own(photos, tmp_path):
+    propose(BoxProposer(), photos, tmp_path / "out")
+    write_image(photos / "0_first.jpg")  # counting again would give it the id of a.jpg
+    propose(BoxProposer(), photos, tmp_path / "out")
+    images = ProposalStore(tmp_path / "out").images()
+    assert len({image["id"] for image in images.values()}) == len(images) == 6
+    COCO(str(tmp_path / "out" / "images.json")).loadRes(str(tmp_path / "out" / "proposals.json"))
+
+
+def test_another_folder_with_files_of_the_same_names_is_refused(photos, tmp_path, monkeypatch):
+    propose(BoxProposer(), photos, tmp_path / "out")
+    before, proposer = results(tmp_path / "out"), BoxProposer()
+    for n, name in enumerate(GOOD):
+        write_image(tmp_path / "others" / name, 5 + n)
+    for source in (tmp_path / "others", tmp_path / "others" / "a.jpg"):
+        with pytest.raises(ValueError, match="image_folder '.*photos' -> '.*others'.*--output"):
+            propose(proposer, source, tmp_path / "out")
+    assert proposer.seen == [] and results(tmp_path / "out") == before
+
+    monkeypatch.chdir(tmp_path)  # the same folder under other names
+    for source in ("photos", "photos/../photos/*.jpg", "photos/a.jpg"):
+        assert propose(proposer, source, tmp_path / "out").done == 0
+
+
 # Results ------------------------------------------------------------------------------------------
 
 
@@ -266,104 +360,3 @@ def test_pictures_are_drawn_of_all_images_with_proposals(photos, tmp_path):
     assert picture.shape == original.shape
     change = np.abs(picture.astype(int) - original).mean(axis=(0, 2))
     assert change[:15].min() > 40 and change[-3:].max() < 20  # the boxes are the left half
-
-
-# Ids ----------------------------------------------------------------------------------------------
-
-
-def ids(source: Path | str, annotations: Path | None = None, known: dict | None = None) -> dict:
-    return {file.file_name: file.image_id for file in find_images(source, annotations, known or {})}
-
-
-def touch(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
-
-
-def listing(path: Path, **ids_of: int) -> Path:
-    images = [{"id": n, "file_name": f"{name}.jpg"} for name, n in ids_of.items()]
-    path.write_text(json.dumps({"images": images}))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["000012.jpg", "000003.png"], {"000012.jpg": 12, "000003.png": 3}),
-        (["a/7.jpg", "b/8.jpg"], {"a/7.jpg": 7, "b/8.jpg": 8}),
-        (["x.jpg", "000003.jpg"], {"000003.jpg": 1, "x.jpg": 2}),
-        (["3.jpg", "003.jpg"], {"003.jpg": 1, "3.jpg": 2}),  # the same number twice
-        (["12345678901234567890.jpg"], {"12345678901234567890.jpg": 1}),  # more than 64 bits
-        (["²3.jpg"], {"²3.jpg": 1}),  # a digit, but no number
-    ],
-)
-def test_ids_come_from_numeric_names_or_count(tmp_path, names, expected):
-    assert ids(touch(tmp_path, *names)) == expected
-
-
-def test_one_file_and_globs(tmp_path):
-    touch(tmp_path, "a/5.jpg", "b/6.jpg", "b/7.png")
-    assert ids(tmp_path / "b" / "6.jpg") == {"6.jpg": 6}
-    assert ids(str(tmp_path / "*" / "*.jpg")) == {"a/5.jpg": 5, "b/6.jpg": 6}
-    assert ids(str(tmp_path / "b" / "*")) == {"6.jpg": 6, "7.png": 7}
-
-
-def test_ids_and_choice_come_from_annotations(tmp_path):
-    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
-    annotations = listing(tmp_path / "instances.json", c=40, a=7)
-    assert ids(tmp_path, annotations) == {"c.jpg": 40, "a.jpg": 7}
-    assert ids(str(tmp_path / "[bc].jpg"), annotations) == {"c.jpg": 40}
-    assert ids(tmp_path / "a.jpg", annotations) == {"a.jpg": 7}
-
-
-def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
-    touch(tmp_path, "x/1.jpg", "y/1.jpg", "z/1.jpg")
-    annotations = tmp_path / "instances.json"
-    annotations.write_text(
-        json.dumps(
-            {"images": [{"id": 5, "file_name": "x/1.jpg"}, {"id": 6, "file_name": "y/1.jpg"}]}
-        )
-    )
-    assert ids(str(tmp_path / "*" / "1.jpg"), annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
-    assert ids(tmp_path, annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
-    monkeypatch.chdir(tmp_path / "y")
-    assert ids("*.jpg", annotations) == {"y/1.jpg": 6}
-
-
-def test_an_annotated_image_that_is_not_there_is_named(tmp_path):
-    write_image(tmp_path / "photos" / "a.jpg")
-    annotations = listing(tmp_path / "instances.json", a=3, gone=4)
-    summary = propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=annotations)
-    assert summary.done == 1 and len(summary.broken) == 1 and "gone.jpg" in summary.broken[0]
-
-
-def test_other_ids_than_before_are_refused(tmp_path):
-    write_image(tmp_path / "photos" / "a.jpg")
-    first, second = listing(tmp_path / "1.json", a=3), listing(tmp_path / "2.json", a=4)
-    propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=first)
-    with pytest.raises(ValueError, match="a.jpg has the id 4 in .*2.json.* under 3"):
-        propose(BoxProposer(), tmp_path / "photos", tmp_path / "out", annotations=second)
-
-
-def test_an_image_that_comes_later_gets_an_id_of_its_own(photos, tmp_path):
-    propose(BoxProposer(), photos, tmp_path / "out")
-    write_image(photos / "0_first.jpg")  # counting again would give it the id of a.jpg
-    propose(BoxProposer(), photos, tmp_path / "out")
-    images = ProposalStore(tmp_path / "out").images()
-    assert len({image["id"] for image in images.values()}) == len(images) == 6
-    COCO(str(tmp_path / "out" / "images.json")).loadRes(str(tmp_path / "out" / "proposals.json"))
-
-
-names = st.sets(st.from_regex(r"[0-9]{1,3}|[a-c]{1,2}", fullmatch=True), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=50)
-@given(before=names, later=names)
-def test_ids_are_distinct_and_stay(tmp_path_factory, before, later):
-    folder = tmp_path_factory.mktemp("photos")
-    first = ids(touch(folder, *(f"{name}.jpg" for name in before)))
-    second = ids(touch(folder, *(f"{name}.jpg" for name in later)), known=first)
-    assert len(set(second.values())) == len(second) == len(before | later)
-    assert first.items() <= second.items()

@@ -1,0 +1,217 @@
+"""SharpMask: top-down refinement of DeepMask's masks with the features of earlier layers.
+
+Pinheiro, Lin, Collobert, Dollar, *Learning to Refine Object Segments*, ECCV 2016, section 3; the
+defaults are the released models' arrangement. A refinement module takes the mask encoding M^i and
+the skip features F^i of the same stride and gives M^{i+1} at twice the resolution:
+
+    M^{i+1} = up2(relu(H_i(F^i) + V_i(M^i)))
+
+H_i, the horizontal net, sees the image only. So on a whole image it runs once, densely, for all
+proposals; the vertical path runs for each chosen proposal on its windows of the horizontal maps.
+
+Letters: B patches, N proposals, E embedding width, P patch size in pixels, F = P / 16 cells.
+Module i = 1..4 works at stride 2^(5 - i), on windows of F 2^(i - 1) cells.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.deepmask import DeepMask
+from models.trunk import STRIDES, TrunkConv2d
+
+WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
+ARRANGEMENTS = ("sum", "concat")
+HORIZONTAL_WIDTHS = (64, 64, 64, 32)  # of the first layer of H_1 to H_4
+
+
+class RefinementModule(nn.Module):
+    """One step up: horizontal and vertical net, merged (ECCV 2016, section 3.2).
+
+    The paper concatenates both sides and convolves ("concat"). Convolution is linear, so the same
+    function is the sum of one convolution on each side ("sum"): half the work for each proposal,
+    since the horizontal side is then wholly independent of it.
+    """
+
+    def __init__(
+        self,
+        skip_channels: int,
+        width: int,
+        *,
+        ks: tuple[int, int],
+        km: tuple[int, int],
+        merge: str,
+    ):
+        """
+        Args:
+            skip_channels: of F^i.
+            width: of the first layer of the horizontal net.
+            ks, km: channels of skip and mask encoding, before and after the merge; only km[1]
+                leaves the module.
+            merge: "sum" or "concat".
+        """
+        super().__init__()
+        skip = [TrunkConv2d(skip_channels, width, 3), nn.ReLU(), TrunkConv2d(width, ks[0], 3)]
+        mask = [TrunkConv2d(km[0], km[0], 3)]
+        if merge == "sum":
+            skip += [nn.ReLU(), TrunkConv2d(ks[0], km[1], 3)]
+            mask += [nn.ReLU(), TrunkConv2d(km[0], km[1], 3)]
+            self.merge = None
+        else:
+            self.merge = TrunkConv2d(ks[0] + km[0], km[1], 3)
+        self.horizontal, self.vertical = nn.Sequential(*skip), nn.Sequential(*mask)
+
+    def forward(self, skip: Tensor, mask: Tensor) -> Tensor:
+        """M^{i+1} from the horizontal net's output and M^i.
+
+        Args:
+            skip: (N, c, s, s), windows of `horizontal`'s maps.
+            mask: (N, km[0], s, s).
+
+        Returns:
+            (N, km[1], 2 s, 2 s).
+        """
+        mask = self.vertical(mask)
+        if self.merge is None:
+            merged = skip + mask
+        else:
+            merged = self.merge(F.relu(torch.cat([skip, mask], dim=1)))
+        return F.interpolate(F.relu(merged), scale_factor=2.0, mode="nearest")
+
+
+class SharpMask(nn.Module):
+    """A frozen DeepMask and the refinement modules on top of it."""
+
+    def __init__(
+        self,
+        deepmask: DeepMask,
+        *,
+        km: int = 32,
+        ks: int = 32,
+        widths: str = "halving",
+        merge: str = "sum",
+        num_modules: int = 4,
+    ):
+        """
+        Args:
+            deepmask: gives trunk, embedding and score; its parameters are frozen here.
+            km, ks: channels of the mask encoding M^1 and of the skip features S^1.
+            widths: "halving" (km / 2^(i-1) at module i) or "constant" (ECCV 2016, section 4).
+            merge: "sum" or "concat", see `RefinementModule`.
+            num_modules: 1 to 4; with fewer than 4 the last mask is upsampled bilinearly.
+
+        Raises:
+            ValueError: channels that do not halve evenly, or an unknown choice.
+        """
+        super().__init__()
+        if widths not in WIDTHS or merge not in ARRANGEMENTS:
+            raise ValueError(
+                f"widths must be one of {WIDTHS} and merge one of {ARRANGEMENTS}, "
+                f"got {widths!r} and {merge!r}"
+            )
+        if not 1 <= num_modules <= len(STRIDES):
+            raise ValueError(f"num_modules must be from 1 to {len(STRIDES)}, got {num_modules}")
+        halvings = 2**num_modules if widths == "halving" else 1
+        if km % halvings or ks % halvings:
+            raise ValueError(f"km {km} and ks {ks} must be multiples of {halvings}")
+        self.deepmask = deepmask.eval().requires_grad_(False)
+        self.patch_size, self.context, self.cells = (
+            deepmask.patch_size,
+            deepmask.context,
+            deepmask.cells,
+        )
+        self.km = km
+        shrink = [2**i if widths == "halving" else 1 for i in range(num_modules + 1)]
+        self.encode = nn.Linear(deepmask.mask_head.in_channels, km * self.cells**2)
+        self.refinements = nn.ModuleList(
+            RefinementModule(
+                deepmask.trunk.channels[-1 - i],
+                HORIZONTAL_WIDTHS[i],
+                ks=(ks // shrink[i], ks // shrink[i + 1]),
+                km=(km // shrink[i], km // shrink[i + 1]),
+                merge=merge,
+            )
+            for i in range(num_modules)
+        )
+        self.predict = TrunkConv2d(km // shrink[-1], 1, 3)
+        # PyTorch's own start shrinks the signal at every layer; these nets have twelve in a row.
+        for layer in self.refinements.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+    def train(self, mode: bool = True) -> "SharpMask":
+        """Training mode for the refinement; DeepMask stays as it is used, without dropout."""
+        super().train(mode)
+        self.deepmask.eval()
+        return self
+
+    def forward(
+        self, patches: Tensor, *, head: str = "both", keys: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Refined logits for patches, in the form of `DeepMask.forward`.
+
+        Args:
+            patches: (B, 3, S, S), normalised.
+            head: "mask", "score" or "both".
+            keys: not used, since the frozen score head has no dropout.
+
+        Returns:
+            "mask_logits" (B, P, P) and "score_logits" (B,), as far as asked for.
+        """
+        with torch.no_grad():
+            features = self.deepmask.trunk(patches)
+            embedding = self.deepmask.embed(self.deepmask.crop_centre(features[-1]))
+        outputs = {}
+        if head in ("mask", "both"):
+            windows = self.horizontal_maps(self.crop_windows(features))
+            outputs["mask_logits"] = self.refine(embedding.flatten(1), windows)
+        if head in ("score", "both"):
+            with torch.no_grad():
+                outputs["score_logits"] = self.deepmask.score(embedding).flatten()
+        return outputs
+
+    def crop_windows(self, features: list[Tensor]) -> list[Tensor]:
+        """The patch's own part of each level's features, as the released code crops them.
+
+        (B, C, s + border, s + border) to (B, C, s, s), in the trunk's order.
+        """
+        windows = []
+        for stride, feature in zip(STRIDES, features, strict=True):
+            size = self.patch_size // stride
+            border = (feature.shape[-1] - size) // 2
+            windows.append(feature[..., border : border + size, border : border + size])
+        return windows
+
+    def horizontal_maps(self, features: list[Tensor]) -> list[Tensor]:
+        """H_i(F^i) for every module, of patches or of a whole image.
+
+        Args:
+            features: of the trunk, from stride 2 to stride 16.
+
+        Returns:
+            Maps from stride 16 on, in the order in which `refine` takes them.
+        """
+        return [
+            module.horizontal(feature)
+            for module, feature in zip(self.refinements, reversed(features), strict=False)
+        ]
+
+    def refine(self, embeddings: Tensor, windows: list[Tensor]) -> Tensor:
+        """Mask logits of proposals.
+
+        Args:
+            embeddings: (N, E).
+            windows: for each module (N, c, s, s) of the horizontal maps, s = F 2^(i - 1).
+
+        Returns:
+            (N, P, P).
+        """
+        mask = self.encode(embeddings).view(-1, self.km, self.cells, self.cells)
+        for module, window in zip(self.refinements, windows, strict=True):
+            mask = module(window, mask)
+        logits = self.predict(mask)
+        if logits.shape[-1] != self.patch_size:
+            size = (self.patch_size, self.patch_size)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[:, 0]

@@ -1,0 +1,180 @@
+"""Image files for inference: which they are, their ids, and reading them one ahead."""
+
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.images import ImageError, list_images, read_image
+
+MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to propose for: its id, its name in results, and where it is."""
+
+    image_id: int
+    file_name: str
+    path: Path
+
+
+def find_images(
+    source: str | Path, annotations: str | Path | None, known: dict[str, int]
+) -> list[ImageFile]:
+    """The images to propose for, with ids.
+
+    Ids come from the annotations, else from the file names when all of them are distinct numbers
+    (as COCO's are), else they count from 1. Names are relative to the folder that was given.
+
+    Args:
+        known: ids by file name that an earlier run has given; they stay, whatever has come into the
+            folder since.
+
+    Raises:
+        ValueError: no images, annotations that are not COCO, or ids other than the known ones.
+    """
+    if annotations is not None:
+        files = _annotated_images(source, Path(annotations))
+        _refuse_other_ids(files, known, annotations)
+        return files
+    paths = list_images(source)
+    root = Path(source) if Path(source).is_dir() else _common_parent(paths)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    numbers = _own_numbers(paths) or range(1, len(paths) + 1)
+    taken = set(known.values())
+    unused = itertools.count(max([*numbers, *taken]) + 1)
+    ids = [
+        known[name] if name in known else next(unused) if number in taken else number
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
+
+
+def _own_numbers(paths: list[Path]) -> list[int] | None:
+    """The numbers that the files are named; None unless all have one of their own."""
+    if not all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
+        return None
+    numbers = [int(path.stem) for path in paths]
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def _refuse_other_ids(
+    files: list[ImageFile], known: dict[str, int], annotations: str | Path
+) -> None:
+    for file in files:
+        if known.get(file.file_name, file.image_id) != file.image_id:
+            raise ValueError(
+                f"{file.file_name} has the id {file.image_id} in {annotations}, "
+                f"but the output holds its proposals under {known[file.file_name]}; "
+                "choose another --output or delete it"
+            )
+
+
+def _common_parent(paths: list[Path]) -> Path:
+    parent = paths[0].parent
+    while not all(path.is_relative_to(parent) for path in paths):
+        parent = parent.parent
+    return parent
+
+
+def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
+    """With a folder, all images that the annotations list.
+
+    With a file or glob, those of them that match it.
+    """
+    listed = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
+    if Path(source).is_dir():
+        files = [
+            ImageFile(image_id, name, Path(source) / name) for name, image_id in listed.items()
+        ]
+        if not any(file.path.is_file() for file in files):
+            raise ValueError(
+                f"{source}: none of the {len(files)} images that {annotations} lists is there"
+            )
+        return files
+    found = {}
+    for path in list_images(source):
+        name = _listed_name(path, listed)
+        if name in found:
+            raise ValueError(
+                f"{source}: {found[name]} and {path} are both {name} of {annotations}; "
+                "give one folder at a time"
+            )
+        if name is not None:
+            found[name] = path
+    if not found:
+        raise ValueError(f"{source}: none of these images is listed in {annotations}")
+    return [ImageFile(listed[name], name, path) for name, path in found.items()]
+
+
+def _listed_name(path: Path, listed: Collection[str]) -> str | None:
+    """The listed name that a path ends in.
+
+    The longest, since several folders may have files of one name.
+    """
+    parts = path.absolute().parts
+    return next((name for n in range(len(parts)) if (name := "/".join(parts[n:])) in listed), None)
+
+
+def read_image_list(annotations: Path) -> list[dict]:
+    """The "images" of a COCO json (test sets have no annotations).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not COCO.
+    """
+    if not annotations.is_file():
+        raise FileNotFoundError(f"annotations {annotations} do not exist")
+    try:
+        content = json.loads(annotations.read_text())
+    except ValueError as error:
+        raise ValueError(f"{annotations} is not JSON: {error}") from error
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not all(map(_names_image, images)):
+        raise ValueError(
+            f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"'
+        )
+    return images
+
+
+def _names_image(image: object) -> bool:
+    return (
+        isinstance(image, dict)
+        and isinstance(image.get("id"), int)
+        and isinstance(image.get("file_name"), str)
+    )
+
+
+def common_folder(files: list[ImageFile]) -> Path:
+    """The folder that the names of all files are relative to, whatever way the files were given."""
+    folders = {
+        Path(*file.path.absolute().parts[: -len(Path(file.file_name).parts)]) for file in files
+    }
+    return Path(os.path.commonpath(folders)).resolve()
+
+
+def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray | ImageError]]:
+    """Images in order, the next one read while the present one is worked on.
+
+    An unreadable one gives its error.
+    """
+
+    def read(file: ImageFile) -> np.ndarray | ImageError:
+        try:
+            return read_image(file.path)
+        except ImageError as error:
+            return error
+        except MemoryError:
+            return ImageError(f"{file.path}: out of memory")
+
+    with ThreadPoolExecutor(1) as reader:
+        following = None
+        for n, file in enumerate(files):
+            image = following.result() if following else read(file)
+            following = reader.submit(read, files[n + 1]) if n + 1 < len(files) else None
+            yield file, image
