@@ -7,7 +7,6 @@ aligned at any scale.
 Letters: m patches of a group (one decoded image), B batch, S input size P + C, G target size.
 """
 
-import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,11 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError, read_image
+from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
 from datasets.transforms import GREY, normalise
-
-MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
 
 
 def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
@@ -181,7 +178,12 @@ class PatchDataset(Dataset):
 
     def load(self, kind: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
         """The item of a key, and the patches that it was made of."""
-        patches, image, broken = self._read_group(kind, epoch, group)
+        patches, image, broken = draw_until_readable(
+            lambda attempt: self.sampler.draw(
+                kind, epoch, group, self.patches_per_image, attempt=attempt
+            ),
+            lambda patches: self.read_image(patches[0].image),
+        )
         pixels = np.stack([normalise(crop_patch(image, p, self.input_size)) for p in patches])
         item = {
             "patches": torch.from_numpy(pixels),
@@ -199,36 +201,13 @@ class PatchDataset(Dataset):
             item["labels"] = torch.tensor([p.label for p in patches], dtype=torch.float32)
         return item, patches
 
-    def _read_group(
-        self, kind: str, epoch: int, group: int
-    ) -> tuple[list[Patch], np.ndarray, list[str]]:
-        """The group's patches and image; a group whose image cannot be read is drawn again."""
-        broken = []
-        for attempt in range(MAX_ATTEMPTS):
-            patches = self.sampler.draw(kind, epoch, group, self.patches_per_image, attempt=attempt)
-            try:
-                return patches, self.read_image(patches[0].image), broken
-            except ImageError as error:
-                broken.append(str(error))
-        raise ImageError(
-            f"{MAX_ATTEMPTS} images in a row could not be read, the first: {broken[0]}"
-        )
-
     def read_image(self, row: int) -> np.ndarray:
         """Image `row` of the dataset, (H, W, 3) uint8.
 
         Raises:
             ImageError: the file cannot be read, or its size is not the annotations'.
         """
-        path = self.images / self.coco.file_name(row)
-        image = read_image(path)
-        if image.shape[:2] != tuple(self.coco.image_sizes[row]):
-            height, width = self.coco.image_sizes[row]
-            raise ImageError(
-                f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, "
-                f"the annotations say {width}x{height}"
-            )
-        return image
+        return read_annotated_image(self.coco, self.images, row)
 
 
 def sample_keys(seed: int, epoch: int, first: int, count: int) -> torch.Tensor:
@@ -294,9 +273,7 @@ def batch_keys(
     kind: str, epoch: int, batch: int, groups: int, share: tuple[int, int]
 ) -> list[tuple[str, int, int]]:
     """Keys of one process's share of one minibatch of `groups` groups."""
-    index, count = share
-    first = batch * groups + index * (groups // count)
-    return [(kind, epoch, group) for group in range(first, first + groups // count)]
+    return [(kind, epoch, group) for group in share_of_batch(batch, groups, share)]
 
 
 def collate_groups(items: list[dict]) -> dict:
@@ -315,21 +292,6 @@ def patch_loader(
     prefetch: int = 4,
 ) -> DataLoader:
     """Serves the minibatches whose keys are given, in order."""
-    return DataLoader(
-        dataset,
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=collate_groups,
-        pin_memory=pin_memory,
-        worker_init_fn=_single_threaded,
-        prefetch_factor=prefetch if workers else None,
+    return batch_loader(
+        dataset, keys, collate_groups, workers=workers, pin_memory=pin_memory, prefetch=prefetch
     )
-
-
-def _single_threaded(_: int) -> None:
-    # Workers are the parallelism: threads of theirs would only compete with each other and with
-    # training.
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    # Ctrl-C goes to the whole process group; the training process decides what to finish first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

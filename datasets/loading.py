@@ -1,0 +1,113 @@
+"""Serving training samples that are drawn by index: unreadable images, minibatches, workers.
+
+A sample is a draw of a sampler seeded by (seed, epoch, index, attempt) and the pixels of the drawn
+image. An image that cannot be read is named and the sample drawn again, the same way in any worker
+and any process.
+"""
+
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.coco import CocoInstances
+from datasets.images import ImageError, read_image
+
+MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
+
+Drawn = TypeVar("Drawn")
+
+
+def draw_until_readable(
+    draw: Callable[[int], Drawn], read: Callable[[Drawn], np.ndarray]
+) -> tuple[Drawn, np.ndarray, list[str]]:
+    """The first draw whose image can be read.
+
+    Args:
+        draw: what attempt 0, 1, ... draws.
+        read: the image of a draw.
+
+    Returns:
+        The draw, its image, and the messages on those that could not be read.
+
+    Raises:
+        ImageError: too many in a row cannot be read.
+    """
+    broken = []
+    for attempt in range(MAX_ATTEMPTS):
+        drawn = draw(attempt)
+        try:
+            return drawn, read(drawn), broken
+        except ImageError as error:
+            broken.append(str(error))
+    raise ImageError(f"{MAX_ATTEMPTS} images in a row could not be read, the first: {broken[0]}")
+
+
+def read_annotated_image(coco: CocoInstances, images: Path, row: int) -> np.ndarray:
+    """Image `row` of a dataset whose files are in the folder `images`, (H, W, 3) uint8.
+
+    Raises:
+        ImageError: the file cannot be read, or its size is not the annotations'.
+    """
+    path = images / coco.file_name(row)
+    image = read_image(path)
+    if image.shape[:2] != tuple(coco.image_sizes[row]):
+        height, width = coco.image_sizes[row]
+        raise ImageError(
+            f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, "
+            f"the annotations say {width}x{height}"
+        )
+    return image
+
+
+def share_of_batch(batch: int, size: int, share: tuple[int, int]) -> range:
+    """The samples of an epoch that one process loads for a minibatch.
+
+    Args:
+        batch: number of the minibatch in its epoch.
+        size: samples of a whole minibatch, over all processes.
+        share: (index, count) of the process; the count divides `size`.
+    """
+    index, count = share
+    assert size % count == 0, (size, share)
+    first = batch * size + index * (size // count)
+    return range(first, first + size // count)
+
+
+def batch_loader(
+    dataset: Dataset,
+    keys: Iterable[list],
+    collate: Callable[[list[dict]], dict],
+    *,
+    workers: int,
+    pin_memory: bool,
+    prefetch: int,
+) -> DataLoader:
+    """Serves the minibatches whose keys are given, in order.
+
+    Args:
+        prefetch: minibatches that each worker holds ready.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_single_threaded,
+        prefetch_factor=prefetch if workers else None,
+    )
+
+
+def _single_threaded(_: int) -> None:
+    # Workers are the parallelism: threads of theirs would only compete with each other and with
+    # training.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    # Ctrl-C goes to the whole process group; the training process decides what to finish first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
