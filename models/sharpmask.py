@@ -22,6 +22,7 @@ from models.trunk import STRIDES, TrunkConv2d
 
 WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
 ARRANGEMENTS = ("sum", "concat")
+CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
 HORIZONTAL_WIDTHS = (64, 64, 64, 32)  # of the first layer of H_1 to H_4
 
 
@@ -140,6 +141,32 @@ class SharpMask(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
+    @torch.no_grad()
+    def start_from_deepmask(self) -> None:
+        """Sets weights so that the refined mask is at first DeepMask's own.
+
+        Channel 0 carries its logits, averaged over the F x F cells, from the encoding to the
+        prediction. Without that, the last encodings (2 channels in the released arrangement) tend
+        to die: the quickest way down from random masks is to switch all ReLUs off.
+        """
+        head = self.deepmask.mask_head
+        size, cells = self.deepmask.mask_size, self.cells
+        weight = head.weight.flatten(1).T.reshape(1, -1, size, size)  # (1, E, M, M)
+        self.encode.weight[: cells**2] = F.adaptive_avg_pool2d(weight, cells)[0].flatten(1).T
+        bias = F.adaptive_avg_pool2d(head.bias.view(1, 1, size, size), cells).flatten()
+        self.encode.bias[: cells**2] = bias + CARRIED_RANGE
+        for module in self.refinements:
+            layers = [layer for layer in module.vertical if isinstance(layer, nn.Conv2d)]
+            for layer in layers:
+                _copy_channel(layer, 0)
+            if module.merge is None:
+                nn.init.zeros_(module.horizontal[-1].weight[0])
+                nn.init.zeros_(module.horizontal[-1].bias[:1])
+            else:
+                _copy_channel(module.merge, module.horizontal[-1].out_channels)
+        _copy_channel(self.predict, 0)
+        self.predict.bias.fill_(-CARRIED_RANGE)
+
     def train(self, mode: bool = True) -> "SharpMask":
         """Training mode for the refinement; DeepMask stays as it is used, without dropout."""
         super().train(mode)
@@ -215,3 +242,10 @@ class SharpMask(nn.Module):
             size = (self.patch_size, self.patch_size)
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits[:, 0]
+
+
+def _copy_channel(layer: nn.Conv2d, source: int) -> None:
+    """Makes output channel 0 a copy of one input channel."""
+    layer.weight[0] = 0
+    layer.weight[0, source, 1, 1] = 1
+    layer.bias[0] = 0

@@ -8,9 +8,8 @@ Letters: T IoU thresholds (.50:.05:.95), K numbers of proposals (1, 2, 3, ...), 
 import contextlib
 import io
 import logging
-import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from pycocotools.cocoeval import COCOeval, Params
 from tqdm import tqdm
 
 from datasets.coco import CocoInstances
-from datasets.rle import check_counts
+from pipeline.coco_results import results_by_image
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,)
@@ -139,7 +138,7 @@ def _log_average(counts: np.ndarray, values: np.ndarray) -> float:
 
 def evaluate_proposals(
     ground_truth: COCO,
-    results: list[dict],
+    results: Iterable[dict],
     *,
     kinds: tuple[str, ...] = ("box", "mask"),
     max_proposals: tuple[int, ...] = (10, 100, 1000),
@@ -152,7 +151,8 @@ def evaluate_proposals(
         ground_truth: from `load_ground_truth`.
         results: COCO results, {"image_id", "score", "bbox" xywh, "segmentation" RLE}, of which
             boxes may be left out (then the mask's is taken) and masks if `kinds` has none.
-            Categories are ignored; equal scores keep the order of the list.
+            Categories are ignored; equal scores keep their order. A list may be in any order; any
+            other iterable must give one image after the other, and one image is held at a time.
         kinds: what to match by, "box" and/or "mask".
         max_proposals: the numbers of best proposals an image to report AR for.
 
@@ -160,80 +160,21 @@ def evaluate_proposals(
         ValueError: a result names an image that the annotations do not list, or cannot be scored.
     """
     assert set(kinds) <= set(IOU_TYPES) and min(max_proposals) >= 1
-    proposals_of = _by_image(ground_truth, results, kinds)
     most = max(AUC_PROPOSALS, *max_proposals)
+    shape = (len(IOU_THRESHOLDS), most, len(AREAS))
+    found = {kind: np.zeros(shape, np.int64) for kind in kinds}
+    progress = tqdm(desc="AR", total=len(ground_truth.imgs), unit="image", disable=None)
+    for image, proposals in results_by_image(ground_truth, results, masks="mask" in kinds):
+        if objects := ground_truth.imgToAnns.get(image["id"]):
+            for kind in kinds:
+                hits = _match(image, objects, proposals, kind, most)
+                found[kind][:, : hits.shape[1]] += hits
+        progress.update()
+    progress.close()
     num_objects = _count_objects(ground_truth)  # (A,)
-    recall = {}
-    for kind in kinds:
-        found = np.zeros((len(IOU_THRESHOLDS), most, len(AREAS)), np.int64)
-        progress = tqdm(proposals_of.items(), desc=f"{kind} AR", unit="image", disable=None)
-        for image_id, proposals in progress:
-            if objects := ground_truth.imgToAnns.get(image_id):
-                hits = _match(ground_truth.imgs[image_id], objects, proposals, kind, most)
-                found[:, : hits.shape[1]] += hits
-        with np.errstate(invalid="ignore"):  # 0 / 0 = nan: no object in this area range
-            recall[kind] = np.cumsum(found, axis=1) / num_objects
+    with np.errstate(invalid="ignore"):  # 0 / 0 = nan: no object in this area range
+        recall = {kind: np.cumsum(hits, axis=1) / num_objects for kind, hits in found.items()}
     return ProposalScores(IOU_THRESHOLDS, np.arange(1, most + 1), recall, tuple(max_proposals))
-
-
-def _by_image(ground_truth: COCO, results: list[dict], kinds: tuple[str, ...]) -> dict:
-    """Results (not copied) by image id, each checked."""
-    grouped = {}
-    for index, result in enumerate(results):
-        if not isinstance(result, dict) or "image_id" not in result:
-            raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
-        image = ground_truth.imgs.get(result["image_id"])
-        if image is None:
-            hint = "is not in the annotations; score against the file that lists these images"
-            raise ValueError(f"results[{index}]: image_id {result['image_id']!r} {hint}")
-        if problem := _problem(result, image, kinds):
-            raise ValueError(f"results[{index}] (image_id {image['id']!r}): {problem}")
-        grouped.setdefault(image["id"], []).append(result)
-    for proposals in grouped.values():
-        if (broken := _first_broken_rle(proposals)) is not None:
-            index = next(index for index, result in enumerate(results) if result is broken)
-            problem = "the runs of its segmentation do not fill the image"
-            raise ValueError(f"results[{index}] (image_id {broken['image_id']!r}): {problem}")
-    return grouped
-
-
-def _problem(result: dict, image: dict, kinds: tuple[str, ...]) -> str | None:
-    """Why COCOeval would fail on a result, or score it wrongly without a word."""
-    score, mask, box = (result.get(key) for key in ("score", "segmentation", "bbox"))
-    size = [image["height"], image["width"]]
-    if not _is_finite(score):
-        return f"score must be a finite number, not {score!r}"
-    if box is None and mask is None:
-        return "has neither a bbox nor a segmentation"
-    if box is not None and not _is_box(box):
-        return f"bbox must be four finite numbers (x, y, width, height), not {box!r}"
-    if mask is None and "mask" in kinds:
-        return "has no segmentation, so its mask cannot be scored"
-    if mask is None:
-        return None
-    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
-        return "segmentation must be a compressed RLE (size, counts)"
-    if list(mask.get("size", ())) != size:
-        return f"segmentation is of size {mask.get('size')}, the image of {size}"
-    return None
-
-
-def _first_broken_rle(proposals: list[dict]) -> dict | None:
-    """The first of one image's proposals whose RLE would send pycocotools' iou round for ever."""
-    owners = [proposal for proposal in proposals if proposal.get("segmentation") is not None]
-    rles = [owner["segmentation"] for owner in owners]
-    strings = [c if isinstance(c, bytes) else c.encode() for c in (rle["counts"] for rle in rles)]
-    valid, *_ = check_counts(strings, np.array([math.prod(rle["size"]) for rle in rles], np.int64))
-    return None if valid.all() else owners[int(np.argmin(valid))]
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def _is_box(box: object) -> bool:
-    is_sequence = isinstance(box, list | tuple | np.ndarray)
-    return is_sequence and len(box) == 4 and all(map(_is_finite, box))
 
 
 def _count_objects(ground_truth: COCO) -> np.ndarray:
@@ -281,7 +222,7 @@ def _box(result: dict) -> list[float]:
     return list(mask_utils.toBbox(result["segmentation"]) if box is None else box)
 
 
-def rank_by_overlap(ground_truth: COCO, results: list[dict], kind: str) -> list[dict]:
+def rank_by_overlap(ground_truth: COCO, results: Iterable[dict], kind: str) -> Iterator[dict]:
     """The same proposals with the scores that a perfect ranking would give them.
 
     A proposal's new score is its best IoU, by `kind`, with the image's objects (crowds excepted),
@@ -291,21 +232,23 @@ def rank_by_overlap(ground_truth: COCO, results: list[dict], kind: str) -> list[
     any IoU threshold and number of proposals, so long as no proposal reaches IoU .5 with two
     objects: true of the masks of disjoint objects, nearly true of boxes.
 
-    Returns:
-        Copies of the results (the masks shared), grouped by image.
+    Args:
+        results: as for `evaluate_proposals`.
+
+    Yields:
+        Copies of the results (the masks shared), one image after the other.
 
     Raises:
         ValueError: as `evaluate_proposals`.
     """
-    ranked = []
-    for image_id, proposals in _by_image(ground_truth, results, (kind,)).items():
-        annotations = ground_truth.imgToAnns.get(image_id, [])
+    for image, proposals in results_by_image(ground_truth, results, masks=kind == "mask"):
+        annotations = ground_truth.imgToAnns.get(image["id"], [])
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         scores = np.zeros(len(proposals))
         if objects:
             scores = _perfect_scores(_overlaps(ground_truth, proposals, objects, kind))
-        ranked += [p | {"score": float(s)} for p, s in zip(proposals, scores, strict=True)]
-    return ranked
+        for proposal, score in zip(proposals, scores.tolist(), strict=True):
+            yield proposal | {"score": score}
 
 
 def _overlaps(ground_truth: COCO, proposals: list, objects: list, kind: str) -> np.ndarray:

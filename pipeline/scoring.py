@@ -1,10 +1,11 @@
 """Scores as files and tables: metrics.json for programs, scores.txt for people."""
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
@@ -15,8 +16,8 @@ from pipeline.coco_eval import (
     load_ground_truth,
     rank_by_overlap,
 )
+from pipeline.coco_results import read_results
 from pipeline.load import load_mask_network
-from pipeline.proposals import ProposalStore
 from pipeline.stages import (
     VALIDATION_SEED,
     evaluate_patches,
@@ -62,39 +63,13 @@ def score_proposals(
     return scores.metrics()
 
 
-def perfect_metrics(ground_truth, proposals: list[dict]) -> dict:
+def perfect_metrics(ground_truth: COCO, proposals: Iterable[dict]) -> dict:
     """The metrics of the same proposals when the ranking is perfect for each kind of overlap."""
     metrics = {}
     for kind in KINDS:
         ranked = rank_by_overlap(ground_truth, proposals, kind)
         metrics |= evaluate_proposals(ground_truth, ranked, kinds=(kind,)).metrics()
     return metrics
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """COCO results of a proposal store or of a json file.
-
-    Raises:
-        FileNotFoundError: nothing there. ValueError: neither of the two.
-    """
-    path = Path(path)
-    if path.is_dir():
-        store = ProposalStore(path)
-        if not store.shards():
-            raise ValueError(f"{path} is no proposal store: it holds no proposals-*.parquet")
-        return [result for proposals in store for result in proposals.results()]
-    if not path.is_file():
-        raise FileNotFoundError(f"results {path} do not exist")
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(results, list):
-        raise ValueError(
-            f"{path} is not COCO results: "
-            f"it must be a list of results, not {type(results).__name__}"
-        )
-    return results
 
 
 def curves(scores: ProposalScores) -> dict:

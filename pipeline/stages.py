@@ -117,15 +117,18 @@ class PatchStage:
     name: str
     best_metric = "iou_above_0.7"
 
-    def __init__(self, config: Config, model: nn.Module, *, target_size: int):
-        """
+    model: nn.Module
+
+    def __init__(self, config: Config, *, target_size: int):
+        """Reads the data; the network is the stage's own part.
+
         Args:
             target_size: side of the mask targets.
 
         Raises:
             ValueError or FileNotFoundError: data that is not there or does not fit.
         """
-        self.config, self.model = config, model
+        self.config = config
         self.section: DeepMaskConfig | SharpMaskConfig = getattr(config, self.name)
         self.optim = self.section.optim
         self._check_batch()
@@ -196,11 +199,11 @@ class DeepMaskStage(PatchStage):
         Raises:
             ValueError or FileNotFoundError: data or weights that are not there or do not fit.
         """
+        super().__init__(config, target_size=config.deepmask.target_size)
         torch.manual_seed(config.seed)  # for the weights that are drawn
-        model = build_deepmask(config)
-        for level in model.trunk.levels[: config.trunk.frozen_levels]:
+        self.model = build_deepmask(config)
+        for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
             level.requires_grad_(False)
-        super().__init__(config, model, target_size=config.deepmask.target_size)
 
     def parameter_groups(self) -> list[dict]:
         """The trunk with its own factor on the learning rate, and everything else."""
@@ -244,11 +247,12 @@ class SharpMaskStage(PatchStage):
         Raises:
             ValueError or FileNotFoundError: data or a DeepMask that does not fit the config.
         """
+        super().__init__(config, target_size=config.deepmask.patch_size)
         torch.manual_seed(config.seed)
-        model = build_sharpmask(config)
+        self.model = build_sharpmask(config)
         if deepmask is not None:
-            load_initial_deepmask(model.deepmask, config, deepmask)
-        super().__init__(config, model, target_size=config.deepmask.patch_size)
+            load_initial_deepmask(self.model.deepmask, config, deepmask)
+            self.model.start_from_deepmask()
 
     def parameter_groups(self) -> list[dict]:
         """The refinement."""

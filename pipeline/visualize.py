@@ -1,5 +1,7 @@
 """Pictures of proposals: outlines and tints on the image."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -7,6 +9,7 @@ import pycocotools.mask as coco_mask
 from datasets.files import write_atomically
 from pipeline.proposals import Proposals
 
+LABEL_SIZE, LABEL_SCALE = (40, 17), 0.5  # px that a score takes; of the font
 # Distinct hues, by steps of the golden ratio around the colour circle.
 PALETTE = cv2.cvtColor(
     np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8),
@@ -15,11 +18,17 @@ PALETTE = cv2.cvtColor(
 
 
 def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.ndarray:
-    """The best `count` proposals drawn on a copy of the image, the best on top: (H, W, 3) uint8."""
-    picture = image.copy()
-    for n in reversed(range(min(count, len(proposals)))):
-        mask = coco_mask.decode(proposals.rle(n))
-        draw_mask(picture, mask, colour(n), label=f"{proposals.scores[n]:.2f}")
+    """The best `count` proposals drawn on a copy of the image: (H, W, 3) uint8.
+
+    The best is on top, and the scores are on top of all.
+    """
+    picture, shown = image.copy(), range(min(count, len(proposals)))
+    for n in reversed(shown):
+        draw_mask(picture, coco_mask.decode(proposals.rle(n)), colour(n))
+    corners = proposals.boxes[:, :2].tolist()
+    put_labels(
+        picture, [Label(f"{proposals.scores[n]:.2f}", tuple(corners[n]), colour(n)) for n in shown]
+    )
     return picture
 
 
@@ -33,17 +42,40 @@ def draw_mask(
     mask: np.ndarray,
     rgb: tuple[int, int, int],
     *,
-    label: str = "",
     tint: float = 0.35,
 ) -> None:
-    """Tints a mask (H, W) and draws its outline and a label at its top, in place."""
+    """Tints a mask (H, W) and draws its outline, in place."""
     inside = mask.astype(bool)
     picture[inside] = (picture[inside] * (1 - tint) + np.array(rgb) * tint).astype(np.uint8)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, rgb, 2)
-    if label and contours:
-        x, y = max(contours, key=len)[:, 0].min(axis=0).tolist()
-        put_label(picture, label, (x, max(y, 12)), rgb)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text whose baseline starts at a corner (x, y) of what it names, in that one's colour."""
+
+    text: str
+    corner: tuple[float, float]
+    rgb: tuple[int, int, int]
+
+
+def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
+    """Labels, the first one where it belongs, others below those that are in their way, in place.
+
+    Those for which there is no place left above the lower edge are not drawn.
+    """
+    width, height = LABEL_SIZE
+    taken = []
+    for label in labels:
+        x = max(min(label.corner[0], picture.shape[1] - width), 0)
+        y = max(label.corner[1], height)
+        while in_the_way := [v for u, v in taken if abs(x - u) < width and abs(y - v) < height]:
+            y = max(in_the_way) + height
+        if y < picture.shape[0]:
+            taken.append((x, y))
+            pale = tuple((channel + 255) // 2 for channel in label.rgb)
+            put_label(picture, label.text, (int(x), int(y)), pale, scale=LABEL_SCALE)
 
 
 def put_label(

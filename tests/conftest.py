@@ -13,7 +13,7 @@ from datasets.shapes import write_shapes
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.engine import fit
-from pipeline.stages import DeepMaskStage
+from pipeline.stages import DeepMaskStage, SharpMaskStage
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
@@ -57,6 +57,17 @@ def tiny_recipe(shapes_directory) -> dict:
                 "log_every": 1,
             },
         },
+        "sharpmask": {
+            "km": 16,
+            "ks": 16,
+            "optim": {
+                "batch_size": 8,
+                "batches_per_epoch": 2,
+                "epochs": 1,
+                "validation_batches": 2,
+                "log_every": 1,
+            },
+        },
         "propose": {"num_proposals": 50, "scales": [-1.0, 0.0, 0.5]},
     }
 
@@ -82,6 +93,14 @@ def tiny_run(tiny_config, tmp_path_factory) -> Path:
 def tiny_checkpoint(tiny_run) -> Path:
     """The trained network's checkpoint; read it, do not change it."""
     return tiny_run / "checkpoints" / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def tiny_sharpmask(tiny_config, tiny_checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint of a SharpMask on `tiny_checkpoint`; read it, do not change it."""
+    config = load_config(tiny_config)
+    output = tmp_path_factory.mktemp("run") / "sharpmask"
+    return fit(SharpMaskStage(config, tiny_checkpoint), config, output, device=torch.device("cpu"))
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def write_checkpoints(folder: Path, checkpoint: Path) -> None:
     contents = {
         "foreign.pt": {"layer.weight": torch.zeros(2)},
         "sharpmask.pt": {**content, "stage": "sharpmask"},
+        "detector.pt": {**content, "stage": "multipathnet"},
         "resnet.pt": {**content, "config": resnet},
         "schema.pt": {**content, "config": {**content["config"], "zoom": 2}},
     }
@@ -134,6 +135,7 @@ def fill(wrong, shapes_directory, tiny_config, tiny_run, tmp_path) -> Callable[[
 
 TRAIN = "train_stage --stage deepmask --device cpu --output {out} "
 SET = TRAIN + "--config {config} --set "
+SHARP = SET.replace("--stage deepmask", "--stage sharpmask")
 PROPOSE = "propose --device cpu --output {out} "
 GOOD = "--checkpoint {checkpoint} --images {images} "
 AR = "score_coco proposals --output {out} "
@@ -276,6 +278,23 @@ MISTAKES = {
         TRAIN.replace("{out}", "{config}/x") + "--config {config}",
         "tiny.yaml/x",
     ),
+    # SharpMask
+    "no deepmask": (SHARP + "seed=0", "deepmask init.deepmask --stage deepmask"),
+    "deepmask missing": (SHARP + "init.deepmask=nowhere.pt", "init.deepmask nowhere.pt"),
+    "deepmask of another trunk": (
+        SHARP + "init.deepmask={checkpoint} trunk.name=resnet18",
+        "best.pt trunk.name tiny resnet18",
+    ),
+    "deepmask of another size": (
+        SHARP + "init.deepmask={checkpoint} deepmask.patch_size=64 deepmask.mask_size=7",
+        "best.pt deepmask.patch_size 96 64 deepmask.mask_size 14 7",
+    ),
+    "deepmask is a sharpmask": (
+        SHARP + "init.deepmask={wrong}/sharpmask.pt",
+        "sharpmask.pt sharpmask deepmask",
+    ),
+    "km odd": (SHARP + "init.deepmask={checkpoint} sharpmask.km=20", "km 20 16"),
+    "merge unknown": (SHARP + "sharpmask.merge=product", "sharpmask.merge sum concat 'product'"),
     # propose
     "checkpoint missing": (PROPOSE + "--images {images} --checkpoint nowhere.pt", "nowhere.pt"),
     "checkpoint text": (PROPOSE + "--images {images} --checkpoint {wrong}/text.pt", "text.pt"),
@@ -288,8 +307,12 @@ MISTAKES = {
         "foreign.pt stage",
     ),
     "checkpoint of another stage": (
+        PROPOSE + "--images {images} --checkpoint {wrong}/detector.pt",
+        "detector.pt multipathnet deepmask sharpmask",
+    ),
+    "checkpoint without a refinement": (
         PROPOSE + "--images {images} --checkpoint {wrong}/sharpmask.pt",
-        "sharpmask.pt sharpmask deepmask",
+        "sharpmask.pt missing deepmask.trunk",
     ),
     "checkpoint of another trunk": (
         PROPOSE + "--images {images} --checkpoint {wrong}/resnet.pt",
@@ -311,6 +334,7 @@ MISTAKES = {
     "no proposals": (PROPOSE + GOOD + "--num-proposals 0", "--num-proposals 0"),
     "scales MIN > MAX": (PROPOSE + GOOD + "--scales 1 0 0.5", "MIN 1 0 0.5"),
     "scales without end": (PROPOSE + GOOD + "--scales 0 1 0", "STEP 0 1 0"),
+    "nms of nothing": (PROPOSE + GOOD + "--nms 0", "--nms 0"),
     "negative draw": (PROPOSE + GOOD + "--draw -1", "--draw -1"),
     "ids not COCO": (
         PROPOSE + GOOD + "--annotations {wrong}/no_coco.json",

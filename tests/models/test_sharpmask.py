@@ -106,6 +106,29 @@ def test_concatenation_and_sum_are_the_same_function(model):
     )
 
 
+@pytest.mark.parametrize("merge", ["sum", "concat"])
+@pytest.mark.parametrize("num_modules", [2, 4])
+def test_refinement_starts_as_deepmasks_mask(merge, num_modules):
+    """Its logits, averaged over cells of 16 px and cut off at -4."""
+    torch.manual_seed(2)
+    model = SharpMask(small_deepmask(), merge=merge, num_modules=num_modules)
+    with torch.no_grad():
+        model.deepmask.mask_head.weight *= 100
+    model.start_from_deepmask()
+    patches = torch.randn(2, 3, 96, 96)
+    coarse = model.deepmask(patches)["mask_logits"]
+    assert coarse.min() < -4 and coarse.max() > 1
+    cells = F.adaptive_avg_pool2d(coarse, 4).clamp(min=-4)
+    expected = cells.repeat_interleave(16, -1).repeat_interleave(16, -2)
+    refined = model(patches)["mask_logits"]
+    inner = 16 if num_modules == 4 else 12  # bilinear upsampling blends at the cells' edges
+    got, want = (x.view(2, 4, 16, 4, 16) for x in (refined, expected))
+    low, high = (16 - inner) // 2, (16 + inner) // 2
+    torch.testing.assert_close(
+        got[:, :, low:high, :, low:high], want[:, :, low:high, :, low:high], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_every_horizontal_and_vertical_net_matters(model):
     patches = torch.randn(1, 3, 96, 96)
     before = model(patches)["mask_logits"]

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pipeline import coco_eval
 from pipeline.coco_eval import AREAS, evaluate_proposals, load_ground_truth, rank_by_overlap
 
 COCO_MINI_VAL = Path(__file__).parents[2] / "data/coco-mini/annotations/instances_val.json"
@@ -280,9 +281,47 @@ def test_nothing_is_printed_and_nothing_given_is_changed(scene, capfd):
     ground_truth = load_ground_truth(path)
     truth_before = copy.deepcopy(ground_truth.dataset)
     evaluate_proposals(ground_truth, results)
-    rank_by_overlap(ground_truth, results, "mask")
+    list(rank_by_overlap(ground_truth, results, "mask"))
     assert capfd.readouterr() == ("", "")
     assert results == before and ground_truth.dataset == truth_before
+
+
+def test_results_that_stream_score_as_those_of_a_list(tmp_path):
+    """A generator is gone through once, and never more than one image ahead."""
+    rng = np.random.default_rng(6)
+    objects = random_objects(rng, num_images=4)
+    path = write_dataset(tmp_path / "truth.json", objects, num_images=4)
+    results = random_proposals(rng, objects, num_images=4, per_image=30, outline=triangle)
+    by_image = sorted(results, key=lambda r: [3, 1, 2, 4].index(r["image_id"]))
+    ground_truth, matched = load_ground_truth(path), []
+
+    def stream():
+        for n, found in enumerate(by_image):
+            assert len(matched) >= len({r["image_id"] for r in by_image[:n]}) - 1
+            yield found
+
+    def match(image, *others):
+        matched.append(image["id"])
+        return original(image, *others)
+
+    original = coco_eval._match
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_eval, "_match", match)
+        streamed = evaluate_proposals(ground_truth, stream(), kinds=("mask",))
+    assert matched == [3, 1, 2], "image 4 has no objects"
+    given = evaluate_proposals(ground_truth, results, kinds=("mask",))
+    assert np.array_equal(streamed.recall["mask"], given.recall["mask"], equal_nan=True)
+    ranked = rank_by_overlap(ground_truth, iter(by_image), "box")
+    assert sum(r["score"] for r in ranked) == pytest.approx(
+        sum(r["score"] for r in rank_by_overlap(ground_truth, results, "box"))
+    )
+
+
+def test_an_image_that_comes_twice_in_a_stream_is_refused(tmp_path):
+    path = write_dataset(tmp_path / "truth.json", [], num_images=2)
+    results = [result((10, 10, 50, 50), 0.5, image_id=i) for i in (1, 2, 1)]
+    with pytest.raises(ValueError, match=r"results\[2\]: image_id 1 comes a second time"):
+        evaluate_proposals(load_ground_truth(path), iter(results))
 
 
 # Perfect ranking
@@ -314,7 +353,8 @@ def test_copies_of_one_object_do_not_outrank_another_object(tmp_path):
     path = write_dataset(tmp_path / "truth.json", separate_objects()[:2])
     copies = [result((20, 20, 50, 60 - i), 0.9) for i in range(5)]
     ground_truth = load_ground_truth(path)
-    ranked = rank_by_overlap(ground_truth, copies + [result((90, 20, 50, 40), 0.1)], "mask")
+    results = copies + [result((90, 20, 50, 40), 0.1)]
+    ranked = list(rank_by_overlap(ground_truth, results, "mask"))
     order = np.argsort([-r["score"] for r in ranked])
     assert order[:2].tolist() == [0, 5]
     overlaps = [r["score"] for r in ranked]
@@ -422,9 +462,10 @@ BAD_RESULTS = {
 def test_a_bad_result_is_named_in_one_line(tmp_path, change, message):
     path = write_dataset(tmp_path / "truth.json", [annotation(1, (10, 10, 50, 50))])
     results = [result((10, 10, 50, 50), 0.5), result((10, 10, 50, 50), 0.5) | change]
-    with pytest.raises(ValueError, match=message) as error:
-        evaluate_proposals(load_ground_truth(path), results)
-    assert "\n" not in str(error.value)
+    for form in (results, iter(results)):
+        with pytest.raises(ValueError, match=message) as error:
+            evaluate_proposals(load_ground_truth(path), form)
+        assert "\n" not in str(error.value)
 
 
 def test_the_recall_array_is_laid_out_as_documented(tmp_path):
