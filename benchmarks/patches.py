@@ -28,7 +28,8 @@ from datasets.patches import PatchDataset
 from datasets.transforms import MEAN, STD
 from pipeline.command import run_tool
 from pipeline.config import load_config
-from pipeline.stages import load_split, patch_dataset, prepare_data
+from pipeline.patch_stages import patch_dataset
+from pipeline.splits import load_split, prepare_data
 
 SHARED = (1, 2, 4, 8)
 

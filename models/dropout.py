@@ -28,7 +28,7 @@ class KeyedDropout(nn.Module):
         self.p, self.stream = p, stream
 
     def forward(self, x: Tensor, *, keys: Tensor | None) -> Tensor:
-        """(B, C, h, w) to the same shape.
+        """(B, C) or (B, C, h, w) to the same shape.
 
         In training `keys` (B,) int64 is needed, in eval mode nothing is dropped.
         """
@@ -36,7 +36,8 @@ class KeyedDropout(nn.Module):
             return x
         assert keys is not None, "dropout in training needs the samples' keys"
         kept = keyed_uniform(keys, x.shape[1], stream=self.stream) >= self.p  # (B, C)
-        return x * (kept[:, :, None, None].to(x.dtype) / (1 - self.p))
+        kept = kept.view(kept.shape + (1,) * (x.dim() - 2))
+        return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 def keyed_uniform(keys: Tensor, count: int, *, stream: int) -> Tensor:

@@ -5,6 +5,7 @@ DistributedDataParallel averages. The papers' sums are weights on these means
 (`pipeline/config.py`).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,3 +38,36 @@ def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B,) in {-1, 1}.
     """
     return soft_margin(score_logits, labels).mean()
+
+
+def integral_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the cross entropies of the K classifiers, each over its own samples (BMVC 2016, 3.3).
+
+    With one threshold drawn for the minibatch, the classifiers without samples do not count, which
+    is an unbiased estimate of the mean over all. K = 1 is the usual softmax loss.
+
+    Args:
+        class_logits: (R, K, C + 1).
+        labels: (K, R) int64: 0 background, c + 1 class c, -1 no sample.
+    """
+    losses = F.cross_entropy(
+        class_logits.permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
+    )  # (K, R)
+    samples = (labels >= 0).sum(1)
+    means = losses.sum(1) / samples.clamp(min=1)
+    return means.sum() / (samples > 0).sum().clamp(min=1)
+
+
+def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    """Smooth L1 of the labelled class's deltas: sum over foreground RoIs / number of RoIs.
+
+    Args:
+        deltas: (R, C + 1, 4) and targets: (R, 4), both normalised.
+        labels: (K, R), see `integral_loss`; a RoI is foreground if it is for any threshold.
+    """
+    classes = labels.amax(0)
+    foreground = torch.nonzero(classes > 0).flatten()
+    errors = F.smooth_l1_loss(
+        deltas[foreground, classes[foreground]], targets[foreground], reduction="sum"
+    )
+    return errors / (classes >= 0).sum().clamp(min=1)

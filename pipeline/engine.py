@@ -117,7 +117,7 @@ class TrainingRun:
         self._validate_if_due()  # a run that was stopped between its last step and its validation
         self.stage.train_mode()
         for batch in self.stage.training_batches(range(self.step, self.total), self.device):
-            losses = self._train_step(batch)
+            losses = self.train_step(batch)
             meter.add(losses, seconds_left=self._seconds_left)
             if self.step % self.optim.log_every == 0:
                 self.log.write(
@@ -136,7 +136,7 @@ class TrainingRun:
                 meter.restart()
         self.log.close()
 
-    def _train_step(self, batch: dict) -> dict[str, Tensor]:
+    def train_step(self, batch: dict) -> dict[str, Tensor]:
         rate = learning_rate(self.optim, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_factor"]

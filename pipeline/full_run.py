@@ -19,7 +19,8 @@ from pipeline.proposals import ProposalStore
 from pipeline.propose_run import propose_images
 from pipeline.report import write_report
 from pipeline.scoring import score_patches, score_proposals
-from pipeline.stages import STAGES, build_stage, prepare_data
+from pipeline.splits import prepare_data
+from pipeline.stages import STAGES, build_stage
 
 SUMMARY = "summary.json"
 

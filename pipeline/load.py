@@ -10,8 +10,8 @@ from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, config_from_dict
+from pipeline.networks import build_deepmask, build_sharpmask
 from pipeline.propose import Proposer, octave_range
-from pipeline.stages import build_deepmask, build_sharpmask
 
 
 def load_mask_network(checkpoint: str | Path) -> tuple[DeepMask | SharpMask, Config]:

@@ -18,12 +18,7 @@ from pipeline.coco_eval import (
 )
 from pipeline.coco_results import read_results
 from pipeline.load import load_mask_network
-from pipeline.stages import (
-    VALIDATION_SEED,
-    evaluate_patches,
-    patch_dataset,
-    validation_kinds,
-)
+from pipeline.patch_stages import VALIDATION_SEED, evaluate_patches, patch_dataset, validation_kinds
 
 KINDS = ("box", "mask")
 

@@ -13,7 +13,7 @@ from datasets.shapes import write_shapes
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.engine import fit
-from pipeline.stages import DeepMaskStage, SharpMaskStage
+from pipeline.patch_stages import DeepMaskStage, SharpMaskStage
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8

@@ -15,8 +15,8 @@ import yaml
 from pipeline.config import config_from_dict
 from pipeline.engine import fit
 from pipeline.load import load_mask_network
+from pipeline.patch_stages import DeepMaskStage, evaluate_patches, validation_kinds
 from pipeline.propose import Proposer
-from pipeline.stages import DeepMaskStage, evaluate_patches, validation_kinds
 
 
 def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(

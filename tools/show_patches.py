@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.patch_sheet import patch_sheet
-from pipeline.stages import load_split, patch_dataset, prepare_data
+from pipeline.patch_stages import patch_dataset
+from pipeline.splits import load_split, prepare_data
 from pipeline.visualize import save_png
 
 

@@ -20,8 +20,8 @@ import yaml
 from pipeline import engine
 from pipeline.config import OptimConfig, config_from_dict, load_config
 from pipeline.engine import Interrupted, fit, learning_rate
+from pipeline.patch_stages import DeepMaskStage
 from pipeline.run_log import RunLog, read_metrics
-from pipeline.stages import DeepMaskStage
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

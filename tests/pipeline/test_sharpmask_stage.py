@@ -13,8 +13,9 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import load_config
 from pipeline.engine import Interrupted, fit
 from pipeline.load import load_mask_network, load_proposer
+from pipeline.patch_stages import SharpMaskStage
 from pipeline.run_log import read_metrics
-from pipeline.stages import SharpMaskStage, build_stage
+from pipeline.stages import build_stage
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,42 @@
+"""Geometry of boxes: foveal regions, and boxes from the regressor's deltas.
+
+Boxes are xyxy, RoIs (N, 5) have the row of their image before it, as torchvision's RoI pooling
+takes them. dx = (xt - xc) / w, dw = log(wt / w), y and h likewise (Girshick, Fast R-CNN, ICCV
+2015, and R-CNN, CVPR 2014, appendix C).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000 / 16)  # no box grows by more: keeps exp() finite, as in detectron
+
+
+def foveal_regions(rois: Tensor, factor: float) -> Tensor:
+    """RoIs enlarged about their centres (BMVC 2016, section 3.2).
+
+    Args:
+        rois: (N, 5). factor: on both sides; the result is not clipped to the image.
+    """
+    if factor == 1:
+        return rois
+    centres = (rois[:, 1:3] + rois[:, 3:5]) / 2
+    halves = (rois[:, 3:5] - rois[:, 1:3]) * (factor / 2)
+    return torch.cat([rois[:, :1], centres - halves, centres + halves], dim=1)
+
+
+def decode_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes moved and resized by deltas.
+
+    Args:
+        boxes: (N, 4) xyxy.
+        deltas: (N, C, 4) of each class, not normalised.
+
+    Returns:
+        (N, C, 4) xyxy.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (N, 1, 2)
+    centres = (boxes[:, 2:] + boxes[:, :2])[:, None] / 2 + deltas[..., :2] * sides
+    halves = sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    return torch.cat([centres - halves, centres + halves], dim=-1)
