@@ -144,10 +144,15 @@ def build_trunk(name: str, *, weights: str | Path | None = None) -> Trunk:
     return Trunk(name, [to_trunk_layers(level) for level in levels])
 
 
-def load_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:
+def load_backbone(
+    name: str, *, weights: str | Path | None = None, whole: bool = False
+) -> nn.Module:
     """torchvision's whole network, with the layers that a trunk uses loaded from `weights`.
 
     See `build_trunk`.
+
+    Args:
+        whole: load the layers behind the trunk, too, as far as `weights` has them all.
     """
     if name not in TRUNKS or name == "tiny":
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(TRUNKS)}")
@@ -155,9 +160,12 @@ def load_backbone(name: str, *, weights: str | Path | None = None) -> nn.Module:
         return _download_imagenet(name)
     network = torchvision.models.get_model(name, weights=None)
     if weights is not None:
-        _load_checked(
-            network, read_state_dict(weights), used=_used_keys(network, name), source=str(weights)
-        )
+        state, used = read_state_dict(weights), _used_keys(network, name)
+        behind = set(network.state_dict()) - used
+        behind = {key for key in behind if not key.startswith(("fc.", "classifier.6."))}
+        if whole and any(key in state for key in behind):
+            used |= behind
+        _load_checked(network, state, used=used, source=str(weights))
     return network
 
 

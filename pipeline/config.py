@@ -141,10 +141,75 @@ class SharpMaskConfig:
 
 
 @dataclass
-class InitConfig:
-    """Checkpoints of the stages before; without, the run directory beside the output is taken."""
+class RoiSamplingConfig:
+    """Numbers of RoI sampling (BMVC 2016, section 4; Fast R-CNN, section 2.3)."""
 
-    deepmask: str | None = None
+    rois_per_image: int = 64
+    foreground_share: float = 0.25
+    background_low: float = 0.1  # IoU
+    crowd_overlap: float = 0.7
+    max_proposals: int = 1000
+    short_side: int = 800  # pixels of the resized image
+    long_side: int = 1000
+    flip: bool = True
+
+
+@dataclass
+class MultiPathNetConfig:
+    """The detector; Fast R-CNN is foveal, skip and box_tower false and thresholds [0.5]."""
+
+    # Its own trunk. Weights may also be "deepmask": the trunk of the proposals' network.
+    trunk: TrunkConfig = field(default_factory=lambda: TrunkConfig(name="vgg16", frozen_levels=1))
+    head: str = "fc"  # fc: fc6 and fc7 in every tower | layer4: a ResNet's last stage
+    foveal: bool = True  # four regions around a proposal, not one
+    skip: bool = True  # conv3 and conv4 beside conv5
+    box_tower: bool = True  # a tower of its own for the box regressor
+    thresholds: list[float] = field(default_factory=lambda: [0.5, 0.55, 0.6, 0.65, 0.7, 0.75])
+    draw_threshold: bool = False  # one threshold a minibatch (released code) instead of all
+    normalise: bool = True  # pooled blocks to one L2 norm; else by fixed factors
+    pooled_size: int = 7
+    width: int = 512  # channels of a tower's block
+    features: int = 4096  # of fc6 and fc7
+    dropout: float = 0.5
+    box_weight: float = 1.0
+    frozen_epochs: int = 0  # phase 1: the whole trunk is frozen for so many epochs
+    sampling: RoiSamplingConfig = field(default_factory=RoiSamplingConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            batch_size=4,
+            batches_per_epoch=100,
+            epochs=3200,
+            weight_decay=0.0,
+            lr_drops={2800: 0.1},
+            validate_every=100,
+            validation_batches=100,
+        )
+    )
+
+
+@dataclass
+class InitConfig:
+    """What a stage starts from; without, the run directories beside the output are taken."""
+
+    deepmask: str | None = None  # checkpoint, for SharpMask
+    proposer: str | None = None  # DeepMask or SharpMask checkpoint, to make proposals with
+    train_proposals: str | None = None  # proposal stores
+    val_proposals: str | None = None
+
+
+@dataclass
+class DetectConfig:
+    """Detection in whole images (BMVC 2016, section 4)."""
+
+    num_proposals: int = 400  # the best of each image
+    score_threshold: float = 0.001
+    nms: float = 0.3  # IoU of boxes of one class
+    max_detections: int = 100  # per image
+    vote: float | None = None  # IoU from which on boxes of a class vote for each other's place
+    localisations: int = 0  # how often detections are fed back as RoIs
+    flip: bool = False  # mean with the mirrored image
+    short_sides: list[int] = field(default_factory=list)  # image scales; empty: that of training
+    chunk: int = 128  # RoIs at once: bounds memory
 
 
 @dataclass
@@ -167,7 +232,9 @@ class Config:
     deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
     sharpmask: SharpMaskConfig = field(default_factory=SharpMaskConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    multipathnet: MultiPathNetConfig = field(default_factory=MultiPathNetConfig)
     propose: ProposeConfig = field(default_factory=ProposeConfig)
+    detect: DetectConfig = field(default_factory=DetectConfig)
 
 
 CHOICES = {
@@ -175,6 +242,7 @@ CHOICES = {
     "schedule": ("steps", "cosine"),
     "widths": WIDTHS,
     "merge": ARRANGEMENTS,
+    "head": ("fc", "layer4"),
 }
 # What must hold of a value, in words and as a test, and of which keys. Checked when a config is
 # read: a mistake in a later stage's section shows before the first stage has been trained for days.
@@ -183,15 +251,22 @@ CONDITIONS = (
      ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient",
       "validate_every", "validation_batches", "log_every", "num_proposals", "patch_size",
       "mask_size", "target_size", "reduction", "embedding", "score_hidden", "train_images",
-      "val_images", "km", "ks")),
+      "val_images", "km", "ks", "rois_per_image", "max_proposals", "short_side", "long_side",
+      "pooled_size", "width", "features", "max_detections", "chunk")),
     ("at least 0", lambda v: v >= 0,
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
-      "min_side", "negative_distance", "negative_octaves")),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share")),
+      "min_side", "negative_distance", "negative_octaves", "box_weight", "frozen_epochs",
+      "score_threshold", "localisations")),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share", "foreground_share",
+      "background_low", "crowd_overlap")),
     ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),
     ("between 0 and 1", lambda v: 0 < v < 1, ("mask_threshold",)),
-    ("above 0 and at most 1", lambda v: 0 < v <= 1, ("nms",)),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, ("nms", "vote")),
+    ("ascending IoUs between 0 and 1",
+     lambda v: len(v) > 0 and all(0 < a < 1 for a in v) and list(v) == sorted(set(v)),
+     ("thresholds",)),
+    ("sides > 0", lambda v: all(side > 0 for side in v), ("short_sides",)),
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
     ("from 0 to 4", lambda v: 0 <= v <= 4, ("frozen_levels",)),
     ("from 1 to 4", lambda v: 1 <= v <= 4, ("num_modules",)),

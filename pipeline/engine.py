@@ -37,6 +37,13 @@ class Stage(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters to train; each group has its factor on the learning rate as "lr_factor"."""
 
+    # Steps at which other parameters begin to be trained, and facts to keep in checkpoints.
+    phase_starts: tuple[int, ...]
+    facts: dict[str, Any]
+
+    def start_phase(self, step: int) -> None:
+        """Marks the parameters that are trained from this step on."""
+
     def train_mode(self) -> None:
         """Puts the parts that are trained into training mode."""
 
@@ -112,7 +119,7 @@ class TrainingRun:
 
     def train(self, stop: dict[str, bool]) -> None:
         """Runs to the last step; `stop["now"]` ends it after the step at hand."""
-        self.model = distributed.wrap(self.stage.model, self.device)
+        self._start_phase()
         meter, saved = Meter(self.optim), time.monotonic()
         self._validate_if_due()  # a run that was stopped between its last step and its validation
         self.stage.train_mode()
@@ -134,9 +141,17 @@ class TrainingRun:
                 raise Interrupted
             if self._validate_if_due():
                 meter.restart()
+            if self.step in self.stage.phase_starts:
+                self._start_phase()
         self.log.close()
 
+    def _start_phase(self) -> None:
+        self.stage.start_phase(self.step)
+        # DistributedDataParallel looks at what is trained when it wraps.
+        self.model = distributed.wrap(self.stage.model, self.device)
+
     def train_step(self, batch: dict) -> dict[str, Tensor]:
+        """Learns from one minibatch; returns its losses."""
         rate = learning_rate(self.optim, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -209,6 +224,7 @@ class TrainingRun:
             "epoch": epoch,
             "validated": self.validated,
             "best": self.best,
+            **self.stage.facts,
         }
 
     def _restore(self, state: dict[str, Any], source: str) -> None:

@@ -6,15 +6,23 @@ A run that was interrupted continues where it stopped; what is done is not done 
 import json
 import shutil
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from datasets.files import write_json
+from datasets.images import ImageError, read_image
 from pipeline import distributed
+from pipeline.coco_eval import load_ground_truth
 from pipeline.config import Config, find_path, load_config, save_config
+from pipeline.detect import Detector
+from pipeline.detect_run import RESULTS, detect_images
+from pipeline.detection_eval import evaluate_detections
+from pipeline.detection_scoring import score_detections
 from pipeline.engine import fit
-from pipeline.load import load_proposer
+from pipeline.load import load_detector, load_proposer
 from pipeline.proposals import ProposalStore
 from pipeline.propose_run import propose_images
 from pipeline.report import write_report
@@ -23,6 +31,8 @@ from pipeline.splits import prepare_data
 from pipeline.stages import STAGES, build_stage
 
 SUMMARY = "summary.json"
+PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)
+FEW_IMAGES = 500  # up to here AP is measured for every number of proposals, too
 
 
 def run_pipeline(
@@ -40,9 +50,12 @@ def run_pipeline(
         start = time.monotonic()
         if distributed.is_main():
             print(f"\n== {name} ==", flush=True)
-        stage = build_stage(name, load_config(config_path, overrides), output / name)
-        checkpoint = fit(stage, stage.config, output / name, device=device, resume=True)
-        summary[name] = score(config, checkpoint, output / name, device)
+        own = load_config(config_path, overrides)
+        if name == "multipathnet":
+            own.init.val_proposals = str(output / "sharpmask" / "proposals")
+        stage = build_stage(name, own, output / name, device)
+        checkpoint = fit(stage, own, output / name, device=device, resume=True)
+        summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds = summary["seconds"].get(name, 0) + time.monotonic() - start
         summary["seconds"][name] = round(seconds, 1)
         if distributed.is_main():
@@ -54,7 +67,7 @@ def run_pipeline(
     return summary
 
 
-def score(config: Config, checkpoint: Path, output: Path, device: torch.device) -> dict:
+def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.device) -> dict:
     """Patch and proposal scores of a checkpoint on the validation split.
 
     All processes work on it; the main one scores the proposals and writes.
@@ -83,6 +96,47 @@ def score(config: Config, checkpoint: Path, output: Path, device: torch.device) 
         scores = score_proposals(files["annotations"], output / "proposals", output / "scores")
     distributed.barrier()
     return {"patches": patches, "proposals": scores}
+
+
+def score_detector(config: Config, checkpoint: Path, output: Path, device: torch.device) -> dict:
+    """Detections in the validation images from SharpMask's proposals, and their AP."""
+    files = _validation_files(config)
+    store = ProposalStore(output.parent / "sharpmask" / "proposals")
+    detector, _ = load_detector(checkpoint, device)
+    detect_images(detector, store, files["images"], output)
+    scores = {}
+    if distributed.is_main():
+        scores = score_detections(files["annotations"], output / RESULTS, output / "scores")
+        if len(store.images()) <= FEW_IMAGES:
+            _score_by_proposals(detector, store, files, output / "scores")
+    distributed.barrier()
+    return {"detections": scores}
+
+
+def _score_by_proposals(
+    detector: Detector, store: ProposalStore, files: dict[str, Path], output: Path
+) -> None:
+    """AP for growing numbers of proposals, into by_proposals.json: where more stop to help."""
+    ground_truth = load_ground_truth(files["annotations"])
+    content = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
+    for count in PROPOSAL_COUNTS:
+        detector.options = replace(detector.options, num_proposals=count)
+        results = []
+        for proposals in store:
+            with suppress(ImageError):  # it has been named already
+                image = read_image(files["images"] / proposals.file_name)
+                results += detector(image, proposals).results()
+        metrics = evaluate_detections(ground_truth, results).metrics()
+        for kind in ("box", "mask"):
+            content[kind].append(metrics[kind]["AP"] if kind in metrics else None)
+    write_json(output / "by_proposals.json", content)
+
+
+SCORERS = {
+    "deepmask": score_masks,
+    "sharpmask": score_masks,
+    "multipathnet": score_detector,
+}
 
 
 def _drop_stale(store: ProposalStore, settings: dict) -> None:

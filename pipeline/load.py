@@ -1,6 +1,7 @@
 """Trained networks from checkpoints, ready for use."""
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
-from pipeline.checkpoint import load_checkpoint, load_weights
+from models.svd import compress_towers
+from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, config_from_dict
-from pipeline.networks import build_deepmask, build_sharpmask
+from pipeline.detect import Detector
+from pipeline.networks import build_deepmask, build_multipathnet, build_sharpmask
 from pipeline.propose import Proposer, octave_range
 
 
@@ -71,6 +74,62 @@ def load_proposer(
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     return Proposer(model, device=device, **options), settings
+
+
+def load_detector(
+    checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
+) -> tuple[Detector, Config]:
+    """A detector from a MultiPathNet checkpoint.
+
+    Args:
+        overrides: values for the config's `detect` section.
+
+    Raises:
+        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
+            do not fit.
+    """
+    content = load_checkpoint(checkpoint, stage="multipathnet")
+    config = config_from_dict(content["config"], source=str(checkpoint))
+    categories = content["categories"]
+    model = build_multipathnet(config, num_classes=len(categories), pretrained=False)
+    if rank := content.get("compressed_fc"):
+        compress_towers(model, rank)
+    load_weights(model, content["model"], source=str(checkpoint))
+    options = replace(config.detect, **(overrides or {}))
+    sampling = config.multipathnet.sampling
+    detector = Detector(
+        model,
+        categories,
+        device=device,
+        short_sides=options.short_sides or [sampling.short_side],
+        long_side=sampling.long_side,
+        options=options,
+    )
+    return detector, config
+
+
+def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
+    """Writes a detector's checkpoint again, its fc6 and fc7 truncated to a rank.
+
+    Returns:
+        A line that says what it has become.
+
+    Raises:
+        ValueError: a rank below 1, another checkpoint, or one without such layers.
+    """
+    if rank < 1:
+        raise ValueError(f"--compress-fc must be at least 1, got {rank}")
+    content = load_checkpoint(checkpoint, stage="multipathnet")
+    if content.get("compressed_fc"):
+        raise ValueError(f"{checkpoint} is compressed already; take the one it was made from")
+    detector, _ = load_detector(checkpoint, torch.device("cpu"))
+    before = sum(p.numel() for p in detector.model.parameters())
+    compress_towers(detector.model, rank)
+    after = sum(p.numel() for p in detector.model.parameters())
+    kept = {name: content[name] for name in ("format", "stage", "config", "categories")}
+    path = output / f"rank{rank}.pt"
+    save_checkpoint(path, kept | {"model": detector.model.state_dict(), "compressed_fc": rank})
+    return f"{path}: {before / 1e6:.2f} M parameters before, {after / 1e6:.2f} M after"
 
 
 def file_sha256(path: str | Path) -> str:

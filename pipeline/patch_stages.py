@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError
 from datasets.patch_sampler import MASK, SCORE, PatchSampler, SamplingRules
 from datasets.patches import BatchKeys, PatchDataset, batch_keys, patch_loader
 from models.deepmask import DeepMask
 from models.losses import mask_loss, score_loss
 from pipeline import distributed
+from pipeline.batches import device_batches
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import (
     DEEPMASK_SIZES,
@@ -34,7 +34,7 @@ class PatchStage:
 
     name: str
     best_metric = "iou_above_0.7"
-
+    phase_starts, facts = (), {}
     model: nn.Module
 
     def __init__(self, config: Config, *, target_size: int):
@@ -66,6 +66,9 @@ class PatchStage:
         self.train_data = patches("train", config.seed)
         self.val_data = patches("val", VALIDATION_SEED)
         self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_share)
+
+    def start_phase(self, step: int) -> None:
+        """There is one phase only."""
 
     def train_mode(self) -> None:
         """Dropout on (batch norm is frozen by construction)."""
@@ -249,17 +252,8 @@ def patch_batches(
     Raises:
         ImageError: too many images in a row cannot be read.
     """
-    cuda = device.type == "cuda"
-    try:
-        for batch in patch_loader(data, keys, workers=workers, pin_memory=cuda):
-            for name, value in batch.items():
-                if isinstance(value, Tensor):
-                    batch[name] = value.to(device, non_blocking=cuda)
-            batch["patches"] = batch["patches"].contiguous(memory_format=torch.channels_last)
-            yield batch
-    except ImageError as error:
-        # From a worker process it comes with that process's traceback before it.
-        raise ImageError(str(error).rpartition(f"{ImageError.__name__}: ")[2]) from None
+    loader = patch_loader(data, keys, workers=workers, pin_memory=device.type == "cuda")
+    return device_batches(loader, device, pixels="patches")
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path, write_json
+from datasets.proposal_boxes import ProposalBoxes
 
 SCHEMA = pa.schema(
     [
@@ -107,16 +108,26 @@ class ProposalStore:
         Raises:
             ValueError: the directory's settings file is not of a store.
         """
+        if not (self.directory / SETTINGS).exists():
+            return []
+        found = self.settings()
+        return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
+
+    def settings(self) -> dict:
+        """What the store was made with; empty if that is not known.
+
+        Raises:
+            ValueError: the directory's settings file is not of a store.
+        """
         path = self.directory / SETTINGS
         if not path.exists():
-            return []
+            return {}
         try:
-            found = dict(json.loads(path.read_text()))
+            return dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(
                 f"{path} is not of a proposal store; choose another --output"
             ) from None
-        return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
 
     def shards(self) -> list[Path]:
         """The shards, by name."""
@@ -156,11 +167,29 @@ class ProposalStore:
 
     def __iter__(self) -> Iterator[Proposals]:
         """The proposals image by image; images without a proposal are left out."""
-        for table in self.read():
-            ids = table["image_id"].to_numpy()
-            bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
-            for start, stop in pairwise(bounds if len(ids) else []):
-                yield _from_table(table.slice(start, stop - start))
+        for shard in self.shards():
+            yield from self.read_shard(shard)
+
+    def read_shard(self, shard: Path) -> Iterator[Proposals]:
+        """The proposals of one shard, image by image."""
+        table = pq.read_table(shard, columns=SCHEMA.names)
+        ids = table["image_id"].to_numpy()
+        bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+        for start, stop in pairwise(bounds if len(ids) else []):
+            yield _from_table(table.slice(start, stop - start))
+
+    def boxes(self) -> ProposalBoxes:
+        """Boxes and scores of all images, without reading a mask.
+
+        Raises:
+            ValueError: the store holds no proposal.
+        """
+        tables = list(self.read(("image_id", "score", "box")))
+        rows = pa.concat_tables(tables) if tables else []
+        if len(rows) == 0:
+            raise ValueError(f"{self.directory} holds no proposals")
+        boxes = rows["box"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+        return ProposalBoxes.from_rows(rows["image_id"].to_numpy(), boxes, rows["score"].to_numpy())
 
     def write_results(self) -> tuple[Path, int]:
         """Writes proposals.json (COCO results) and images.json (a COCO file that lists the images).

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.files import write_atomically, write_json
+from datasets.files import write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.image_files import ImageFile, common_folder, find_images, read_ahead
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import Proposer
-from pipeline.visualize import draw_proposals
+from pipeline.visualize import draw_proposals, save_jpeg
 
 MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
 # PyTorch on a CPU and OpenCV have no exception of their own for it.
@@ -151,13 +151,7 @@ def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, c
         ]
         with suppress(ImageError):  # the file has gone since its proposals were made
             picture = draw_proposals(read_image(paths[proposals.file_name]), proposals, count)
-            _save_jpeg(picture, directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg"))
-
-
-def _save_jpeg(picture: np.ndarray, path: Path) -> None:
-    ok, data = cv2.imencode(".jpg", picture[..., ::-1])
-    assert ok
-    write_atomically(path, data.tobytes())
+            save_jpeg(picture, directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg"))
 
 
 def _finish(store: ProposalStore, summary: Summary, output: Path) -> None:

@@ -28,8 +28,12 @@ def prepare_data(config: Config) -> None:
     distributed.barrier()
 
 
-def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
-    """Annotations and image folder of "train" or "val"; says what they hold."""
+def split_files(config: Config, split: str) -> tuple[Path, Path]:
+    """Annotations and image folder of "train" or "val".
+
+    Raises:
+        ValueError or FileNotFoundError: they are not named, or not there.
+    """
     paths: SplitConfig = getattr(config.data, split)
     if not paths.annotations or not paths.images:
         raise ValueError(
@@ -40,6 +44,12 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     images = find_path(paths.images, key=f"data.{split}.images")
     if not images.is_dir():
         raise ValueError(f"data.{split}.images: {images} is not a folder")
+    return annotations, images
+
+
+def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
+    """Annotations and image folder of "train" or "val"; says what they hold."""
+    annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     if distributed.is_main():
         print(f"{split}: {coco.summary()}", flush=True)

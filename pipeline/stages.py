@@ -1,39 +1,51 @@
-"""The stages by name, each on what the stages before it have left in the run directory."""
+"""The stages by name, each on what the stages before it have left beside its run directory."""
 
 from pathlib import Path
 
+import torch
+
+from datasets.proposal_boxes import ProposalBoxes
 from pipeline.checkpoint import BEST, LAST
 from pipeline.config import Config, find_path
-from pipeline.patch_stages import DeepMaskStage, PatchStage, SharpMaskStage
+from pipeline.engine import Stage
+from pipeline.load import load_proposer
+from pipeline.patch_stages import DeepMaskStage, SharpMaskStage
+from pipeline.proposals import ProposalStore
+from pipeline.propose_run import propose_images
+from pipeline.roi_stage import MultiPathNetStage
+from pipeline.splits import prepare_data, split_files
 
-STAGES = (DeepMaskStage.name, SharpMaskStage.name)  # in the order of the pipeline
+# In the order of the pipeline.
+STAGES = (DeepMaskStage.name, SharpMaskStage.name, MultiPathNetStage.name)
 
 
-def build_stage(name: str, config: Config, output: Path) -> PatchStage:
+def build_stage(name: str, config: Config, output: Path, device: torch.device) -> Stage:
     """A stage by its name, on what the stages before it have left beside `output`.
+
+    Args:
+        output: the stage's run directory.
 
     Raises:
         ValueError or FileNotFoundError: what it needs is not there or does not fit.
     """
+    begun = (output / "checkpoints" / LAST).exists()
     if name == DeepMaskStage.name:
         return DeepMaskStage(config)
-    return SharpMaskStage(config, find_initial_deepmask(config, output))
+    if name == SharpMaskStage.name:  # its own checkpoint holds the DeepMask, too
+        return SharpMaskStage(config, None if begun else find_deepmask(config, output))
+    proposals = {split: find_proposals(config, split, output, device) for split in ("train", "val")}
+    trunk = None
+    if config.multipathnet.trunk.weights == "deepmask" and not begun:
+        trunk = find_proposer(config, output)
+    return MultiPathNetStage(config, proposals, trunk_checkpoint=trunk)
 
 
-def find_initial_deepmask(config: Config, output: Path) -> Path | None:
+def find_deepmask(config: Config, output: Path) -> Path:
     """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it.
-
-    Args:
-        output: the run directory.
-
-    Returns:
-        A checkpoint; None when the run has begun: then its own checkpoint holds the DeepMask.
 
     Raises:
         FileNotFoundError: there is none; says how to get one.
     """
-    if (output / "checkpoints" / LAST).exists():
-        return None
     if config.init.deepmask:
         return find_path(config.init.deepmask, key="init.deepmask")
     beside = output.parent / "deepmask"
@@ -44,3 +56,44 @@ def find_initial_deepmask(config: Config, output: Path) -> Path | None:
             f"--stage deepmask --output {beside}"
         )
     return beside / "checkpoints" / BEST
+
+
+def find_proposer(config: Config, output: Path) -> Path:
+    """The network that proposes for a detector: `init.proposer`, or of the runs beside it.
+
+    Raises:
+        FileNotFoundError: there is none; says how to get one.
+    """
+    if config.init.proposer:
+        return find_path(config.init.proposer, key="init.proposer")
+    for name in (SharpMaskStage.name, DeepMaskStage.name):
+        path = output.parent / name / "checkpoints" / BEST
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no proposals and no network to make them: {output.parent} holds no sharpmask or deepmask "
+        "run; name proposal stores by --set init.train_proposals=DIR init.val_proposals=DIR, or a "
+        "checkpoint by --set init.proposer=CHECKPOINT"
+    )
+
+
+def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalBoxes:
+    """The boxes of a split's proposals: of `init.{split}_proposals`, or made in the run directory.
+
+    Raises:
+        ValueError: a store that is none or empty.
+        FileNotFoundError: see `find_proposer`.
+    """
+    key = f"{split}_proposals"
+    if given := getattr(config.init, key):
+        return ProposalStore(find_path(given, key=f"init.{key}")).boxes()
+    prepare_data(config)
+    annotations, images = split_files(config, split)
+    proposer, settings = load_proposer(
+        find_proposer(config, output),
+        device,
+        num_proposals=config.multipathnet.sampling.max_proposals,
+    )
+    store = output / "proposals" / split
+    propose_images(proposer, images, store, settings=settings, annotations=annotations)
+    return ProposalStore(store).boxes()

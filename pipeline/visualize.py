@@ -1,15 +1,19 @@
-"""Pictures of proposals: outlines and tints on the image."""
+"""Pictures of proposals and detections: outlines and tints on the image."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
+from pipeline.detections import Detections
+from pipeline.mask_nms import suppress_duplicates
 from pipeline.proposals import Proposals
 
 LABEL_SIZE, LABEL_SCALE = (40, 17), 0.5  # px that a score takes; of the font
+DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
 # Distinct hues, by steps of the golden ratio around the colour circle.
 PALETTE = cv2.cvtColor(
     np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8),
@@ -18,17 +22,36 @@ PALETTE = cv2.cvtColor(
 
 
 def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.ndarray:
-    """The best `count` proposals drawn on a copy of the image: (H, W, 3) uint8.
+    """The best `count` proposals that do not repeat each other: (H, W, 3) uint8.
 
-    The best is on top, and the scores are on top of all.
+    Drawn on a copy of the image, the best on top, and the scores on top of all.
     """
-    picture, shown = image.copy(), range(min(count, len(proposals)))
+    distinct = suppress_duplicates(proposals, DUPLICATE_IOU)
+    return _draw_masks(image, distinct, [f"{score:.2f}" for score in distinct.scores[:count]])
+
+
+def draw_detections(
+    image: np.ndarray, detections: Detections, names: dict[int, str], count: int
+) -> np.ndarray:
+    """The best `count` detections with names and scores on a copy of the image: (H, W, 3) uint8.
+
+    Args:
+        names: of the categories, by id.
+    """
+    texts = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(detections.labels[:count].tolist(), detections.scores, strict=False)
+    ]
+    return _draw_masks(image, detections, texts)
+
+
+def _draw_masks(image: np.ndarray, found: Proposals | Detections, texts: list[str]) -> np.ndarray:
+    """The first masks, as many as there are texts."""
+    picture, shown = image.copy(), range(min(len(texts), len(found)))
     for n in reversed(shown):
-        draw_mask(picture, coco_mask.decode(proposals.rle(n)), colour(n))
-    corners = proposals.boxes[:, :2].tolist()
-    put_labels(
-        picture, [Label(f"{proposals.scores[n]:.2f}", tuple(corners[n]), colour(n)) for n in shown]
-    )
+        draw_mask(picture, coco_mask.decode(found.rle(n)), colour(n))
+    corners = found.boxes[:, :2].tolist()
+    put_labels(picture, [Label(texts[n], tuple(corners[n]), colour(n)) for n in shown])
     return picture
 
 
@@ -108,8 +131,15 @@ def contact_sheet(tiles: list[np.ndarray], columns: int, gap: int = 4) -> np.nda
     return sheet
 
 
-def save_png(picture: np.ndarray, path) -> None:
+def save_png(picture: np.ndarray, path: Path) -> None:
     """Writes (H, W, 3) uint8 RGB as PNG."""
     ok, data = cv2.imencode(".png", picture[..., ::-1])
+    assert ok
+    write_atomically(path, data.tobytes())
+
+
+def save_jpeg(picture: np.ndarray, path: Path) -> None:
+    """Writes (H, W, 3) uint8 RGB as JPEG."""
+    ok, data = cv2.imencode(".jpg", picture[..., ::-1])
     assert ok
     write_atomically(path, data.tobytes())

@@ -14,6 +14,7 @@ from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.engine import fit
 from pipeline.patch_stages import DeepMaskStage, SharpMaskStage
+from pipeline.stages import build_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
@@ -61,7 +62,22 @@ def tiny_recipe(shapes_directory) -> dict:
             "km": 16,
             "ks": 16,
             "optim": {
+                "lr": 1.0e-5,  # more would switch every mask off: two steps teach nothing else
                 "batch_size": 8,
+                "batches_per_epoch": 2,
+                "epochs": 1,
+                "validation_batches": 2,
+                "log_every": 1,
+            },
+        },
+        "multipathnet": {
+            "trunk": {"name": "tiny", "weights": None, "frozen_levels": 1},
+            "width": 8,
+            "pooled_size": 3,
+            "features": 16,
+            "sampling": {"short_side": 160, "long_side": 224, "rois_per_image": 16},
+            "optim": {
+                "batch_size": 2,
                 "batches_per_epoch": 2,
                 "epochs": 1,
                 "validation_batches": 2,
@@ -101,6 +117,15 @@ def tiny_sharpmask(tiny_config, tiny_checkpoint, tmp_path_factory) -> Path:
     config = load_config(tiny_config)
     output = tmp_path_factory.mktemp("run") / "sharpmask"
     return fit(SharpMaskStage(config, tiny_checkpoint), config, output, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(tiny_config, tiny_sharpmask, tmp_path_factory) -> Path:
+    """The checkpoint of a MultiPathNet, in a run directory with its proposals; as above."""
+    output = tmp_path_factory.mktemp("run") / "multipathnet"
+    config = load_config(tiny_config, [f"init.proposer={tiny_sharpmask}"])
+    device = torch.device("cpu")
+    return fit(build_stage("multipathnet", config, output, device), config, output, device=device)
 
 
 @pytest.fixture

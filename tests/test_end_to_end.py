@@ -45,12 +45,16 @@ def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
     assert summary["sharpmask"].keys() == deepmask.keys()
     assert summary["sharpmask"]["patches"].keys() == deepmask["patches"].keys()
     assert summary["seconds"]["deepmask"] > 0 and summary["seconds"]["sharpmask"] > 0
+    detections = summary["multipathnet"]["detections"]
+    for kind in ("box", "mask"):
+        assert {"AP", "AP50", "AP75", "APs", "AR@100"} <= set(detections[kind])
     assert "<html" in (output / "report.html").read_text()
     stores = sorted(p.name for p in (output / "deepmask" / "proposals").glob("*.parquet"))
 
     assert call_tool(*arguments) == 0  # nothing is left to do
     again = json.loads((output / "summary.json").read_text())
     assert again["deepmask"] == deepmask and again["sharpmask"] == summary["sharpmask"]
+    assert again["multipathnet"] == summary["multipathnet"]
     assert sorted(p.name for p in (output / "deepmask" / "proposals").glob("*.parquet")) == stores
 
     more = [

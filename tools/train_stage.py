@@ -43,7 +43,7 @@ def main() -> None:
 
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device:
-        stage = build_stage(args.stage, config, args.output)
+        stage = build_stage(args.stage, config, args.output, device)
         best = fit(stage, config, args.output, device=device, resume=args.resume)
         if distributed.is_main():
             print(f"best checkpoint: {best}")

@@ -2,12 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.dropout import KeyedDropout, keyed_uniform
-from models.losses import mask_loss, score_loss, soft_margin
+from models.losses import box_loss, integral_loss, mask_loss, score_loss, soft_margin
 
 
 def test_soft_margin_is_its_formula_and_survives_large_logits():
@@ -45,6 +46,127 @@ def test_losses_of_halves_average_to_the_loss_of_the_whole():
         score_loss(scores, labels),
         (score_loss(scores[:4], labels[:4]) + score_loss(scores[4:], labels[4:])) / 2,
     )
+
+
+@st.composite
+def integral_labels(draw) -> torch.Tensor:
+    """(K, R) of 2 classes: any number of thresholds and RoIs, some of them no sample."""
+    num_thresholds, num_rois = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    label = st.lists(st.integers(-1, 2), min_size=num_rois, max_size=num_rois)
+    return torch.tensor(draw(st.lists(label, min_size=num_thresholds, max_size=num_thresholds)))
+
+
+def slow_cross_entropy(logits: list[float], label: int) -> float:
+    return math.log(sum(math.exp(z) for z in logits)) - logits[label]
+
+
+def slow_integral_loss(class_logits: torch.Tensor, labels: torch.Tensor) -> float:
+    means = []
+    for k, row in enumerate(labels.tolist()):
+        losses = [
+            slow_cross_entropy(class_logits[r, k].tolist(), label)
+            for r, label in enumerate(row)
+            if label >= 0
+        ]
+        if losses:
+            means.append(sum(losses) / len(losses))
+    return sum(means) / len(means) if means else 0.0
+
+
+@given(integral_labels(), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_integral_loss_is_the_mean_over_thresholds_of_the_mean_over_samples(labels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(labels.shape[1], labels.shape[0], 3, generator=generator)
+    logits.requires_grad_()
+    loss = integral_loss(logits, labels)
+    assert math.isclose(loss.item(), slow_integral_loss(logits, labels), rel_tol=1e-4, abs_tol=1e-5)
+    loss.backward()
+    # What is no sample does not teach; what is one does.
+    assert torch.equal(logits.grad.abs().sum(-1).T > 0, labels >= 0)
+
+
+def test_integral_loss_by_hand():
+    """Two thresholds, logits that give the labels the probabilities 1/2, 1/4 and 1/8."""
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.75, 0.25]], [[0.875, 0.125], [0.1, 0.9]]]))
+    labels = torch.tensor([[0, 1], [1, -1]])
+    expected = ((math.log(2) + math.log(8)) / 2 + math.log(4)) / 2
+    assert math.isclose(integral_loss(logits, labels).item(), expected, rel_tol=1e-5)
+    one = integral_loss(logits[:, :1], labels[:1])  # K = 1 is the softmax loss
+    assert math.isclose(one.item(), (math.log(2) + math.log(8)) / 2, rel_tol=1e-5)
+
+
+def test_drawing_one_threshold_estimates_the_integral_loss_without_bias():
+    """The mean over the K draws is the loss over all, and so is the gradient's."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, 6, 4, requires_grad=True)
+    labels = torch.randint(-1, 4, (6, 7))
+    labels[:, 0] = 0  # every threshold has a sample, but not all the same number
+    assert len(set((labels >= 0).sum(1).tolist())) > 1
+    (gradient,) = torch.autograd.grad(integral_loss(logits, labels), logits)
+    losses, gradients = [], []
+    for k in range(6):
+        drawn = torch.full_like(labels, -1)
+        drawn[k] = labels[k]
+        loss = integral_loss(logits, drawn)
+        assert math.isclose(loss.item(), slow_integral_loss(logits, drawn), rel_tol=1e-5)
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    torch.testing.assert_close(torch.stack(losses).mean(), integral_loss(logits, labels))
+    torch.testing.assert_close(torch.stack(gradients).mean(0), gradient)
+
+
+def slow_box_loss(deltas: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> float:
+    total, samples = 0.0, 0
+    for r in range(len(deltas)):
+        column = labels[:, r].tolist()
+        samples += any(label >= 0 for label in column)
+        classes = {label for label in column if label > 0}  # one at most: of the nearest object
+        for c in classes:
+            for i in range(4):
+                error = abs(deltas[r, c, i].item() - targets[r, i].item())
+                total += 0.5 * error**2 if error < 1 else error - 0.5
+    return total / samples if samples else 0.0
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_box_loss_is_its_sum_over_foreground_by_the_number_of_samples(thresholds, rois, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    # Each RoI has one object; a threshold takes it for that class, for background or not at all.
+    labels = draw(1, 4, rois) * draw(0, 2, thresholds, rois)
+    labels[draw(0, 3, thresholds, rois) == 0] = -1
+    deltas = 2 * torch.randn(rois, 4, 4, generator=generator)
+    targets = torch.randn(rois, 4, generator=generator)
+    deltas.requires_grad_()
+    loss = box_loss(deltas, targets, labels)
+    assert math.isclose(
+        loss.item(), slow_box_loss(deltas, targets, labels), rel_tol=1e-4, abs_tol=1e-6
+    )
+    loss.backward()
+    taught = torch.zeros(rois, 4, dtype=torch.bool)  # the labelled class of foreground
+    for r in range(rois):
+        taught[r, labels[:, r].clamp(min=0)] = True
+    taught[:, 0] = False
+    assert torch.equal(deltas.grad.abs().sum(-1) > 0, taught)
+
+
+@pytest.mark.parametrize("label", [0, -1])
+def test_without_foreground_or_samples_the_losses_stay_finite(label):
+    labels = torch.full((2, 3), label)
+    deltas = torch.randn(3, 4, 4, requires_grad=True)
+    loss = box_loss(deltas, torch.randn(3, 4), labels)
+    loss.backward()
+    assert loss.item() == 0 and not deltas.grad.any()
+    logits = torch.randn(3, 2, 4, requires_grad=True)
+    loss = integral_loss(logits, labels)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+    assert (loss.item() == 0) == (label == -1)
 
 
 def test_dropout_belongs_to_the_sample():

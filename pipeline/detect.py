@@ -1,0 +1,150 @@
+"""Detection in an image: from proposals to boxes and masks with categories (BMVC 2016, section 4).
+
+image -> trunk once (per scale and flip) -> RoIs in chunks -> mean of the softmaxes -> boxes decoded
+and clipped -> per-class NMS, box voting -> each detection with its proposal's mask.
+
+Letters: R RoIs, C classes without background, N detections.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+
+from datasets.rois import resize_image
+from datasets.transforms import normalise
+from models.multipathnet import MultiPathNet
+from pipeline.box_selection import select_boxes
+from pipeline.config import DetectConfig
+from pipeline.detections import Detections
+from pipeline.proposals import Proposals
+
+
+@dataclass
+class View:
+    """One version of an image that the network has seen.
+
+    Attributes:
+        layers: the trunk's features by stride.
+        factors: (4,) from the original's pixels to this version's, xyxy.
+        width: of this version, in pixels. flip: mirrored left-right.
+    """
+
+    layers: dict[int, Tensor]
+    factors: Tensor
+    width: int
+    flip: bool
+
+
+class Detector:
+    """Detects objects in whole images, given their proposals."""
+
+    def __init__(
+        self,
+        model: MultiPathNet,
+        categories: list[dict],
+        *,
+        device: torch.device,
+        short_sides: list[int],
+        long_side: int,
+        options: DetectConfig,
+    ):
+        """
+        Args:
+            categories: {"id", "name"} of each class, in the order of the network's.
+            short_sides: of the resized image in pixels, one for each scale.
+            long_side: at most, at the first scale; in proportion at the others.
+        """
+        self.model = model.eval().to(device, memory_format=torch.channels_last)
+        self.categories, self.device, self.options = categories, device, options
+        self.category_ids = np.array([category["id"] for category in categories], np.int64)
+        self.short_sides, self.long_side = short_sides, long_side
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
+        """The detections of an image, at most `max_detections`.
+
+        Args:
+            image: (H, W, 3) uint8 RGB. proposals: of this image; the best `num_proposals` are used.
+        """
+        count = min(len(proposals), self.options.num_proposals)
+        boxes = torch.tensor(proposals.boxes[:count], device=self.device)
+        size = image.shape[:2]
+        views = self._views(image) if count else []
+        source = torch.arange(count, device=self.device)  # the proposal that a RoI came from
+        scores, labels, found = self._empty()
+        rows = source[:0]
+        for _ in range(1 + self.options.localisations if count else 0):
+            probabilities, decoded = self._classify(views, boxes)
+            scores, labels, found, kept = select_boxes(
+                probabilities,
+                clip_boxes_to_image(decoded, size),
+                score_threshold=self.options.score_threshold,
+                nms_iou=self.options.nms,
+                max_detections=self.options.max_detections,
+                vote_iou=self.options.vote,
+            )
+            rows = source[kept]
+            if len(kept) == 0:
+                break
+            boxes, source = found, rows
+        return Detections(
+            proposals.image_id,
+            proposals.file_name,
+            *size,
+            scores=scores.cpu().numpy(),
+            boxes=found.cpu().numpy(),
+            labels=self.category_ids[labels.cpu().numpy()],
+            counts=[proposals.counts[row] for row in rows.tolist()],
+        )
+
+    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        zero = torch.zeros(0, device=self.device)
+        return zero, zero.long(), zero.view(0, 4)
+
+    def _views(self, image: np.ndarray) -> list[View]:
+        views = []
+        for side in self.short_sides:
+            limit = round(self.long_side * side / self.short_sides[0])
+            scaled = resize_image(image, short_side=side, long_side=limit)
+            for flip in (False, True) if self.options.flip else (False,):
+                pixels = cv2.flip(scaled, 1) if flip else scaled
+                views.append(self._view(pixels, image.shape[:2], flip))
+        return views
+
+    def _view(self, pixels: np.ndarray, size: tuple[int, int], flip: bool) -> View:
+        planes = torch.from_numpy(normalise(pixels.astype(np.float32) / 255))[None].to(self.device)
+        layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
+        y, x = (new / old for new, old in zip(pixels.shape[:2], size, strict=True))
+        factors = torch.tensor([x, y, x, y], device=self.device)
+        return View(layers, factors, pixels.shape[1], flip)
+
+    def _classify(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks."""
+        parts = [self._classify_chunk(views, part) for part in boxes.split(self.options.chunk)]
+        return torch.cat([p for p, _ in parts]), torch.cat([b for _, b in parts])
+
+    def _classify_chunk(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        seen = [self._classify_in(view, boxes) for view in views]
+        return (
+            torch.stack([probabilities for probabilities, _ in seen]).mean(0),
+            torch.stack([decoded for _, decoded in seen]).mean(0),
+        )
+
+    def _classify_in(self, view: View, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        rois = mirrored(boxes * view.factors, view)
+        batch = torch.cat([rois.new_zeros(len(rois), 1), rois], dim=1)
+        outputs = self.model.classify_rois(view.layers, batch)
+        probabilities, decoded = self.model.decode(outputs, rois)
+        return probabilities, mirrored(decoded, view) / view.factors
+
+
+def mirrored(boxes: Tensor, view: View) -> Tensor:
+    """Boxes (..., 4) of a view in the frame of the unmirrored one, or back."""
+    if not view.flip:
+        return boxes
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([view.width - x1, y0, view.width - x0, y1], dim=-1)

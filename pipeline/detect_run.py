@@ -1,0 +1,119 @@
+"""Detections for many images, from a proposal store or from the images alone."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.files import write_json
+from datasets.images import ImageError
+from pipeline import distributed
+from pipeline.detect import Detector
+from pipeline.detections import Detections, write_detections
+from pipeline.image_files import ImageFile, read_ahead
+from pipeline.proposals import ProposalStore
+from pipeline.visualize import draw_detections, save_jpeg
+
+RESULTS = "detections.json"
+
+
+@dataclass
+class Summary:
+    """Images detected in, detections written, messages on images left out."""
+
+    images: int = 0
+    detections: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
+def image_folder(store: ProposalStore, given: Path | None) -> Path:
+    """The folder that a store's file names are relative to: as given, or as the store knows it.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if given is not None:
+        return given if given.is_dir() else given.parent
+    folder = store.settings().get("image_folder")
+    if folder is None:
+        raise ValueError(f"{store.directory} does not say where its images are; give --images")
+    return Path(folder)
+
+
+def detect_images(
+    detector: Detector, store: ProposalStore, images: Path, output: Path, *, draw: int = 0
+) -> Summary:
+    """Writes `output/detections.json` for the images of a proposal store.
+
+    The processes share the shards.
+
+    Args:
+        images: the folder that the store's file names are relative to.
+        draw: number of detections to draw on each image, into `output/drawn`.
+
+    Raises:
+        ValueError: an empty store, or none of its images is in the folder.
+    """
+    if draw < 0:
+        raise ValueError(f"--draw must be at least 0, got {draw}")
+    names = list(store.images())
+    if not names:
+        raise ValueError(f"{store.directory} is no proposal store: it covers no image")
+    if not any((images / name).is_file() for name in names):
+        raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
+    summary = Summary()
+    detections = _detections(detector, store, images, summary, output / "drawn", draw)
+    if distributed.share()[1] > 1:
+        detections = itertools.chain.from_iterable(distributed.gather(list(detections)))
+    if distributed.is_main():
+        summary.detections = write_detections(output / RESULTS, detections)
+    summary.images = sum(distributed.gather(summary.images))
+    summary.broken = list(itertools.chain.from_iterable(distributed.gather(summary.broken)))
+    if distributed.is_main():
+        _finish(summary, output)
+    return summary
+
+
+def _finish(summary: Summary, output: Path) -> None:
+    write_json(output / "broken.json", summary.broken)
+    print(
+        f"{summary.images} images, {summary.detections:,} detections, {len(summary.broken)} files "
+        f"could not be read; results in {output / RESULTS}"
+    )
+    for message in summary.broken:
+        print(f"  not read: {message}")
+
+
+def _detections(
+    detector: Detector,
+    store: ProposalStore,
+    images: Path,
+    summary: Summary,
+    drawn: Path,
+    draw: int,
+) -> Iterator[Detections]:
+    """This process's images, in the order of the store."""
+    index, count = distributed.share()
+    names = {category["id"]: category["name"] for category in detector.categories}
+    shards = store.shards()[index::count]
+    for shard in tqdm(shards, unit="shard", disable=None if distributed.is_main() else True):
+        proposals = {p.file_name: p for p in store.read_shard(shard)}
+        files = [ImageFile(p.image_id, name, images / name) for name, p in proposals.items()]
+        for file, image in read_ahead(files):
+            own = proposals[file.file_name]
+            if isinstance(image, ImageError):
+                summary.broken.append(str(image))
+            elif image.shape[:2] != (own.height, own.width):
+                summary.broken.append(
+                    f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are "
+                    f"of {own.width}x{own.height}"
+                )
+            else:
+                summary.images += 1
+                found = detector(image, own)
+                if draw:
+                    picture = draw_detections(image, found, names, draw)
+                    save_jpeg(picture, drawn / f"{file.file_name}.jpg")
+                yield found

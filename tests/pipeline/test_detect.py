@@ -1,0 +1,194 @@
+"""Detection in images: perfect networks score 1, chunks and views agree, masks stay with boxes."""
+
+import json
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from torch import nn
+
+from datasets.coco import CocoInstances
+from datasets.images import read_image
+from models.multipathnet import MultiPathNet
+from pipeline.coco_eval import load_ground_truth
+from pipeline.config import DetectConfig
+from pipeline.detect import Detector
+from pipeline.detection_eval import evaluate_detections
+from pipeline.load import compress_checkpoint, load_detector
+from pipeline.proposals import Proposals
+
+CPU = torch.device("cpu")
+
+
+def truth_as_proposals(coco: CocoInstances, image: int) -> Proposals:
+    rows = [
+        row
+        for row in range(coco.image_starts[image], coco.image_starts[image + 1])
+        if not coco.is_crowd[row]
+    ]
+    return Proposals(
+        int(coco.image_ids[image]),
+        coco.file_name(image),
+        *coco.image_sizes[image].tolist(),
+        scores=np.linspace(1, 0.5, len(rows), dtype=np.float32),
+        boxes=coco.boxes[rows],
+        counts=[coco.rle(row)["counts"] for row in rows],
+    )
+
+
+class PerfectClasses(nn.Module):
+    """Knows the class of every ground-truth box, and that its place is right already."""
+
+    def __init__(self, coco: CocoInstances):
+        super().__init__()
+        self.coco, self.rows = coco, np.zeros(0, int)
+
+    def layers(self, _):
+        return {}
+
+    def classify_rois(self, _, rois):
+        classes = torch.from_numpy(self.coco.category_index[self.rows]).long() + 1
+        logits = torch.zeros(len(rois), 1, len(self.coco.category_ids) + 1)
+        logits[torch.arange(len(rois)), 0, classes] = 50
+        return {"class_logits": logits, "deltas": torch.zeros(*logits.shape[::2], 4)}
+
+    delta_mean, delta_std = torch.zeros(4), torch.ones(4)
+    decode = MultiPathNet.decode
+
+
+def test_perfect_proposals_and_classes_score_1(shapes_directory):
+    path = shapes_directory / "annotations" / "instances_val.json"
+    coco = CocoInstances.load(path)
+    model = PerfectClasses(coco)
+    categories = [{"id": int(i), "name": ""} for i in coco.category_ids]
+    detector = Detector(
+        model,
+        categories,
+        device=CPU,
+        short_sides=[160],
+        long_side=224,
+        options=DetectConfig(chunk=1000),
+    )
+    results = []
+    for image in range(len(coco)):
+        rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
+        model.rows = rows[~coco.is_crowd[rows]]
+        pixels = read_image(shapes_directory / "images" / "val" / coco.file_name(image))
+        results += detector(pixels, truth_as_proposals(coco, image)).results()
+    metrics = evaluate_detections(load_ground_truth(path), results).metrics()
+    assert metrics["mask"]["AP"] == pytest.approx(1)
+    assert metrics["box"]["AP"] == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def scene(shapes_directory):
+    """An image with objects, and proposals for it: the objects."""
+    coco = CocoInstances.load(shapes_directory / "annotations" / "instances_val.json")
+    image = int(np.argmax(np.diff(coco.image_starts)))
+    pixels = read_image(shapes_directory / "images" / "val" / coco.file_name(image))
+    return pixels, truth_as_proposals(coco, image)
+
+
+def assert_same(one, other, tolerance: float = 1e-3) -> None:
+    assert len(one) == len(other) > 0
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+    np.testing.assert_allclose(one.boxes, other.boxes, atol=tolerance)
+    assert one.counts == other.counts and (one.labels == other.labels).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_of_any_size_give_the_same_detections(tiny_detector, scene, chunk):
+    whole = load_detector(tiny_detector, CPU, overrides={"chunk": 1000})[0](*scene)
+    parts = load_detector(tiny_detector, CPU, overrides={"chunk": chunk})[0](*scene)
+    assert_same(whole, parts)
+
+
+def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
+    """Mirrored image and mirrored proposals: the mean over both views mirrors, too."""
+    image, proposals = scene
+    detector = load_detector(tiny_detector, CPU, overrides={"flip": True, "score_threshold": 0.0})[
+        0
+    ]
+    width = image.shape[1]
+    mirrored = Proposals(
+        1, "m", *image.shape[:2], proposals.scores, proposals.boxes.copy(), proposals.counts
+    )
+    mirrored.boxes[:, [0, 2]] = width - mirrored.boxes[:, [2, 0]]
+    there, back = detector(image, proposals), detector(image[:, ::-1].copy(), mirrored)
+    order = [np.lexsort((d.boxes[:, 1], d.labels, -d.scores.round(4))) for d in (there, back)]
+    boxes = back.boxes[order[1]]
+    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    np.testing.assert_allclose(np.sort(there.scores), np.sort(back.scores), atol=1e-4)
+    np.testing.assert_allclose(
+        np.sort(there.boxes[order[0]].sum(1)), np.sort(boxes.sum(1)), atol=0.5
+    )
+
+
+def test_every_detection_has_the_mask_of_its_proposal(tiny_detector, scene):
+    image, proposals = scene
+    found = load_detector(tiny_detector, CPU)[0](image, proposals)
+    assert set(found.counts) <= set(proposals.counts) and len(found)
+    again = load_detector(tiny_detector, CPU, overrides={"localisations": 2})[0](image, proposals)
+    assert set(again.counts) <= set(proposals.counts) and len(again)
+    assert coco_mask.decode(again.rle(0)).shape == image.shape[:2]
+
+
+def test_boxes_lie_in_the_image_and_at_most_100(tiny_detector, scene):
+    image, proposals = scene
+    found = load_detector(tiny_detector, CPU, overrides={"vote": 0.5})[0](image, proposals)
+    assert len(found) <= 100 and (np.diff(found.scores) <= 0).all()
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= [*image.shape[1::-1], *image.shape[1::-1]]).all()
+
+
+def test_an_image_without_proposals_has_no_detections(tiny_detector, scene):
+    image, proposals = scene
+    none = Proposals(1, "x", *image.shape[:2], proposals.scores[:0], proposals.boxes[:0], [])
+    assert len(load_detector(tiny_detector, CPU)[0](image, none)) == 0
+
+
+def test_full_rank_compression_changes_nothing_and_low_rank_is_smaller(
+    tiny_detector, scene, tmp_path
+):
+    whole = load_detector(tiny_detector, CPU)[0](*scene)
+    compress_checkpoint(tiny_detector, 7, tmp_path)
+    small, _ = load_detector(tmp_path / "rank7.pt", CPU)
+    sizes = [
+        sum(p.numel() for p in d.model.parameters())
+        for d in (small, load_detector(tiny_detector, CPU)[0])
+    ]
+    assert sizes[0] < sizes[1]
+    found = small(*scene)
+    assert len(found) and set(found.counts) <= set(whole.counts)
+
+
+def test_tool_goes_from_images_to_scored_detections(
+    tiny_detector, tiny_sharpmask, shapes_directory, tmp_path, call_tool
+):
+    annotations = shapes_directory / "annotations" / "instances_val.json"
+    common = ("--images", shapes_directory / "images" / "val", "--device", "cpu")
+    both = ("--proposal-checkpoint", tiny_sharpmask, "--annotations", annotations, *common)
+    output = tmp_path / "one_call"
+    assert call_tool("detect", "--checkpoint", tiny_detector, "--output", output, *both) == 0
+    assert len(json.loads((output / "detections.json").read_text())) > 0
+    from_store = ("--proposals", output / "proposals", "--draw", 3, *common)
+    second = tmp_path / "from_store"
+    assert call_tool("detect", "--checkpoint", tiny_detector, "--output", second, *from_store) == 0
+    assert (output / "detections.json").read_text() == (second / "detections.json").read_text()
+    assert len(list((second / "drawn").iterdir())) == 8
+    scores = tmp_path / "scores"
+    assert (
+        call_tool(
+            "score_coco",
+            "detections",
+            "--annotations",
+            annotations,
+            "--results",
+            output / "detections.json",
+            "--output",
+            scores,
+        )
+        == 0
+    )
+    assert "AP50" in json.loads((scores / "metrics.json").read_text())["mask"]

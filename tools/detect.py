@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+r"""Detects objects: boxes and masks with categories, as COCO results.
+
+    python tools/detect.py --checkpoint runs/coco/multipathnet/checkpoints/best.pt \
+        --proposals runs/photos --images photos --output runs/detections
+    python tools/detect.py --checkpoint runs/coco/multipathnet/checkpoints/best.pt \
+        --proposal-checkpoint runs/coco/sharpmask/checkpoints/best.pt \
+        --images photos --output runs/detections
+
+The first form takes a proposal store of tools/propose.py, the second makes one below --output.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline import distributed
+from pipeline.command import add_device, run_tool
+from pipeline.detect_run import detect_images, image_folder
+from pipeline.load import compress_checkpoint, load_detector, load_proposer
+from pipeline.proposals import ProposalStore
+from pipeline.propose_run import propose_images
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="a trained MultiPathNet")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--proposals", type=Path, help="proposal store of tools/propose.py")
+    source.add_argument("--proposal-checkpoint", help="DeepMask or SharpMask: proposes first")
+    source.add_argument(
+        "--compress-fc",
+        type=int,
+        metavar="K",
+        help="only write a checkpoint whose fc6 and fc7 have rank K into --output",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="folder of the images (default: the one that the proposals were made for)",
+    )
+    parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
+    parser.add_argument("--vote", type=float, metavar="IOU", help="box voting above this overlap")
+    parser.add_argument("--localisations", type=int, help="feed detections back so many times")
+    parser.add_argument("--flip", action="store_true", default=None, help="and the mirrored image")
+    parser.add_argument("--short-sides", type=int, nargs="+", metavar="PX", help="image scales")
+    parser.add_argument("--draw", type=int, default=0, metavar="K", help="draw the best K")
+    add_device(parser)
+    args = parser.parse_args()
+
+    if args.compress_fc is not None:
+        print(compress_checkpoint(args.checkpoint, args.compress_fc, args.output))
+        return 0
+    names = ("num_proposals", "vote", "localisations", "flip", "short_sides")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with distributed.process_group(args.device) as device:
+        detector, _ = load_detector(args.checkpoint, device, overrides=overrides)
+        store = ProposalStore(args.proposals or args.output / "proposals")
+        if args.proposal_checkpoint:
+            if args.images is None:
+                raise ValueError("--proposal-checkpoint needs --images")
+            proposer, settings = load_proposer(
+                args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
+            )
+            propose_images(
+                proposer,
+                args.images,
+                store.directory,
+                settings=settings,
+                annotations=args.annotations,
+            )
+        folder = image_folder(store, args.images if args.proposals else None)
+        summary = detect_images(detector, store, folder, args.output, draw=args.draw)
+    return 0 if summary.images else 2
+
+
+if __name__ == "__main__":
+    run_tool(main)
