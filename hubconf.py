@@ -20,7 +20,11 @@ if Path(models.__file__).resolve().parent != Path(__file__).resolve().parent / "
     )
 
 from models.deepmask import DeepMask  # noqa: E402
+from models.sharpmask import SharpMask  # noqa: E402
 from models.trunk import build_trunk  # noqa: E402
+
+SIZES = ("patch_size", "context", "mask_size", "reduction", "embedding", "score_hidden")
+REFINEMENT = ("km", "ks", "widths", "merge", "num_modules")
 
 
 def deepmask(
@@ -33,16 +37,31 @@ def deepmask(
     """DeepMask, from a checkpoint of tools/train_stage.py or with a new head.
 
     Args:
-        checkpoint: its config gives trunk and sizes, and the other arguments are not used.
+        checkpoint: its config gives trunk and sizes, and the other arguments are not used. Of a
+            SharpMask checkpoint, the DeepMask that it is built on.
         trunk, trunk_weights: see `models.trunk.build_trunk`.
         sizes: patch_size, context, mask_size, ... of `models.deepmask.DeepMask`.
     """
     if checkpoint is None:
         return DeepMask(build_trunk(trunk, weights=trunk_weights), **sizes)
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    config = content["config"]
-    names = ("patch_size", "context", "mask_size", "reduction", "embedding", "score_hidden")
-    sizes = {name: config["deepmask"][name] for name in names}
-    model = DeepMask(build_trunk(config["trunk"]["name"]), **sizes)
+    if content["stage"] == "sharpmask":
+        return sharpmask(checkpoint=checkpoint).deepmask
+    model = _untrained_deepmask(content["config"])
     model.load_state_dict(content["model"])
     return model.eval()
+
+
+def sharpmask(*, checkpoint: str) -> SharpMask:
+    """SharpMask and the DeepMask that it is built on, from a checkpoint of tools/train_stage.py."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    config = content["config"]
+    options = {name: config["sharpmask"][name] for name in REFINEMENT}
+    model = SharpMask(_untrained_deepmask(config), **options)
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def _untrained_deepmask(config: dict) -> DeepMask:
+    sizes = {name: config["deepmask"][name] for name in SIZES}
+    return DeepMask(build_trunk(config["trunk"]["name"]), **sizes)

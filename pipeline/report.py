@@ -1,6 +1,7 @@
 """The report of a run: one self-contained page with its curves, numbers and pictures.
 
-What is on it is read by `report_run`, `report_comparison` puts two stages side by side.
+What is on it is read by `report_run`, `report_comparison` puts two stages side by side,
+`report_detections` reads the detector.
 """
 
 import math
@@ -8,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +21,13 @@ from datasets.coco import CocoInstances
 from datasets.files import atomic_path
 from pipeline.report_comparison import read_comparison
 from pipeline.report_crops import MASK_RGB, TRUTH_RGB
+from pipeline.report_detections import MIN_SCORE, PUBLISHED_COUNT, read_detection_stage
 from pipeline.report_pictures import SHOWN, TOP
 from pipeline.report_plots import KINDS
 from pipeline.report_run import RunFiles, read_json, read_stage
 
 STAGES = ("deepmask", "sharpmask")  # those that make proposals, in the order of the pipeline
+DETECTOR = "multipathnet"
 
 
 def write_report(run: str | Path, *, annotations: str | Path, images: str | Path) -> Path:
@@ -40,26 +44,33 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     summary = files.read("summary.json", read_json, "patch metrics and seconds") or {}
     what = "the annotated objects, and with them the pictures"
     coco = files.read(annotations, CocoInstances.load, what, inside=False)
-    names = [name for name in STAGES if (files.run / name).is_dir() or name in summary]
+    names = [n for n in (*STAGES, DETECTOR) if (files.run / n).is_dir() or n in summary]
     stages = [
         read_stage(files, name, summary.get(name, {}), coco, Path(images))
         for name in names or STAGES[:1]
+        if name != DETECTOR
     ]
-    commands = [line for s in stages for line in stage_commands(s.name, run, annotations, images)]
+    detector = None
+    if DETECTOR in names:
+        detector = read_detection_stage(files, summary.get(DETECTOR, {}), coco, Path(images))
     path = files.run / "report.html"
     page = _template().render(
         run=run,
         stages=stages,
+        detector=detector,
         comparison=read_comparison(files.run, stages, coco, Path(images)),
         missing=files.missing,
         seconds=summary.get("seconds") or {},
-        commands=commands,
+        settings=[item for s in (*stages, detector) if s for item in s.settings.items()],
+        commands=commands(names or STAGES[:1], run, annotations, images),
         this_command=shlex.join(["python", *sys.argv]),
         software=software(),
         date=datetime.now().astimezone(),
         top=TOP,
         shown=SHOWN,
         kinds=KINDS,
+        min_score=MIN_SCORE,
+        published_count=PUBLISHED_COUNT,
         colours={"truth": TRUTH_RGB, "mask": MASK_RGB},
     )
     with atomic_path(path) as temporary:
@@ -100,19 +111,47 @@ def duration(seconds: float) -> str:
     )
 
 
-def stage_commands(stage: str, run, annotations, images) -> list[str]:
-    """The steps of a stage one by one, as command lines."""
-    at = Path(run) / stage
+def commands(names: Sequence[str], run, annotations, images) -> list[str]:
+    """The steps of the stages one by one, as command lines."""
+    makers = {name: mask_commands for name in STAGES} | {DETECTOR: detection_commands}
+    lines = [line for name in names for line in makers[name](Path(run) / name, annotations, images)]
+    return [f"python tools/{shlex.join(map(str, line))}" for line in lines]
+
+
+def mask_commands(at: Path, annotations, images) -> list[list]:
+    """Train, score patches, propose, score proposals, in a stage's directory."""
     weights, store = at / "checkpoints" / "best.pt", at / "proposals"
     inputs = ["--annotations", annotations, "--images", images]
     scores = ["--annotations", annotations, "--results", store]
-    lines = (
-        ["train_stage.py", "--stage", stage, "--config", at / "config.yaml", "--output", at],
+    return [
+        train_command(at),
         ["score_coco.py", "patches", "--checkpoint", weights, *inputs, "--output", at / "patches"],
         ["propose.py", "--checkpoint", weights, *inputs, "--output", store],
         ["score_coco.py", "proposals", *scores, "--output", at / "scores"],
-    )
-    return [f"python tools/{shlex.join(map(str, line))}" for line in lines]
+    ]
+
+
+def detection_commands(at: Path, annotations, images) -> list[list]:
+    """Train, detect, score detections, in the detector's directory."""
+    weights = at / "checkpoints" / "best.pt"
+    inputs = ["--proposals", proposals_beside(at), "--images", images]
+    scores = ["--annotations", annotations, "--results", at / "detections.json"]
+    return [
+        train_command(at),
+        ["detect.py", "--checkpoint", weights, *inputs, "--output", at],
+        ["score_coco.py", "detections", *scores, "--output", at / "scores"],
+    ]
+
+
+def train_command(at: Path) -> list:
+    """Trains the stage that a directory is named after once more."""
+    return ["train_stage.py", "--stage", at.name, "--config", at / "config.yaml", "--output", at]
+
+
+def proposals_beside(at: Path) -> Path:
+    """The proposals that a detector had: of the last stage before it, else those that it made."""
+    stores = [at.parent / name / "proposals" for name in reversed(STAGES)]
+    return next((store for store in stores if store.is_dir()), at / "proposals" / "val")
 
 
 def software() -> dict[str, str]:

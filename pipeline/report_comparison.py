@@ -5,7 +5,6 @@ scores: the two masks of a cell are found by score and box, and seen side by sid
 Letters: D, D' proposals of the two stores and P pairs of them; G annotated objects of an image.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -19,7 +18,7 @@ from datasets.coco import CocoInstances
 from datasets.images import ImageError
 from pipeline.proposals import Proposals, ProposalStore
 from pipeline.report_crops import draw_crops
-from pipeline.report_pictures import FOUND_IOU, TOP, objects_of
+from pipeline.report_pictures import FOUND_IOU, TOP, objects_of, spread
 from pipeline.report_plots import plot_average_recalls, plot_recalls
 from pipeline.report_run import Stage
 
@@ -237,9 +236,7 @@ def find_objects(
 
 def choose_objects(found: list[RefinedObject]) -> list[RefinedObject]:
     """Objects that stand for all: ordered by gain, the middle one of each of equal parts."""
-    ranked = sorted(found, key=lambda o: o.gain)
-    parts = min(NUM_OBJECTS, len(ranked))
-    return [ranked[math.floor((n + 0.5) * len(ranked) / parts)] for n in range(parts)]
+    return spread(sorted(found, key=lambda o: o.gain), NUM_OBJECTS)
 
 
 def show_object(found: RefinedObject, coco: CocoInstances, images: Path) -> ShownObject:

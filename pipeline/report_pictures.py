@@ -149,7 +149,7 @@ def draw_example(
     ious, numbers = best_matches(proposals, coco, objects)
     name = proposals.file_name
     try:
-        image = _scaled_down(read_image(path))
+        image = scaled_down(read_image(path))
     except ImageError as error:
         return Example(name, ious, error=str(error))
     truth = [Mark(coco.rle(a), colour(n), tint=0) for n, a in enumerate(objects)]
@@ -168,19 +168,27 @@ def draw_example(
     return Example(name, ious, tuple(drawings))
 
 
-def _scaled_down(image: np.ndarray) -> np.ndarray:
+def spread(ranked: list, count: int) -> list:
+    """Items that stand for all: the middle one of each of `count` equal parts of a ranking."""
+    parts = min(count, len(ranked))
+    return [ranked[math.floor((n + 0.5) * len(ranked) / parts)] for n in range(parts)]
+
+
+def scaled_down(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of at most `PICTURE_SIDE`; a smaller image as it is."""
     factor = min(1, PICTURE_SIDE / max(image.shape))
     return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A mask to be drawn."""
+    """A mask to be drawn; `box`: xyxy in its pixels, drawn as a thin line."""
 
     rle: dict
     rgb: tuple[int, int, int]
     tint: float
     label: str = ""
+    box: np.ndarray | None = None
 
 
 def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
@@ -190,6 +198,9 @@ def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
     for mark in marks:
         mask = cv2.resize(coco_mask.decode(mark.rle), (width, height), interpolation=cv2.INTER_AREA)
         draw_mask(picture, mask, mark.rgb, tint=mark.tint)
+        if mark.box is not None:
+            x1, y1, x2, y2 = np.rint(mark.box * width / mark.rle["size"][1]).astype(int).tolist()
+            cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), mark.rgb, 1)
     put_labels(picture, [_label(mark, width) for mark in marks[::-1] if mark.label])
     return picture
 

@@ -55,12 +55,12 @@ def plot_losses(records: list[dict]) -> Markup | None:
     Their weighted sum is left out: on the same axes it would press the two down to one line.
     """
     names = {"mask_loss": "mask loss", "score_loss": "score loss"}
-    return _plot_metrics(records, "train", names, "loss")
+    return plot_metrics(records, "train", names, "loss")
 
 
 def plot_validation(records: list[dict]) -> Markup | None:
     """Patch metrics on validation patches over the steps; None without any."""
-    return _plot_metrics(records, "val", PATCH_METRICS, "value", top=1)
+    return plot_metrics(records, "val", PATCH_METRICS, "value", top=1)
 
 
 PATCH_METRICS = {
@@ -72,9 +72,14 @@ PATCH_METRICS = {
 }
 
 
-def _plot_metrics(
+def plot_metrics(
     records: list[dict], split: str, labels: dict[str, str], unit: str, top: float | None = None
 ) -> Markup | None:
+    """Metrics of a split over the steps, under their labels; None without any.
+
+    Args:
+        unit: what the other axis says. top: its upper end; None for that of the values.
+    """
     curves = {label: values_of(records, name, split=split) for name, label in labels.items()}
     if not any(steps for steps, _ in curves.values()):
         return None
@@ -150,6 +155,38 @@ def plot_average_recalls(curves: dict[str, dict]) -> Markup:
                 values, label = _no_none(curve[kind]["ar_by_count"]), f"{name}, {kind}"
                 axes.plot(curve["counts"], values, dashes, c=rgb, label=label)
         axes.set(xscale="log", xlabel="proposals per image", ylabel="average recall")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:g}")
+
+    return _svg(draw)
+
+
+def plot_ap_by_iou(thresholds: list[float], values: dict[str, list[float | None]]) -> Markup:
+    """AP at each IoU threshold, by kind."""
+
+    def draw(axes: Axes) -> None:
+        for kind, ap in values.items():
+            axes.plot(thresholds, _no_none(ap), marker="o", label=kind)
+        axes.set(xlabel="IoU threshold", ylabel="average precision")
+        axes.set_ylim(bottom=0)
+
+    return _svg(draw)
+
+
+def plot_ap_by_proposals(
+    counts: list[int], values: dict[str, list[float | None]], published: int
+) -> Markup:
+    """AP against the number of proposals, by kind.
+
+    Args:
+        published: where the published system levels off; marked.
+    """
+
+    def draw(axes: Axes) -> None:
+        for kind, ap in values.items():
+            axes.plot(counts, _no_none(ap), marker="o", label=kind)
+        axes.axvline(published, color=INK, linestyle=":", linewidth=1, label=f"{published}")
+        axes.set(xscale="log", xlabel="proposals per image", ylabel="average precision")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter("{x:g}")
 

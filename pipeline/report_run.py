@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,17 +115,21 @@ def read_stage(
     )
 
 
-def training_facts(records: list[dict]) -> dict[str, float | None]:
+def training_facts(
+    records: list[dict],
+    losses: Iterable[str] = ("mask_loss", "score_loss"),
+    best_metric: str = BEST_METRIC,
+) -> dict[str, float | None]:
     """A training in a few numbers; None for those that the metrics do not tell."""
     steps, rates = [record["step"] for record in records], values_of(records, "patches_per_second")
-    validation = dict(zip(*values_of(records, BEST_METRIC, split="val"), strict=True))
+    validation = dict(zip(*values_of(records, best_metric, split="val"), strict=True))
     facts = {
         "steps": max(steps, default=None),
         "epochs": records[-1]["epoch"] if records else None,
         "patches_per_second": statistics.median(rates[1]) if rates[1] else None,
         "best_step": max(validation, key=validation.get, default=None),
     }
-    for loss in ("mask_loss", "score_loss"):
+    for loss in losses:
         values = values_of(records, loss)[1]
         facts |= {f"first_{loss}": values[0], f"last_{loss}": values[-1]} if values else {}
     return facts

@@ -30,6 +30,23 @@ def test_hub_gives_trained_and_new_networks(tiny_checkpoint, tmp_path):
     assert done.stdout.strip().endswith("(1, 8, 8)")
 
 
+REFINED = """
+import sys, torch
+root, checkpoint = sys.argv[1:]
+model = torch.hub.load(root, "sharpmask", source="local", checkpoint=checkpoint)
+state = torch.load(checkpoint, weights_only=True)["model"]
+assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+coarse = torch.hub.load(root, "deepmask", source="local", checkpoint=checkpoint)
+print(tuple(model(torch.zeros(1, 3, 128, 128))["mask_logits"].shape), coarse.mask_size)
+"""
+
+
+def test_hub_gives_a_sharpmask_and_the_deepmask_within(tiny_sharpmask, tmp_path):
+    done = run(REFINED, ROOT, tiny_sharpmask, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("(1, 96, 96) 14")
+
+
 def test_another_package_called_models_is_named(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").touch()
