@@ -21,10 +21,10 @@ if Path(models.__file__).resolve().parent != Path(__file__).resolve().parent / "
 
 from models.deepmask import DeepMask  # noqa: E402
 from models.sharpmask import SharpMask  # noqa: E402
-from models.trunk import build_trunk  # noqa: E402
+from models.trunk import STEM_WIDTH, build_trunk  # noqa: E402
 
 SIZES = ("patch_size", "context", "mask_size", "reduction", "embedding", "score_hidden")
-REFINEMENT = ("km", "ks", "widths", "merge", "num_modules")
+REFINEMENT = ("km", "ks", "widths", "merge", "num_modules", "horizontal_widths")
 
 
 def deepmask(
@@ -56,7 +56,8 @@ def sharpmask(*, checkpoint: str) -> SharpMask:
     """SharpMask and the DeepMask that it is built on, from a checkpoint of tools/train_stage.py."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     config = content["config"]
-    options = {name: config["sharpmask"][name] for name in REFINEMENT}
+    refinement = config["sharpmask"]
+    options = {name: refinement[name] for name in REFINEMENT if name in refinement}
     model = SharpMask(_untrained_deepmask(config), **options)
     model.load_state_dict(content["model"])
     return model.eval()
@@ -64,4 +65,5 @@ def sharpmask(*, checkpoint: str) -> SharpMask:
 
 def _untrained_deepmask(config: dict) -> DeepMask:
     sizes = {name: config["deepmask"][name] for name in SIZES}
-    return DeepMask(build_trunk(config["trunk"]["name"]), **sizes)
+    trunk = config["trunk"]  # the first checkpoints have no width
+    return DeepMask(build_trunk(trunk["name"], width=trunk.get("width", STEM_WIDTH)), **sizes)

@@ -32,9 +32,11 @@ class RoiRules:
     background_low: float = 0.1  # IoU; what lies below is background of second choice
     crowd_overlap: float = 0.7  # of a proposal's own area; one deeper in a crowd is ignored
     max_proposals: int = 1000  # the best of each image
+    max_images: int | None = None  # only the first so many of the dataset
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000  # at most; then the short side is shorter
     flip: bool = True
+    inclusive_boxes: bool = False  # see `box_corners`
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class RoiSampler:
             if len(self.candidates(image).boxes)
         ]
         self.object_images = np.flatnonzero(has_object)
-        self.drawable = np.sort(np.concatenate([self.object_images, empty]).astype(np.int64))
+        drawable = np.sort(np.concatenate([self.object_images, empty]).astype(np.int64))
+        most = len(self.coco) if self.rules.max_images is None else self.rules.max_images
+        self.drawable = drawable[drawable < most]
+        self.object_images = self.object_images[self.object_images < most]
         if len(self.drawable) == 0:
             raise ValueError(
                 f"{self.coco.path}: no image to train on: none has an object (not a crowd) "
@@ -149,7 +154,10 @@ class RoiSampler:
             width = self.coco.image_sizes[image, 1]
             rois, boxes = mirror(rois, width), mirror(boxes, width)
         targets = np.zeros((count, 4), np.float32)
-        targets[: len(foreground)] = box_targets(rois[: len(foreground)], boxes)
+        inclusive = self.rules.inclusive_boxes
+        targets[: len(foreground)] = box_targets(
+            box_corners(rois[: len(foreground)], inclusive), box_corners(boxes, inclusive)
+        )
         return RoiSample(image, flip, rois, labels, targets)
 
     def candidates(self, image: int) -> Candidates:
@@ -218,6 +226,21 @@ def mirror(boxes: np.ndarray, width: float) -> np.ndarray:
     return np.stack(
         [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1
     ).astype(np.float32)
+
+
+def box_corners(boxes: np.ndarray, inclusive: bool) -> np.ndarray:
+    """The corners of boxes as a network is given them.
+
+    Args:
+        boxes: (n, 4) xyxy, edges. inclusive: the first and the last pixel instead (released code),
+            for whose distance at least 1 is taken.
+
+    Returns:
+        (n, 4) xyxy.
+    """
+    if not inclusive:
+        return boxes
+    return np.concatenate([boxes[:, :2], np.maximum(boxes[:, 2:] - 1, boxes[:, :2] + 1)], axis=1)
 
 
 def box_targets(rois: np.ndarray, boxes: np.ndarray) -> np.ndarray:

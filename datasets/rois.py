@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco import CocoInstances
 from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
-from datasets.roi_sampler import RoiRules, RoiSample, RoiSampler
-from datasets.transforms import normalise
+from datasets.roi_sampler import RoiRules, RoiSample, RoiSampler, box_corners
+from datasets.transforms import IMAGENET, PixelRules, normalise
 
 PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer different shapes
 
@@ -43,8 +43,16 @@ class RoiDataset(Dataset):
     (list of messages on files that could not be read).
     """
 
-    def __init__(self, coco: CocoInstances, images: str | Path, sampler: RoiSampler):
+    def __init__(
+        self,
+        coco: CocoInstances,
+        images: str | Path,
+        sampler: RoiSampler,
+        *,
+        pixels: PixelRules = IMAGENET,
+    ):
         self.coco, self.images, self.sampler = coco, Path(images), sampler
+        self.pixels = pixels
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         return self.load(*key)[0]
@@ -63,8 +71,8 @@ class RoiDataset(Dataset):
         y_factor, x_factor = np.divide(pixels.shape[:2], image.shape[:2])
         factors = np.array([x_factor, y_factor] * 2, np.float32)
         item = {
-            "image": torch.from_numpy(normalise(pixels.astype(np.float32) / 255)),
-            "rois": torch.from_numpy(sample.rois * factors),
+            "image": torch.from_numpy(normalise(pixels.astype(np.float32) / 255, self.pixels)),
+            "rois": torch.from_numpy(box_corners(sample.rois, rules.inclusive_boxes) * factors),
             "labels": torch.from_numpy(sample.labels),
             "targets": torch.from_numpy(sample.targets),
             "broken": broken,

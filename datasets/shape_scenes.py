@@ -22,7 +22,7 @@ OBJECTS_PER_IMAGE = (3, 9)
 EMPTY_SHARE, CROWD_SHARE = 0.08, 0.04
 CUT_SHARE = 0.5  # of the objects may leave the image; those too large for it do as well
 PLACEMENT_TRIES = 8
-MIN_VISIBLE_SHARE, MIN_VISIBLE_AREA = 0.5, 60  # of the whole outline; px
+MIN_VISIBLE_SHARE, MIN_VISIBLE_AREA = 0.6, 60  # of the whole outline; px
 MIN_COLOUR_DISTANCE = 90.0  # RGB, of an object's mean colour to the mean of its ground
 SUPERSAMPLING = 4
 

@@ -30,7 +30,7 @@ CATEGORY_IDS = {
     "blob": 17,
 }
 DESCRIPTION = "synthetic shapes"
-VERSION = "2"  # raise it when a seed draws something else: then old directories are written anew
+VERSION = "3"  # raise it when a seed draws something else: then old directories are written anew
 JPEG_QUALITY = 92
 MIN_HOLE_SHARE = 0.02  # of an object's area: from here on a polygon would be wrong
 # px. From .5 on, a speck may shrink to two points, which pycocotools takes for a box; at .55 the

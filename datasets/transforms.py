@@ -1,5 +1,7 @@
 """Pixel values as the networks take them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 # ImageNet statistics of RGB in [0, 1], the normalisation of every torchvision trunk.
@@ -8,9 +10,24 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 GREY = np.float32(0.5)  # what lies outside an image, before normalisation
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with ImageNet mean 0 and deviation 1."""
-    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+@dataclass(frozen=True)
+class PixelRules:
+    """What a network takes: RGB in [0, 1] less `mean`, by `std`, turned around for `bgr`."""
+
+    mean: tuple[float, float, float] = tuple(MEAN.tolist())
+    std: tuple[float, float, float] = tuple(STD.tolist())
+    bgr: bool = False
+
+
+IMAGENET = PixelRules()
+
+
+def normalise(pixels: np.ndarray, rules: PixelRules = IMAGENET) -> np.ndarray:
+    """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with mean 0 and deviation 1."""
+    planes = (pixels - np.float32(rules.mean)) / np.float32(rules.std)
+    if rules.bgr:
+        planes = planes[..., ::-1]
+    return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
 
 def denormalise(pixels: np.ndarray) -> np.ndarray:

@@ -21,11 +21,14 @@ from torchvision.ops import roi_pool
 
 from models.boxes import decode_boxes, foveal_regions
 from models.dropout import KeyedDropout
-from models.trunk import STRIDES, Trunk
+from models.roi_pooling import roi_pool_rounded
+from models.trunk import Trunk
 
 # Without normalisation: what makes the finer layers' activations as large as conv5's.
 UNNORMALISED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
 NORMALISED_SCALE = 1000.0
+# How RoI pooling rounds its bins: Fast R-CNN's, or the released code's (models/roi_pooling.py).
+ROI_BINS = ("overlapping", "rounded")
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,22 @@ class Pooling(nn.Module):
     """RoI max-pooled features of a region's layers, brought to one scale and mixed to one block."""
 
     def __init__(
-        self, channels: dict[int, int], strides: tuple[int, ...], width: int, *, normalise: bool
+        self,
+        channels: dict[int, int],
+        strides: tuple[int, ...],
+        width: int,
+        *,
+        normalise: bool,
+        scale: float = NORMALISED_SCALE,
     ):
         """
         Args:
             channels: of the layers, by stride.
             width: channels of the block.
-            normalise: each layer's block to L2 norm 1, then x 1000; otherwise fixed factors.
+            normalise: each layer's block to L2 norm 1, then x `scale`; otherwise fixed factors.
         """
         super().__init__()
-        self.strides, self.normalise = strides, normalise
+        self.strides, self.normalise, self.scale = strides, normalise, scale
         total = sum(channels[stride] for stride in strides)
         self.mix = None
         if normalise or len(strides) > 1 or total != width:
@@ -88,11 +97,12 @@ class Pooling(nn.Module):
         """Pooled blocks (R, C_l, s, s), one for each stride, to (R, width, s, s)."""
         if self.normalise:
             flat = [F.normalize(block.flatten(1), dim=1) for block in blocks]
-            blocks = [(NORMALISED_SCALE * x).view_as(b) for x, b in zip(flat, blocks, strict=True)]
+            blocks = [(self.scale * x).view_as(b) for x, b in zip(flat, blocks, strict=True)]
         else:
             scales = [UNNORMALISED_SCALE[stride] for stride in self.strides]
-            if len(blocks) > 1:
-                blocks = [b * scale for b, scale in zip(blocks, scales, strict=True)]
+            blocks = [
+                b if scale == 1 else b * scale for b, scale in zip(blocks, scales, strict=True)
+            ]
         block = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
         return block if self.mix is None else self.mix(block)
 
@@ -154,6 +164,8 @@ class MultiPathNet(nn.Module):
         pooled_size: int = 7,
         width: int = 512,
         normalise: bool = True,
+        scale: float = NORMALISED_SCALE,
+        roi_bins: str = "overlapping",
     ):
         """
         Args:
@@ -164,19 +176,22 @@ class MultiPathNet(nn.Module):
             box_region: of the box regressor's tower; None: it takes the classifier's features.
             pooled_size: s.
             width: channels of a tower's block.
-            normalise: see `Pooling`.
+            normalise, scale: see `Pooling`.
+            roi_bins: one of `ROI_BINS`.
         """
         super().__init__()
+        assert roi_bins in ROI_BINS, roi_bins
         self.trunk, self.num_classes, self.num_thresholds = trunk, num_classes, num_thresholds
-        self.pooled_size = pooled_size
-        channels = dict(zip(STRIDES, trunk.channels, strict=True))
+        self.pooled_size, self.roi_bins = pooled_size, roi_bins
+        channels = dict(zip(trunk.strides, trunk.channels, strict=True))
 
         def tower(region: Region, number: int) -> Tower:
             own = copy.deepcopy(head)
             for layer in own.modules():
                 if isinstance(layer, KeyedDropout):
                     layer.stream += 2 * number
-            return Tower(region, Pooling(channels, region.strides, width, normalise=normalise), own)
+            pooling = Pooling(channels, region.strides, width, normalise=normalise, scale=scale)
+            return Tower(region, pooling, own)
 
         self.towers = nn.ModuleList(tower(region, n) for n, region in enumerate(regions))
         self.box_tower = tower(box_region, len(regions)) if box_region else None
@@ -204,7 +219,7 @@ class MultiPathNet(nn.Module):
 
     def layers(self, images: Tensor) -> dict[int, Tensor]:
         """The trunk's features by stride, of which there is no need to compute any twice."""
-        return dict(zip(STRIDES, self.trunk(images), strict=True))
+        return dict(zip(self.trunk.strides, self.trunk(images), strict=True))
 
     def classify_rois(
         self, layers: dict[int, Tensor], rois: Tensor, *, keys: Tensor | None = None
@@ -224,9 +239,8 @@ class MultiPathNet(nn.Module):
             factor = tower.region.factor
             for stride in tower.region.strides:
                 if (factor, stride) not in pooled:
-                    pooled[factor, stride] = roi_pool(
-                        layers[stride], foveal_regions(rois, factor), self.pooled_size, 1 / stride
-                    )
+                    regions = foveal_regions(rois, factor)
+                    pooled[factor, stride] = self.pool(layers[stride], regions, 1 / stride)
             blocks = [pooled[factor, stride] for stride in tower.region.strides]
             return tower.head(tower.pooling(blocks), keys=keys)
 
@@ -238,6 +252,12 @@ class MultiPathNet(nn.Module):
             ),
             "deltas": self.regress(boxes).view(-1, self.num_classes + 1, 4),
         }
+
+    def pool(self, layer: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """Blocks (R, C_l, s, s) of a layer."""
+        if self.roi_bins == "rounded":
+            return roi_pool_rounded(layer, rois, self.pooled_size, scale)
+        return roi_pool(layer, rois, self.pooled_size, scale)
 
     def normalise_deltas(self, targets: Tensor) -> Tensor:
         """Regression targets (R, 4) as the regressor is trained on them."""

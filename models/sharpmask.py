@@ -13,6 +13,8 @@ Letters: B patches, N proposals, E embedding width, P patch size in pixels, F = 
 Module i = 1..4 works at stride 2^(5 - i), on windows of F 2^(i - 1) cells.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from models.trunk import STRIDES, TrunkConv2d
 WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
 ARRANGEMENTS = ("sum", "concat")
 CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
-HORIZONTAL_WIDTHS = (64, 64, 64, 32)  # of the first layer of H_1 to H_4
+HORIZONTAL_WIDTHS = (64, 64, 64, 32)  # of the first layer of H_1 to H_4, as released
 
 
 class RefinementModule(nn.Module):
@@ -92,6 +94,7 @@ class SharpMask(nn.Module):
         widths: str = "halving",
         merge: str = "sum",
         num_modules: int = 4,
+        horizontal_widths: Sequence[int] = HORIZONTAL_WIDTHS,
     ):
         """
         Args:
@@ -100,6 +103,7 @@ class SharpMask(nn.Module):
             widths: "halving" (km / 2^(i-1) at module i) or "constant" (ECCV 2016, section 4).
             merge: "sum" or "concat", see `RefinementModule`.
             num_modules: 1 to 4; with fewer than 4 the last mask is upsampled bilinearly.
+            horizontal_widths: of the first layer of H_1 to H_4.
 
         Raises:
             ValueError: channels that do not halve evenly, or an unknown choice.
@@ -127,7 +131,7 @@ class SharpMask(nn.Module):
         self.refinements = nn.ModuleList(
             RefinementModule(
                 deepmask.trunk.channels[-1 - i],
-                HORIZONTAL_WIDTHS[i],
+                horizontal_widths[i],
                 ks=(ks // shrink[i], ks // shrink[i + 1]),
                 km=(km // shrink[i], km // shrink[i + 1]),
                 merge=merge,
@@ -235,6 +239,7 @@ class SharpMask(nn.Module):
             (N, P, P).
         """
         mask = self.encode(embeddings).view(-1, self.km, self.cells, self.cells)
+        mask = mask.contiguous(memory_format=torch.channels_last)
         for module, window in zip(self.refinements, windows, strict=True):
             mask = module(window, mask)
         logits = self.predict(mask)

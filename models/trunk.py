@@ -1,4 +1,4 @@
-"""Trunks: the shared convolutional layers, as four levels at strides 2, 4, 8 and 16.
+"""Trunks: the shared convolutional layers, as levels at strides 2, 4, 8 and 16.
 
 A trunk is an ImageNet network of torchvision cut at stride 16, with two changes that the methods
 ask for (Pinheiro et al., ECCV 2016, and the released code): every convolution pads with a symmetric
@@ -17,10 +17,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from models.caffenet import CaffeNet, caffenet_levels
+
 STRIDES = (2, 4, 8, 16)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11", "vgg16")
-TRUNKS = (*RESNETS, *VGGS, "densenet121", "tiny")
+TRUNKS = (*RESNETS, *VGGS, "densenet121", "caffenet", "tiny")
+# What a convolution sees beyond the border: the mirror, or zeros as ImageNet networks do.
+PADDINGS = ("symmetric", "zero")
+STEM_WIDTH = 64  # channels of a ResNet's first convolution, by which the others are counted
 # torchvision's modules of a ResNet by level; what lies behind them is cut away.
 RESNET_LEVELS = (("conv1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
 # A convolution and the batch norm that follows it directly, by their names in one parent module.
@@ -64,12 +69,16 @@ class TrunkConv2d(nn.Conv2d):
         *,
         stride: int = 1,
         padding: int | None = None,
+        groups: int = 1,
         bias: bool = True,
         frozen_norm: bool = False,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, bias=bias)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias
+        )
         # nn.Conv2d's own padding stays 0: the mirror is written in forward.
-        self.symmetric_padding = kernel_size // 2 if padding is None else padding
+        self.border = kernel_size // 2 if padding is None else padding
+        self.zero_padding = False  # `to_trunk_layers` sets it
         self.register_buffer("scale", torch.ones(out_channels) if frozen_norm else None)
         self.register_buffer("shift", torch.zeros(out_channels) if frozen_norm else None)
 
@@ -79,20 +88,25 @@ class TrunkConv2d(nn.Conv2d):
         if self.scale is not None:
             weight = weight * self.scale[:, None, None, None]
             bias = self.shift if bias is None else bias * self.scale + self.shift
-        return F.conv2d(symmetric_pad(x, self.symmetric_padding), weight, bias, self.stride)
+        pad = self.border
+        if not self.zero_padding:
+            x, pad = symmetric_pad(x, pad), 0
+        return F.conv2d(x, weight, bias, self.stride, pad, groups=self.groups)
 
 
 class Trunk(nn.Module):
-    """Four levels of layers, each halving the resolution of the one before.
+    """Levels of layers, each halving the resolution of the one before.
 
     Attributes:
         name: one of `TRUNKS`.
-        channels: number of channels of each level's output, for strides 2, 4, 8, 16.
+        strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2.
+        channels: number of channels of each level's output.
     """
 
     def __init__(self, name: str, levels: list[nn.Module]):
         super().__init__()
         self.name = name
+        self.strides = STRIDES[-len(levels) :]
         self.levels = nn.ModuleList(levels)
         self.channels = tuple(_output_channels(self.levels))
 
@@ -103,7 +117,7 @@ class Trunk(nn.Module):
             images: (N, 3, H, W), normalised.
 
         Returns:
-            Four tensors, at strides 2, 4, 8 and 16: the skip features and, last, the stride-16 map.
+            A tensor for each of `strides`: the skip features and, last, the stride-16 map.
         """
         features = []
         for level in self.levels:
@@ -121,13 +135,23 @@ def _output_channels(levels: nn.ModuleList) -> list[int]:
     return channels
 
 
-def build_trunk(name: str, *, weights: str | Path | None = None) -> Trunk:
+def build_trunk(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    width: int = STEM_WIDTH,
+    padding: str = "symmetric",
+    ceil_pooling: bool = False,
+) -> Trunk:
     """A trunk by name.
 
     Args:
         name: one of `TRUNKS`.
         weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of
             a state dict with torchvision's key names, or None for random weights.
+        width: of a ResNet, the channels of its first convolution; all others are in proportion.
+        padding: one of `PADDINGS`.
+        ceil_pooling: sizes that a pool halves are rounded up, as Caffe's networks do.
 
     Raises:
         ValueError: an unknown name, or weights of another network (the keys and shapes that differ
@@ -138,14 +162,25 @@ def build_trunk(name: str, *, weights: str | Path | None = None) -> Trunk:
             raise ValueError(
                 f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null"
             )
-        return Trunk(name, tiny_levels())
-    network = load_backbone(name, weights=weights)
-    levels = _CUTS[name.rstrip("0123456789")](network)
-    return Trunk(name, [to_trunk_layers(level) for level in levels])
+        _refuse_width(name, width)
+        levels = tiny_levels()
+    else:
+        network = load_backbone(name, weights=weights, width=width)
+        levels = _CUTS[name.rstrip("0123456789")](network)
+    for level in levels:
+        to_trunk_layers(level, padding=padding)
+        for layer in level.modules():
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode |= ceil_pooling
+    return Trunk(name, levels)
 
 
 def load_backbone(
-    name: str, *, weights: str | Path | None = None, whole: bool = False
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    whole: bool = False,
+    width: int = STEM_WIDTH,
 ) -> nn.Module:
     """torchvision's whole network, with the layers that a trunk uses loaded from `weights`.
 
@@ -156,9 +191,18 @@ def load_backbone(
     """
     if name not in TRUNKS or name == "tiny":
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(TRUNKS)}")
+    if name not in RESNETS or weights == "imagenet":
+        _refuse_width(name, width)
     if weights == "imagenet":
+        if name == "caffenet":
+            raise ValueError("torchvision has no CaffeNet; give the path of a converted file")
         return _download_imagenet(name)
-    network = torchvision.models.get_model(name, weights=None)
+    if name == "caffenet":
+        network = CaffeNet()
+    else:
+        network = torchvision.models.get_model(name, weights=None)
+    if width != STEM_WIDTH:
+        _set_width(network, width)
     if weights is not None:
         state, used = read_state_dict(weights), _used_keys(network, name)
         behind = set(network.state_dict()) - used
@@ -167,6 +211,43 @@ def load_backbone(
             used |= behind
         _load_checked(network, state, used=used, source=str(weights))
     return network
+
+
+def _refuse_width(name: str, width: int) -> None:
+    if width != STEM_WIDTH:
+        raise ValueError(
+            f"trunk width {width} is only for ResNets with weights from elsewhere than ImageNet; "
+            f"use {STEM_WIDTH} for this {name}"
+        )
+
+
+def _set_width(network: nn.Module, width: int) -> None:
+    """Makes all layers of a ResNet narrower or wider by one factor, in place; new random weights.
+
+    torchvision's own arguments widen the inner convolutions of its blocks only.
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d):
+                setattr(parent, name, _conv_of_width(child, width))
+            elif isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(child.num_features * width // STEM_WIDTH))
+    classes = network.fc.out_features
+    network.fc = nn.Linear(network.fc.in_features * width // STEM_WIDTH, classes)
+
+
+def _conv_of_width(conv: nn.Conv2d, width: int) -> nn.Conv2d:
+    inputs = 3 if conv.in_channels == 3 else conv.in_channels * width // STEM_WIDTH
+    new = nn.Conv2d(
+        inputs,
+        conv.out_channels * width // STEM_WIDTH,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        bias=False,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    return new
 
 
 def _download_imagenet(name: str) -> nn.Module:
@@ -243,7 +324,7 @@ def _used_keys(network: nn.Module, name: str) -> set[str]:
     """The keys of the layers up to stride 16; the rest of the network is cut away."""
     if name in RESNETS:
         cut = ("layer4.", "fc.")
-    elif name in VGGS:
+    elif name in (*VGGS, "caffenet"):
         cut = ("classifier.",)
     else:
         cut = (
@@ -255,12 +336,16 @@ def _used_keys(network: nn.Module, name: str) -> set[str]:
     return {key for key in network.state_dict() if not key.startswith(cut)}
 
 
-def to_trunk_layers(module: nn.Module) -> nn.Module:
+def to_trunk_layers(module: nn.Module, *, padding: str = "symmetric") -> nn.Module:
     """Replaces convolutions by `TrunkConv2d` and batch norm by constants, in place.
+
+    Args:
+        padding: one of `PADDINGS`.
 
     Returns:
         The module.
     """
+    assert padding in PADDINGS, padding
     for parent in list(module.modules()):
         for conv_name, norm_name in CONV_NORM_PAIRS:
             conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
@@ -274,6 +359,9 @@ def to_trunk_layers(module: nn.Module) -> nn.Module:
                 setattr(parent, name, _frozen(child))
             elif isinstance(child, nn.ReLU):
                 child.inplace = True  # nothing reads a convolution's output but its ReLU
+    for layer in module.modules():
+        if isinstance(layer, TrunkConv2d):
+            layer.zero_padding = padding == "zero"
     return module
 
 
@@ -284,6 +372,7 @@ def _trunk_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> TrunkConv2d:
         conv.kernel_size[0],
         stride=conv.stride[0],
         padding=conv.padding[0],
+        groups=conv.groups,
         bias=conv.bias is not None,
         frozen_norm=norm is not None,
     )
@@ -351,7 +440,12 @@ def _sequential(network: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
     return level
 
 
-_CUTS = {"resnet": _resnet_levels, "vgg": _vgg_levels, "densenet": _densenet_levels}
+_CUTS = {
+    "resnet": _resnet_levels,
+    "vgg": _vgg_levels,
+    "densenet": _densenet_levels,
+    "caffenet": caffenet_levels,
+}
 
 
 class ResidualBlock(nn.Module):

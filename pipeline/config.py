@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
-from models.sharpmask import ARRANGEMENTS, WIDTHS
+from models.multipathnet import ROI_BINS
+from models.sharpmask import ARRANGEMENTS, HORIZONTAL_WIDTHS, WIDTHS
+from models.trunk import PADDINGS, STEM_WIDTH
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +58,10 @@ class DataConfig:
 class TrunkConfig:
     name: str = "resnet50"  # models/trunk.py lists them
     weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    width: int = STEM_WIDTH  # of a ResNet's first convolution; the others are in proportion
     frozen_levels: int = 0  # how many of the four levels stay as they are
+    padding: str = "symmetric"  # symmetric | zero (detectors of the released code)
+    ceil_pooling: bool = False  # pools round sizes up, as Caffe's networks do
 
 
 @dataclass
@@ -131,6 +136,7 @@ class SharpMaskConfig:
     widths: str = "halving"  # of km and ks over the modules: halving | constant
     merge: str = "sum"  # sum (released) | concat (paper): the same function
     num_modules: int = 4
+    horizontal_widths: tuple[int, int, int, int] = HORIZONTAL_WIDTHS  # first layer of each H_i
     mask_weight: float = 32.0  # as for DeepMask
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(mask_share=1.0))
     optim: OptimConfig = field(
@@ -149,9 +155,20 @@ class RoiSamplingConfig:
     background_low: float = 0.1  # IoU
     crowd_overlap: float = 0.7
     max_proposals: int = 1000
+    # Only the first so many training images: making proposals takes longer than training on them.
+    max_images: int | None = None
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000
     flip: bool = True
+
+
+@dataclass
+class PixelConfig:
+    """How images come to the network: RGB in [0, 1] less the mean, by the deviation."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    bgr: bool = False  # the channels are then turned around, as Caffe's networks take them
 
 
 @dataclass
@@ -167,7 +184,12 @@ class MultiPathNetConfig:
     thresholds: list[float] = field(default_factory=lambda: [0.5, 0.55, 0.6, 0.65, 0.7, 0.75])
     draw_threshold: bool = False  # one threshold a minibatch (released code) instead of all
     normalise: bool = True  # pooled blocks to one L2 norm; else by fixed factors
+    scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6
     pooled_size: int = 7
+    roi_bins: str = "overlapping"  # overlapping (Fast R-CNN) | rounded (released code)
+    # Corners of a box are its first and last pixel (released code), not its edges.
+    inclusive_boxes: bool = False
+    pixels: PixelConfig = field(default_factory=PixelConfig)
     width: int = 512  # channels of a tower's block
     features: int = 4096  # of fc6 and fc7
     dropout: float = 0.5
@@ -219,6 +241,7 @@ class ProposeConfig:
     num_proposals: int = 1000
     scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step, in octaves
     mask_threshold: float = 0.2  # on probabilities
+    resampling: str = "area"  # of images and masks: area | corners (released code), see Proposer
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None
@@ -243,6 +266,9 @@ CHOICES = {
     "widths": WIDTHS,
     "merge": ARRANGEMENTS,
     "head": ("fc", "layer4"),
+    "padding": PADDINGS,
+    "roi_bins": ROI_BINS,
+    "resampling": ("area", "corners"),
 }
 # What must hold of a value, in words and as a test, and of which keys. Checked when a config is
 # read: a mistake in a later stage's section shows before the first stage has been trained for days.
@@ -251,12 +277,12 @@ CONDITIONS = (
      ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient",
       "validate_every", "validation_batches", "log_every", "num_proposals", "patch_size",
       "mask_size", "target_size", "reduction", "embedding", "score_hidden", "train_images",
-      "val_images", "km", "ks", "rois_per_image", "max_proposals", "short_side", "long_side",
+      "val_images", "km", "ks", "rois_per_image", "max_proposals", "max_images", "short_side", "long_side",
       "pooled_size", "width", "features", "max_detections", "chunk")),
     ("at least 0", lambda v: v >= 0,
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
-      "min_side", "negative_distance", "negative_octaves", "box_weight", "frozen_epochs",
+      "min_side", "scale", "negative_distance", "negative_octaves", "box_weight", "frozen_epochs",
       "score_threshold", "localisations")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share", "foreground_share",
       "background_low", "crowd_overlap")),
@@ -267,6 +293,8 @@ CONDITIONS = (
      lambda v: len(v) > 0 and all(0 < a < 1 for a in v) and list(v) == sorted(set(v)),
      ("thresholds",)),
     ("sides > 0", lambda v: all(side > 0 for side in v), ("short_sides",)),
+    ("deviations > 0", lambda v: all(deviation > 0 for deviation in v), ("std",)),
+    ("widths > 0", lambda v: all(width > 0 for width in v), ("horizontal_widths",)),
     ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, ("seed",)),
     ("from 0 to 4", lambda v: 0 <= v <= 4, ("frozen_levels",)),
     ("from 1 to 4", lambda v: 1 <= v <= 4, ("num_modules",)),

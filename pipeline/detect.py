@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from datasets.rois import resize_image
-from datasets.transforms import normalise
+from datasets.transforms import IMAGENET, PixelRules, normalise
 from models.multipathnet import MultiPathNet
 from pipeline.box_selection import select_boxes
 from pipeline.config import DetectConfig
@@ -30,12 +30,12 @@ class View:
     Attributes:
         layers: the trunk's features by stride.
         factors: (4,) from the original's pixels to this version's, xyxy.
-        width: of this version, in pixels. flip: mirrored left-right.
+        last_x: of this version, where the mirror puts what is at 0. flip: mirrored left-right.
     """
 
     layers: dict[int, Tensor]
     factors: Tensor
-    width: int
+    last_x: float
     flip: bool
 
 
@@ -51,17 +51,25 @@ class Detector:
         short_sides: list[int],
         long_side: int,
         options: DetectConfig,
+        pixels: PixelRules = IMAGENET,
+        inclusive_boxes: bool = False,
     ):
         """
         Args:
             categories: {"id", "name"} of each class, in the order of the network's.
             short_sides: of the resized image in pixels, one for each scale.
             long_side: at most, at the first scale; in proportion at the others.
+            inclusive_boxes: the network's boxes have their first and last pixel for corners
+                (released code), not their edges; those that come and go have edges.
         """
         self.model = model.eval().to(device, memory_format=torch.channels_last)
         self.categories, self.device, self.options = categories, device, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         self.short_sides, self.long_side = short_sides, long_side
+        self.pixels = pixels
+        # From a box's last corner in the network to its edge.
+        self.margin = 1 if inclusive_boxes else 0
+        self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
@@ -78,10 +86,11 @@ class Detector:
         scores, labels, found = self._empty()
         rows = source[:0]
         for _ in range(1 + self.options.localisations if count else 0):
-            probabilities, decoded = self._classify(views, boxes)
+            probabilities, decoded = self._classify(views, boxes - self.margins)
+            last = size[0] - self.margin, size[1] - self.margin
             scores, labels, found, kept = select_boxes(
                 probabilities,
-                clip_boxes_to_image(decoded, size),
+                clip_boxes_to_image(decoded, last) + self.margins,
                 score_threshold=self.options.score_threshold,
                 nms_iou=self.options.nms,
                 max_detections=self.options.max_detections,
@@ -116,11 +125,12 @@ class Detector:
         return views
 
     def _view(self, pixels: np.ndarray, size: tuple[int, int], flip: bool) -> View:
-        planes = torch.from_numpy(normalise(pixels.astype(np.float32) / 255))[None].to(self.device)
+        normal = normalise(pixels.astype(np.float32) / 255, self.pixels)
+        planes = torch.from_numpy(normal)[None].to(self.device)
         layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
         y, x = (new / old for new, old in zip(pixels.shape[:2], size, strict=True))
         factors = torch.tensor([x, y, x, y], device=self.device)
-        return View(layers, factors, pixels.shape[1], flip)
+        return View(layers, factors, pixels.shape[1] - self.margin * x, flip)
 
     def _classify(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks."""
@@ -147,4 +157,4 @@ def mirrored(boxes: Tensor, view: View) -> Tensor:
     if not view.flip:
         return boxes
     x0, y0, x1, y1 = boxes.unbind(-1)
-    return torch.stack([view.width - x1, y0, view.width - x0, y1], dim=-1)
+    return torch.stack([view.last_x - x1, y0, view.last_x - x0, y1], dim=-1)

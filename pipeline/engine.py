@@ -30,6 +30,7 @@ class Stage(Protocol):
     """What the loop needs to know of a stage; `pipeline/stages.py` has them."""
 
     name: str
+    samples: str  # what a minibatch is made of, for its rate: patches, images
     optim: OptimConfig
     model: nn.Module
     best_metric: str
@@ -120,7 +121,7 @@ class TrainingRun:
     def train(self, stop: dict[str, bool]) -> None:
         """Runs to the last step; `stop["now"]` ends it after the step at hand."""
         self._start_phase()
-        meter, saved = Meter(self.optim), time.monotonic()
+        meter, saved = Meter(self.optim.batch_size, self.stage.samples), time.monotonic()
         self._validate_if_due()  # a run that was stopped between its last step and its validation
         self.stage.train_mode()
         for batch in self.stage.training_batches(range(self.step, self.total), self.device):
@@ -294,8 +295,9 @@ def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
 class Meter:
     """Means since the last flush; a loss counts the minibatches that had it."""
 
-    def __init__(self, optim: OptimConfig):
-        self.batch_size = optim.batch_size
+    def __init__(self, batch_size: int, samples: str):
+        """`samples`: what a minibatch holds so many of."""
+        self.batch_size, self.samples = batch_size, samples
         self.restart()
 
     def add(self, losses: dict[str, Tensor], *, seconds_left: Any) -> None:
@@ -310,7 +312,7 @@ class Meter:
         seconds = (time.monotonic() - self.start) / max(self.steps, 1)
         values = {name: float(total) / count for name, (total, count) in self.sums.items()}
         values |= {
-            "patches_per_second": self.batch_size / seconds,
+            f"{self.samples}_per_second": self.batch_size / seconds,
             "minutes_left": self.seconds_left(seconds) / 60,
         }
         self.restart()

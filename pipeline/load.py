@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from datasets.transforms import PixelRules
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.svd import compress_towers
@@ -70,6 +71,7 @@ def load_proposer(
         "octaves": octaves,
         "mask_threshold": config.propose.mask_threshold,
         "nms": nms,
+        "resampling": config.propose.resampling,
     }
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
@@ -104,6 +106,8 @@ def load_detector(
         short_sides=options.short_sides or [sampling.short_side],
         long_side=sampling.long_side,
         options=options,
+        pixels=PixelRules(**vars(config.multipathnet.pixels)),
+        inclusive_boxes=config.multipathnet.inclusive_boxes,
     )
     return detector, config
 

@@ -13,9 +13,9 @@ from models.multipathnet import (
     foveal_towers,
 )
 from models.sharpmask import SharpMask
-from models.trunk import RESNETS, Trunk, build_trunk, load_backbone, to_trunk_layers
+from models.trunk import RESNETS, STRIDES, Trunk, build_trunk, load_backbone, to_trunk_layers
 from pipeline.checkpoint import load_weights
-from pipeline.config import DEEPMASK_SIZES, Config, find_path
+from pipeline.config import DEEPMASK_SIZES, Config, TrunkConfig, find_path
 
 
 def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
@@ -27,7 +27,10 @@ def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
     weights = _find_weights(config.trunk.weights, key="trunk.weights") if pretrained else None
     c = config.deepmask
     sizes = {name: getattr(c, name) for name in DEEPMASK_SIZES}
-    return DeepMask(build_trunk(config.trunk.name, weights=weights), dropout=c.dropout, **sizes)
+    trunk = _build_trunk(config.trunk, weights)
+    if trunk.strides != STRIDES:
+        raise ValueError(f"trunk.name {trunk.name} is of detectors only")
+    return DeepMask(trunk, dropout=c.dropout, **sizes)
 
 
 def build_sharpmask(config: Config) -> SharpMask:
@@ -40,6 +43,7 @@ def build_sharpmask(config: Config) -> SharpMask:
         widths=c.widths,
         merge=c.merge,
         num_modules=c.num_modules,
+        horizontal_widths=c.horizontal_widths,
     )
 
 
@@ -58,10 +62,10 @@ def build_multipathnet(
     c = config.multipathnet
     weights = c.trunk.weights if pretrained and c.trunk.weights != "deepmask" else None
     weights = _find_weights(weights, key="multipathnet.trunk.weights")
-    trunk = build_trunk(c.trunk.name, weights=weights)
+    trunk = _build_trunk(c.trunk, weights)
     regions = foveal_towers(foveal=c.foveal, skip=c.skip)
     if c.head == "layer4":
-        head, width = _layer4_head(c.trunk.name, weights), trunk.channels[-1]
+        head, width = _layer4_head(c.trunk, weights), trunk.channels[-1]
     else:
         head = FullyConnectedHead(c.width, c.pooled_size, c.features, dropout=c.dropout, stream=0)
         width = c.width
@@ -77,23 +81,32 @@ def build_multipathnet(
         pooled_size=c.pooled_size,
         width=width,
         normalise=c.normalise,
+        scale=c.scale,
+        roi_bins=c.roi_bins,
     )
 
 
-def _layer4_head(name: str, weights: str | Path | None) -> ResidualHead:
+def _build_trunk(c: TrunkConfig, weights: str | Path | None) -> Trunk:
+    return build_trunk(
+        c.name, weights=weights, width=c.width, padding=c.padding, ceil_pooling=c.ceil_pooling
+    )
+
+
+def _layer4_head(c: TrunkConfig, weights: str | Path | None) -> ResidualHead:
     """The released ResNet detector's: the stage behind the trunk, its batch norm frozen."""
-    if name not in RESNETS:
+    if c.name not in RESNETS:
         raise ValueError(
-            f"multipathnet.head layer4 is the last stage of a ResNet, and {name} is none; "
+            f"multipathnet.head layer4 is the last stage of a ResNet, and {c.name} is none; "
             "use head fc"
         )
-    network = load_backbone(name, weights=weights, whole=True)
-    return ResidualHead(to_trunk_layers(network.layer4), network.fc.in_features)
+    network = load_backbone(c.name, weights=weights, whole=True, width=c.width)
+    layer4 = to_trunk_layers(network.layer4, padding=c.padding)
+    return ResidualHead(layer4, network.fc.in_features)
 
 
 def _copy_vgg_layers(head: FullyConnectedHead, name: str, weights: str | Path) -> None:
-    """fc6 and fc7 of an ImageNet VGG, where they fit."""
-    if not name.startswith("vgg"):
+    """fc6 and fc7 of an ImageNet VGG or CaffeNet, where they fit."""
+    if not name.startswith(("vgg", "caffenet")):
         return
     classifier = load_backbone(name, weights=weights, whole=True).classifier
     for own, theirs in ((head.fc6, classifier[0]), (head.fc7, classifier[3])):

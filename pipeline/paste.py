@@ -17,12 +17,18 @@ class Placement:
     """Where a patch lies in the original image.
 
     Its top-left corner and its size, in pixels, each (x, y).
+
+    Attributes:
+        corners: how the cells of a mask lie over it. False: they share its area evenly. True: the
+            first and last cell are its first and last pixel (whole numbers then), as in the
+            released code.
     """
 
     left: float
     top: float
     width: float
     height: float
+    corners: bool = False
 
 
 def paste(
@@ -45,25 +51,44 @@ def paste(
     rows, columns = above.any(1), above.any(0)
     if not rows.any():
         return None
-    y0, y1 = _window(rows, place.top, place.height, image_size[0])
-    x0, x1 = _window(columns, place.left, place.width, image_size[1])
+    # How many cells on a cell counts: from its centre to its neighbours', or from corner to corner
+    # a little more.
+    reach = 2 if place.corners else 1
+    y0, y1 = _window(rows, place.top, place.height, image_size[0], reach)
+    x0, x1 = _window(columns, place.left, place.width, image_size[1], reach)
     if y1 <= y0 or x1 <= x0:
         return None
-    vertical = _interpolation(y0, y1, place.top, place.height, len(rows))
-    horizontal = _interpolation(x0, x1, place.left, place.width, len(columns))
+    vertical = _weights(y0, y1, place.top, place.height, len(rows), place.corners)
+    horizontal = _weights(x0, x1, place.left, place.width, len(columns), place.corners)
     window = vertical @ logits @ horizontal.T > limit
     return encode_window(window, x0, y0, image_size)
 
 
-def _window(above: np.ndarray, start: float, length: float, limit: int) -> tuple[int, int]:
+def _window(
+    above: np.ndarray, start: float, length: float, limit: int, reach: int
+) -> tuple[int, int]:
     """Pixels, within the patch and the image, that the marked cells can reach by interpolation."""
     cells = np.flatnonzero(above)
     cell = length / len(above)
-    # Interpolation reaches from a cell's centre to its neighbours' centres.
-    low = max(start + (cells[0] - 0.5) * cell, start)
-    high = min(start + (cells[-1] + 1.5) * cell, start + length)
+    low = max(start + (cells[0] + 0.5 - reach) * cell, start)
+    high = min(start + (cells[-1] + 0.5 + reach) * cell, start + length)
     # A pixel belongs to the patch when its centre does.
     return max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), limit)
+
+
+def _weights(
+    first: int, last: int, start: float, length: float, cells: int, corners: bool
+) -> np.ndarray:
+    """What each cell counts for each pixel: (last - first, cells) float32."""
+    if not corners:
+        return _interpolation(first, last, start, length, cells)
+    pixels = np.arange(first, last) - start
+    if length < cells:  # where it shrinks, image.scale of Lua Torch averages areas
+        low, high = np.arange(cells), pixels[:, None] * (cells / length)
+        shared = np.minimum(low + 1, high + cells / length) - np.maximum(low, high)
+        return (np.maximum(0, shared) * (length / cells)).astype(np.float32)
+    position = pixels * ((cells - 1) / max(length - 1, 1))
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells))).astype(np.float32)
 
 
 def _interpolation(first: int, last: int, start: float, length: float, cells: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from pipeline.config import (
     DeepMaskConfig,
     SamplingConfig,
     SharpMaskConfig,
+    config_from_dict,
     config_to_dict,
 )
 from pipeline.networks import build_deepmask, build_sharpmask
@@ -33,7 +34,7 @@ class PatchStage:
     """What DeepMask's and SharpMask's training have in common: patches in, masks out."""
 
     name: str
-    best_metric = "iou_above_0.7"
+    samples, best_metric = "patches", "iou_above_0.7"
     phase_starts, facts = (), {}
     model: nn.Module
 
@@ -194,8 +195,9 @@ def load_initial_deepmask(model: DeepMask, config: Config, path: Path) -> None:
         ValueError: it is of another stage, trunk or size; says which.
     """
     content = load_checkpoint(path, stage="deepmask")
-    own, other = config_to_dict(config), content["config"]
-    keys = [("trunk", "name"), *(("deepmask", name) for name in DEEPMASK_SIZES)]
+    own = config_to_dict(config)
+    other = config_to_dict(config_from_dict(content["config"], source=str(path)))
+    keys = [("trunk", "name"), ("trunk", "width"), *(("deepmask", name) for name in DEEPMASK_SIZES)]
     differences = [
         f"{section}.{key} {other[section][key]} instead of {own[section][key]}"
         for section, key in keys

@@ -30,7 +30,8 @@ class Level:
     """One scale of the pyramid after the network.
 
     Attributes:
-        factors: (x, y) resize factors that the rounding of the size really gave.
+        factors: (x, y) resize factors that masks are placed by: those that the rounding of the size
+            really gave, or as resampling "corners" has it the scale's own.
         embeddings: (E, h, w). score_logits: (h, w).
         horizontal: of each refinement module (c, h', w') at its stride; empty without refinement.
     """
@@ -53,19 +54,26 @@ class Proposer:
         octaves: list[float] | None = None,
         mask_threshold: float = 0.2,
         nms: float | None = None,
+        resampling: str = "area",
     ):
         """
         Args:
             octaves: log2 of the pyramid's factors; None for -2.5 to .5 in steps of .5.
             mask_threshold: probability from which on a pixel belongs to a mask.
             nms: see `suppress_duplicates`; None keeps all.
+            resampling: of the image to the scales, and of masks to the image. "area": pixels have
+                an area, of which a smaller one's is the average, and masks lie where their cells
+                are. "corners", as the released code: corner pixels lie on corner pixels, with no
+                average, and masks lie on whole pixels.
         """
+        assert resampling in ("area", "corners"), resampling
         model = model.eval().to(device, memory_format=torch.channels_last)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.device, self.num_proposals = device, num_proposals
+        self._place = place_patch if resampling == "area" else place_patch_on_pixels
         self.octaves = octave_range(-2.5, 0.5, 0.5) if octaves is None else octaves
-        self.mask_threshold, self.nms = mask_threshold, nms
+        self.mask_threshold, self.nms, self.resampling = mask_threshold, nms, resampling
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -92,8 +100,11 @@ class Proposer:
     @torch.inference_mode()
     def run_level(self, image: np.ndarray, octave: float) -> Level:
         """What depends on the image alone, at one scale."""
-        scaled = resize_image(image, 2.0**octave)
-        factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
+        if self.resampling == "corners":
+            scaled, factors = resize_between_corners(image, 2.0**octave), (2.0**octave,) * 2
+        else:
+            scaled = resize_image(image, 2.0**octave)
+            factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         pixels = pad_and_normalise(
             torch.from_numpy(scaled).to(self.device), self.deepmask.patch_size // 2
         )
@@ -104,23 +115,34 @@ class Proposer:
         return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
 
     @torch.inference_mode()
-    def decode(self, level: Level, cells: Tensor) -> Tensor:
-        """Mask logits of chosen cells of one scale, refined if there is a refinement.
+    def decode(self, levels: list[Level], chosen: Tensor) -> Tensor:
+        """Mask logits of chosen cells, refined if there is a refinement.
 
         Args:
-            cells: (n, 2) int64 rows and columns.
+            chosen: (n, 3) int64 level, row, column. Cells of all levels go through the network
+                together: batches of one size cost less than many small ones.
 
         Returns:
             (n, M, M), or (n, P, P) when refined.
         """
-        rows, columns = cells.unbind(1)
-        embeddings = level.embeddings[:, rows, columns].T  # (n, E)
+        present = chosen[:, 0].unique().tolist()
+        ranks = [torch.nonzero(chosen[:, 0] == number).flatten() for number in present]
+        order = torch.cat(ranks).argsort()
+        cells = [chosen[rank, 1:] for rank in ranks]
+        own = [levels[number] for number in present]
+        embeddings = torch.cat(
+            [level.embeddings[:, c[:, 0], c[:, 1]].T for level, c in zip(own, cells, strict=True)]
+        )[order]  # (n, E)
         if self.refinement is None:
             return self.deepmask.decode_masks(embeddings)
-        windows = [
-            gather_windows(each, cells, size=self.deepmask.cells << i, step=1 << i)
-            for i, each in enumerate(level.horizontal)
-        ]
+        windows = []
+        for i in range(len(self.refinement.refinements)):
+            size, step = self.deepmask.cells << i, 1 << i
+            parts = [
+                gather_windows(level.horizontal[i], c, size=size, step=step)
+                for level, c in zip(own, cells, strict=True)
+            ]
+            windows.append(torch.cat(parts)[order].contiguous(memory_format=torch.channels_last))
         return self.refinement.refine(embeddings, windows)
 
     def _masks(
@@ -131,19 +153,14 @@ class Proposer:
         Args:
             chosen: (N, 3) of level, row, column.
         """
-        pasted: list[tuple | None] = [None] * len(chosen)
-        for number, level in enumerate(levels):
-            ranks = torch.nonzero(chosen[:, 0] == number).flatten()
-            for part in ranks.split(MASK_CHUNK) if len(ranks) else ():
-                cells = chosen[part, 1:]
-                logits = self.decode(level, cells).float().cpu().numpy()
-                for rank, mask, (row, column) in zip(
-                    part.tolist(), logits, cells.tolist(), strict=True
-                ):
-                    place = place_patch(row, column, level.factors, self.deepmask.patch_size)
-                    pasted[rank] = paste(
-                        mask, place, image_size=image_size, threshold=self.mask_threshold
-                    )
+        pasted: list[tuple | None] = []
+        for part in chosen.split(MASK_CHUNK) if len(chosen) else ():
+            logits = self.decode(levels, part).float().cpu().numpy()
+            for mask, (number, row, column) in zip(logits, part.tolist(), strict=True):
+                place = self._place(row, column, levels[number].factors, self.deepmask.patch_size)
+                pasted.append(
+                    paste(mask, place, image_size=image_size, threshold=self.mask_threshold)
+                )
         return pasted
 
 
@@ -191,8 +208,19 @@ def resize_image(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
+def resize_between_corners(image: np.ndarray, factor: float) -> np.ndarray:
+    """(H, W, 3) uint8 resized by a factor, corners to corners; float32, not rounded to integers.
+
+    As nnx's SpatialReSamplingEx (bilinear) of the released code does it.
+    """
+    size = [max(1, math.floor(side * factor + 0.5)) for side in image.shape[:2]]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    resized = nnf.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
 def pad_and_normalise(pixels: Tensor, border: int) -> Tensor:
-    """(H, W, 3) uint8 to (1, 3, H + 2 border, W + 2 border) float32.
+    """(H, W, 3), values 0 to 255, to (1, 3, H + 2 border, W + 2 border) float32.
 
     Normalised, grey all around, channels last.
     """
@@ -238,4 +266,14 @@ def place_patch(row: int, column: int, factors: tuple[float, float], patch_size:
         (STRIDE * row - patch_size / 2) / fy,
         patch_size / fx,
         patch_size / fy,
+    )
+
+
+def place_patch_on_pixels(
+    row: int, column: int, factors: tuple[float, float], patch_size: int
+) -> Placement:
+    """As `place_patch`, on whole pixels as the released code places masks (see `Placement`)."""
+    place = place_patch(row, column, factors, patch_size)
+    return Placement(
+        *map(math.floor, (place.left, place.top, place.width, place.height)), corners=True
     )

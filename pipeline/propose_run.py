@@ -54,12 +54,14 @@ def propose_images(
     settings: dict,
     annotations: str | Path | None = None,
     draw: int = 0,
+    max_images: int | None = None,
 ) -> Summary:
     """Fills the proposal store `output` for a folder, file or glob, and writes proposals.json.
 
     Args:
         settings: what the proposals depend on; a store made with other settings is refused.
         annotations: COCO json that gives the images' ids and which images to take.
+        max_images: only the first so many images.
         draw: number of proposals to draw for each image, into `output/drawn`.
 
     Raises:
@@ -71,6 +73,7 @@ def propose_images(
     store = ProposalStore(output)
     done = store.images()
     files = find_images(source, annotations, {name: image["id"] for name, image in done.items()})
+    files = files[:max_images]
     left = [file for file in files if file.file_name not in done]
     if distributed.is_main():
         store.open_for(settings | {"image_folder": str(common_folder(files))})

@@ -21,13 +21,18 @@ from datasets.coco import CocoInstances
 from datasets.files import atomic_path
 from pipeline.report_comparison import read_comparison
 from pipeline.report_crops import MASK_RGB, TRUTH_RGB
-from pipeline.report_detections import MIN_SCORE, PUBLISHED_COUNT, read_detection_stage
+from pipeline.report_detection_pictures import MIN_SCORE
+from pipeline.report_detections import (
+    DETECTOR,
+    FEW_OBJECTS,
+    PUBLISHED_COUNT,
+    read_detection_stage,
+)
 from pipeline.report_pictures import SHOWN, TOP
 from pipeline.report_plots import KINDS
 from pipeline.report_run import RunFiles, read_json, read_stage
 
 STAGES = ("deepmask", "sharpmask")  # those that make proposals, in the order of the pipeline
-DETECTOR = "multipathnet"
 
 
 def write_report(run: str | Path, *, annotations: str | Path, images: str | Path) -> Path:
@@ -44,10 +49,11 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     summary = files.read("summary.json", read_json, "patch metrics and seconds") or {}
     what = "the annotated objects, and with them the pictures"
     coco = files.read(annotations, CocoInstances.load, what, inside=False)
-    names = [n for n in (*STAGES, DETECTOR) if (files.run / n).is_dir() or n in summary]
+    known = [n for n in (*STAGES, DETECTOR) if (files.run / n).is_dir() or n in summary]
+    names = known or STAGES[:1]
     stages = [
         read_stage(files, name, summary.get(name, {}), coco, Path(images))
-        for name in names or STAGES[:1]
+        for name in names
         if name != DETECTOR
     ]
     detector = None
@@ -62,7 +68,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         missing=files.missing,
         seconds=summary.get("seconds") or {},
         settings=[item for s in (*stages, detector) if s for item in s.settings.items()],
-        commands=commands(names or STAGES[:1], run, annotations, images),
+        commands=commands(names, run, annotations, images),
         this_command=shlex.join(["python", *sys.argv]),
         software=software(),
         date=datetime.now().astimezone(),
@@ -71,6 +77,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         kinds=KINDS,
         min_score=MIN_SCORE,
         published_count=PUBLISHED_COUNT,
+        few=FEW_OBJECTS,
         colours={"truth": TRUTH_RGB, "mask": MASK_RGB},
     )
     with atomic_path(path) as temporary:

@@ -149,7 +149,7 @@ def draw_example(
     ious, numbers = best_matches(proposals, coco, objects)
     name = proposals.file_name
     try:
-        image = scaled_down(read_image(path))
+        image = scaled(read_image(path))
     except ImageError as error:
         return Example(name, ious, error=str(error))
     truth = [Mark(coco.rle(a), colour(n), tint=0) for n, a in enumerate(objects)]
@@ -174,10 +174,11 @@ def spread(ranked: list, count: int) -> list:
     return [ranked[math.floor((n + 0.5) * len(ranked) / parts)] for n in range(parts)]
 
 
-def scaled_down(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 of at most `PICTURE_SIDE`; a smaller image as it is."""
-    factor = min(1, PICTURE_SIDE / max(image.shape))
-    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+def scaled(image: np.ndarray, *, max_factor: float = 1) -> np.ndarray:
+    """(H, W, 3) uint8 with a longer side of `PICTURE_SIDE`, but no further enlarged than that."""
+    factor = min(max_factor, PICTURE_SIDE / max(image.shape))
+    interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
 
 def _label(mark: Mark, width: int) -> Label:
     """At the top left of the mask, in a picture of a width."""
-    x, y = (coco_mask.toBbox(mark.rle)[:2] * width / mark.rle["size"][1]).tolist()
+    corner = coco_mask.toBbox(mark.rle)[:2] * width / mark.rle["size"][1]
+    x, y = np.rint(corner).astype(int).tolist()
     return Label(mark.label, (x, y), mark.rgb)
 
 

@@ -166,7 +166,7 @@ def plot_ap_by_iou(thresholds: list[float], values: dict[str, list[float | None]
 
     def draw(axes: Axes) -> None:
         for kind, ap in values.items():
-            axes.plot(thresholds, _no_none(ap), marker="o", label=kind)
+            axes.plot(thresholds, _no_none(ap), "o-", c=SERIES[KINDS.index(kind)], label=kind)
         axes.set(xlabel="IoU threshold", ylabel="average precision")
         axes.set_ylim(bottom=0)
 
@@ -184,8 +184,9 @@ def plot_ap_by_proposals(
 
     def draw(axes: Axes) -> None:
         for kind, ap in values.items():
-            axes.plot(counts, _no_none(ap), marker="o", label=kind)
-        axes.axvline(published, color=INK, linestyle=":", linewidth=1, label=f"{published}")
+            axes.plot(counts, _no_none(ap), "o-", c=SERIES[KINDS.index(kind)], label=kind)
+        label = f"published: {published}"
+        axes.axvline(published, color=INK, linestyle=":", linewidth=1, label=label)
         axes.set(xscale="log", xlabel="proposals per image", ylabel="average precision")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter("{x:g}")

@@ -11,6 +11,7 @@ from datasets.patches import sample_keys
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.roi_sampler import RoiRules, RoiSampler
 from datasets.rois import RoiBatchKeys, RoiDataset, roi_loader, target_statistics
+from datasets.transforms import PixelRules
 from models.losses import box_loss, integral_loss
 from pipeline import distributed
 from pipeline.batches import device_batches
@@ -26,7 +27,7 @@ class MultiPathNetStage:
     """Trains the detector on RoIs of proposals."""
 
     name = "multipathnet"
-    best_metric = "roi_accuracy"
+    samples, best_metric = "images", "roi_accuracy"
 
     def __init__(
         self,
@@ -49,7 +50,11 @@ class MultiPathNetStage:
         self._check_batch()
         prepare_data(config)
         self.train_data = roi_dataset(
-            self.section, *load_split(config, "train"), proposals["train"], seed=config.seed
+            self.section,
+            *load_split(config, "train"),
+            proposals["train"],
+            seed=config.seed,
+            max_images=self.section.sampling.max_images,
         )
         self.val_data = roi_dataset(
             self.section, *load_split(config, "val"), proposals["val"], seed=VALIDATION_SEED
@@ -165,6 +170,7 @@ def roi_dataset(
     proposals: ProposalBoxes,
     *,
     seed: int,
+    max_images: int | None = None,
 ) -> RoiDataset:
     """RoIs of annotated images, by the sampling rules of a config.
 
@@ -182,11 +188,14 @@ def roi_dataset(
         background_low=s.background_low,
         crowd_overlap=s.crowd_overlap,
         max_proposals=s.max_proposals,
+        max_images=max_images,
         short_side=s.short_side,
         long_side=s.long_side,
         flip=s.flip,
+        inclusive_boxes=c.inclusive_boxes,
     )
-    return RoiDataset(coco, images, RoiSampler(coco, proposals, rules=rules, seed=seed))
+    sampler = RoiSampler(coco, proposals, rules=rules, seed=seed)
+    return RoiDataset(coco, images, sampler, pixels=PixelRules(**vars(c.pixels)))
 
 
 def roi_batches(data: RoiDataset, keys, device: torch.device, *, workers: int) -> Iterator[dict]:

@@ -95,5 +95,12 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         num_proposals=config.multipathnet.sampling.max_proposals,
     )
     store = output / "proposals" / split
-    propose_images(proposer, images, store, settings=settings, annotations=annotations)
+    propose_images(
+        proposer,
+        images,
+        store,
+        settings=settings,
+        annotations=annotations,
+        max_images=config.multipathnet.sampling.max_images if split == "train" else None,
+    )
     return ProposalStore(store).boxes()

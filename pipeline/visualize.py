@@ -12,7 +12,7 @@ from pipeline.detections import Detections
 from pipeline.mask_nms import suppress_duplicates
 from pipeline.proposals import Proposals
 
-LABEL_SIZE, LABEL_SCALE = (40, 17), 0.5  # px that a score takes; of the font
+LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
 # Distinct hues, by steps of the golden ratio around the colour circle.
 PALETTE = cv2.cvtColor(
@@ -88,17 +88,27 @@ def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
 
     Those for which there is no place left above the lower edge are not drawn.
     """
-    width, height = LABEL_SIZE
     taken = []
     for label in labels:
-        x = max(min(label.corner[0], picture.shape[1] - width), 0)
-        y = max(label.corner[1], height)
-        while in_the_way := [v for u, v in taken if abs(x - u) < width and abs(y - v) < height]:
-            y = max(in_the_way) + height
+        width = label_width(label.text)
+        # Whole pixels: a sum of fractions may round to where the label is still in the way.
+        x = max(min(round(label.corner[0]), picture.shape[1] - width), 0)
+        y = max(round(label.corner[1]), LABEL_HEIGHT)
+        while in_the_way := [
+            v
+            for u, v, its_width in taken
+            if x < u + its_width and u < x + width and abs(y - v) < LABEL_HEIGHT
+        ]:
+            y = max(in_the_way) + LABEL_HEIGHT
         if y < picture.shape[0]:
-            taken.append((x, y))
+            taken.append((x, y, width))
             pale = tuple((channel + 255) // 2 for channel in label.rgb)
-            put_label(picture, label.text, (int(x), int(y)), pale, scale=LABEL_SCALE)
+            put_label(picture, label.text, (x, y), pale, scale=LABEL_SCALE)
+
+
+def label_width(text: str) -> int:
+    """Pixels that a label takes, its dark ground included."""
+    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, LABEL_SCALE, 1)[0][0] + 3
 
 
 def put_label(

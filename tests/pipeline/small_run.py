@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from pipeline.detection_eval import METRICS
+from pipeline.detections import Detections, write_detections
 from pipeline.proposals import Proposals, ProposalStore
 
 SIDE = 64  # px, of the images
@@ -27,11 +29,20 @@ def proposals_of(image_id, name, boxes):
     return Proposals(image_id, name, SIDE, SIDE, scores, boxes, counts)
 
 
-def object_of(image_id, box, *, iscrowd=0):
+def detections_of(image_id, name, found, *, masks=True):
+    """Detections of rectangles: (box, category id, score) each, best first."""
+    boxes, labels, scores = zip(*found, strict=True) if found else ([], [], [])
+    counts = [rle_of(box)["counts"] for box in boxes] if masks else None
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    scores, labels = np.array(scores, np.float32), np.array(labels, np.int64)
+    return Detections(image_id, name, SIDE, SIDE, scores, boxes, labels, counts)
+
+
+def object_of(image_id, box, *, iscrowd=0, category=1):
     x1, y1, x2, y2 = box
     return {
         "image_id": image_id,
-        "category_id": 1,
+        "category_id": category,
         "iscrowd": iscrowd,
         "area": (x2 - x1) * (y2 - y1),
         "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -46,10 +57,11 @@ def write_dataset(directory, names, objects):
         for n, name in enumerate(names, start=1)
     ]
     annotations = [{"id": n} | annotation for n, annotation in enumerate(objects, start=1)]
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    categories = [{"id": 1, "name": "ring"}, {"id": 3, "name": "bar"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
     directory.mkdir(exist_ok=True)
     for n, name in enumerate(names):
-        cv2.imwrite(str(directory / name), np.full((SIDE, SIDE, 3), 40 * n + 40, np.uint8))
+        cv2.imwrite(str(directory / name), np.full((SIDE, SIDE, 3), (40 * n + 40) % 256, np.uint8))
     path = directory / "instances.json"
     path.write_text(json.dumps(content))
     return path, directory
@@ -107,6 +119,48 @@ def write_stage(directory, proposals, *, start=0.1):
     write_store(directory / "proposals", proposals)
 
 
+DETECTOR_RECORDS = [
+    {"split": "train", "step": 20, "epoch": 0.2, "class_loss": 1.51, "box_loss": 0.41,
+     "patches_per_second": 8.0},
+    {"split": "val", "step": 100, "epoch": 1.0, "roi_accuracy": 0.75, "foreground_accuracy": 0.6,
+     "background_accuracy": 0.9},
+    {"split": "train", "step": 200, "epoch": 2.0, "class_loss": 0.52, "box_loss": 0.22,
+     "patches_per_second": 8.0},
+    {"split": "val", "step": 200, "epoch": 2.0, "roi_accuracy": 0.7},
+]  # fmt: skip
+DETECTION_METRICS = {
+    kind: dict(zip(METRICS, [start, *(start + n / 1000 for n in range(1, 9))], strict=True))
+    for kind, start in (("box", 0.3), ("mask", 0.2))
+}
+AP_BY_IOU = {
+    "iou_thresholds": [0.5, 0.75, 0.95],
+    "box": {"ap_by_iou": [0.61, 0.31, 0.01]},
+    "mask": {"ap_by_iou": [0.52, 0.22, None]},
+}
+AP_BY_PROPOSALS = {"counts": [10, 400], "box": [0.151, 0.3], "mask": [0.142, 0.2]}
+CATEGORIES = """category_id,category,annotations,detections,box_AP,mask_AP
+1,<i>ring,12,1234,0.41,0.32
+3,bar,3,5,0.23,0.11
+7,none,0,1,,
+"""
+
+
+def write_detector(directory, detections):
+    scores = directory / "scores"
+    scores.mkdir(parents=True)
+    (directory / "config.yaml").write_text("seed: 9\n")
+    lines = "".join(json.dumps(r) + "\n" for r in DETECTOR_RECORDS)
+    (directory / "metrics.jsonl").write_text(lines)
+    for name, content in (
+        ("metrics", DETECTION_METRICS),
+        ("curves", AP_BY_IOU),
+        ("by_proposals", AP_BY_PROPOSALS),
+    ):
+        (scores / f"{name}.json").write_text(json.dumps(content))
+    (scores / "categories.csv").write_text(CATEGORIES)
+    write_detections(directory / "detections.json", detections)
+
+
 def write_summary(run, *stages):
     summary = {name: {"patches": PATCHES} for name in stages}
     (run / "summary.json").write_text(json.dumps(summary | {"seconds": {"deepmask": 251.3}}))
@@ -125,4 +179,12 @@ STORE = [
     proposals_of(3, "half.png", [(8, 8, 24, 16), ELSEWHERE]),
     proposals_of(4, "crowd.png", [SQUARE]),
     proposals_of(5, "empty.png", [SQUARE]),
+]
+
+# In the dataset's images: found; of the wrong category; half found, and what is not there.
+FOUND = [
+    detections_of(1, "found.png", [(SQUARE, 1, 0.9)]),
+    detections_of(2, "missed.png", [(SQUARE, 3, 0.8), (SQUARE, 1, 0.2)]),
+    detections_of(3, "half.png", [((8, 8, 24, 16), 1, 0.7), (ELSEWHERE, 1, 0.4)]),
+    detections_of(5, "empty.png", [(SQUARE, 1, 0.1)]),
 ]

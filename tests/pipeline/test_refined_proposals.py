@@ -24,6 +24,11 @@ def build(trunk: str = "tiny", patch_size: int = 64) -> SharpMask:
     return SharpMask(DeepMask(build_trunk(trunk), patch_size=patch_size, **sizes)).eval()
 
 
+def at_level(number: int, cells: torch.Tensor) -> torch.Tensor:
+    """Rows and columns (n, 2) with the number of their level before them."""
+    return torch.nn.functional.pad(cells, (1, 0), value=number)
+
+
 @pytest.fixture(scope="module")
 def model() -> SharpMask:
     return build()
@@ -46,7 +51,7 @@ def test_dense_refinement_equals_refining_each_patch_on_its_own(trunk):
     level = proposer.run_level(image, 0.0)
     first = border // 16 + 1  # the cell whose patch begins `border` px into the padded image + 1
     chosen = torch.tensor([[first, first], [first + 2, first + 1]])
-    together = proposer.decode(level, chosen)
+    together = proposer.decode([level], at_level(0, chosen))
     padded = pad_and_normalise(torch.from_numpy(image), 16)
     for (row, column), mask in zip(chosen.tolist(), together, strict=True):
         top, left = 16 * row - border, 16 * column - border
@@ -67,17 +72,22 @@ def test_dense_refinement_equals_refining_each_patch_on_its_own(trunk):
 
 @torch.inference_mode()
 def test_masks_of_the_image_are_those_of_each_cell(model, image):
-    """All cells of two scales in chunks against one at a time, scores included."""
+    """All cells of two scales together, in any order, against one at a time."""
     octaves = [-0.5, 0.0]
     proposer = Proposer(model, device=CPU, num_proposals=10_000, octaves=octaves)
     levels = [proposer.run_level(image, octave) for octave in octaves]
-    for level in levels:
-        rows, columns = level.score_logits.shape
-        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        together = proposer.decode(level, cells)
-        for cell, mask in zip(cells, together, strict=True):
-            alone = proposer.decode(level, cell[None])[0]
-            torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
+    chosen = torch.cat(
+        [
+            at_level(n, torch.cartesian_prod(*map(torch.arange, level.score_logits.shape)))
+            for n, level in enumerate(levels)
+        ]
+    )
+    chosen = chosen[torch.randperm(len(chosen))]
+    together = proposer.decode(levels, chosen)
+    for cell, mask in zip(chosen, together, strict=True):
+        level = levels[cell[0]]
+        alone = proposer.decode([level], at_level(0, cell[None, 1:]))[0]
+        torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 1, 2, 3]))
@@ -100,10 +110,10 @@ def test_refinement_changes_the_masks_and_nothing_else(model, image):
     coarse, refined = Proposer(model.deepmask, device=CPU), Proposer(model, device=CPU)
     levels = [proposer.run_level(image, 0.0) for proposer in (coarse, refined)]
     assert torch.equal(levels[0].score_logits, levels[1].score_logits)
-    cells = torch.tensor([[3, 4], [0, 7]])
+    cells = at_level(0, torch.tensor([[3, 4], [0, 7]]))
     expected = model.deepmask.decode_masks(levels[1].embeddings[:, [3, 0], [4, 7]].T)
-    torch.testing.assert_close(coarse.decode(levels[0], cells), expected)
-    assert refined.decode(levels[1], cells).shape == (2, 64, 64)
+    torch.testing.assert_close(coarse.decode(levels[:1], cells), expected)
+    assert refined.decode(levels[1:], cells).shape == (2, 64, 64)
 
 
 def proposals_of(masks: np.ndarray) -> Proposals:

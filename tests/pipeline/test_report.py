@@ -3,12 +3,12 @@
 import base64
 import re
 import shutil
-from html.parser import HTMLParser
 
 import cv2
 import numpy as np
 import pytest
 from markupsafe import Markup
+from report_page import page_of
 from small_run import (
     NUM_WITH_OBJECTS,
     SIDE,
@@ -24,9 +24,7 @@ from small_run import (
 )
 
 from pipeline import report_plots
-from pipeline.report import duration, number, write_report
-
-VOID_ELEMENTS = {"meta", "img", "br"}
+from pipeline.report import duration, number
 
 
 @pytest.fixture
@@ -50,51 +48,6 @@ def whole(tmp_path_factory):
     write_stage(directory / "deepmask", STORE)
     write_summary(directory, "deepmask")
     return page_of(directory, make_dataset(directory / "data"))
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, the text, the rows of the tables, and the warning."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html, self.elements, self.rows, self.warning, self.text = html, [], [], "", ""
-        self._open = []
-        self.feed(html)
-        assert not self._open, f"not closed: {self._open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID_ELEMENTS:
-            self._open.append((tag, dict(attributes)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-        tags = [tag for tag, _ in self._open]
-        if {"td", "th"} & set(tags):
-            self.rows[-1][-1] += data
-        if any(attributes.get("id") == "missing" for _, attributes in self._open):
-            self.warning += data
-
-    def all(self, tag, attribute):
-        return [given[attribute] for name, given in self.elements if name == tag]
-
-
-def page_of(run, dataset):
-    annotations, images = dataset
-    path = write_report(run, annotations=annotations, images=images)
-    assert path == run / "report.html"
-    assert [p.name for p in run.glob(".*")] == [], "a temporary file is left"
-    return Page(path.read_text())
 
 
 # The page of a whole run.

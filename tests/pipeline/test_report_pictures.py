@@ -126,6 +126,12 @@ def test_labels_of_masks_at_one_place_do_not_cover_each_other():
     assert dark[2] == pytest.approx(4 * dark[0], abs=12)
 
 
+def test_labels_at_fractions_of_a_pixel_find_a_place():
+    """At y = 63 * 480 / 500, where y + 17 - y is rounded to less than 17, the height of a label."""
+    image = np.zeros((300, 480, 3), np.uint8)
+    draw_marks(image, [Mark(rle_of((9, 63, 99, 99), 300, 500), (9, 9, 9), 0, "0.12")] * 2)
+
+
 def test_large_picture_is_scaled_down(tmp_path):
     path, images = write_dataset(tmp_path / "data", ["large.png"], [object_of(1, SQUARE)])
     cv2.imwrite(str(images / "large.png"), np.zeros((1000, 700, 3), np.uint8))

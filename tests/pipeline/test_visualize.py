@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_run import proposals_of, rle_of
 
 from pipeline import visualize
-from pipeline.visualize import LABEL_SIZE, Label, colour, draw_proposals, put_labels
+from pipeline.visualize import LABEL_HEIGHT, Label, colour, draw_proposals, label_width, put_labels
 
 GREY = np.full((200, 300, 3), 128, np.uint8)
 
@@ -52,24 +52,32 @@ def test_the_best_mask_is_on_top_and_no_more_than_asked_for_are_drawn(stack):
 corners = st.tuples(st.floats(-5, 310), st.floats(-5, 210))
 
 
+texts = st.sampled_from(["0.12", "traffic light 0.12"])
+
+
 @settings(deadline=None)
-@given(st.lists(corners, max_size=40))
-def test_labels_do_not_cover_each_other(places):
+@given(st.lists(st.tuples(texts, corners), max_size=40))
+def test_labels_do_not_cover_each_other(labels):
     together = GREY.copy()
     seen = []
     original = visualize.put_label
 
     def note(picture, text, origin, rgb, scale):
-        seen.append(origin)
+        seen.append((*origin, label_width(text)))
         original(picture, text, origin, rgb, scale)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize, "put_label", note)
-        put_labels(together, [Label("0.12", place, (9, 9, 9)) for place in places])
-    assert len(set(seen)) == len(seen) <= len(places)
-    assert bool(seen) == any(max(y, LABEL_SIZE[1]) < 200 for _, y in places)
-    for n, (x, y) in enumerate(seen):
-        assert 0 <= x <= 300 - LABEL_SIZE[0] and LABEL_SIZE[1] <= y < 200
-        for u, v in seen[:n]:
-            # Whole pixels: a fraction is lost of either.
-            assert abs(x - u) > LABEL_SIZE[0] - 2 or abs(y - v) > LABEL_SIZE[1] - 2
+        put_labels(together, [Label(text, place, (9, 9, 9)) for text, place in labels])
+    assert len(set(seen)) == len(seen) <= len(labels)
+    assert bool(seen) == any(max(round(y), LABEL_HEIGHT) < 200 for _, (_, y) in labels)
+    for n, (x, y, width) in enumerate(seen):
+        assert 0 <= x <= 300 - width and LABEL_HEIGHT <= y < 200
+        for u, v, its_width in seen[:n]:
+            beside = x >= u + its_width or u >= x + width
+            assert beside or abs(y - v) >= LABEL_HEIGHT
+
+
+def test_labels_at_fractions_of_a_pixel_find_a_place():
+    """60.48 + 17 - 60.48 is a little less than 17."""
+    put_labels(GREY.copy(), [Label("0.12", (5, 60.48), (9, 9, 9))] * 2)

@@ -1,0 +1,55 @@
+"""CaffeNet: Caffe's AlexNet, as Fast R-CNN has it (Girshick, ICCV 2015; model "S").
+
+Krizhevsky's network (NIPS 2012) with pooling before the local response normalisation. Its
+convolutions and pools are padded so that a cell of conv5 lies at every 16th pixel; no layer is at
+stride 2.
+"""
+
+from torch import nn
+
+
+class CaffeNet(nn.Module):
+    """The layers, named as torchvision's VGG has them: fc6 is classifier[0], fc7 [3] and fc8 [6].
+
+    Of use in parts only: without RoI pooling between them these paddings do not give fc6's 6 x 6.
+    """
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        self.features = nn.Sequential(
+            *_conv(3, 96, 11, stride=4),
+            *_pool_and_normalise(),
+            *_conv(96, 256, 5, groups=2),
+            *_pool_and_normalise(),
+            *_conv(256, 384, 3),
+            *_conv(384, 384, 3, groups=2),
+            *_conv(384, 256, 3, groups=2),
+            _pool(),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(256 * 6 * 6, 4096), nn.ReLU(), nn.Dropout(),
+            nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(),
+            nn.Linear(4096, num_classes),
+        )  # fmt: skip
+
+
+def _conv(
+    channels: int, width: int, size: int, *, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(channels, width, size, stride, size // 2, groups=groups), nn.ReLU()
+
+
+def _pool() -> nn.MaxPool2d:
+    return nn.MaxPool2d(3, 2, padding=1)
+
+
+def _pool_and_normalise() -> tuple[nn.Module, nn.Module]:
+    return _pool(), nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1)
+
+
+def caffenet_levels(network: CaffeNet) -> list[nn.Sequential]:
+    """conv1, conv2, and conv3 to conv5; pool and normalisation open the level behind them."""
+    layers = list(network.features)[:-1]  # without pool5, so that the map stays at stride 16
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    starts = [0, *pools, len(layers)]
+    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]

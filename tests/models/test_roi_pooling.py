@@ -1,0 +1,63 @@
+"""Rounded RoI pooling against the released kernel's loops, written again in plain Python."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.roi_pooling import roi_pool_rounded
+
+HEIGHT, WIDTH, CHANNELS = 7, 11, 3
+coordinate = st.integers(-60, 260).map(lambda v: v / 2)  # halves of a pixel: edges at half cells
+rois = st.tuples(st.integers(0, 1), *[coordinate] * 4)
+
+
+def c_round(value: np.float32) -> int:
+    return int(math.copysign(math.floor(abs(float(value)) + 0.5), float(value)))
+
+
+def bins(first: float, last: float, size: int, limit: int, scale: float) -> list[tuple[int, int]]:
+    start = c_round(np.float32(first) * np.float32(scale))
+    end = c_round(np.float32(last) * np.float32(scale)) - 1
+    step = np.float32(max(end - start + 1, 1)) / np.float32(size)
+    edges = [c_round(np.float32(n) * step) + start for n in range(size + 1)]
+    edges = [min(max(edge, 0), limit) for edge in edges]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def pool_slowly(features: np.ndarray, roi: tuple, size: int, scale: float) -> np.ndarray:
+    pooled = np.zeros((features.shape[1], size, size), np.float32)
+    row, x0, y0, x1, y1 = roi
+    for i, (top, bottom) in enumerate(bins(y0, y1, size, features.shape[2], scale)):
+        for j, (left, right) in enumerate(bins(x0, x1, size, features.shape[3], scale)):
+            window = features[row, :, top:bottom, left:right]
+            if window.size:
+                pooled[:, i, j] = window.max(axis=(1, 2))
+    return pooled
+
+
+@given(boxes=st.lists(rois, max_size=6), size=st.integers(1, 9), power=st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_pooling_is_the_released_kernels(boxes, size, power):
+    generator = torch.Generator().manual_seed(size)
+    features = torch.randn(2, CHANNELS, HEIGHT, WIDTH, generator=generator)
+    given_rois = torch.tensor(boxes, dtype=torch.float32).view(-1, 5)
+    pooled = roi_pool_rounded(features, given_rois, size, 1 / 2**power)
+    assert pooled.shape == (len(boxes), CHANNELS, size, size)
+    for ours, roi in zip(pooled.numpy(), boxes, strict=True):
+        assert np.array_equal(ours, pool_slowly(features.numpy(), roi, size, 1 / 2**power))
+
+
+def test_bins_part_the_roi_and_leave_its_last_cell_out():
+    """Of cells 2 to 6 four are pooled, each by one bin: 2, 3, 4 and 5."""
+    features = torch.arange(8.0).view(1, 1, 1, 8)
+    pooled = roi_pool_rounded(features, torch.tensor([[0, 32.0, 0, 96.0, 0]]), 4, 1 / 16)
+    assert pooled[0, 0].amax(dim=0).tolist() == [2, 3, 4, 5]
+
+
+def test_gradient_reaches_the_largest_cell_alone():
+    features = torch.tensor([[[[1.0, 5.0, 2.0], [0.0, 3.0, 4.0]]]], requires_grad=True)
+    roi_pool_rounded(features, torch.tensor([[0, 0.0, 0, 3.0, 2.0]]), 1, 1.0).sum().backward()
+    assert features.grad[0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+r"""Converts the released Lua models and proposals (Torch7 files, .t7) for use here.
+
+    python tools/convert_t7.py model.t7 --output deepmask.pt
+    python tools/propose.py --checkpoint deepmask.pt --images photos --output runs/photos
+
+DeepMask, SharpMask and detectors become checkpoints; an ImageNet network (ResNet, VGG, CaffeNet)
+becomes weights for trunk.weights; proposals become a proposal store, --output its folder. Which of
+them a file is, is in the file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.command import run_tool
+from pipeline.convert_t7 import convert_file
+from pipeline.torch7 import read_torch7
+from pipeline.torch7_tree import describe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", metavar="FILE.t7", type=Path)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--output", metavar="FILE.pt", type=Path, help="what to write")
+    action.add_argument("--describe", action="store_true", help="print the tree of its modules")
+    parser.add_argument(
+        "--annotations",
+        metavar="COCO.json",
+        help="for proposals: sizes and ids of the images",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="for proposals, without --annotations: the images"
+    )
+    args = parser.parse_args()
+    if args.describe:
+        print(describe(read_torch7(args.file)))
+        return
+    lines = convert_file(args.file, args.output, annotations=args.annotations, images=args.images)
+    print(f"{args.file}: " + "\n  ".join(lines))
+
+
+if __name__ == "__main__":
+    run_tool(main)
