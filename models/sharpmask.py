@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deepmask import DeepMask
-from models.trunk import STRIDES, TrunkConv2d
+from models.trunk import STRIDES, TrunkConv2d, symmetric_pad
 
 WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
 ARRANGEMENTS = ("sum", "concat")
@@ -72,14 +72,14 @@ class RefinementModule(nn.Module):
             mask: (N, km[0], s, s).
 
         Returns:
-            (N, km[1], 2 s, 2 s).
+            (N, km[1], s, s): M^{i+1} before it is doubled.
         """
         mask = self.vertical(mask)
         if self.merge is None:
             merged = skip + mask
         else:
             merged = self.merge(F.relu(torch.cat([skip, mask], dim=1)))
-        return F.interpolate(F.relu(merged), scale_factor=2.0, mode="nearest")
+        return F.relu(merged)
 
 
 class SharpMask(nn.Module):
@@ -240,13 +240,35 @@ class SharpMask(nn.Module):
         """
         mask = self.encode(embeddings).view(-1, self.km, self.cells, self.cells)
         mask = mask.contiguous(memory_format=torch.channels_last)
-        for module, window in zip(self.refinements, windows, strict=True):
+        for i, (module, window) in enumerate(zip(self.refinements, windows, strict=True)):
+            if i:
+                mask = F.interpolate(mask, scale_factor=2.0, mode="nearest")
             mask = module(window, mask)
-        logits = self.predict(mask)
+        logits = convolve_doubled(self.predict, mask)
         if logits.shape[-1] != self.patch_size:
             size = (self.patch_size, self.patch_size)
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits[:, 0]
+
+
+def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
+    """What a 3x3 layer gives on `x` doubled by nearest neighbour, without doubling it.
+
+    Each of the four pixels that come from one sees only 2x2 different ones, so they are four output
+    channels of a 3x3 layer on `x` itself; it is half the time where channels are few.
+
+    Args:
+        x: (N, C, h, w).
+
+    Returns:
+        (N, C_out, 2 h, 2 w).
+    """
+    taps = layer.weight.new_tensor(
+        [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    )  # for an even and an odd pixel: which of three neighbours its three taps fall on
+    weight = torch.einsum("oiuv,aru,bsv->oabirs", layer.weight, taps, taps).flatten(0, 2)
+    bias = layer.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(symmetric_pad(x, 1), weight, bias), 2)
 
 
 def _copy_channel(layer: nn.Conv2d, source: int) -> None:

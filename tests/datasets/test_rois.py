@@ -24,7 +24,7 @@ from datasets.rois import (
     roi_loader,
     target_statistics,
 )
-from datasets.transforms import denormalise
+from datasets.transforms import PixelRules, denormalise
 
 RULES = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
 
@@ -131,6 +131,31 @@ def test_boxes_moved_by_their_targets_lie_on_the_painted_object(tmp_path, short_
         assert np.abs(boxes - boxes[0]).max() < 1e-3
         assert np.abs(boxes[0] - painted).max() < 0.6 * max(1, short_side / 120)
     assert flips == {True, False}
+
+
+def test_inclusive_boxes_end_at_their_last_pixel(tmp_path):
+    """RoIs and what their targets move them onto: a pixel of the original less than the edges."""
+    edges, pixels = (make_dataset(tmp_path, inclusive_boxes=inclusive) for inclusive in (0, 1))
+    for index in range(6):
+        (outer, sample), (inner, _) = (data.load(0, index) for data in (edges, pixels))
+        margin = torch.tensor([0, 0, 133 / 160, 100 / 120])
+        assert torch.allclose(outer["rois"] - inner["rois"], margin, atol=1e-4)
+        foreground = outer["labels"][0].numpy() > 0
+        boxes = [
+            decode(i["rois"].numpy(), i["targets"].numpy())[foreground] for i in (outer, inner)
+        ]
+        assert np.allclose(boxes[0] - boxes[1], margin, atol=1e-3)
+
+
+def test_pixels_come_as_the_rules_say(tmp_path):
+    rules = PixelRules(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), bgr=True)
+    plain = make_dataset(tmp_path)
+    data = RoiDataset(plain.coco, tmp_path, plain.sampler, pixels=rules)
+    rgb = denormalise(plain[0, 0, -1]["image"].numpy()) / 255
+    image = data[0, 0, -1]["image"].numpy()
+    for channel in range(3):  # of RGB
+        expected = (rgb[..., channel] - rules.mean[channel]) / rules.std[channel]
+        assert np.abs(image[2 - channel] - expected).max() < 1e-5
 
 
 def test_items_have_the_contracts_shapes_and_types(tmp_path):

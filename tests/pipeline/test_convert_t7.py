@@ -1,9 +1,14 @@
 """Parity: converted networks against what the original Lua code computed, layer by layer.
 
+The original's index slip in its list of the best cells is in this file only (`released_top`): it
+makes all ten masks those of a neighbouring cell (score .32 on average, where the list says .75; IoU
+with the mask meant .39 to .49, SharpMask .67 to .80).
+
 The reference networks are narrow and random, of the released structure. Errors are relative to the
 largest value of a layer's output.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +38,7 @@ def reference(name: str) -> torch.Tensor:
 def check(own: torch.Tensor, name: str) -> None:
     """Our output, reshaped as the original's, is the original's."""
     theirs = reference(name)
-    error = float((own.detach().reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max())
+    error = float((own.reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max())
     assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
@@ -49,69 +54,92 @@ def networks(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def patch() -> torch.Tensor:
-    return reference("patch_input")
+class Comparison:
+    """Compares outputs in the order in which they are computed, and gives the next layer's input.
+
+    Along the chain that is our own output, computed in float64: what is left of the difference is
+    then the original's rounding (8e-5 of the score, a small difference of large sums) and not ours
+    besides, which depends on the number of threads. Layer by layer it is the original's output, in
+    float32.
+    """
+
+    def __init__(self, networks: dict, chain: bool):
+        self.chain, self.dtype = chain, torch.float64 if chain else torch.float32
+        self.deepmask = copy.deepcopy(networks["deepmask"]).to(self.dtype)
+        self.sharpmask = copy.deepcopy(networks["sharpmask"]).to(self.dtype)
+
+    def input(self, name: str) -> torch.Tensor:
+        return reference(name).to(self.dtype)
+
+    def __call__(self, own: torch.Tensor, name: str) -> torch.Tensor:
+        check(own, name)
+        return own if self.chain else self.input(name).view(-1, *own.shape[1:])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chain", "layer by layer"])
+def compare(request, networks):
+    return Comparison(networks, request.param)
 
 
 @torch.no_grad()
-def test_trunk_module_by_module(networks, patch):
-    model = networks["deepmask"]
+def test_trunk_module_by_module(compare):
+    model, x = compare.deepmask, compare.input("patch_input")[:1]
     stem, one, two, three = model.trunk.levels
     # Our convolution has the batch norm in it; its own weight gives the output before.
-    raw = F.conv2d(symmetric_pad(patch[:1], 3), stem.conv1.weight, stride=2)
-    check(raw, "dm_patch_trunk_01")
-    normed = stem.conv1(patch[:1])
-    check(normed, "dm_patch_trunk_02")
-    x = normed.relu()
-    check(x, "dm_patch_trunk_03")
-    check(one.maxpool(x), "dm_patch_trunk_04")
+    raw = F.conv2d(symmetric_pad(x, 3), stem.conv1.weight, stride=2)
+    raw = compare(raw, "dm_patch_trunk_01")
+    scale, shift = (values[:, None, None] for values in (stem.conv1.scale, stem.conv1.shift))
+    compare(raw * scale + shift, "dm_patch_trunk_02")
+    x = compare(stem.conv1(x), "dm_patch_trunk_02")
+    x = compare(x.relu(), "dm_patch_trunk_03")
+    compare(one.maxpool(x), "dm_patch_trunk_04")
     for level, name in ((one, "05"), (two, "06"), (three, "07")):
-        x = level(x)
-        check(x, f"dm_patch_trunk_{name}")
-    x = model.crop_centre(x)
-    check(x, "dm_patch_trunk_08")
-    x = model.tail[0](x)
-    check(x, "dm_patch_trunk_09")
-    x = x.relu()
-    check(x, "dm_patch_trunk_10")
-    check(x, "dm_patch_trunk_11")
-    check(model.tail[2](x), "dm_patch_trunk_12")
+        x = compare(level(x), f"dm_patch_trunk_{name}")
+    x = compare(model.crop_centre(x), "dm_patch_trunk_08")
+    x = compare(model.tail[0](x), "dm_patch_trunk_09")
+    x = compare(x.relu(), "dm_patch_trunk_10")
+    x = compare(x, "dm_patch_trunk_11")
+    compare(model.tail[2](x), "dm_patch_trunk_12")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, prefix", [("deepmask", "dm"), ("sharpmask", "sm")])
-def test_embedding_and_heads(networks, patch, name, prefix):
-    model = networks[name]
-    model = model.deepmask if name == "sharpmask" else model
-    check(model.embed(model.crop_centre(model.trunk(patch)[-1])), f"{prefix}_patch_code")
-    outputs = model(patch)
-    check(outputs["score_logits"], f"{prefix}_patch_score")
-    logits = outputs["mask_logits"]
-    if prefix == "dm":
-        check(logits, "dm_patch_mask56")
+@pytest.mark.parametrize("prefix", ["dm", "sm"])
+def test_embedding_and_heads(compare, prefix):
+    model = compare.deepmask if prefix == "dm" else compare.sharpmask.deepmask
+    code = model.embed(model.crop_centre(model.trunk(compare.input("patch_input"))[-1]))
+    code = compare(code, f"{prefix}_patch_code")
+    compare(model.score(code).flatten(), f"{prefix}_patch_score")
+    logits = model.decode_masks(code.flatten(1))
+    logits = compare(logits, "dm_patch_mask56")
     # To the size of the training's target the original resizes corners to corners, and this project
     # by areas; that is part of the loss, and of no checkpoint.
     large = F.interpolate(logits[:, None], size=(112, 112), mode="bilinear", align_corners=True)
-    check(large, "dm_patch_mask" if prefix == "dm" else "sm_patch_maskDM")
+    compare(large, "dm_patch_mask" if prefix == "dm" else "sm_patch_maskDM")
 
 
 @torch.no_grad()
-def test_refinement_step_by_step(networks, patch):
-    model = networks["sharpmask"]
-    features = model.deepmask.trunk(patch[:1])
-    embedding = model.deepmask.embed(model.deepmask.crop_centre(features[-1])).flatten(1)
-    horizontal = model.horizontal_maps(model.crop_windows(features))
-    mask = model.encode(embedding).view(1, model.km, model.cells, model.cells)
-    check(mask, "sm_patch_ref_0")
+def test_refinement_step_by_step(compare):
+    model, patch = compare.sharpmask, compare.input("patch_input")
+    features = model.deepmask.trunk(patch)
+    code = model.deepmask.embed(model.deepmask.crop_centre(features[-1]))
+    code = compare(code, "sm_patch_code")[:1].flatten(1)
+    horizontal = model.horizontal_maps([level[:1] for level in model.crop_windows(features)])
+    mask = model.encode(code).view(1, model.km, model.cells, model.cells)
+    mask = compare(mask, "sm_patch_ref_0")
     for number, (module, skip) in enumerate(zip(model.refinements, horizontal, strict=True), 1):
-        check(skip, f"sm_patch_neth_{number}")
-        check(module.vertical(mask), f"sm_patch_netv_{number}")
+        skip = compare(skip, f"sm_patch_neth_{number}")
+        compare(module.vertical(mask), f"sm_patch_netv_{number}")
         mask = module(skip, mask)
         if number < 4:  # the original's last step predicts the mask, too
-            check(mask, f"sm_patch_ref_{number}")
-    check(model.predict(mask), "sm_patch_ref_4")
-    check(model(patch)["mask_logits"], "sm_patch_mask")
+            mask = compare(mask, f"sm_patch_ref_{number}")
+    compare(model.predict(mask), "sm_patch_ref_4")
+
+
+@torch.no_grad()
+def test_whole_patch_forward(networks):
+    patch = reference("patch_input")
+    check(networks["deepmask"](patch, head="mask")["mask_logits"], "dm_patch_mask56")
+    check(networks["sharpmask"](patch, head="mask")["mask_logits"], "sm_patch_mask")
 
 
 @pytest.fixture(scope="module")

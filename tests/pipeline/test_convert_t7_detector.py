@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
+from datasets.roi_sampler import mirror
+from datasets.transforms import PixelRules, normalise
+from models.multipathnet import MultiPathNet
 from models.roi_pooling import roi_pool_rounded
-from models.trunk import build_trunk
+from models.trunk import build_trunk, load_backbone
 from pipeline.box_selection import select_boxes
 from pipeline.checkpoint import save_checkpoint
+from pipeline.config import config_from_dict
 from pipeline.convert_t7 import convert_file
 from pipeline.convert_t7_caffe import convert_caffe_network, is_caffe_network
 from pipeline.convert_t7_detector import convert_detector, is_detector
 from pipeline.convert_t7_modules import Taken
 from pipeline.detect import Detector
 from pipeline.load import load_detector
+from pipeline.networks import build_multipathnet
 from pipeline.proposals import Proposals
 from pipeline.torch7 import read_torch7
 from pipeline.torch7_objects import LuaFunction, Torch7Object
@@ -175,6 +180,21 @@ def original_detections(detector: Detector, image: np.ndarray, boxes: Tensor) ->
     return kept
 
 
+def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):
+    """The mean over an image and its mirror is, for the mirrored image, the mirrored mean."""
+    options = {"short_sides": [96], "flip": True, "score_threshold": 0.01, "nms": 1.0}
+    detector, _ = load_detector(checkpoint, CPU, overrides=options)
+    image = np.random.default_rng(2).integers(0, 256, (64, 96, 3), np.uint8)
+    boxes = np.array([[8, 9, 70, 50]], np.float32)
+    there, back = (
+        detector(pixels, Proposals(1, "x", 64, 96, np.ones(1, np.float32), own, [b""]))
+        for pixels, own in ((image, boxes), (image[:, ::-1].copy(), mirror(boxes, 96)))
+    )
+    assert len(there) > 5 and there.labels.tolist() == back.labels.tolist()
+    np.testing.assert_allclose(there.scores, back.scores, rtol=1e-4)
+    np.testing.assert_allclose(there.boxes, mirror(back.boxes, 96), atol=0.01)
+
+
 def overlap(a: list[float], b: list[float]) -> float:
     w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1))
     areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
@@ -260,11 +280,10 @@ def vgg16_features(writer: Writer) -> Torch7Object:
 
 
 def caffenet_features(writer: Writer) -> Torch7Object:
-    between = lambda: [max_pool(3, 1), response_norm()]
     return module(
         "nn.Sequential",
-        writer.conv(3, 96, 11, stride=4), relu(), *between(),
-        writer.conv(96, 256, 5, groups=2), relu(), *between(),
+        writer.conv(3, 96, 11, stride=4), relu(), max_pool(3, 1), response_norm(),
+        writer.conv(96, 256, 5, groups=2), relu(), max_pool(3, 1), response_norm(),
         writer.conv(256, 384, 3), relu(),
         writer.conv(384, 384, 3, groups=2), relu(),
         writer.conv(384, 256, 3, groups=2), relu(),
@@ -336,56 +355,91 @@ def run(item: Torch7Object, x):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_fast_rcnn_of_caffe_computes_the_same(name, tmp_path):
+def test_fast_rcnn_of_caffe_computes_the_same(name):
     value = fast_rcnn(name)
     assert is_detector(value) and not is_caffe_network(value)
     taken = Taken(value)
     words, content = convert_detector(value, taken)
     assert words.startswith("Fast R-CNN on") and "20 classes" in words and not taken.unused()
-    save_checkpoint(tmp_path / "fast.pt", content)
-    detector, config = load_detector(tmp_path / "fast.pt", CPU)
-    assert detector.categories[0]["name"] == "aeroplane"
-    # 75 x 102 pixels: pools round sizes up
+    config = config_from_dict(content["config"], source="the test").multipathnet
+    model = filled(content)
+    # 75 x 102 pixels: pools round sizes up.
     image = np.random.default_rng(1).integers(0, 256, (75, 102, 3), np.uint8)
     lua = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float()
     lua = (lua - torch.tensor([102.9801, 115.9465, 122.7717])[:, None, None])[None]
+    planes = normalise(image.astype(np.float32) / 255, PixelRules(**vars(config.pixels)))
+    layers = model.layers(torch.from_numpy(planes)[None])
+    assert_near(layers[16], run(value["model"].fields["modules"][0].fields["modules"][0], lua))
     rois = torch.tensor([[1, 1, 1, 102, 75], [1, 20, 10, 70, 50], [1, -5, 30, 40, 90.0]])
     logits, deltas = run(value["model"], [lua, rois])
-    view = detector._view(image, image.shape[:2], flip=False)
-    found = detector.model.classify_rois(
-        view.layers, torch.cat([rois[:, :1] * 0, rois[:, 1:] - 1], 1)
-    )
-    assert_near(view.layers[16], run(value["model"].fields["modules"][0].fields["modules"][0], lua))
+    found = model.classify_rois(layers, rois - 1)
     assert_near(found["class_logits"][:, 0], logits)
     assert_near(found["deltas"].flatten(1), deltas)
-    assert config.multipathnet.roi_bins == "overlapping"
-    probabilities, _ = detector.model.decode(found, rois[:, 1:])
-    assert_near(probabilities, logits.softmax(1))
+    assert_near(model.decode(found, rois[:, 1:])[0], logits.softmax(1))
+
+
+def filled(content: dict) -> MultiPathNet:
+    """The network of a checkpoint, without first drawing ImageNet's fc6 and fc7 at random."""
+    config = config_from_dict(content["config"], source="the test")
+    with torch.device("meta"):
+        model = build_multipathnet(config, num_classes=CLASSES, pretrained=False)
+    model.to_empty(device=CPU).load_state_dict(content["model"])
+    return model.eval()
+
+
+def test_fast_rcnn_of_caffe_detects(tmp_path):
+    _, content = convert_detector(*tree(fast_rcnn("caffenet")))
+    save_checkpoint(tmp_path / "fast.pt", content)
+    detector, _ = load_detector(tmp_path / "fast.pt", CPU, overrides={"short_sides": [60]})
+    image, boxes = np.zeros((60, 80, 3), np.uint8), np.array([[4, 5, 60, 50]], np.float32)
+    found = detector(image, Proposals(1, "x", 60, 80, np.ones(1, np.float32), boxes, [b""]))
+    assert len(found) > 0
+    assert [detector.categories[n]["name"] for n in (0, 19)] == ["aeroplane", "tvmonitor"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_imagenet_networks_become_weights_for_a_trunk(name, tmp_path):
+def test_imagenet_networks_become_weights_with_torchvisions_names(name):
     make, width, side = NETWORKS[name]
     writer = Writer(3)
     features = make(writer)
-    # Shapes are all that is looked at in what lies behind the trunk.
-    linears = [
-        module("nn.Linear", weight=torch.zeros(1).expand(*shape), bias=torch.zeros(shape[0]))
-        for shape in ((4096, width * side**2), (4096, 4096))
-    ]
-    top = module("nn.Sequential", linears[0], relu(), linears[1], relu())
+    top = module("nn.Sequential", *fast_rcnn_top(width * side**2, 4096))
     value = {"features": {"unpack": LuaFunction(9), "model": features}, "top": {"model": top}}
     assert is_caffe_network(value) and not is_detector(value)
     taken = Taken(value)
     words, state = convert_caffe_network(value, taken)
     assert not taken.unused() and f"name={name}" in words and "ceil_pooling=true" in words
+    with torch.device("meta"):
+        layers = load_backbone(name).features[:-1]
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = True
+    own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+    layers.to_empty(device=CPU).load_state_dict(own)
+    x = torch.randn(1, 3, 45, 70)
+    with torch.inference_mode():
+        assert_near(layers(x), run(features, x))
+
+
+def test_a_trunk_starts_from_a_converted_caffenet(tmp_path):
+    features = caffenet_features(Writer(3))
+    top = module("nn.Sequential", *fast_rcnn_top(9216, 4096))
+    _, state = convert_caffe_network(*tree({"features": {"model": features}, "top": top}))
     torch.save({k: v for k, v in state.items() if "features" in k}, tmp_path / "weights.pth")
     trunk = build_trunk(
-        name, weights=tmp_path / "weights.pth", padding="zero", ceil_pooling=True
-    ).eval()
+        "caffenet", weights=tmp_path / "weights.pth", padding="zero", ceil_pooling=True
+    )
     x = torch.randn(1, 3, 45, 70)
     with torch.inference_mode():
         assert_near(trunk(x)[-1], run(features, x))
+
+
+def fast_rcnn_top(inputs: int, hidden: int) -> list[Torch7Object]:
+    """fc6 and fc7 of zeros that take no memory."""
+    linears = [
+        module("nn.Linear", weight=torch.zeros(1).expand(*shape), bias=torch.zeros(shape[0]))
+        for shape in ((hidden, inputs), (hidden, hidden))
+    ]
+    return [linears[0], relu(), linears[1], relu()]
 
 
 def test_what_does_not_fit_is_listed():
