@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/shapes.yaml")
+    parser.add_argument("--config", default="configs/shapes_long.yaml")
     parser.add_argument("--run", required=True, type=Path, help="of tools/run_pipeline.py")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--batches", type=int, default=200, help="minibatches for each variant")

@@ -96,8 +96,11 @@ class Pooling(nn.Module):
     def forward(self, blocks: list[Tensor]) -> Tensor:
         """Pooled blocks (R, C_l, s, s), one for each stride, to (R, width, s, s)."""
         if self.normalise:
-            flat = [F.normalize(block.flatten(1), dim=1) for block in blocks]
-            blocks = [(self.scale * x).view_as(b) for x, b in zip(flat, blocks, strict=True)]
+            norms = [block.flatten(1).norm(dim=1).clamp(min=1e-12) for block in blocks]
+            blocks = [
+                block * (self.scale / norm)[:, None, None, None]
+                for block, norm in zip(blocks, norms, strict=True)
+            ]
         else:
             scales = [UNNORMALISED_SCALE[stride] for stride in self.strides]
             blocks = [

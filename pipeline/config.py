@@ -20,6 +20,7 @@ from models.multipathnet import ROI_BINS
 from models.sharpmask import ARRANGEMENTS, HORIZONTAL_WIDTHS, WIDTHS
 from models.trunk import PADDINGS, STEM_WIDTH
 
+STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -250,6 +251,8 @@ class ProposeConfig:
 @dataclass
 class Config:
     seed: int = 0
+    # What tools/run_pipeline.py runs, in this order.
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
     data: DataConfig = field(default_factory=DataConfig)
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
@@ -277,8 +280,8 @@ CONDITIONS = (
      ("batch_size", "batches_per_epoch", "epochs", "patches_per_image", "lr", "clip_gradient",
       "validate_every", "validation_batches", "log_every", "num_proposals", "patch_size",
       "mask_size", "target_size", "reduction", "embedding", "score_hidden", "train_images",
-      "val_images", "km", "ks", "rois_per_image", "max_proposals", "max_images", "short_side", "long_side",
-      "pooled_size", "width", "features", "max_detections", "chunk")),
+      "val_images", "km", "ks", "rois_per_image", "max_proposals", "max_images",
+      "short_side", "long_side", "pooled_size", "width", "features", "max_detections", "chunk")),
     ("at least 0", lambda v: v >= 0,
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
@@ -292,6 +295,8 @@ CONDITIONS = (
     ("ascending IoUs between 0 and 1",
      lambda v: len(v) > 0 and all(0 < a < 1 for a in v) and list(v) == sorted(set(v)),
      ("thresholds",)),
+    (f"a row of {', '.join(STAGES)} from the first on",
+     lambda v: len(v) > 0 and tuple(v) == STAGES[: len(v)], ("stages",)),
     ("sides > 0", lambda v: all(side > 0 for side in v), ("short_sides",)),
     ("deviations > 0", lambda v: all(deviation > 0 for deviation in v), ("std",)),
     ("widths > 0", lambda v: all(width > 0 for width in v), ("horizontal_widths",)),

@@ -1,4 +1,4 @@
-"""Converts Torch7 files of the released models: recognised by what is in them, not by their names."""
+"""Converts Torch7 files of the released models, recognised by what is in them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -82,10 +82,8 @@ def convert_file(
 
 
 def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str]:
-    for recognise, convert in NETWORKS:
-        if recognise(value):
-            break
-    else:
+    convert = next((convert for recognise, convert in NETWORKS if recognise(value)), None)
+    if convert is None:
         raise ValueError(
             f"nothing that can be converted ({KINDS}); --describe shows what is in the file"
         )

@@ -1,14 +1,14 @@
 """The released DeepMask and SharpMask (model.t7) as checkpoints of this project.
 
-Sizes come from the shapes of the file's parameters, not from its `config`: that is what the training
-was started with. The convolution that a Linear behind a View is has its weight as a view of it, so
-nothing is copied but what batch norm needs.
+Sizes come from the shapes of the file's parameters, not from its `config`, which is what the
+training was started with. A Linear behind a View is a convolution whose weight is a view of the
+Linear's, so nothing is copied but what batch norm needs.
 """
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.deepmask import STRIDE, DeepMask
 from models.trunk import describe_mismatch
@@ -21,6 +21,7 @@ from pipeline.config import (
     config_to_dict,
 )
 from pipeline.convert_t7_modules import (
+    CONVOLUTIONS,
     RECTIFIERS,
     Convolution,
     Module,
@@ -29,11 +30,21 @@ from pipeline.convert_t7_modules import (
     kind,
     steps,
 )
-from pipeline.convert_t7_resnet import Layers, read_resnet, refuse, trunk_key, trunk_state, words
+from pipeline.convert_t7_resnet import (
+    Layers,
+    problems,
+    read_resnet,
+    refuse,
+    trunk_key,
+    trunk_state,
+    words,
+)
 from pipeline.networks import build_deepmask, build_sharpmask
+from pipeline.torch7_objects import short
 
 SKIPS = [8, 6, 5, 3]  # the trunk's modules whose outputs the horizontal nets take
-UPSAMPLING = ("SpatialReSamplingEx",)  # of the mask to the training target's size
+# What a refinement module does: both nets, their sum, ReLU, twice the size.
+STEP = ("ParallelTable", "CAddTable", RECTIFIERS, "SpatialUpSamplingNearest")
 
 State = dict[str, Tensor]
 
@@ -68,18 +79,16 @@ def convert_sharpmask(file: Module) -> tuple[str, dict]:
     deepmask, layers = _deepmask(file, config, mask_branch="maskBranchDM")
     state = {f"deepmask.{name}": value for name, value in deepmask.items()}
     nets = _refinement(file, config)
-    encoder, _ = expect(file.item("netvs", 0).modules, "Linear", "View", where="netvs[0]")
-    state["encode.weight"], state["encode.bias"] = encoder.take("weight"), encoder.take("bias")
+    encoder = _encoder(file)
+    state["encode.weight"] = encoder.take("weight", dimensions=2)
+    state["encode.bias"] = encoder.take("bias", dimensions=1)
     for name, net in nets.items():
         state[f"{name}.weight"], state[f"{name}.bias"] = net.weight(), net.module.take("bias")
     with torch.device("meta"):
         own = build_sharpmask(config)
-    problems = _trunk_problems(own.deepmask, layers)
-    difference = describe_mismatch(own.state_dict(), state)
-    if not difference:
-        for name, net in nets.items():
-            problems += net.check(own.get_submodule(name), mirrored=True)
-    refuse(difference, problems)
+    others = _trunk_problems(own.deepmask, layers)
+    others += problems(dict(own.named_modules()), nets, mirrored=True)
+    refuse(describe_mismatch(own.state_dict(), state), others)
     return _words("SharpMask", config), _checkpoint("sharpmask", config, state)
 
 
@@ -94,7 +103,7 @@ def _deepmask(file: Module, config: Config, *, mask_branch: str) -> tuple[State,
     config.trunk = TrunkConfig(name=name, weights=None, width=width)
     config.deepmask = c = DeepMaskConfig(context=2 * STRIDE * _crop(tail))
     state = {f"trunk.{key}": value for key, value in trunk_state(layers).items()}
-    state |= _tail_state(tail, c, window=int(file.field("fSz", 0)))
+    state |= _tail_state(tail, c, window=file.number("fSz"))
     state |= _mask_state(file.child(mask_branch), c)
     state |= _score_state(file.child("scoreBranch"), c)
     return state, layers
@@ -104,19 +113,17 @@ def _crop(tail: list[Module]) -> int:
     """Cells that are cut from each side of the trunk's map in training."""
     if tail[0].kind != "SpatialZeroPadding":
         return 0
-    sides = {-int(tail[0].field(f"pad_{side}", 0)) for side in "lrtb"}
-    if len(sides) > 1 or min(sides) < 0:
+    sides = [tail[0].field(f"pad_{side}") for side in "lrtb"]
+    if type(sides[0]) is not int or sides[0] > 0 or sides != sides[:1] * 4:
         raise ValueError(f"{tail[0].place}: a crop of the same on all sides is due")
-    return sides.pop()
+    return -sides[0]
 
 
 def _tail_state(tail: list[Module], c: DeepMaskConfig, *, window: int) -> State:
     parts = [s for part in tail if part.kind != "SpatialZeroPadding" for s in steps(part)]
-    convolution, _, linear = expect(
-        parts, ("SpatialConvolution", "SpatialConvolutionMM"), RECTIFIERS, "Linear", where="trunk"
-    )
+    convolution, _, linear = expect(parts, CONVOLUTIONS, RECTIFIERS, "Linear", where="trunk")
     (reduce,) = convolutions([convolution], norms=False)
-    weight, embedding = reduce.weight(), linear.take("weight")
+    weight, embedding = reduce.weight(), linear.take("weight", dimensions=2)
     if weight.shape[2:] != (1, 1) or reduce.padding:
         raise ValueError(f"{convolution.place}: a 1x1 convolution is due")
     c.reduction, c.embedding = weight.shape[0], embedding.shape[0]
@@ -136,17 +143,17 @@ def _tail_state(tail: list[Module], c: DeepMaskConfig, *, window: int) -> State:
 
 def _mask_state(branch: Module, c: DeepMaskConfig) -> State:
     parts = steps(branch)
-    if len(parts) > 1:  # without: the target is as large as the mask
-        parts, upsampling = parts[:-1], expect(parts[-1:], UPSAMPLING, where=branch.place)[0]
-        c.target_size = int(upsampling.field("oheight"))
+    upsampling = parts.pop() if len(parts) > 1 else None
     (linear,) = expect(parts, "Linear", where=branch.place)
     state = _as_convolution(linear, "mask_head")
     rows = len(state["mask_head.bias"])
     c.mask_size = math.isqrt(rows)
     if c.mask_size**2 != rows:
         raise ValueError(f"{linear.place}: {rows} outputs are no square mask")
-    if branch.modules and len(steps(branch)) == 1:
-        c.target_size = c.mask_size
+    c.target_size = c.mask_size  # unless the loss sees a larger one
+    if upsampling:
+        expect([upsampling], "SpatialReSamplingEx", where=branch.place)
+        c.target_size = upsampling.number("oheight")
     return state
 
 
@@ -154,28 +161,39 @@ def _score_state(branch: Module, c: DeepMaskConfig) -> State:
     hidden, _, score = expect(steps(branch), "Linear", RECTIFIERS, "Linear", where=branch.place)
     state = _as_convolution(hidden, "score_head.1") | _as_convolution(score, "score_head.4")
     c.score_hidden = len(state["score_head.1.bias"])
-    dropouts = {part.field("p") for part in branch.modules if part.kind == "Dropout"}
-    c.dropout = float(max(dropouts, default=0))
+    c.dropout = max([_dropout(part) for part in branch.modules if part.kind == "Dropout"] + [0.0])
     return state
 
 
+def _dropout(module: Module) -> float:
+    p = module.field("p")
+    if type(p) not in (int, float) or not 0 <= p < 1:
+        raise ValueError(f"{module.place}: p is {short(p)}, and due is a probability")
+    return float(p)
+
+
 def _as_convolution(linear: Module, name: str) -> State:
-    weight = linear.take("weight")
-    return {f"{name}.weight": weight[:, :, None, None], f"{name}.bias": linear.take("bias")}
+    weight, bias = linear.take("weight", dimensions=2), linear.take("bias", dimensions=1)
+    return {f"{name}.weight": weight[:, :, None, None], f"{name}.bias": bias}
+
+
+def _encoder(file: Module) -> Module:
+    """The Linear that makes the first mask encoding of an embedding."""
+    return expect(file.item("netvs", 0).modules, "Linear", "View", where="netvs[0]")[0]
 
 
 def _refinement(file: Module, config: Config) -> dict[str, Convolution]:
     """The convolutions of the refinement by our names; fills in the config's widths."""
-    if file.field("skpos") != SKIPS:
-        raise ValueError(f"skpos: {SKIPS} is due, and there is {file.field('skpos')}")
-    count = len(file.field("neths") or ())
+    neths = file.field("neths")
+    if file.field("skpos") != SKIPS or not isinstance(neths, list):
+        raise ValueError(f"skpos and neths: {SKIPS} and as many nets at most are due")
+    count = len(neths)
     nets: dict[str, Convolution] = {}
     for number in range(1, count + 1):
         module = file.item("refs", number)
-        sides, _, _, upsampling, *last = module.modules
-        expect([sides], "ParallelTable", where=module.place)
-        expect([upsampling], "SpatialUpSamplingNearest", where=module.place)
-        horizontal, vertical = sides.modules
+        sides, *_ = expect(module.modules[:4], *STEP, where=module.place)
+        last = module.modules[4:]
+        horizontal, vertical = expect(sides.modules, "Sequential", "Sequential", where=sides.place)
         for own, other in ((horizontal, "neths"), (vertical, "netvs")):
             if own.value is not file.item(other, number).value:
                 raise ValueError(f"{own.place}: it is not {other}[{number}], which it has to be")
@@ -187,16 +205,24 @@ def _refinement(file: Module, config: Config) -> dict[str, Convolution]:
         if (number == count) != bool(final):
             raise ValueError(f"{module.place}: the last module, and only it, predicts the mask")
         if final:
+            expect(final[-1:], CONVOLUTIONS, where=module.place)
             (nets["predict"],) = convolutions(final, norms=False)
-    _read_widths(nets, config, count, encoded=len(file.item("netvs", 0).modules[0].field("bias")))
+    _read_widths(nets, config, count, encoded=_rows(_encoder(file)))
     return nets
+
+
+def _rows(linear: Module) -> int:
+    bias = linear.field("bias")
+    return bias.numel() if isinstance(bias, Tensor) else 0
 
 
 def _read_widths(nets: dict[str, Convolution], config: Config, count: int, *, encoded: int) -> None:
     """Widths of the refinement from its convolutions' shapes."""
 
     def outputs(name: str) -> int:
-        return int(nets[name].module.field("nOutputPlane"))
+        if name not in nets:
+            raise ValueError(f"{name}: there is no such convolution")
+        return nets[name].module.number("nOutputPlane")
 
     first = [outputs(f"refinements.{n}.horizontal.0") for n in range(count)]
     km = encoded // (config.deepmask.patch_size // STRIDE) ** 2
@@ -211,10 +237,8 @@ def _read_widths(nets: dict[str, Convolution], config: Config, count: int, *, en
 
 
 def _trunk_problems(own: DeepMask, layers: Layers) -> list[str]:
-    modules = dict(own.trunk.named_modules())
-    found = [(modules.get(trunk_key(name)), layer) for name, layer in layers.items()]
-    problems = [layer.check(m, mirrored=True) for m, layer in found if isinstance(m, nn.Conv2d)]
-    return [problem for each in problems for problem in each]
+    keys = {trunk_key(name): layer for name, layer in layers.items()}
+    return problems(dict(own.trunk.named_modules()), keys, mirrored=True)
 
 
 def _words(method: str, config: Config) -> str:

@@ -4,6 +4,7 @@ A converter walks the tree from the top `Module` and takes each parameter by its
 has not taken at the end can be listed. Errors name a module as Lua does: trunk.modules[5].
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from models.trunk import TrunkConv2d
-from pipeline.torch7_objects import Torch7Object
+from pipeline.torch7_objects import Torch7Object, short
 
 # Fields that a network computes with; other tensors are gradients and buffers of training.
 PARAMETERS = ("weight", "bias", "a", "b", "running_mean", "running_var", "mean", "std")
+MAX_DEPTH = 30  # modules in modules
 # In inference these give their input, in another shape or on another device at most.
 NO_OPERATION = ("Identity", "Dropout", "Copy", "View", "Reshape")
 FIXED_NORMS = ("SpatialConstDiagonal", "ConstAffine")
 NORMS = (*FIXED_NORMS, "SpatialBatchNormalization")
 CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 RECTIFIERS = ("ReLU", "Threshold")
+EPSILON = 1e-5  # of torchvision's batch norm
 CONTAINERS = ("Sequential", "NoBackprop")  # NoBackprop: what is around layers kept as they are
 
 
@@ -72,12 +75,16 @@ def _module_tensors(root: Any) -> Iterator[tuple[str, Torch7Object, str, Tensor]
                     yield place, item, str(name), value
             below = [(f"{place}.{name}", value) for name, value in item.fields.items()]
         elif isinstance(item, dict):
-            below = [(f"{place}[{name}]", value) for name, value in item.items()]
+            below = [(f"{place}{_index(name)}", value) for name, value in item.items()]
         elif isinstance(item, list):
             below = [(f"{place}[{number}]", value) for number, value in enumerate(item, 1)]
         else:
             continue
         pending.extend((name.lstrip("."), value) for name, value in reversed(below))
+
+
+def _index(key: str | float) -> str:
+    return f".{key}" if isinstance(key, str) else f"[{key}]"
 
 
 def kind(value: Any) -> str:
@@ -101,12 +108,25 @@ class Module:
         """
         if not isinstance(value, Torch7Object):
             raise ValueError(f"{place}: a module is due, and there is a {type(value).__name__}")
+        if place.count("[") > MAX_DEPTH:
+            raise ValueError(f"{place[:60]}...: modules nested deeper than {MAX_DEPTH}")
         self.value, self.place, self._taken = value, place, taken
         self.kind = kind(value)
 
     def field(self, name: str, default: Any = None) -> Any:
         """A plain value, such as a stride."""
         return self.value.fields.get(name, default)
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """A whole number that is not negative.
+
+        Raises:
+            ValueError: it is none, or missing without a default.
+        """
+        value = self.field(name, default)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{self.place}: {name} is {short(value)}, and a number is due")
+        return value
 
     def child(self, name: str) -> "Module":
         """The module that a field holds."""
@@ -133,17 +153,22 @@ class Module:
         value = self.field(name)
         return isinstance(value, Tensor) and value.numel() > 0
 
-    def take(self, name: str) -> Tensor:
+    def take(self, name: str, *, dimensions: int | None = None) -> Tensor:
         """A parameter, as a view of the file.
 
+        Args:
+            dimensions: how many it has to have.
+
         Raises:
-            ValueError: it is missing, no float32 tensor, not finite, or was used before.
+            ValueError: it is missing, of no float type, not finite, or was used before.
         """
         place, value = f"{self.place}.{name}".lstrip("."), self.field(name)
         if not isinstance(value, Tensor) or value.numel() == 0:
             raise ValueError(f"{place}: the parameter is missing from this {self.value.typename}")
         if not value.is_floating_point():
             raise ValueError(f"{place}: {value.dtype} is no type of a parameter")
+        if dimensions not in (None, value.dim()):
+            raise ValueError(f"{place}: {value.dim()} dimensions, and due are {dimensions}")
         if not torch.isfinite(value).all():
             raise ValueError(f"{place}: not all numbers are finite")
         if not self._taken.add(self.value, name):
@@ -164,7 +189,8 @@ def steps(module: Module) -> list[Module]:
 
 def _is_relu(threshold: Module) -> bool:
     """A ReLU, but for the 1e-6 that the released score head gives instead of 0."""
-    return threshold.field("threshold") == 0 and 0 <= threshold.field("val", 0) <= 1e-6
+    value = threshold.field("val", 0)
+    return threshold.field("threshold") == 0 and type(value) in (int, float) and 0 <= value <= 1e-6
 
 
 def expect(parts: list[Module], *kinds: str | tuple[str, ...], where: str) -> list[Module]:
@@ -202,11 +228,15 @@ class Convolution:
 
     def weight(self) -> Tensor:
         """(out, in, k, k); the MM kind has it as a matrix."""
-        size = [int(self.module.field(name, 0)) for name in ("nInputPlane", "kH", "kW")]
-        weight = self.module.take("weight")
-        if weight.dim() == 2 and weight.shape[1] == size[0] * size[1] * size[2]:
-            return weight.view(-1, *size)
-        return weight
+        size = [self.module.number(name) for name in ("nInputPlane", "kH", "kW")]
+        if self.module.kind != "SpatialConvolutionMM":
+            return self.module.take("weight", dimensions=4)
+        weight = self.module.take("weight", dimensions=2)
+        if weight.shape[1] != math.prod(size):
+            raise ValueError(
+                f"{self.module.place}: {weight.shape[1]} inputs, not {math.prod(size)}"
+            )
+        return weight.view(-1, *size)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The norm as y = scale * conv + shift, without the convolution's bias.
@@ -214,11 +244,16 @@ class Convolution:
         A norm that was folded into the convolution has left its shift there as the bias.
         """
         if self.norm is None:
-            shift = self.module.take("bias")
+            shift = self.module.take("bias", dimensions=1)
             return torch.ones_like(shift), shift
         scale, shift = norm_constants(self.norm)
         if self.module.has("bias"):
-            shift = shift + scale * self.module.take("bias")
+            bias = self.module.take("bias", dimensions=1)
+            if not len(bias) == len(scale) == len(shift):
+                raise ValueError(
+                    f"{self.module.place}: a bias of {len(bias)} and a norm of another"
+                )
+            shift = shift + scale * bias
         return scale, shift
 
     def check(self, own: nn.Conv2d, *, mirrored: bool) -> list[str]:
@@ -255,9 +290,24 @@ def norm_constants(norm: Module) -> tuple[Tensor, Tensor]:
     """
     if norm.kind in FIXED_NORMS:
         return norm.take("a").flatten(), norm.take("b").flatten()
-    mean, variance = norm.take("running_mean"), norm.take("running_var")
-    scale = norm.take("weight") * (variance + norm.field("eps", 1e-5)).rsqrt()
-    return scale, norm.take("bias") - mean * scale
+    weight, bias, mean, variance = live_norm(norm)
+    scale = weight * (variance + EPSILON).rsqrt()
+    return scale, bias - mean * scale
+
+
+def live_norm(norm: Module) -> tuple[Tensor, ...]:
+    """Weight, bias, running mean and variance of a batch norm, (C,) each.
+
+    With torchvision's epsilon: what the file's own has more is in the variance.
+    """
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, variance = (norm.take(name, dimensions=1) for name in names)
+    if not len(weight) == len(bias) == len(mean) == len(variance):
+        raise ValueError(f"{norm.place}: parameters of different lengths")
+    epsilon = norm.field("eps", EPSILON)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ValueError(f"{norm.place}: eps is {short(epsilon)}")
+    return weight, bias, mean, variance + (epsilon - EPSILON)
 
 
 def convolutions(parts: list[Module], *, norms: bool) -> list[Convolution]:
@@ -287,8 +337,8 @@ def convolutions(parts: list[Module], *, norms: bool) -> list[Convolution]:
 
 
 def _padded(convolution: Module, before: Module | None) -> Convolution:
-    own = {int(convolution.field(name, 0)) for name in ("padH", "padW")}
-    mirror = {int(before.field(f"pad_{side}", 0)) if before else 0 for side in "lrtb"}
+    own = {convolution.number(name, 0) for name in ("padH", "padW")}
+    mirror = {before.number(f"pad_{side}", 0) if before else 0 for side in "lrtb"}
     if len(own) > 1 or len(mirror) > 1 or (max(own) and max(mirror)):
         raise ValueError(f"{convolution.place}: padding that is not the same on all sides")
     return Convolution(convolution, max(own | mirror), mirrored=bool(max(mirror)))

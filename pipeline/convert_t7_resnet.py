@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.trunk import RESNET_LEVELS, describe_mismatch, load_backbone
 from pipeline.convert_t7_modules import (
     CONVOLUTIONS,
+    EPSILON,
     FIXED_NORMS,
     NORMS,
     RECTIFIERS,
@@ -17,6 +18,8 @@ from pipeline.convert_t7_modules import (
     Module,
     convolutions,
     expect,
+    kind,
+    live_norm,
     steps,
     submodules,
 )
@@ -29,8 +32,6 @@ LAYOUTS = {
     "resnet101": (3, (3, 4, 23, 3)),
     "resnet152": (3, (3, 8, 36, 3)),
 }
-STEM = ("conv1", "relu", "maxpool")  # as modules of the file, its norm with its convolution
-EPSILON = 1e-5  # of torchvision's batch norm
 # Letters of what a block computes: convolutions, norms that are not folded into them, ReLUs.
 ORDER = (
     dict.fromkeys(CONVOLUTIONS, "c") | dict.fromkeys(NORMS, "n") | dict.fromkeys(RECTIFIERS, "r")
@@ -51,8 +52,10 @@ def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, Layers]:
     blocks = [stage.modules for stage in parts[len(parts) - stages :]]
     layers: Layers = {}
     stem = [step for part in parts[: len(parts) - stages] for step in steps(part)]
+    expect(stem[-1:], "SpatialMaxPooling", where="the stem")
     *stem, pool = stem
-    expect([pool], "SpatialMaxPooling", where="the stem")
+    if not re.fullmatch("cn?r", _order(stem)):
+        raise ValueError(f"{pool.place}: a convolution, its norm and a ReLU are due before it")
     if tuple(pool.field(name) for name in ("kH", "kW", "dH", "dW", "padH", "padW")) != (
         (3, 3, 2, 2, 1, 1)
     ) or pool.field("ceil_mode"):
@@ -64,8 +67,12 @@ def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, Layers]:
                 layers[f"layer{number}.{position}.{name}"] = layer
     depth = sum(name.startswith("layer1.0.conv") for name in layers)
     counts = tuple(map(len, blocks))
-    width = int(layers["conv1"].module.field("nOutputPlane"))
+    width = layers["conv1"].module.number("nOutputPlane")
     return _name(depth, counts, where=parts[-stages].place), width, layers
+
+
+def _order(parts: list[Module]) -> str:
+    return "".join(ORDER.get(part.kind, "") for part in parts)
 
 
 def _name(depth: int, counts: tuple[int, ...], *, where: str) -> str:
@@ -89,8 +96,7 @@ def _block_layers(block: Module) -> Iterator[tuple[str, Convolution]]:
     if inner and inner[-1].kind in RECTIFIERS:
         raise ValueError(f"{inner[-1].place}: a {inner[-1].kind} behind the last norm")
     found = convolutions(inner, norms=True)
-    order = "".join(ORDER.get(part.kind, "") for part in inner)
-    if not re.fullmatch("(cn?r)*cn?", order):
+    if not re.fullmatch("(cn?r)*cn?", _order(inner)):
         raise ValueError(
             f"{main.place}: norm and ReLU have to follow each convolution but the last"
         )
@@ -119,7 +125,7 @@ def trunk_key(name: str) -> str:
 
 def is_imagenet_resnet(value: object) -> bool:
     """Whether this is a Sequential of four stages of residual blocks and a classifier."""
-    kinds = [part.typename.rpartition(".")[2] for part in submodules(value) if part]
+    kinds = [kind(part) for part in submodules(value)]
     stages = [part for part in submodules(value) if is_stage(part)]
     return len(stages) == 4 and kinds[-1] == "Linear" and len(kinds) == 11
 
@@ -128,8 +134,7 @@ def is_stage(value: object) -> bool:
     """Whether this is a Sequential of residual blocks."""
     blocks = submodules(value)
     return bool(blocks) and all(
-        (parts := submodules(block)) and parts[0].typename.endswith("ConcatTable")
-        for block in blocks
+        (parts := submodules(block)) and kind(parts[0]) == "ConcatTable" for block in blocks
     )
 
 
@@ -147,7 +152,8 @@ def imagenet_state(network: Module) -> tuple[str, dict[str, Tensor]]:
         state[f"{key}.weight"] = layer.weight()
         norm = key[:-1] + "1" if key.endswith("downsample.0") else key.replace("conv", "bn")
         state |= {f"{norm}.{part}": value for part, value in _live_norm(layer).items()}
-    state["fc.weight"], state["fc.bias"] = classifier.take("weight"), classifier.take("bias")
+    state["fc.weight"] = classifier.take("weight", dimensions=2)
+    state["fc.bias"] = classifier.take("bias", dimensions=1)
     with torch.device("meta"):
         own = load_backbone(name, width=width)
     _check(own, state, layers)
@@ -160,12 +166,12 @@ def _live_norm(layer: Convolution) -> dict[str, Tensor]:
         scale, shift = layer.scale_and_shift()
         mean, variance = torch.zeros_like(shift), torch.full_like(scale, 1 - EPSILON)
         return {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
-    scale, shift = layer.norm.take("weight"), layer.norm.take("bias")
-    mean = layer.norm.take("running_mean")
-    # torchvision's epsilon, where the file has another
-    variance = layer.norm.take("running_var") + (layer.norm.field("eps", EPSILON) - EPSILON)
+    scale, shift, mean, variance = live_norm(layer.norm)
     if layer.module.has("bias"):
-        mean = mean - layer.module.take("bias")
+        bias = layer.module.take("bias", dimensions=1)
+        if len(bias) != len(mean):
+            raise ValueError(f"{layer.module.place}: a bias of {len(bias)} and a norm of another")
+        mean = mean - bias
     return {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
 
 
@@ -175,19 +181,20 @@ def _check(own: torchvision.models.ResNet, state: dict[str, Tensor], layers: Lay
         len(state["fc.bias"]), own.fc.in_features
     )
     expected["fc.bias"] = state["fc.bias"]  # any number of classes
-    problems = [
-        problem
-        for name, layer in layers.items()
-        if name in dict(own.named_modules())
-        for problem in layer.check(own.get_submodule(name), mirrored=False)
-    ]
-    refuse(describe_mismatch(expected, state), problems)
+    refuse(describe_mismatch(expected, state), problems(dict(own.named_modules()), layers))
 
 
-def refuse(difference: str, problems: list[str]) -> None:
+def problems(modules: dict[str, nn.Module], layers: Layers, *, mirrored: bool = False) -> list[str]:
+    """In what the arithmetic of convolutions differs from that of ours of the same name."""
+    found = [(modules[name], layer) for name, layer in layers.items() if name in modules]
+    each = [layer.check(own, mirrored=mirrored) for own, layer in found]
+    return [problem for own in each for problem in own]
+
+
+def refuse(difference: str, others: list[str]) -> None:
     """Raises a ValueError with what does not fit, if anything does not."""
-    if difference or problems:
-        raise ValueError("; ".join(filter(None, [difference, *problems])))
+    if difference or others:
+        raise ValueError("; ".join(filter(None, [difference, *others])))
 
 
 def words(name: str, width: int) -> str:

@@ -28,7 +28,7 @@ from pipeline.propose_run import propose_images
 from pipeline.report import write_report
 from pipeline.scoring import score_patches, score_proposals
 from pipeline.splits import prepare_data
-from pipeline.stages import STAGES, build_stage
+from pipeline.stages import build_stage
 
 SUMMARY = "summary.json"
 PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)
@@ -46,7 +46,7 @@ def run_pipeline(
     config = load_config(config_path, overrides)
     prepare_data(config)
     summary = _read_summary(output / SUMMARY)
-    for name in STAGES:
+    for name in config.stages:
         start = time.monotonic()
         if distributed.is_main():
             print(f"\n== {name} ==", flush=True)

@@ -15,9 +15,6 @@ from pipeline.propose_run import propose_images
 from pipeline.roi_stage import MultiPathNetStage
 from pipeline.splits import prepare_data, split_files
 
-# In the order of the pipeline.
-STAGES = (DeepMaskStage.name, SharpMaskStage.name, MultiPathNetStage.name)
-
 
 def build_stage(name: str, config: Config, output: Path, device: torch.device) -> Stage:
     """A stage by its name, on what the stages before it have left beside `output`.

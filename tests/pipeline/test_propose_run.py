@@ -358,5 +358,5 @@ def test_pictures_are_drawn_of_all_images_with_proposals(photos, tmp_path):
     original = read_image(photos / "a.jpg")
     picture = read_image(output / "drawn" / "a.jpg.jpg")
     assert picture.shape == original.shape
-    change = np.abs(picture.astype(int) - original).mean(axis=(0, 2))
-    assert change[:15].min() > 40 and change[-3:].max() < 20  # the boxes are the left half
+    change = np.abs(picture.astype(int) - original)[-2:].mean(axis=(0, 2))  # below the label
+    assert change[:15].min() > 20 and change[-3:].max() < 20  # the boxes are the left half

@@ -48,7 +48,7 @@ class Writer:
 
     def __init__(self, *, ascii: bool = False, long_bytes: int = 8):
         self.ascii, self.long_bytes = ascii, long_bytes
-        self.content, self.numbers = b"", {}
+        self.content, self.numbers = bytearray(), {}
 
     def pack(self, code: str, *values: float) -> None:
         if self.ascii and values:
@@ -139,4 +139,4 @@ class Writer:
 def written(value: object, **form: object) -> bytes:
     writer = Writer(**form)
     writer.write(value)
-    return writer.content
+    return bytes(writer.content)
