@@ -52,11 +52,10 @@ def convert_proposals(
         )
     sizes = _sizes(names, annotations, images)
     store = ProposalStore(output)
-    settings = {"converted_from": source, "masks": "filled boxes"}
     if store.shards():
         raise ValueError(f"{output} holds proposals already; choose another --output")
-    store.open_for(settings)
-    written = total = 0
+    store.open_for({"converted_from": source, "masks": "filled boxes"})
+    written = 0
     for shard in _shards(names, boxes, scores, sizes):
         store.write_shard(shard)
         written += sum(map(len, shard))
@@ -134,9 +133,11 @@ def _shards(
 def _proposals(name: str, boxes: Any, scores: Any, size: Size) -> Proposals:
     image_id, height, width = size
     boxes = _boxes(boxes, name)
-    scores = np.asarray(scores, np.float32).ravel() if len(boxes) else np.empty(0, np.float32)
+    scores = np.asarray(scores if isinstance(scores, torch.Tensor) else [], np.float32).ravel()
     if len(scores) != len(boxes):
         raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name}: a score that is not finite")
     order = np.argsort(-scores, kind="stable")
     # Pixels whose centres lie in the box, within the image.
     limits = np.array([width, height, width, height])
@@ -166,6 +167,7 @@ def _filled(x0: int, y0: int, x1: int, y1: int, height: int, width: int) -> byte
         runs = [x0 * height, (x1 - x0) * height]
     else:
         runs = [x0 * height + y0, tall, *[height - tall, tall] * (x1 - x0 - 1)]
-    runs.append(height * width - sum(runs))
+    if rest := height * width - sum(runs):
+        runs.append(rest)
     rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     return rle["counts"]

@@ -162,6 +162,27 @@ def test_unknown_names_list_the_known_ones():
         build_trunk("tiny", weights="imagenet")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_width_scales_all_layers_of_a_resnet(name, tmp_path):
+    full, narrow = load_backbone(name), load_backbone(name, width=8)
+    for key, value in full.state_dict().items():
+        kept = {3, 7, 1, 1000} if key == "conv1.weight" or key.startswith("fc.") else {3, 1}
+        sides = zip(value.shape, narrow.state_dict()[key].shape, strict=True)
+        assert all(own == side // 8 or (own == side and side in kept) for side, own in sides), key
+    torch.save(narrow.state_dict(), tmp_path / "narrow.pth")
+    trunk = build_trunk(name, weights=tmp_path / "narrow.pth", width=8)
+    assert trunk.channels == tuple(channels // 8 for channels in build_trunk(name).channels)
+    assert torch.equal(trunk.levels[0].conv1.weight, narrow.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "name, weights", [("tiny", None), ("vgg11", None), ("resnet18", "imagenet")]
+)
+def test_other_trunks_have_no_width(name, weights):
+    with pytest.raises(ValueError, match="width 8 is only for ResNets"):
+        build_trunk(name, weights=weights, width=8)
+
+
 def test_imagenet_weights_come_from_torchvision(monkeypatch):
     asked = []
     network = torchvision.models.resnet18(weights=None)

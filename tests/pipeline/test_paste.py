@@ -63,6 +63,39 @@ def test_paste_equals_the_slow_reference(seed, cells, left, top, width, height, 
         assert_tight(result[1], found)
 
 
+def scale_slowly(row, size):
+    """A row of cells as image.scale of Lua Torch gives it, one pixel at a time."""
+    cells = len(row)
+    if size < cells:  # the mean over a pixel's share of the row
+        fine = np.repeat(row.astype(float), size)
+        return [fine[n * cells : (n + 1) * cells].mean() for n in range(size)]
+    if size == 1:
+        return row[:1]
+    return np.interp(np.arange(size) * (cells - 1) / (size - 1), np.arange(cells), row)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    cells=st.integers(1, 12),
+    left=st.integers(-30, 40),
+    top=st.integers(-30, 30),
+    size=st.integers(1, 60),
+    bias=st.floats(-2, 2),
+)
+@settings(max_examples=150, deadline=None)
+def test_corners_on_corners_as_the_released_code(seed, cells, left, top, size, bias):
+    logits = np.random.default_rng(seed).normal(bias, 2, (cells, cells)).astype(np.float32)
+    rows = np.array([scale_slowly(row, size) for row in logits])
+    scaled = np.array([scale_slowly(column, size) for column in rows.T]).T
+    expected = np.zeros((37 + 200, 45 + 200), np.uint8)
+    expected[100 + top : 100 + top + size, 100 + left : 100 + left + size] = scaled > math.log(0.25)
+    expected = expected[100:137, 100:145]
+    place = Placement(left, top, size, size, corners=True)
+    result = paste(logits, place, image_size=(37, 45), threshold=0.2)
+    found = np.zeros((37, 45), np.uint8) if result is None else coco_mask.decode(result[0])
+    assert (found != expected).sum() <= 1  # a pixel on the very threshold may fall to either side
+
+
 def assert_tight(box, mask):
     x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
     assert box.tolist() == [x, y, x + w, y + h] and box.dtype == np.float32
