@@ -469,8 +469,8 @@ def test_parameters_that_nothing_uses_are_named():
     value, taken = tree(value)
     convert_detector(value, taken)
     assert taken.unused() == [
-        "[model].modules[6].modules[1].weight 3x2",
-        "[model].modules[6].modules[1].bias 3",
+        "model.modules[6].modules[1].weight 3x2",
+        "model.modules[6].modules[1].bias 3",
     ]
 
 
