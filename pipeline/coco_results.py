@@ -1,6 +1,5 @@
 """COCO results of a file or of a proposal store: read, checked, and given image by image."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from datasets.rle import check_counts
+from pipeline.detection_results import load_results
 from pipeline.proposals import ProposalStore
 
 
@@ -27,18 +27,7 @@ def read_results(path: str | Path) -> Iterable[dict]:
         if not store.shards():
             raise ValueError(f"{path} is no proposal store: it holds no proposals-*.parquet")
         return StoredResults(store)
-    if not path.is_file():
-        raise FileNotFoundError(f"results {path} do not exist")
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(results, list):
-        raise ValueError(
-            f"{path} is not COCO results: "
-            f"it must be a list of results, not {type(results).__name__}"
-        )
-    return results
+    return load_results(path, of="results")
 
 
 @dataclass(frozen=True)

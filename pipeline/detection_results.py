@@ -14,8 +14,11 @@ LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no ove
 CHUNK = 10_000  # masks checked at once
 
 
-def load_results(path: str | Path) -> list:
+def load_results(path: str | Path, *, of: str = "detections") -> list:
     """The list of results in a JSON file; what is in it is for `check_results`.
+
+    Args:
+        of: what the results are, for the error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,8 +37,7 @@ def load_results(path: str | Path) -> list:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, list):
         raise ValueError(
-            f"{path} is not COCO results: "
-            f"it must be a list of detections, not {type(results).__name__}"
+            f"{path} is not COCO results: it must be a list of {of}, not {type(results).__name__}"
         )
     return results
 
