@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_pool
 
 from models.boxes import decode_boxes, foveal_regions
 from models.dropout import KeyedDropout
-from models.roi_pooling import roi_pool_rounded
+from models.roi_pooling import roi_pool_overlapping, roi_pool_rounded
 from models.trunk import Trunk
 
 # Without normalisation: what makes the finer layers' activations as large as conv5's.
@@ -95,19 +94,21 @@ class Pooling(nn.Module):
 
     def forward(self, blocks: list[Tensor]) -> Tensor:
         """Pooled blocks (R, C_l, s, s), one for each stride, to (R, width, s, s)."""
-        if self.normalise:
-            norms = [block.flatten(1).norm(dim=1).clamp(min=1e-12) for block in blocks]
-            blocks = [
-                block * (self.scale / norm)[:, None, None, None]
-                for block, norm in zip(blocks, norms, strict=True)
-            ]
-        else:
-            scales = [UNNORMALISED_SCALE[stride] for stride in self.strides]
-            blocks = [
-                b if scale == 1 else b * scale for b, scale in zip(blocks, scales, strict=True)
-            ]
-        block = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
-        return block if self.mix is None else self.mix(block)
+        if self.mix is None:
+            return blocks[0] * self._factor(0, blocks[0])
+        # One number for each RoI and layer: cheaper on the few channels behind the convolution.
+        weights = self.mix.weight.split([block.shape[1] for block in blocks], dim=1)
+        mixed = self.mix.bias[:, None, None]
+        for number, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
+            mixed = mixed + F.conv2d(block, weight) * self._factor(number, block)
+        return mixed
+
+    def _factor(self, number: int, block: Tensor) -> Tensor | float:
+        """What a layer's block is multiplied by: (R, 1, 1, 1), or the same for all."""
+        if not self.normalise:
+            return UNNORMALISED_SCALE[self.strides[number]]
+        norm = torch.linalg.vector_norm(block, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+        return (self.scale / norm.clamp(min=1e-12)).to(block.dtype)
 
 
 class FullyConnectedHead(nn.Module):
@@ -236,15 +237,10 @@ class MultiPathNet(nn.Module):
             "class_logits" (R, K, C + 1), class 0 the background; "deltas" (R, C + 1, 4),
             normalised by `delta_mean` and `delta_std`.
         """
-        pooled: dict[tuple[float, int], Tensor] = {}  # towers share what they both look at
+        pooled = self.pool_regions(layers, rois)
 
         def run(tower: Tower) -> Tensor:
-            factor = tower.region.factor
-            for stride in tower.region.strides:
-                if (factor, stride) not in pooled:
-                    regions = foveal_regions(rois, factor)
-                    pooled[factor, stride] = self.pool(layers[stride], regions, 1 / stride)
-            blocks = [pooled[factor, stride] for stride in tower.region.strides]
+            blocks = [pooled[tower.region.factor, stride] for stride in tower.region.strides]
             return tower.head(tower.pooling(blocks), keys=keys)
 
         features = torch.cat([run(tower) for tower in self.towers], dim=1)
@@ -256,11 +252,30 @@ class MultiPathNet(nn.Module):
             "deltas": self.regress(boxes).view(-1, self.num_classes + 1, 4),
         }
 
+    def pool_regions(
+        self, layers: dict[int, Tensor], rois: Tensor
+    ) -> dict[tuple[float, int], Tensor]:
+        """Blocks (R, C_l, s, s) by region factor and stride, each computed once.
+
+        All regions of a layer are pooled at once, so that its gradient is one map, not a sum of
+        maps.
+        """
+        towers = [*self.towers, *([self.box_tower] if self.box_tower is not None else [])]
+        looks = {(t.region.factor, stride) for t in towers for stride in t.region.strides}
+        pooled = {}
+        for stride in sorted({stride for _, stride in looks}):
+            factors = sorted(factor for factor, own in looks if own == stride)
+            regions = torch.cat([foveal_regions(rois, factor) for factor in factors])
+            blocks = self.pool(layers[stride], regions, 1 / stride)
+            each = blocks.unflatten(0, (len(factors), len(rois)))
+            pooled |= {(f, stride): block for f, block in zip(factors, each, strict=True)}
+        return pooled
+
     def pool(self, layer: Tensor, rois: Tensor, scale: float) -> Tensor:
         """Blocks (R, C_l, s, s) of a layer."""
         if self.roi_bins == "rounded":
             return roi_pool_rounded(layer, rois, self.pooled_size, scale)
-        return roi_pool(layer, rois, self.pooled_size, scale)
+        return roi_pool_overlapping(layer, rois, self.pooled_size, scale)
 
     def normalise_deltas(self, targets: Tensor) -> Tensor:
         """Regression targets (R, 4) as the regressor is trained on them."""

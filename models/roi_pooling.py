@@ -1,15 +1,47 @@
-"""RoI max pooling with bins that share no cell: the released detectors' (imagine-nn, version 2).
+"""RoI max pooling: Fast R-CNN's, and the released detectors' (imagine-nn, version 2).
 
-Fast R-CNN's pooling, torchvision's `roi_pool`, rounds the bins outwards: neighbours overlap, and
-the cell of the RoI's last corner is inside. Here every edge is rounded to the nearest cell, so the
-bins part the RoI, one may be empty, and the last corner's cell is outside.
+Fast R-CNN's rounds the bins outwards: neighbours overlap, and the cell of the RoI's last corner is
+inside. The released detectors round every edge to the nearest cell, so the bins part the RoI, one
+may be empty, and the last corner's cell is outside.
 
 Letters: B images, C channels, (H, W) their features, R RoIs, s bins on a side.
 """
 
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401  its import registers the operators
 from torch import Tensor
+
+
+class _OverlappingPool(torch.autograd.Function):
+    """torchvision's operators, with no gradient made up for the places of the maxima.
+
+    `torchvision.ops.roi_pool` fills one of the size of the output at every step, for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+        pooled, places = torch.ops.torchvision.roi_pool(features, rois, scale, size, size)
+        ctx.save_for_backward(rois, places)
+        ctx.features_shape, ctx.size, ctx.scale = features.shape, size, scale
+        return pooled
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        rois, places = ctx.saved_tensors
+        return (
+            torch.ops.torchvision._roi_pool_backward(
+                gradient, rois, places, ctx.scale, ctx.size, ctx.size, *ctx.features_shape
+            ),
+            None,
+            None,
+            None,
+        )
+
+
+def roi_pool_overlapping(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """The largest value of each bin; arguments and result as `roi_pool_rounded`."""
+    return _OverlappingPool.apply(features.to(rois.dtype), rois, size, scale)  # the type: for AMP
 
 
 def roi_pool_rounded(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:

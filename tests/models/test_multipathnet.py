@@ -270,8 +270,11 @@ def test_towers_are_fed_the_maximum_over_each_cell(corners):
 
 
 def test_each_layer_has_norm_1000_whatever_its_scale():
-    model, fed = build(), []
-    model.box_tower.pooling.mix.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    total, fed = sum(CHANNELS.values()), []
+    model = build(width=total)
+    pooling = model.box_tower.pooling
+    pooling.mix.weight.data = torch.eye(total)[:, :, None, None]  # so that all can be seen
+    pooling.register_forward_hook(lambda _, inputs, output: fed.append(output))
     layers = some_layers()
     for scales in ((1, 1, 1), (200, 30, 1)):
         scaled = {stride: s * layers[stride] for stride, s in zip(ALL, scales, strict=True)}
@@ -374,10 +377,10 @@ def test_towers_share_pooling_but_no_weights(monkeypatch):
     looks = []
 
     def counted(layer: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-        looks.append((layer.shape[1], (rois[0, 3] - rois[0, 1]).item()))
+        looks.extend((layer.shape[1], width.item()) for width in rois[:, 3] - rois[:, 1])
         return roi_pool(layer, rois, size, scale)
 
-    monkeypatch.setattr(multipathnet, "roi_pool", counted)
+    monkeypatch.setattr(multipathnet, "roi_pool_overlapping", counted)
     model = build()
     model.classify_rois(some_layers(), ROIS[1:2])  # 64 pixels wide
     # The box tower pools conv3 only: conv4 and conv5 at 1.5x are the second tower's.
@@ -388,7 +391,7 @@ def test_towers_share_pooling_but_no_weights(monkeypatch):
     same = build(regions=(Region(1.0, (16,)),) * 2, box_region=Region(1.0, (16,)))
     looks.clear()
     same.classify_rois(some_layers(), ROIS)
-    assert len(looks) == 1
+    assert len(looks) == len(ROIS)
     towers = [*same.towers, same.box_tower]
     own = [{p.data_ptr() for p in tower.parameters()} for tower in towers]
     assert [len(pointers) for pointers in own] == [6, 6, 6]  # mix, fc6 and fc7

@@ -1,4 +1,5 @@
-"""Rounded RoI pooling against the released kernel's loops, written again in plain Python."""
+"""Rounded RoI pooling against the released kernel's loops, written again in plain Python; Fast
+R-CNN's against torchvision's."""
 
 import math
 
@@ -6,8 +7,9 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import roi_pool
 
-from models.roi_pooling import roi_pool_rounded
+from models.roi_pooling import roi_pool_overlapping, roi_pool_rounded
 
 HEIGHT, WIDTH, CHANNELS = 7, 11, 3
 coordinate = st.integers(-60, 260).map(lambda v: v / 2)  # halves of a pixel: edges at half cells
@@ -61,3 +63,25 @@ def test_gradient_reaches_the_largest_cell_alone():
     features = torch.tensor([[[[1.0, 5.0, 2.0], [0.0, 3.0, 4.0]]]], requires_grad=True)
     roi_pool_rounded(features, torch.tensor([[0, 0.0, 0, 3.0, 2.0]]), 1, 1.0).sum().backward()
     assert features.grad[0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
+def test_overlapping_bins_and_their_gradient_are_torchvisions():
+    torch.manual_seed(0)
+    features = torch.randn(2, CHANNELS, HEIGHT, WIDTH)
+    boxes = torch.tensor([[0, 0, 0, 90, 50], [1, 16, 20, 30, 26], [1, -40, 8, 300, 44.0]])
+    results = []
+    for pool in (roi_pool, roi_pool_overlapping):
+        own = features.clone().requires_grad_()
+        pooled = pool(own, boxes, 3, 1 / 16)
+        (pooled * torch.arange(pooled.numel()).view(pooled.shape)).sum().backward()
+        results.append((pooled.detach(), own.grad))
+    (expected, slope), (pooled, own_slope) = results
+    assert torch.equal(pooled, expected) and torch.equal(own_slope, slope) and slope.any()
+
+
+def test_overlapping_bins_take_the_features_of_autocast():
+    features = torch.randn(1, CHANNELS, HEIGHT, WIDTH).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = roi_pool_overlapping(features, torch.tensor([[0, 0, 0, 90, 50.0]]), 3, 1 / 16)
+    pooled.sum().backward()
+    assert features.grad.dtype == torch.bfloat16 and features.grad.any()
