@@ -44,39 +44,21 @@ def _heart(_: Generator) -> np.ndarray:
     return np.stack([16 * np.sin(t) ** 3, -y], axis=1)
 
 
-def _leaf(rng: Generator) -> np.ndarray:
-    x = np.linspace(-1, 1, 24)
-    half = rng.uniform(0.4, 0.55) * (1 - x**2) * (1 + 0.4 * x)
-    upper, lower = np.stack([x, half], axis=1), np.stack([x, -half], axis=1)
-    return np.concatenate([upper[:-1], lower[:0:-1]])
-
-
 def _arrow(rng: Generator) -> np.ndarray:
-    neck, shaft = rng.uniform(-0.05, 0.25), rng.uniform(0.2, 0.32)
+    neck, shaft = rng.uniform(0, 0.25), rng.uniform(0.18, 0.28)
     half = np.array([[1, 0], [neck, 0.75], [neck, shaft], [-1, shaft]])
     return np.concatenate([half, half[:0:-1] * [1, -1]])
-
-
-def _blob(rng: Generator) -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    waves = np.arange(2, 6)[:, None]
-    size = rng.uniform(0.05, 0.3, (4, 1)) / np.sqrt(waves)
-    radius = 1 + (size * np.cos(waves * t + rng.uniform(0, 2 * np.pi, (4, 1)))).sum(axis=0)
-    return np.stack([np.cos(t), np.sin(t)], axis=1) * radius[:, None]
 
 
 OUTLINES: dict[str, Callable[[Generator], np.ndarray]] = {
     "disk": lambda _: _arc(0, 2 * np.pi),
     "triangle": lambda _: _arc(0, 2 * np.pi, 3),
     "square": lambda _: _arc(0, 2 * np.pi, 4),
-    "pentagon": lambda _: _arc(0, 2 * np.pi, 5),
     "star": _star,
     "cross": _cross,
     "crescent": _crescent,
     "heart": _heart,
-    "leaf": _leaf,
     "arrow": _arrow,
-    "blob": _blob,
 }
 
 

@@ -20,17 +20,14 @@ CATEGORY_IDS = {
     "disk": 1,
     "triangle": 2,
     "square": 3,
-    "pentagon": 5,
     "star": 6,
     "cross": 8,
     "crescent": 9,
     "heart": 11,
-    "leaf": 13,
     "arrow": 14,
-    "blob": 17,
 }
 DESCRIPTION = "synthetic shapes"
-VERSION = "3"  # raise it when a seed draws something else: then old directories are written anew
+VERSION = "4"  # raise it when a seed draws something else: then old directories are written anew
 JPEG_QUALITY = 92
 MIN_HOLE_SHARE = 0.02  # of an object's area: from here on a polygon would be wrong
 # px. From .5 on, a speck may shrink to two points, which pycocotools takes for a box; at .55 the
