@@ -24,10 +24,11 @@ IMAGENET = PixelRules()
 
 def normalise(pixels: np.ndarray, rules: PixelRules = IMAGENET) -> np.ndarray:
     """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with mean 0 and deviation 1."""
-    planes = (pixels - np.float32(rules.mean)) / np.float32(rules.std)
-    if rules.bgr:
-        planes = planes[..., ::-1]
-    return np.ascontiguousarray(planes.transpose(2, 0, 1))
+    # Planes first: arithmetic on them is several times as fast as on triples.
+    planes = np.array(pixels.transpose(2, 0, 1), np.float32, order="C")
+    planes -= np.float32(rules.mean)[:, None, None]
+    planes /= np.float32(rules.std)[:, None, None]
+    return np.ascontiguousarray(planes[::-1]) if rules.bgr else planes
 
 
 def denormalise(pixels: np.ndarray) -> np.ndarray:

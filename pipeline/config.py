@@ -156,6 +156,9 @@ class RoiSamplingConfig:
     background_low: float = 0.1  # IoU
     crowd_overlap: float = 0.7
     max_proposals: int = 1000
+    # How proposals are made where no store of them is given; null: the scales of `propose`.
+    proposal_scales: tuple[float, float, float] | None = None
+    refine_proposals: bool = True
     # Only the first so many training images: making proposals takes longer than training on them.
     max_images: int | None = None
     short_side: int = 800  # pixels of the resized image
@@ -305,7 +308,7 @@ CONDITIONS = (
     ("from 1 to 4", lambda v: 1 <= v <= 4, ("num_modules",)),
     ("MIN MAX with MIN <= MAX", lambda v: -math.inf < v[0] <= v[1] < math.inf, ("score_scales",)),
     ("MIN MAX STEP with MIN <= MAX and STEP > 0",
-     lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0, ("scales",)),
+     lambda v: -math.inf < v[0] <= v[1] < math.inf and v[2] > 0, ("scales", "proposal_scales")),
     ("epochs with factors > 0",
      lambda v: all(k >= 0 and factor > 0 for k, factor in v.items()), ("lr_drops",)),
 )  # fmt: skip

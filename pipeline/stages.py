@@ -86,10 +86,13 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         return ProposalStore(find_path(given, key=f"init.{key}")).boxes()
     prepare_data(config)
     annotations, images = split_files(config, split)
+    sampling = config.multipathnet.sampling
     proposer, settings = load_proposer(
         find_proposer(config, output),
         device,
-        num_proposals=config.multipathnet.sampling.max_proposals,
+        num_proposals=sampling.max_proposals,
+        scales=sampling.proposal_scales,
+        refine=sampling.refine_proposals,
     )
     store = output / "proposals" / split
     propose_images(
@@ -98,6 +101,6 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         store,
         settings=settings,
         annotations=annotations,
-        max_images=config.multipathnet.sampling.max_images if split == "train" else None,
+        max_images=sampling.max_images if split == "train" else None,
     )
     return ProposalStore(store).boxes()
