@@ -4,8 +4,9 @@ r"""Ablation of MultiPathNet: what each part adds to Fast R-CNN, over several se
     python benchmarks/detection.py --run runs/demo --output runs/detection
 
 Every variant is trained for the same number of minibatches on the proposals of a finished run of
-tools/run_pipeline.py, from the same trunk, and scored on the validation images. The table has mean
-and spread (standard deviation) over the seeds.
+tools/run_pipeline.py, from the same trunk, and scored on the validation images. All normalise their
+pooled blocks and mix them by a 1x1 convolution, so that a variant differs by its part alone. The
+table has mean and spread (standard deviation) over the seeds.
 """
 
 import argparse
@@ -30,21 +31,16 @@ from pipeline.proposals import ProposalStore
 from pipeline.roi_stage import MultiPathNetStage
 from pipeline.splits import prepare_data, split_files
 
-BASE = {
-    "foveal": False, "skip": False, "thresholds": [0.5], "box_tower": False, "normalise": False
-}  # fmt: skip
+BASE = {"foveal": False, "skip": False, "thresholds": [0.5], "box_tower": False}
 THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 VARIANTS = {
     "Fast R-CNN": {},
     "+ foveal": {"foveal": True},
-    "+ skip": {"skip": True, "normalise": True},
+    "+ skip": {"skip": True},
     "+ integral": {"thresholds": THRESHOLDS},
     "+ box tower": {"box_tower": True},
-    "all": {
-        "foveal": True, "skip": True, "normalise": True, "thresholds": THRESHOLDS,
-        "box_tower": True,
-    },
-}  # fmt: skip
+    "all": {"foveal": True, "skip": True, "thresholds": THRESHOLDS, "box_tower": True},
+}
 COLUMNS = ("AP", "AP50", "AP75")
 
 
@@ -89,10 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/shapes_long.yaml")
+    parser.add_argument("--config", default="configs/shapes.yaml")
     parser.add_argument("--run", required=True, type=Path, help="of tools/run_pipeline.py")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--batches", type=int, default=200, help="minibatches for each variant")
+    parser.add_argument("--batches", type=int, default=400, help="minibatches for each variant")
     parser.add_argument("--seeds", type=int, default=3)
     add_device(parser)
     args = parser.parse_args()

@@ -15,12 +15,6 @@ def _arc(start: float, stop: float, num: int = 48) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _star(rng: Generator) -> np.ndarray:
-    spikes = int(rng.integers(5, 7))
-    radius = np.tile([1.0, rng.uniform(0.38, 0.5)], spikes)
-    return _arc(0, 2 * np.pi, 2 * spikes) * radius[:, None]
-
-
 def _cross(rng: Generator) -> np.ndarray:
     a = rng.uniform(0.28, 0.4)
     quarter = np.array([[1, -a], [1, a], [a, a]])
@@ -44,21 +38,21 @@ def _heart(_: Generator) -> np.ndarray:
     return np.stack([16 * np.sin(t) ** 3, -y], axis=1)
 
 
-def _arrow(rng: Generator) -> np.ndarray:
-    neck, shaft = rng.uniform(0, 0.25), rng.uniform(0.18, 0.28)
-    half = np.array([[1, 0], [neck, 0.75], [neck, shaft], [-1, shaft]])
-    return np.concatenate([half, half[:0:-1] * [1, -1]])
+def _leaf(rng: Generator) -> np.ndarray:
+    x = np.linspace(-1, 1, 24)
+    half = rng.uniform(0.4, 0.55) * (1 - x**2) * (1 + 0.4 * x)
+    upper, lower = np.stack([x, half], axis=1), np.stack([x, -half], axis=1)
+    return np.concatenate([upper[:-1], lower[:0:-1]])
 
 
 OUTLINES: dict[str, Callable[[Generator], np.ndarray]] = {
     "disk": lambda _: _arc(0, 2 * np.pi),
     "triangle": lambda _: _arc(0, 2 * np.pi, 3),
     "square": lambda _: _arc(0, 2 * np.pi, 4),
-    "star": _star,
     "cross": _cross,
     "crescent": _crescent,
     "heart": _heart,
-    "arrow": _arrow,
+    "leaf": _leaf,
 }
 
 

@@ -20,11 +20,10 @@ CATEGORY_IDS = {
     "disk": 1,
     "triangle": 2,
     "square": 3,
-    "star": 6,
     "cross": 8,
     "crescent": 9,
     "heart": 11,
-    "arrow": 14,
+    "leaf": 13,
 }
 DESCRIPTION = "synthetic shapes"
 VERSION = "4"  # raise it when a seed draws something else: then old directories are written anew
