@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
+Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # what `select_boxes` returns
+
 
 def select_boxes(
     probabilities: Tensor,
@@ -16,7 +18,7 @@ def select_boxes(
     nms_iou: float = 0.3,
     max_detections: int = 100,
     vote_iou: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Selection:
     """Greedy NMS within each class, the best over all classes, box voting.
 
     Boxes without an area (they lay outside of the image and were clipped) are no candidates. Equal

@@ -6,6 +6,7 @@ and clipped -> per-class NMS, box voting -> each detection with its proposal's m
 Letters: R RoIs, C classes without background, N detections.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -17,7 +18,7 @@ from torchvision.ops import clip_boxes_to_image
 from datasets.rois import resize_image
 from datasets.transforms import IMAGENET, PixelRules, normalise
 from models.multipathnet import MultiPathNet
-from pipeline.box_selection import select_boxes
+from pipeline.box_selection import Selection, select_boxes
 from pipeline.config import DetectConfig
 from pipeline.detections import Detections
 from pipeline.proposals import Proposals
@@ -71,48 +72,67 @@ class Detector:
         self.margin = 1 if inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
-    @torch.inference_mode()
     def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
         """The detections of an image, at most `max_detections`.
 
         Args:
             image: (H, W, 3) uint8 RGB. proposals: of this image; the best `num_proposals` are used.
         """
-        count = min(len(proposals), self.options.num_proposals)
-        boxes = torch.tensor(proposals.boxes[:count], device=self.device)
+        [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
+        return detections
+
+    @torch.inference_mode()
+    def detect_by_count(
+        self, image: np.ndarray, proposals: Proposals, counts: Sequence[int]
+    ) -> list[Detections]:
+        """The detections from the best proposals only, for several numbers of them.
+
+        The trunk and the RoIs of the largest number are run once: what the network says of a RoI
+        does not depend on the others, only the selection does (and what is fed back after it).
+
+        Args:
+            image, proposals: as in a call. counts: how many proposals to use.
+        """
         size = image.shape[:2]
-        views = self._views(image) if count else []
-        source = torch.arange(count, device=self.device)  # the proposal that a RoI came from
-        scores, labels, found = self._empty()
-        rows = source[:0]
-        for _ in range(1 + self.options.localisations if count else 0):
-            probabilities, decoded = self._classify(views, boxes - self.margins)
-            last = size[0] - self.margin, size[1] - self.margin
-            scores, labels, found, kept = select_boxes(
-                probabilities,
-                clip_boxes_to_image(decoded, last) + self.margins,
-                score_threshold=self.options.score_threshold,
-                nms_iou=self.options.nms,
-                max_detections=self.options.max_detections,
-                vote_iou=self.options.vote,
+        boxes = torch.tensor(proposals.boxes[: max(counts)], device=self.device)
+        views = self._views(image) if len(boxes) else []
+        probabilities, decoded = self._classify(views, boxes, size)
+        selections = (
+            self._localise(views, self._select(probabilities[:count], decoded[:count]), size)
+            for count in counts
+        )
+        return [
+            Detections(
+                proposals.image_id,
+                proposals.file_name,
+                *size,
+                scores=scores.cpu().numpy(),
+                boxes=found.cpu().numpy(),
+                labels=self.category_ids[labels.cpu().numpy()],
+                counts=[proposals.counts[row] for row in rows.tolist()],
             )
-            rows = source[kept]
-            if len(kept) == 0:
-                break
-            boxes, source = found, rows
-        return Detections(
-            proposals.image_id,
-            proposals.file_name,
-            *size,
-            scores=scores.cpu().numpy(),
-            boxes=found.cpu().numpy(),
-            labels=self.category_ids[labels.cpu().numpy()],
-            counts=[proposals.counts[row] for row in rows.tolist()],
+            for scores, labels, found, rows in selections
+        ]
+
+    def _select(self, probabilities: Tensor, boxes: Tensor) -> Selection:
+        return select_boxes(
+            probabilities,
+            boxes,
+            score_threshold=self.options.score_threshold,
+            nms_iou=self.options.nms,
+            max_detections=self.options.max_detections,
+            vote_iou=self.options.vote,
         )
 
-    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
-        zero = torch.zeros(0, device=self.device)
-        return zero, zero.long(), zero.view(0, 4)
+    def _localise(
+        self, views: list[View], selection: Selection, size: tuple[int, int]
+    ) -> Selection:
+        """Feeds the selected boxes back as RoIs, as often as the options say."""
+        for _ in range(self.options.localisations):
+            *_, boxes, sources = selection
+            scores, labels, found, rows = self._select(*self._classify(views, boxes, size))
+            selection = scores, labels, found, sources[rows]
+        return selection
 
     def _views(self, image: np.ndarray) -> list[View]:
         views = []
@@ -132,10 +152,22 @@ class Detector:
         factors = torch.tensor([x, y, x, y], device=self.device)
         return View(layers, factors, pixels.shape[1] - self.margin * x, flip)
 
-    def _classify(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks."""
-        parts = [self._classify_chunk(views, part) for part in boxes.split(self.options.chunk)]
-        return torch.cat([p for p, _ in parts]), torch.cat([b for _, b in parts])
+    def _classify(
+        self, views: list[View], boxes: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks.
+
+        Args:
+            boxes: (R, 4). size: height and width of the image, to which boxes are clipped.
+        """
+        if len(boxes) == 0:
+            classes = len(self.categories)
+            return boxes.new_zeros(0, classes + 1), boxes.new_zeros(0, classes, 4)
+        chunks = (boxes - self.margins).split(self.options.chunk)
+        parts = [self._classify_chunk(views, chunk) for chunk in chunks]
+        probabilities, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
+        last = size[0] - self.margin, size[1] - self.margin
+        return probabilities, clip_boxes_to_image(decoded, last) + self.margins
 
     def _classify_chunk(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
         seen = [self._classify_in(view, boxes) for view in views]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from datasets.files import write_json
@@ -13,7 +14,7 @@ from pipeline import distributed
 from pipeline.detect import Detector
 from pipeline.detections import Detections, write_detections
 from pipeline.image_files import ImageFile, read_ahead
-from pipeline.proposals import ProposalStore
+from pipeline.proposals import Proposals, ProposalStore
 from pipeline.visualize import draw_detections, save_jpeg
 
 RESULTS = "detections.json"
@@ -21,7 +22,10 @@ RESULTS = "detections.json"
 
 @dataclass
 class Summary:
-    """Images detected in, detections written, messages on images left out."""
+    """Images looked at, detections written, messages on images left out.
+
+    An image without proposals has been looked at: nothing is in it.
+    """
 
     images: int = 0
     detections: int = 0
@@ -69,8 +73,8 @@ def detect_images(
         detections = itertools.chain.from_iterable(distributed.gather(list(detections)))
     if distributed.is_main():
         summary.detections = write_detections(output / RESULTS, detections)
-    summary.images = sum(distributed.gather(summary.images))
     summary.broken = list(itertools.chain.from_iterable(distributed.gather(summary.broken)))
+    summary.images = len(names) - len(summary.broken)
     if distributed.is_main():
         _finish(summary, output)
     return summary
@@ -98,22 +102,34 @@ def _detections(
     index, count = distributed.share()
     names = {category["id"]: category["name"] for category in detector.categories}
     shards = store.shards()[index::count]
+    for image, proposals in with_images(store, shards, images, summary.broken):
+        found = detector(image, proposals)
+        if draw:
+            picture = draw_detections(image, found, names, draw)
+            save_jpeg(picture, drawn / f"{proposals.file_name}.jpg")
+        yield found
+
+
+def with_images(
+    store: ProposalStore, shards: list[Path], images: Path, broken: list[str]
+) -> Iterator[tuple[np.ndarray, Proposals]]:
+    """Each image of some shards that has proposals, and these.
+
+    Args:
+        images: the folder that the store's file names are relative to.
+        broken: gets a message for every image that is left out: unreadable, or of another size.
+    """
     for shard in tqdm(shards, unit="shard", disable=None if distributed.is_main() else True):
         proposals = {p.file_name: p for p in store.read_shard(shard)}
         files = [ImageFile(p.image_id, name, images / name) for name, p in proposals.items()]
         for file, image in read_ahead(files):
             own = proposals[file.file_name]
             if isinstance(image, ImageError):
-                summary.broken.append(str(image))
+                broken.append(str(image))
             elif image.shape[:2] != (own.height, own.width):
-                summary.broken.append(
+                broken.append(
                     f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are "
                     f"of {own.width}x{own.height}"
                 )
             else:
-                summary.images += 1
-                found = detector(image, own)
-                if draw:
-                    picture = draw_detections(image, found, names, draw)
-                    save_jpeg(picture, drawn / f"{file.file_name}.jpg")
-                yield found
+                yield image, own

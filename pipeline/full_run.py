@@ -6,21 +6,19 @@ A run that was interrupted continues where it stopped; what is done is not done 
 import json
 import shutil
 import time
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from datasets.files import write_json
-from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.coco_eval import load_ground_truth
 from pipeline.config import Config, find_path, load_config, save_config
 from pipeline.detect import Detector
-from pipeline.detect_run import RESULTS, detect_images
+from pipeline.detect_run import RESULTS, detect_images, with_images
 from pipeline.detection_eval import evaluate_detections
 from pipeline.detection_scoring import score_detections
+from pipeline.detections import Detections
 from pipeline.engine import fit
 from pipeline.load import load_detector, load_proposer
 from pipeline.proposals import ProposalStore
@@ -117,15 +115,16 @@ def _score_by_proposals(
     detector: Detector, store: ProposalStore, files: dict[str, Path], output: Path
 ) -> None:
     """AP for growing numbers of proposals, into by_proposals.json: where more stop to help."""
+    found: list[list[Detections]] = [[] for _ in PROPOSAL_COUNTS]
+    named: list[str] = []  # images left out, as they were before
+    for image, proposals in with_images(store, store.shards(), files["images"], named):
+        by_count = detector.detect_by_count(image, proposals, PROPOSAL_COUNTS)
+        for detections, one in zip(found, by_count, strict=True):
+            detections.append(one)
     ground_truth = load_ground_truth(files["annotations"])
     content = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
-    for count in PROPOSAL_COUNTS:
-        detector.options = replace(detector.options, num_proposals=count)
-        results = []
-        for proposals in store:
-            with suppress(ImageError):  # it has been named already
-                image = read_image(files["images"] / proposals.file_name)
-                results += detector(image, proposals).results()
+    for detections in found:
+        results = [result for one in detections for result in one.results()]
         metrics = evaluate_detections(ground_truth, results).metrics()
         for kind in ("box", "mask"):
             content[kind].append(metrics[kind]["AP"] if kind in metrics else None)

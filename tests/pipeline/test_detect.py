@@ -97,11 +97,43 @@ def assert_same(one, other, tolerance: float = 1e-3) -> None:
     assert one.counts == other.counts and (one.labels == other.labels).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunks_of_any_size_give_the_same_detections(tiny_detector, scene, chunk):
-    whole = load_detector(tiny_detector, CPU, overrides={"chunk": 1000})[0](*scene)
-    parts = load_detector(tiny_detector, CPU, overrides={"chunk": chunk})[0](*scene)
+@pytest.fixture(scope="module")
+def crowded(scene):
+    """The same image with 61 proposals: the objects', moved about."""
+    pixels, objects = scene
+    height, width = pixels.shape[:2]
+    rows = np.random.default_rng(0).integers(len(objects), size=61)
+    boxes = objects.boxes[rows] + np.random.default_rng(1).normal(0, 6, (61, 4))
+    boxes = boxes.clip(0, [width, height] * 2).astype(np.float32)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
+    scores = np.linspace(1, 0.1, 61, dtype=np.float32)
+    counts = [objects.counts[row] for row in rows]
+    return pixels, Proposals(1, "crowded", height, width, scores, boxes, counts)
+
+
+EVERY_OPTION = {"localisations": 1, "vote": 0.5, "flip": True, "short_sides": [160, 120]}
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@pytest.mark.parametrize("chunk", [1, 7, 60, 61])
+def test_chunks_of_any_size_give_the_same_detections(tiny_detector, crowded, chunk, options):
+    whole = load_detector(tiny_detector, CPU, overrides=options | {"chunk": 1000})[0](*crowded)
+    parts = load_detector(tiny_detector, CPU, overrides=options | {"chunk": chunk})[0](*crowded)
     assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+def test_one_pass_gives_what_each_number_of_proposals_gives(tiny_detector, crowded, options):
+    counts = [40, 1, 61, 8, 1000]
+    detector, _ = load_detector(tiny_detector, CPU, overrides=options)
+    looks, layers = [], detector.model.layers
+    detector.model.__dict__["layers"] = lambda planes: looks.append(planes) or layers(planes)
+    together = detector.detect_by_count(*crowded, counts)
+    assert len(looks) == (4 if options else 1)  # two scales, mirrored and not
+    for count, found in zip(counts, together, strict=True):
+        overrides = options | {"num_proposals": count}
+        assert_same(found, load_detector(tiny_detector, CPU, overrides=overrides)[0](*crowded))
+    assert set(together[1].counts) == {crowded[1].counts[0]}  # the best one's mask only
 
 
 def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
@@ -142,10 +174,13 @@ def test_boxes_lie_in_the_image_and_at_most_100(tiny_detector, scene):
     assert (found.boxes <= [*image.shape[1::-1], *image.shape[1::-1]]).all()
 
 
-def test_an_image_without_proposals_has_no_detections(tiny_detector, scene):
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+def test_an_image_without_proposals_has_no_detections(tiny_detector, scene, options):
     image, proposals = scene
     none = Proposals(1, "x", *image.shape[:2], proposals.scores[:0], proposals.boxes[:0], [])
-    assert len(load_detector(tiny_detector, CPU)[0](image, none)) == 0
+    detector, _ = load_detector(tiny_detector, CPU, overrides=options)
+    assert len(detector(image, none)) == 0
+    assert [len(found) for found in detector.detect_by_count(image, none, [10, 400])] == [0, 0]
 
 
 def test_full_rank_compression_changes_nothing_and_low_rank_is_smaller(
