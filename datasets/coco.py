@@ -40,7 +40,8 @@ class CocoInstances:
         image_starts (I + 1,) int64: image i has annotations image_starts[i]:image_starts[i + 1].
         category_ids (C,) int64, ascending; category_names: C strings.
         annotation_ids (A,) int64; image_index (A,) int32 and category_index (A,) int32: rows of
-            the arrays above; is_crowd (A,) bool; areas (A,) float32 in pixels;
+            the arrays above; is_crowd (A,) bool; is_difficult (A,) bool: PASCAL VOC's flag, which
+            its jsons in COCO's format call "ignore"; areas (A,) float32 in pixels;
             boxes (A, 4) float32 xyxy in absolute pixels.
         left_out: number of annotations that cannot be used, by reason.
     """
@@ -56,6 +57,7 @@ class CocoInstances:
     image_index: np.ndarray
     category_index: np.ndarray
     is_crowd: np.ndarray
+    is_difficult: np.ndarray
     areas: np.ndarray
     boxes: np.ndarray
     left_out: dict[str, int]
@@ -124,6 +126,7 @@ class CocoInstances:
         self.image_index = image[rows].astype(np.int32)
         self.category_index = category[rows].astype(np.int32)
         self.is_crowd = columns["is_crowd"][rows]
+        self.is_difficult = columns["is_difficult"][rows]
         self.areas = columns["area"][rows].astype(np.float32)
         self.boxes = columns["box"][rows].astype(np.float32)
         self.image_starts = np.searchsorted(self.image_index, np.arange(len(self) + 1))

@@ -93,12 +93,13 @@ def category_columns(elements: Elements) -> Columns:
 
 
 def annotation_columns(elements: Elements) -> Columns:
-    """`id`, `image_id`, `category_id`, `is_crowd`, `box` xyxy, and all of `flatten_segmentations`.
+    """`id`, `image_id`, `category_id`, flags, `box` xyxy, and all of `flatten_segmentations`.
 
     Area and box are measured on the segmentation where the json has none.
     """
     columns = {name: elements.integers(name) for name in ("id", "image_id", "category_id")}
-    columns["is_crowd"] = np.array(list(map(bool, elements.optional("iscrowd"))), bool)
+    for name, key in (("is_crowd", "iscrowd"), ("is_difficult", "ignore")):
+        columns[name] = np.array(list(map(bool, elements.optional(key))), bool)
     columns |= seg.flatten_segmentations(elements.optional("segmentation"))
 
     area = _numbers([[value] for value in elements.optional("area", _NAN)], 1)[:, 0]

@@ -64,6 +64,7 @@ def _annotations(instances: CocoInstances) -> list[dict]:
         "image_id": instances.image_ids[instances.image_index],
         "category_id": instances.category_ids[instances.category_index],
         "iscrowd": instances.is_crowd.astype(int),
+        "ignore": instances.is_difficult.astype(int),  # VOC's AP asks for it, COCOeval does not
         "area": instances.areas,
         "bbox": _as_xywh(instances.boxes),
     }

@@ -13,18 +13,19 @@ def all_point_ap(objects: list[dict], detections: list[dict], *, min_iou: float 
     """AP of one category's boxes, as VOC's development kit computes it.
 
     A detection belongs to the object that it overlaps most, found already or not, unlike COCO's,
-    which may take the second best. A second detection of an object is false; one of a crowd (VOC's
-    "difficult") does not count. Precision is made to fall with recall and is added up at every
-    step of recall, not at 101 points.
+    which may take the second best. A second detection of an object is false. Difficult objects
+    ("ignore" in VOC jsons of COCO's format; crowds as well) are not missed, and to detect one is
+    neither true nor false. Precision is made to fall with recall and is added up at every step of
+    recall, not at 101 points.
 
     Args:
-        objects: {"image_id", "bbox" xywh, "iscrowd"}.
+        objects: {"image_id", "bbox" xywh, "iscrowd", "ignore"}.
         detections: {"image_id", "bbox" xywh, "score"}.
 
     Returns:
-        AP in [0, 1]; nan if there is no object but crowds.
+        AP in [0, 1]; nan if there is no object but difficult ones.
     """
-    num_objects = sum(not item["iscrowd"] for item in objects)
+    num_objects = sum(not _is_difficult(item) for item in objects)
     if not num_objects:
         return float("nan")
     ranked = sorted(detections, key=lambda item: (-item["score"], item["image_id"]))
@@ -34,6 +35,10 @@ def all_point_ap(objects: list[dict], detections: list[dict], *, min_iou: float 
     precision = true / np.arange(1, len(true) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(true / num_objects, prepend=0) * envelope))
+
+
+def _is_difficult(item: dict) -> bool:
+    return bool(item["iscrowd"] or item["ignore"])
 
 
 def _verdicts(objects: list[dict], ranked: list[dict], min_iou: float) -> np.ndarray:
@@ -61,7 +66,7 @@ def _verdicts_of_image(objects: list[dict], boxes: list, min_iou: float) -> list
         best = int(np.argmax(overlap))
         if overlap[best] < min_iou:
             verdicts.append(FALSE)
-        elif objects[best]["iscrowd"]:
+        elif _is_difficult(objects[best]):
             verdicts.append(NOT_COUNTED)
         else:
             verdicts.append(FALSE if best in found else TRUE)

@@ -42,7 +42,13 @@ def main() -> None:
     )
 
     detections = kinds.add_parser(
-        "detections", help="average precision (AP) by category, by box and, if given, by mask"
+        "detections",
+        help="average precision (AP) by category, by box and, if given, by mask",
+        description="COCO's AP and AR (metrics.json), by category (categories.csv), and all as a "
+        "table (scores.txt). PASCAL VOC's AP50 of boxes, by the whole area under the curve, is "
+        "always among them: box_VOC_AP50 of each category, their mean voc_ap50 in curves.json; "
+        'objects that the json marks "ignore": 1 are VOC\'s difficult ones, neither missed nor '
+        "false there. COCO's AP counts them like any other.",
     )
     detections.add_argument("--results", required=True, help="COCO results json")
 

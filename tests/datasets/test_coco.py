@@ -80,6 +80,7 @@ def various() -> dict:
         {"id": 3, "image_id": 3, "category_id": 5, "segmentation": rle(compress(RUNS))},
         {"id": 4, "image_id": 30, "category_id": 5, "segmentation": [triangle], "iscrowd": 0},
     ]
+    content["annotations"][2]["ignore"] = 1
     for annotation in content["annotations"][:2]:
         annotation |= {"area": 123.5, "bbox": [10.5, 11, 12, 13]}
     return content
@@ -98,6 +99,7 @@ def test_columns(load):
     assert coco.image_index.tolist() == [0, 0, 2, 2]
     assert coco.category_index.tolist() == [0, 0, 1, 0]
     assert coco.is_crowd.tolist() == [True, False, False, False]
+    assert coco.is_difficult.tolist() == [False, False, False, True]
     assert not coco.left_out and not coco.has_left_out.any()
 
 
@@ -309,7 +311,8 @@ def test_left_out_ones_do_not_shift_the_others(load):
     expected, coco = load(good), load(mixed)
     assert sum(coco.left_out.values()) == len(bad)
     assert coco.has_left_out.tolist() == [False, False, True]
-    for name in ("annotation_ids", "image_index", "category_index", "areas", "boxes", "is_crowd"):
+    flags = ("is_crowd", "is_difficult")
+    for name in ("annotation_ids", "image_index", "category_index", "areas", "boxes", *flags):
         np.testing.assert_array_equal(getattr(coco, name), getattr(expected, name))
     for a in range(len(expected.annotation_ids)):
         assert coco.rle(a) == expected.rle(a)

@@ -233,11 +233,13 @@ def results_file(folder, results):
     return path
 
 
-def voc_box(box, score=None, *, image_id=1, crowd=0):
-    return {"image_id": image_id, "bbox": box, "score": score, "iscrowd": crowd}
+def voc_box(box, score=None, *, image_id=1, crowd=0, ignore=0):
+    flags = {"iscrowd": crowd, "ignore": ignore}
+    return {"image_id": image_id, "bbox": box, "score": score} | flags
 
 
-def test_voc_ap_by_hand():
+@pytest.mark.parametrize("flag", ["ignore", "crowd"])
+def test_voc_ap_by_hand(flag):
     """Four objects, one difficult. By score: true; false (found already); difficult, not counted;
     true; false (the wrong place); the third object is missed.
 
@@ -246,7 +248,7 @@ def test_voc_ap_by_hand():
     square, far = [0, 0, 10, 10], [50, 50, 10, 10]
     objects = [
         voc_box(square),
-        voc_box(far, crowd=1),
+        voc_box(far, **{flag: 1}),
         voc_box(square, image_id=2),
         voc_box(far, image_id=2),
     ]
@@ -266,7 +268,7 @@ def test_voc_takes_the_best_object_even_if_found_already():
     detections = [voc_box([0, 0, 10, 10], 0.9), voc_box([0, 0, 10, 10], 0.8)]
     assert all_point_ap(objects, detections) == 0.5
     assert all_point_ap(objects, []) == 0
-    assert math.isnan(all_point_ap([voc_box([0, 0, 10, 10], crowd=1)], detections))
+    assert math.isnan(all_point_ap([voc_box([0, 0, 10, 10], ignore=1)], detections))
 
 
 def slow_voc_ap(true, num_objects):
@@ -294,6 +296,72 @@ def test_voc_area_equals_a_slow_sum(true, missed):
     if objects:
         expected = slow_voc_ap(true, len(objects))
         assert all_point_ap(objects, detections) == pytest.approx(expected)
+
+
+def slow_voc_verdicts(objects, detections):
+    """VOCdevkit's VOCevaldet.m, written again: true (1) or false (0) by score, and what counts."""
+    taken, verdicts = set(), []
+    for found in sorted(detections, key=lambda item: -item["score"]):
+        best, best_iou = None, -1.0
+        for number, item in enumerate(objects):
+            if item["image_id"] == found["image_id"] and slow_iou(item, found) > best_iou:
+                best, best_iou = number, slow_iou(item, found)
+        if best_iou < 0.5:
+            verdicts.append(0)
+        elif not objects[best]["ignore"]:
+            verdicts.append(int(best not in taken))
+            taken.add(best)
+    return verdicts, sum(not item["ignore"] for item in objects)
+
+
+def slow_iou(one, other):
+    (x, y, w, h), (u, v, s, t) = one["bbox"], other["bbox"]
+    width, height = min(x + w, u + s) - max(x, u), min(y + h, v + t) - max(y, v)
+    shared = max(width, 0) * max(height, 0)
+    return shared / (w * h + s * t - shared)
+
+
+voc_places = st.tuples(*[st.integers(0, 4)] * 2, *[st.integers(3, 6)] * 2, st.integers(1, 2))
+
+
+@given(st.lists(st.tuples(voc_places, st.booleans()), max_size=6), st.lists(voc_places, max_size=8))
+def test_voc_ap_equals_the_development_kits_loops(placed, found):
+    """Objects and detections in two images, close together, any of the objects difficult."""
+    objects = [
+        voc_box(list(box), image_id=image_id, ignore=int(ignore))
+        for (*box, image_id), ignore in placed
+    ]
+    detections = [
+        voc_box(list(box), 1 - rank / 100, image_id=image_id)
+        for rank, (*box, image_id) in enumerate(found)
+    ]
+    verdicts, num_objects = slow_voc_verdicts(objects, detections)
+    ap = all_point_ap(objects, detections)
+    if num_objects:
+        assert ap == pytest.approx(slow_voc_ap(verdicts, num_objects))
+    else:
+        assert math.isnan(ap)
+
+
+@pytest.mark.parametrize("scene", [2], indirect=True)
+def test_the_json_says_what_is_difficult_and_only_voc_asks(scene, tmp_path):
+    """Unfound objects, marked difficult, are no longer missed; COCO's AP stays as it was."""
+    path, _ = scene
+    truth = json.loads(path.read_text())
+    objects = [a for a in truth["annotations"] if not a["iscrowd"]]
+    results = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.5}
+        for a in objects[::2]
+    ]
+    before = evaluate_detections(load_ground_truth(path), results)
+    for missed in objects[1::2]:
+        missed["ignore"] = 1
+    path.write_text(json.dumps(truth))
+    after = evaluate_detections(load_ground_truth(path), results)
+    assert np.nanmax(before.voc_ap50) < 1 and np.nanmin(after.voc_ap50) == 1
+    assert after.metrics() == before.metrics()
+    expected = pycocotools_evaluation(path, results, "box").stats[:9].tolist()
+    assert list(after.metrics()["box"].values()) == expected
 
 
 @pytest.mark.parametrize("scene", [1], indirect=True)
