@@ -1,15 +1,17 @@
 """The published recipes at their real sizes: two minibatches of every stage on real images.
 
-Slow (`make test-slow`): networks of up to 140 M parameters. Prints memory and seconds of each.
+Slow (`make test-slow`): five towers of VGG-16's fully connected layers are 614 M parameters, with
+gradients and momentum 7 GiB before the first feature. Prints seconds and memory of each stage.
 """
 
-import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_dir(), reason="data/coco-mini is not there"),
 ]
+NEEDED = 12 * 2**30  # bytes: the largest stage's, and room for the page cache of its checkpoint
 TRAIN = """
 import resource, sys, runpy
 sys.argv[0] = "train_stage.py"
@@ -93,13 +96,14 @@ def jittered_objects(directory: Path, split: str) -> Path:
 @pytest.mark.parametrize("config", ["coco", "coco_vgg", "voc"])
 def test_every_stage_of_a_published_recipe_runs_at_its_real_size(config, tmp_path, capsys):
     stores = [f"init.{s}_proposals={jittered_objects(tmp_path / s, s)}" for s in ("train", "val")]
-    rows = {}
     for stage, batch in (("deepmask", 4), ("sharpmask", 4), ("multipathnet", 1)):
+        if stage == "multipathnet" and psutil.virtual_memory().available < NEEDED:
+            pytest.skip(f"{config}: {stage} needs {NEEDED >> 30} GiB of free memory")
         output = tmp_path / stage
-        rows[stage] = train(stage, config, output, [*short(stage, batch), *stores])
+        seconds, peak = train(stage, config, output, [*short(stage, batch), *stores])
+        with capsys.disabled():  # at once: the next stage may not get to its end
+            print(f"\n{config} {stage}: {seconds:.0f} s, {peak} MB", flush=True)
         checkpoint = load_checkpoint(output / "checkpoints" / "last.pt", stage=stage)
         assert checkpoint["step"] == 2
         assert all(torch.isfinite(v).all() for v in checkpoint["model"].values())
-    with capsys.disabled():
-        words = {stage: f"{seconds:.0f} s, {peak} MB" for stage, (seconds, peak) in rows.items()}
-        print(f"\n{config}: {json.dumps(words)}")
+    shutil.rmtree(tmp_path)  # 10 GB of checkpoints, which pytest would keep
