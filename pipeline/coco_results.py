@@ -24,8 +24,7 @@ def read_results(path: str | Path) -> Iterable[dict]:
     path = Path(path)
     if path.is_dir():
         store = ProposalStore(path)
-        if not store.shards():
-            raise ValueError(f"{path} is no proposal store: it holds no proposals-*.parquet")
+        store.require_shards()
         return StoredResults(store)
     return load_results(path, of="results")
 

@@ -438,13 +438,24 @@ def _check_values(node: DictConfig, *, prefix: str, source: str) -> None:
         value = node[key]
         if isinstance(value, DictConfig):
             _check_values(value, prefix=f"{prefix}{key}.", source=source)
-        elif key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(
-                f"{source}: {prefix}{key} must be one of {', '.join(CHOICES[key])}, got {value!r}"
-            )
-        for words, holds, keys in CONDITIONS:
-            if key in keys and value is not None and not holds(value):
-                raise ValueError(f"{source}: {prefix}{key} must be {words}, got {value!r}")
+        else:
+            check_value(key, value, place=f"{source}: {prefix}{key}")
+
+
+def check_value(key: str, value: Any, *, place: str) -> None:
+    """Whether a value may stand for a key of that name, in whatever section.
+
+    Args:
+        place: where it stands, for the error.
+
+    Raises:
+        ValueError: it may not; says what may.
+    """
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ValueError(f"{place} must be one of {', '.join(CHOICES[key])}, got {value!r}")
+    for words, holds, keys in CONDITIONS:
+        if key in keys and value is not None and not holds(value):
+            raise ValueError(f"{place} must be {words}, got {value!r}")
 
 
 def _one_line(error: Exception) -> str:

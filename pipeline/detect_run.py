@@ -1,7 +1,7 @@
 """Detections for many images, from a proposal store or from the images alone."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,10 +36,16 @@ def image_folder(store: ProposalStore, given: Path | None) -> Path:
     """The folder that a store's file names are relative to: as given, or as the store knows it.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: what is given is no folder, or nothing is known; no store.
     """
+    store.require_shards()
+    if given is not None and not given.is_dir():
+        raise ValueError(
+            f"--images {given} is no folder; with --proposals it is the one that the store's file "
+            "names are relative to"
+        )
     if given is not None:
-        return given if given.is_dir() else given.parent
+        return given
     folder = store.settings().get("image_folder")
     if folder is None:
         raise ValueError(f"{store.directory} does not say where its images are; give --images")
@@ -58,26 +64,37 @@ def detect_images(
         draw: number of detections to draw on each image, into `output/drawn`.
 
     Raises:
-        ValueError: an empty store, or none of its images is in the folder.
+        ValueError: no store, or none of its images is in the folder or can be used.
     """
     if draw < 0:
         raise ValueError(f"--draw must be at least 0, got {draw}")
+    store.require_shards()
     names = list(store.images())
-    if not names:
-        raise ValueError(f"{store.directory} is no proposal store: it covers no image")
     if not any((images / name).is_file() for name in names):
         raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
     summary = Summary()
     detections = _detections(detector, store, images, summary, output / "drawn", draw)
     if distributed.share()[1] > 1:
         detections = itertools.chain.from_iterable(distributed.gather(list(detections)))
+        summary.broken = list(itertools.chain.from_iterable(distributed.gather(summary.broken)))
     if distributed.is_main():
-        summary.detections = write_detections(output / RESULTS, detections)
-    summary.broken = list(itertools.chain.from_iterable(distributed.gather(summary.broken)))
+        some = _unless_all_broken(detections, summary, store)
+        summary.detections = write_detections(output / RESULTS, some)
     summary.images = len(names) - len(summary.broken)
     if distributed.is_main():
         _finish(summary, output)
     return summary
+
+
+def _unless_all_broken(
+    detections: Iterable[Detections], summary: Summary, store: ProposalStore
+) -> Iterator[Detections]:
+    """Raises a ValueError at the end if no image could be used: an earlier file then stays."""
+    yield from detections
+    if len(summary.broken) == len(store.images()):
+        raise ValueError(
+            f"none of the images of {store.directory} could be used; the first: {summary.broken[0]}"
+        )
 
 
 def _finish(summary: Summary, output: Path) -> None:

@@ -12,7 +12,7 @@ from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.svd import compress_towers
 from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from pipeline.config import Config, config_from_dict
+from pipeline.config import Config, check_value, config_from_dict
 from pipeline.detect import Detector
 from pipeline.networks import build_deepmask, build_multipathnet, build_sharpmask
 from pipeline.propose import Proposer, octave_range
@@ -88,9 +88,13 @@ def load_detector(
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
-            do not fit.
+            do not fit; an override that cannot be.
     """
+    for name, value in (overrides or {}).items():
+        check_value(name, value, place=f"--{name.replace('_', '-')}")
     content = load_checkpoint(checkpoint, stage="multipathnet")
+    if "categories" not in content:
+        raise ValueError(f"{checkpoint} does not say which categories it detects; train it anew")
     config = config_from_dict(content["config"], source=str(checkpoint))
     categories = content["categories"]
     model = build_multipathnet(config, num_classes=len(categories), pretrained=False)
@@ -128,7 +132,10 @@ def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
         raise ValueError(f"{checkpoint} is compressed already; take the one it was made from")
     detector, _ = load_detector(checkpoint, torch.device("cpu"))
     before = sum(p.numel() for p in detector.model.parameters())
-    compress_towers(detector.model, rank)
+    try:
+        compress_towers(detector.model, rank)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
     after = sum(p.numel() for p in detector.model.parameters())
     kept = {name: content[name] for name in ("format", "stage", "config", "categories")}
     path = output / f"rank{rank}.pt"

@@ -7,6 +7,7 @@ covers, and several processes can write into one store.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -133,11 +134,22 @@ class ProposalStore:
         """The shards, by name."""
         return sorted(self.directory.glob("proposals-*.parquet"))
 
+    def require_shards(self) -> list[Path]:
+        """The shards, of which there must be one.
+
+        Raises:
+            ValueError: the directory is no store.
+        """
+        if not (shards := self.shards()):
+            raise ValueError(f"{self.directory} is no proposal store: no proposals-*.parquet in it")
+        return shards
+
     def images(self) -> dict[str, dict]:
         """The images that are done: file name to {"id", "file_name", "height", "width"}."""
         covered = {}
         for shard in self.shards():
-            metadata = pq.read_schema(shard).metadata or {}
+            with _naming(shard):
+                metadata = pq.read_schema(shard).metadata or {}
             if FILES_KEY not in metadata:
                 raise ValueError(
                     f"{shard} is not a shard of a proposal store; choose another --output"
@@ -163,7 +175,9 @@ class ProposalStore:
     def read(self, columns: tuple[str, ...] = tuple(SCHEMA.names)) -> Iterator[pa.Table]:
         """One table a shard; name only the columns needed (masks are most of the bytes)."""
         for shard in self.shards():
-            yield pq.read_table(shard, columns=list(columns))
+            with _naming(shard):
+                table = pq.read_table(shard, columns=list(columns))
+            yield table
 
     def __iter__(self) -> Iterator[Proposals]:
         """The proposals image by image; images without a proposal are left out."""
@@ -172,7 +186,8 @@ class ProposalStore:
 
     def read_shard(self, shard: Path) -> Iterator[Proposals]:
         """The proposals of one shard, image by image."""
-        table = pq.read_table(shard, columns=SCHEMA.names)
+        with _naming(shard):
+            table = pq.read_table(shard, columns=SCHEMA.names)
         ids = table["image_id"].to_numpy()
         bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(bounds if len(ids) else []):
@@ -213,6 +228,17 @@ class ProposalStore:
                     count += 1
             file.write("\n]\n")
         return path, count
+
+
+@contextmanager
+def _naming(shard: Path) -> Iterator[None]:
+    """Arrow's errors on a file that is torn or of another kind, as one that names it."""
+    try:
+        yield
+    except pa.ArrowInvalid:
+        raise ValueError(
+            f"{shard} is not a whole Parquet file; delete it, and propose again"
+        ) from None
 
 
 def _to_table(proposals: list[Proposals]) -> pa.Table:

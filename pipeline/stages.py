@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.proposal_boxes import ProposalBoxes
+from datasets.coco import CocoInstances
 from pipeline.checkpoint import BEST, LAST
 from pipeline.config import Config, find_path
 from pipeline.engine import Stage
@@ -30,11 +30,15 @@ def build_stage(name: str, config: Config, output: Path, device: torch.device) -
         return DeepMaskStage(config)
     if name == SharpMaskStage.name:  # its own checkpoint holds the DeepMask, too
         return SharpMaskStage(config, None if begun else find_deepmask(config, output))
-    proposals = {split: find_proposals(config, split, output, device) for split in ("train", "val")}
+    stores = {split: find_proposals(config, split, output, device) for split in ("train", "val")}
     trunk = None
     if config.multipathnet.trunk.weights == "deepmask" and not begun:
         trunk = find_proposer(config, output)
-    return MultiPathNetStage(config, proposals, trunk_checkpoint=trunk)
+    proposals = {split: store.boxes() for split, store in stores.items()}
+    stage = MultiPathNetStage(config, proposals, trunk_checkpoint=trunk)
+    for split, data in (("train", stage.train_data), ("val", stage.val_data)):
+        check_images(stores[split], data.coco)
+    return stage
 
 
 def find_deepmask(config: Config, output: Path) -> Path:
@@ -74,16 +78,15 @@ def find_proposer(config: Config, output: Path) -> Path:
     )
 
 
-def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalBoxes:
-    """The boxes of a split's proposals: of `init.{split}_proposals`, or made in the run directory.
+def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalStore:
+    """A split's proposals: `init.{split}_proposals`, or made in the run directory.
 
     Raises:
-        ValueError: a store that is none or empty.
-        FileNotFoundError: see `find_proposer`.
+        FileNotFoundError: a store that is not there; see `find_proposer`.
     """
     key = f"{split}_proposals"
     if given := getattr(config.init, key):
-        return ProposalStore(find_path(given, key=f"init.{key}")).boxes()
+        return ProposalStore(find_path(given, key=f"init.{key}"))
     prepare_data(config)
     annotations, images = split_files(config, split)
     sampling = config.multipathnet.sampling
@@ -103,4 +106,22 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         annotations=annotations,
         max_images=sampling.max_images if split == "train" else None,
     )
-    return ProposalStore(store).boxes()
+    return ProposalStore(store)
+
+
+def check_images(store: ProposalStore, coco: CocoInstances) -> None:
+    """Makes sure that a store's images are the annotated ones.
+
+    Two splits, or two datasets, may well count their images from 1.
+
+    Raises:
+        ValueError: an image of the same id has another size.
+    """
+    sizes = dict(zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True))
+    for image in store.images().values():
+        here, there = [image["height"], image["width"]], sizes.get(image["id"])
+        if there not in (None, here):
+            raise ValueError(
+                f"{store.directory} is of other images than {coco.path}: image_id {image['id']} "
+                f"has {here[1]}x{here[0]} pixels there, and {there[1]}x{there[0]} here"
+            )

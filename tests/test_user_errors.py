@@ -8,22 +8,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
+from pipeline.config import TrunkConfig, config_from_dict, config_to_dict
+from pipeline.load import compress_checkpoint
+from pipeline.networks import build_multipathnet
+from pipeline.proposals import Proposals, ProposalStore
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
-def wrong(tmp_path_factory, shapes_directory, tiny_recipe, tiny_checkpoint) -> Path:
+def wrong(tmp_path_factory, shapes_directory, tiny_recipe, tiny_checkpoint, tiny_detector) -> Path:
     """A folder of files with something wrong about each."""
     folder = tmp_path_factory.mktemp("wrong")
     write_configs(folder, tiny_recipe)
     write_annotations(folder, shapes_directory)
     write_checkpoints(folder, tiny_checkpoint)
+    write_detectors(folder, tiny_detector)
     write_results(folder, shapes_directory)
     write_images(folder, shapes_directory)
     (folder / "empty").mkdir()
@@ -32,7 +39,18 @@ def wrong(tmp_path_factory, shapes_directory, tiny_recipe, tiny_checkpoint) -> P
     (folder / "store" / "settings.json").write_text(json.dumps({"num_proposals": 7}))
     (folder / "settings" / "settings.json").write_text("// an editor's")
     pq.write_table(pa.table({"score": [0.5]}), folder / "shard" / "proposals-1.parquet")
+    write_stores(folder, tiny_detector.parents[1] / "proposals" / "val")
     return folder
+
+
+def write_stores(folder: Path, good: Path) -> None:
+    [shard] = good.glob("*.parquet")
+    (folder / "torn_store").mkdir()
+    (folder / "torn_store" / shard.name).write_bytes(shard.read_bytes()[:2000])
+    store = ProposalStore(folder / "foreign_store")
+    store.open_for({})
+    box, score = np.array([[1, 2, 30, 40]], np.float32), np.array([0.5], np.float32)
+    store.write_shard([Proposals(4711, "elsewhere.jpg", 480, 640, score, box, [b"0"])])
 
 
 def write_images(folder: Path, shapes_directory: Path) -> None:
@@ -103,12 +121,25 @@ def write_checkpoints(folder: Path, checkpoint: Path) -> None:
     (folder / "truncated.pt").write_bytes(checkpoint.read_bytes()[:5000])
 
 
+def write_detectors(folder: Path, detector: Path) -> None:
+    content = torch.load(detector, weights_only=True)
+    compress_checkpoint(detector, 3, folder / "compressed")
+    config = config_from_dict(content["config"], source="test")
+    config.multipathnet.trunk = TrunkConfig(name="resnet18", weights=None, width=8)
+    config.multipathnet.head = "layer4"
+    classes = len(content["categories"])
+    model = build_multipathnet(config, num_classes=classes, pretrained=False)
+    weights = {"model": model.state_dict(), "config": config_to_dict(config)}
+    torch.save(content | weights, folder / "layer4.pt")
+
+
 def write_results(folder: Path, shapes_directory: Path) -> None:
     images = json.loads((shapes_directory / "annotations" / "instances_val.json").read_text())
     size = [images["images"][0]["height"], images["images"][0]["width"]]
     result = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [0, 0, 10, 10]}
     contents = {
         "no_list.json": {"results": [result]},
+        "unknown_category.json": [result, {**result, "category_id": 4712}],
         "unknown_image.json": [{**result, "image_id": 4711}],
         "no_score.json": [{key: result[key] for key in ("image_id", "bbox")}],
         "mask_size.json": [{**result, "segmentation": {"size": [5, 5], "counts": "I0"}}],
@@ -119,13 +150,18 @@ def write_results(folder: Path, shapes_directory: Path) -> None:
 
 
 @pytest.fixture
-def fill(wrong, shapes_directory, tiny_config, tiny_run, tmp_path) -> Callable[[str], list[str]]:
+def fill(
+    wrong, shapes_directory, tiny_config, tiny_run, tiny_sharpmask, tiny_detector, tmp_path
+) -> Callable[[str], list[str]]:
     """The arguments of a command line that names right and wrong files by {placeholders}."""
     places = {
         "wrong": wrong,
         "config": tiny_config,
         "run": tiny_run,
         "checkpoint": tiny_run / "checkpoints" / "best.pt",
+        "refined": tiny_sharpmask,
+        "detector": tiny_detector,
+        "stores": tiny_detector.parents[1] / "proposals",
         "annotations": shapes_directory / "annotations" / "instances_val.json",
         "images": shapes_directory / "images" / "val",
         "out": tmp_path / "out",
@@ -136,9 +172,14 @@ def fill(wrong, shapes_directory, tiny_config, tiny_run, tmp_path) -> Callable[[
 TRAIN = "train_stage --stage deepmask --device cpu --output {out} "
 SET = TRAIN + "--config {config} --set "
 SHARP = SET.replace("--stage deepmask", "--stage sharpmask")
+DETECTOR = SET.replace("--stage deepmask", "--stage multipathnet")
+STORES = "init.train_proposals={stores}/train init.val_proposals={stores}/val "
 PROPOSE = "propose --device cpu --output {out} "
 GOOD = "--checkpoint {checkpoint} --images {images} "
+DETECT = "detect --device cpu --output {out} --checkpoint {detector} "
+STORE = "--proposals {stores}/val --images {images} "
 AR = "score_coco proposals --output {out} "
+AP = "score_coco detections --output {out} --annotations {annotations} "
 PATCHES = "score_coco patches --device cpu --workers 0 --output {out} "
 SHEET = "show_patches --output {out}.png "
 SUBSET = "subset_coco --output {out} --annotations {annotations} --images {images} "
@@ -295,6 +336,55 @@ MISTAKES = {
     ),
     "km odd": (SHARP + "init.deepmask={checkpoint} sharpmask.km=20", "km 20 16"),
     "merge unknown": (SHARP + "sharpmask.merge=product", "sharpmask.merge sum concat 'product'"),
+    # MultiPathNet
+    "no proposals and no proposer": (DETECTOR + "seed=0", "init.train_proposals init.proposer"),
+    "proposals of one split only": (
+        DETECTOR + "init.train_proposals={stores}/train",
+        "init.train_proposals init.proposer",
+    ),
+    "proposals missing": (
+        DETECTOR + "init.train_proposals=nowhere init.val_proposals={stores}/val",
+        "init.train_proposals nowhere",
+    ),
+    "proposals no store": (
+        DETECTOR + "init.train_proposals={wrong}/empty init.val_proposals={stores}/val",
+        "{wrong}/empty holds no proposals",
+    ),
+    "proposals torn": (
+        DETECTOR + "init.train_proposals={wrong}/torn_store init.val_proposals={stores}/val",
+        "torn_store/proposals-000-000000.parquet",
+    ),
+    "proposals of other images": (
+        DETECTOR + "init.train_proposals={wrong}/foreign_store init.val_proposals={stores}/val",
+        "instances_train.json other images",
+    ),
+    "proposals of the other split": (
+        DETECTOR + "init.train_proposals={stores}/val init.val_proposals={stores}/train",
+        "{stores}/val instances_train.json other images image_id 1",
+    ),
+    "proposer is a detector": (
+        DETECTOR + "init.proposer={detector}",
+        "best.pt multipathnet deepmask sharpmask",
+    ),
+    "proposer missing": (DETECTOR + "init.proposer=nowhere.pt", "init.proposer nowhere.pt"),
+    "trunk of no proposer": (
+        DETECTOR + STORES + "multipathnet.trunk.weights=deepmask",
+        "init.proposer",
+    ),
+    "trunk of another proposer": (
+        DETECTOR + STORES + "multipathnet.trunk.weights=deepmask init.proposer={refined} "
+        "multipathnet.trunk.name=vgg11",
+        "{refined} trunk missing",
+    ),
+    "layer4 of no ResNet": (
+        DETECTOR + STORES + "multipathnet.head=layer4",
+        "multipathnet.head layer4 tiny fc",
+    ),
+    "thresholds falling": (
+        DETECTOR + STORES + "multipathnet.thresholds=[0.7,0.5]",
+        "multipathnet.thresholds [0.7, 0.5]",
+    ),
+    "trunk of detectors only": (SET + "trunk.name=caffenet", "trunk.name caffenet"),
     # propose
     "checkpoint missing": (PROPOSE + "--images {images} --checkpoint nowhere.pt", "nowhere.pt"),
     "checkpoint text": (PROPOSE + "--images {images} --checkpoint {wrong}/text.pt", "text.pt"),
@@ -366,7 +456,98 @@ MISTAKES = {
     ),
     "no store's settings": (PROPOSE.replace("{out}", "{wrong}/settings") + GOOD, "settings.json"),
     "no store's shard": (PROPOSE.replace("{out}", "{wrong}/shard") + GOOD, "proposals-1.parquet"),
+    # detect
+    "detector missing": (
+        "detect --device cpu --output {out} --checkpoint nowhere.pt " + STORE,
+        "nowhere.pt",
+    ),
+    "detector is a sharpmask": (
+        "detect --device cpu --output {out} --checkpoint {refined} " + STORE,
+        "best.pt sharpmask multipathnet",
+    ),
+    "detector without a detector's weights": (
+        "detect --device cpu --output {out} --checkpoint {wrong}/detector.pt " + STORE,
+        "detector.pt",
+    ),
+    "no proposals given": (DETECT + "--images {images}", "--proposals --proposal-checkpoint"),
+    "proposals given twice": (
+        DETECT + STORE + "--proposal-checkpoint {refined}",
+        "--proposal-checkpoint not allowed --proposals",
+    ),
+    "store missing": (DETECT + "--proposals nowhere", "nowhere proposal store"),
+    "store empty": (DETECT + "--proposals {wrong}/empty --images {images}", "{wrong}/empty store"),
+    "store torn": (
+        DETECT + "--proposals {wrong}/torn_store --images {images}",
+        "torn_store/proposals-000-000000.parquet",
+    ),
+    "store without a folder": (
+        DETECT + "--proposals {wrong}/foreign_store",
+        "foreign_store --images",
+    ),
+    "store of other images": (
+        DETECT + "--proposals {wrong}/foreign_store --images {images}",
+        "{images} none foreign_store",
+    ),
+    "images of a store missing": (
+        DETECT + "--proposals {stores}/val --images nowhere",
+        "--images nowhere folder",
+    ),
+    "images of a store of another split": (
+        DETECT + "--proposals {stores}/train --images {images}",
+        "{images} {stores}/train pixels",
+    ),
+    "no images to propose for": (DETECT + "--proposal-checkpoint {refined}", "--images"),
+    "ids for a store that has them": (
+        DETECT + STORE + "--annotations {annotations}",
+        "--annotations --proposal-checkpoint",
+    ),
+    "proposals by a detector": (
+        DETECT + "--images {images} --proposal-checkpoint {detector}",
+        "best.pt multipathnet deepmask sharpmask",
+    ),
+    "detect with no proposals": (DETECT + STORE + "--num-proposals 0", "--num-proposals 0"),
+    "vote beyond 1": (DETECT + STORE + "--vote 1.5", "--vote 1.5"),
+    "negative localisations": (DETECT + STORE + "--localisations -1", "--localisations -1"),
+    "short side of nothing": (DETECT + STORE + "--short-sides 0", "--short-sides 0"),
+    "draw less than nothing": (DETECT + STORE + "--draw -1", "--draw -1"),
+    "compress to nothing": (DETECT + "--compress-fc 0", "--compress-fc 0"),
+    "compress a number and a half": (DETECT + "--compress-fc 1.5", "--compress-fc 1.5"),
+    "compress twice": (
+        "detect --output {out} --checkpoint {wrong}/compressed/rank3.pt --compress-fc 2",
+        "rank3.pt compressed already",
+    ),
+    "compress what has no such layers": (
+        "detect --output {out} --checkpoint {wrong}/layer4.pt --compress-fc 2",
+        "layer4.pt no fully connected layers layer4",
+    ),
+    "compress a sharpmask": (
+        "detect --output {out} --checkpoint {refined} --compress-fc 2",
+        "best.pt sharpmask multipathnet",
+    ),
+    "detections below a file": (
+        "detect --device cpu --output {config}/x --checkpoint {detector} " + STORE,
+        "tiny.yaml",
+    ),
     # score_coco
+    "detections missing": (AP + "--results nowhere.json", "nowhere.json"),
+    "detections no list": (AP + "--results {wrong}/no_list.json", "no_list.json list dict"),
+    "detections in unknown images": (
+        AP + "--results {wrong}/unknown_image.json",
+        "unknown_image.json results[0] 4711",
+    ),
+    "detections of unknown categories": (
+        AP + "--results {wrong}/unknown_category.json",
+        "unknown_category.json results[1] category_id 4712",
+    ),
+    "detections of another size": (
+        AP + "--results {wrong}/mask_size.json",
+        "mask_size.json results[0] [5, 5]",
+    ),
+    "detections are a store": (AP + "--results {stores}/val", "{stores}/val folder"),
+    "detections against no images": (
+        AP + "--results {wrong}/no_score.json --annotations {wrong}/no_images.json",
+        "no_images.json images empty",
+    ),
     "results missing": (AR + "--annotations {annotations} --results nowhere.json", "nowhere.json"),
     "results no list": (
         AR + "--annotations {annotations} --results {wrong}/no_list.json",

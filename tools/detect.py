@@ -58,6 +58,10 @@ def main() -> int:
     if args.compress_fc is not None:
         print(compress_checkpoint(args.checkpoint, args.compress_fc, args.output))
         return 0
+    if args.proposal_checkpoint and args.images is None:
+        raise ValueError("--proposal-checkpoint needs --images")
+    if args.proposals and args.annotations:
+        raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
     names = ("num_proposals", "vote", "localisations", "flip", "short_sides")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return_large_blocks()
@@ -65,8 +69,6 @@ def main() -> int:
         detector, _ = load_detector(args.checkpoint, device, overrides=overrides)
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposal_checkpoint:
-            if args.images is None:
-                raise ValueError("--proposal-checkpoint needs --images")
             proposer, settings = load_proposer(
                 args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
             )

@@ -12,6 +12,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.config import load_config
 from pipeline.engine import Interrupted, fit
 from pipeline.proposals import ProposalStore
+from pipeline.roi_stage import roi_dataset
 from pipeline.stages import build_stage, find_proposals
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_proposals_are_made_once_with_the_network_beside(tiny_config, tiny_sharp
     shutil.copytree(tiny_sharpmask.parents[1], tmp_path / "sharpmask")
     config = load_config(tiny_config, ["multipathnet.sampling.max_proposals=7"])
     output = tmp_path / "multipathnet"
-    boxes = find_proposals(config, "val", output, CPU)
+    boxes = find_proposals(config, "val", output, CPU).boxes()
     store = ProposalStore(output / "proposals" / "val")
     expected = {p.image_id: p for p in store}
     assert len(expected) == 8 and max(map(len, expected.values())) <= 7
@@ -129,11 +130,10 @@ def test_without_proposals_it_says_how_to_get_them(tiny_config, tmp_path):
 def test_proposals_of_other_images_are_refused(tiny_config, stores, tmp_path):
     train = stores[0].split("=")[1]
     config = load_config(tiny_config, [*stores, f"init.val_proposals={train}"])
-    stage = build(config, tmp_path / "run")  # ids 1 to 8 are in both
-    shifted = stage.val_data.coco.image_ids + 1000
-    proposals = find_proposals(config, "train", tmp_path, CPU)
-    from pipeline.roi_stage import roi_dataset
-
-    stage.val_data.coco.image_ids[:] = shifted
-    with pytest.raises(ValueError, match="other images"):
-        roi_dataset(config.multipathnet, stage.val_data.coco, tmp_path, proposals, seed=0)
+    with pytest.raises(ValueError, match="other images than .*val.*: image_id 1 has"):
+        build(config, tmp_path / "run")  # ids 1 to 8 are in both
+    coco = build(load_config(tiny_config, stores), tmp_path / "run").val_data.coco
+    coco.image_ids[:] += 1000
+    boxes = ProposalStore(train).boxes()
+    with pytest.raises(ValueError, match="no id is in both"):
+        roi_dataset(config.multipathnet, coco, tmp_path, boxes, seed=0)
