@@ -15,7 +15,7 @@ from pipeline.detect import Detector
 from pipeline.detections import Detections, write_detections
 from pipeline.image_files import ImageFile, read_ahead
 from pipeline.proposals import Proposals, ProposalStore
-from pipeline.visualize import draw_detections, save_jpeg
+from pipeline.visualize import draw_detections, picture_path, save_jpeg
 
 RESULTS = "detections.json"
 
@@ -123,7 +123,7 @@ def _detections(
         found = detector(image, proposals)
         if draw:
             picture = draw_detections(image, found, names, draw)
-            save_jpeg(picture, drawn / f"{proposals.file_name}.jpg")
+            save_jpeg(picture, picture_path(drawn, proposals.file_name))
         yield found
 
 

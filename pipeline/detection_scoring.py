@@ -16,7 +16,7 @@ def score_detections(annotations: str | Path, results: str | Path, output: str |
     """AP and AR of a COCO results file of detections, of boxes and, if there are any, of masks.
 
     Writes metrics.json, curves.json (AP by IoU threshold, precision by recall, VOC's AP50),
-    categories.csv and scores.txt (a table, printed as well).
+    categories.json, the same as categories.csv, and scores.txt (tables, printed as well).
 
     Returns:
         The metrics, {"box": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10",
@@ -34,6 +34,7 @@ def score_detections(annotations: str | Path, results: str | Path, output: str |
     output, table = Path(output), score_table(scores)
     write_json(output / "metrics.json", scores.metrics())
     write_json(output / "curves.json", curves(scores))
+    write_json(output / "categories.json", category_rows(scores))
     write_atomically(output / "categories.csv", category_csv(scores).encode())
     write_atomically(output / "scores.txt", (table + "\n").encode())
     print(table)
@@ -63,12 +64,17 @@ def voc_mean(scores: DetectionScores) -> float | None:
 
 def category_csv(scores: DetectionScores) -> str:
     """A line for each category; APs are fractions, empty where there is no object."""
-    columns = {"category_id": scores.category_ids.tolist()} | _category_columns(scores)
-    text = io.StringIO()
+    rows, text = category_rows(scores), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerow(["category_id", *_category_columns(scores)])
+    writer.writerows(row.values() for row in rows)
     return text.getvalue()
+
+
+def category_rows(scores: DetectionScores) -> list[dict]:
+    """Each category by the names of the columns; APs are fractions, None where no object is."""
+    columns = {"category_id": scores.category_ids.tolist()} | _category_columns(scores)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _category_columns(scores: DetectionScores) -> dict[str, list]:

@@ -7,7 +7,7 @@ import itertools
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline import distributed
 from pipeline.image_files import ImageFile, common_folder, find_images, read_ahead
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import Proposer
-from pipeline.visualize import draw_proposals, save_jpeg
+from pipeline.visualize import draw_proposals, picture_path, save_jpeg
 
 MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
 # PyTorch on a CPU and OpenCV have no exception of their own for it.
@@ -149,12 +149,9 @@ def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, c
     for proposals in itertools.islice(store, index, None, processes):
         if proposals.file_name not in paths:
             continue
-        inner = [
-            part for part in PurePosixPath(proposals.file_name).parts if part not in ("/", "..")
-        ]
         with suppress(ImageError):  # the file has gone since its proposals were made
             picture = draw_proposals(read_image(paths[proposals.file_name]), proposals, count)
-            save_jpeg(picture, directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg"))
+            save_jpeg(picture, picture_path(directory, proposals.file_name))
 
 
 def _finish(store: ProposalStore, summary: Summary, output: Path) -> None:

@@ -65,17 +65,7 @@ def read_detection_examples(path: Path, *, coco: CocoInstances, images: Path) ->
     Raises:
         FileNotFoundError, ValueError: no detections of these images.
     """
-    sizes = coco.image_sizes.tolist()
-    records = [
-        {
-            "id": image_id,
-            "file_name": coco.file_name(i),
-            "height": sizes[i][0],
-            "width": sizes[i][1],
-        }
-        for i, image_id in enumerate(coco.image_ids.tolist())
-    ]
-    found = read_detections(path, records)
+    found = read_detections(path, image_records(coco))
     confident = [above(detections, MIN_SCORE) for detections in found]
     objects = {i: own for i in range(len(coco)) if (own := objects_of(coco, i))}
     qualities = {

@@ -1,6 +1,7 @@
 """The detector in the report: its training, AP in several views, and drawn detections."""
 
 import csv
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,12 @@ class Categories:
 
     measures: list[str]
     rows: list[tuple[str, int, int, list[float | None]]]
+
+    def means(self) -> list[float | None]:
+        """Each measure over the categories that have it; None if none has."""
+        columns = zip(*(values for *_, values in self.rows), strict=True)
+        known = [[value for value in column if value is not None] for column in columns]
+        return [statistics.fmean(column) if column else None for column in known]
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def read_detection_stage(
         by_iou=by_iou,
         by_proposals=by_proposals,
         categories=categories,
-        training=training_facts(records, losses=LOSSES, best_metric=BEST_METRIC),
+        training=training_facts(records, samples="images", losses=LOSSES, best_metric=BEST_METRIC),
         plots={
             "losses": plot_metrics(records, "train", LOSSES, "loss"),
             "validation": plot_metrics(records, "val", ACCURACIES, "share", top=1),

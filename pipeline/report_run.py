@@ -103,7 +103,7 @@ def read_stage(
         proposals=metrics or summary.get("proposals"),
         perfect=perfect,
         curves=curves,
-        training=training_facts(records),
+        training=training_facts(records, samples="patches"),
         plots={
             "losses": plot_losses(records),
             "validation": plot_validation(records),
@@ -117,16 +117,23 @@ def read_stage(
 
 def training_facts(
     records: list[dict],
+    *,
+    samples: str,
     losses: Iterable[str] = ("mask_loss", "score_loss"),
     best_metric: str = BEST_METRIC,
 ) -> dict[str, float | None]:
-    """A training in a few numbers; None for those that the metrics do not tell."""
-    steps, rates = [record["step"] for record in records], values_of(records, "patches_per_second")
+    """A training in a few numbers; None for those that the metrics do not tell.
+
+    Args:
+        samples: what the stage counts in a second.
+    """
+    steps = [record["step"] for record in records]
+    rates = values_of(records, f"{samples}_per_second")
     validation = dict(zip(*values_of(records, best_metric, split="val"), strict=True))
     facts = {
         "steps": max(steps, default=None),
         "epochs": records[-1]["epoch"] if records else None,
-        "patches_per_second": statistics.median(rates[1]) if rates[1] else None,
+        "samples_per_second": statistics.median(rates[1]) if rates[1] else None,
         "best_step": max(validation, key=validation.get, default=None),
     }
     for loss in losses:

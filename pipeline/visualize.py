@@ -1,7 +1,7 @@
 """Pictures of proposals and detections: outlines and tints on the image."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -35,6 +35,8 @@ def draw_detections(
 ) -> np.ndarray:
     """The best `count` detections with names and scores on a copy of the image: (H, W, 3) uint8.
 
+    Thin lines are the boxes: they are moved by the detector, the masks are as proposed.
+
     Args:
         names: of the categories, by id.
     """
@@ -42,14 +44,19 @@ def draw_detections(
         f"{names[label]} {score:.2f}"
         for label, score in zip(detections.labels[:count].tolist(), detections.scores, strict=False)
     ]
-    return _draw_masks(image, detections, texts)
+    return _draw_masks(image, detections, texts, boxes=True)
 
 
-def _draw_masks(image: np.ndarray, found: Proposals | Detections, texts: list[str]) -> np.ndarray:
-    """The first masks, as many as there are texts."""
+def _draw_masks(
+    image: np.ndarray, found: Proposals | Detections, texts: list[str], *, boxes: bool = False
+) -> np.ndarray:
+    """The first masks, as many as there are texts, and their boxes."""
     picture, shown = image.copy(), range(min(len(texts), len(found)))
     for n in reversed(shown):
         draw_mask(picture, coco_mask.decode(found.rle(n)), colour(n))
+        if boxes:
+            x0, y0, x1, y1 = found.boxes[n].round().astype(int).tolist()
+            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), colour(n), 1)
     corners = found.boxes[:, :2].tolist()
     put_labels(picture, [Label(texts[n], tuple(corners[n]), colour(n)) for n in shown])
     return picture
@@ -139,6 +146,12 @@ def contact_sheet(tiles: list[np.ndarray], columns: int, gap: int = 4) -> np.nda
         y, x = gap + n // columns * (height + gap), gap + n % columns * (width + gap)
         sheet[y : y + height, x : x + width] = tile
     return sheet
+
+
+def picture_path(directory: Path, file_name: str) -> Path:
+    """Where the picture of an image goes: below the directory, whatever the name says."""
+    inner = [part for part in PurePosixPath(file_name).parts if part not in ("/", "..")]
+    return directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg")
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

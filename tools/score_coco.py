@@ -44,8 +44,8 @@ def main() -> None:
     detections = kinds.add_parser(
         "detections",
         help="average precision (AP) by category, by box and, if given, by mask",
-        description="COCO's AP and AR (metrics.json), by category (categories.csv), and all as a "
-        "table (scores.txt). PASCAL VOC's AP50 of boxes, by the whole area under the curve, is "
+        description="COCO's AP and AR (metrics.json), by category (categories.json and .csv), all "
+        "as tables (scores.txt). PASCAL VOC's AP50 of boxes, by the whole area under the curve, is "
         "always among them: box_VOC_AP50 of each category, their mean voc_ap50 in curves.json; "
         'objects that the json marks "ignore": 1 are VOC\'s difficult ones, neither missed nor '
         "false there. COCO's AP counts them like any other.",

@@ -121,11 +121,11 @@ def write_stage(directory, proposals, *, start=0.1):
 
 DETECTOR_RECORDS = [
     {"split": "train", "step": 20, "epoch": 0.2, "class_loss": 1.51, "box_loss": 0.41,
-     "patches_per_second": 8.0},
+     "images_per_second": 8.0},
     {"split": "val", "step": 100, "epoch": 1.0, "roi_accuracy": 0.75, "foreground_accuracy": 0.6,
      "background_accuracy": 0.9},
     {"split": "train", "step": 200, "epoch": 2.0, "class_loss": 0.52, "box_loss": 0.22,
-     "patches_per_second": 8.0},
+     "images_per_second": 8.0},
     {"split": "val", "step": 200, "epoch": 2.0, "roi_accuracy": 0.7},
 ]  # fmt: skip
 DETECTION_METRICS = {

@@ -386,6 +386,9 @@ def test_the_tool_writes_json_csv_and_text(scene, tmp_path, call_tool, capsys):
 
     with (output / "categories.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    as_json = json.loads((output / "categories.json").read_text())
+    texts = [{k: "" if v is None else str(v) for k, v in row.items()} for row in as_json]
+    assert texts == rows and as_json[-1]["box_AP"] is None
     assert [row["category"] for row in rows] == list(CATEGORIES.values())
     objects = [a for a in json.loads(path.read_text())["annotations"] if not a["iscrowd"]]
     for row in rows:

@@ -65,7 +65,7 @@ def test_tables_hold_the_numbers(run, dataset):
          ["<i>ring", "12", "1,234", "0.410", "0.320"],
          ["bar", "3", "5", "0.230", "0.110"],
          ["none", "0", "1", "–", "–"],
-         ["together", "15", "1,240", "", ""]],
+         ["sum, mean", "15", "1,240", "0.320", "0.215"]],
     ):  # fmt: skip
         first = page.rows.index(table[0])
         assert page.rows[first : first + len(table)] == table

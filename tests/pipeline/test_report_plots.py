@@ -9,7 +9,7 @@ from pipeline.report_run import training_facts
 
 
 def test_training_facts_of_an_interrupted_run():
-    facts = training_facts(RECORDS[:1])
+    facts = training_facts(RECORDS[:1], samples="patches")
     assert facts["steps"] == 20 and facts["best_step"] is None
     assert "first_score_loss" not in facts
 

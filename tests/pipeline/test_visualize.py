@@ -1,13 +1,24 @@
-"""Pictures of proposals."""
+"""Pictures of proposals and detections."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import proposals_of, rle_of
+from small_run import detections_of, proposals_of, rle_of
 
 from pipeline import visualize
-from pipeline.visualize import LABEL_HEIGHT, Label, colour, draw_proposals, label_width, put_labels
+from pipeline.visualize import (
+    LABEL_HEIGHT,
+    Label,
+    colour,
+    draw_detections,
+    draw_proposals,
+    label_width,
+    picture_path,
+    put_labels,
+)
 
 GREY = np.full((200, 300, 3), 128, np.uint8)
 
@@ -47,6 +58,29 @@ def test_the_best_mask_is_on_top_and_no_more_than_asked_for_are_drawn(stack):
     three = draw_proposals(GREY, stack, 3)
     assert tuple(three[10, 150]) == tuple(picture[10, 150]) == colour(0)
     assert np.array_equal(draw_proposals(GREY, stack, 0), GREY)
+
+
+def test_detections_have_names_and_their_own_boxes(monkeypatch):
+    """The box is the detector's, the mask the proposal's: here they lie apart."""
+    found = detections_of(1, "a.png", [((8, 8, 24, 24), 3, 0.81), ((1, 40, 9, 60), 1, 0.7)])
+    found.boxes[0] = [40.2, 41, 60, 58]
+    grey, drawn = GREY[:64, :64], []
+    monkeypatch.setattr(visualize, "put_labels", lambda picture, labels: drawn.extend(labels))
+    picture = draw_detections(grey, found, {1: "ring", 3: "bar"}, 1)
+    assert [(label.text, label.corner[1]) for label in drawn] == [("bar 0.81", 41)]
+    line = np.zeros((64, 64), bool)
+    line[41:58, 40:60] = True
+    line[42:57, 41:59] = False
+    assert (picture[line] == colour(0)).all()
+    assert not changed(picture, grey)[~line & (np.arange(64) >= 32)].any()
+    assert not changed(picture, grey)[40:, :32].any()  # of the second one, nothing
+
+
+def test_pictures_stay_below_their_directory():
+    directory = Path("drawn")
+    assert picture_path(directory, "val/1.png") == directory / "val" / "1.png.jpg"
+    assert picture_path(directory, "../../1.png") == directory / "1.png.jpg"
+    assert picture_path(directory, "/etc/1.png") == directory / "etc" / "1.png.jpg"
 
 
 corners = st.tuples(st.floats(-5, 310), st.floats(-5, 210))
