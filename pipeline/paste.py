@@ -1,134 +1,242 @@
-"""From mask logits in a patch to an RLE mask in the image, working in the mask's own window only.
+"""From mask logits in patches to RLE masks in the image, without an array of its pixels.
 
-A proposal's mask covers the square of its patch in the image. Only the window around its foreground
-is resampled, thresholded and run-length encoded; the runs are then shifted to where the window
-lies. No full-image array exists.
+A mask's logits are interpolated across, to the columns of pixels that its foreground can reach.
+Down a column they are then straight lines from cell to cell, so where the column passes the
+threshold is computed rather than looked for: those edges are the run lengths.
+
+Letters: n masks, M their cells, T columns of pixels of all masks, e edges.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 
 import numpy as np
-import pycocotools.mask as coco_mask
+import torch
+from torch import Tensor
+
+from pipeline.rle import boxes_of_runs, cancel_pairs, compress, run_lengths
+
+BLOCK = 1 << 18  # interpolated logits at once: 1 MiB, which stays in a core's cache
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a patch lies in the original image.
+    """Where the patches of masks lie in the original image.
 
-    Its top-left corner and its size, in pixels, each (x, y).
+    Top-left corners and sizes, in pixels, each (n,) float64.
 
     Attributes:
-        corners: how the cells of a mask lie over it. False: they share its area evenly. True: the
-            first and last cell are its first and last pixel (whole numbers then), as in the
-            released code.
+        corners: how the cells of a mask lie over its patch. False: they share its area evenly.
+            True: the first and last cell are its first and last pixel (whole numbers then), as in
+            the released code.
     """
 
-    left: float
-    top: float
-    width: float
-    height: float
+    left: np.ndarray
+    top: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
     corners: bool = False
+
+    def part(self, chosen: np.ndarray) -> "Placement":
+        """The places of some of the masks."""
+        *arrays, corners = astuple(self)
+        return Placement(*(array[chosen] for array in arrays), corners)
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """Masks as objects of the image.
+
+    Attributes:
+        numbers: (m,) int64, which of the masks have a pixel in the image; ascending.
+        boxes: (m, 4) float32 xyxy. counts: m compressed RLE strings.
+    """
+
+    numbers: np.ndarray
+    boxes: np.ndarray
+    counts: list[bytes]
+
+
+NOTHING = Pasted(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), [])
 
 
 def paste(
-    logits: np.ndarray, place: Placement, *, image_size: tuple[int, int], threshold: float
-) -> tuple[dict, np.ndarray] | None:
-    """The mask of a patch as an object of the image.
+    logits: Tensor, places: Placement, *, image_size: tuple[int, int], threshold: float
+) -> Pasted:
+    """Masks of patches as objects of the image.
 
     Args:
-        logits: (M, M) float32, over the patch.
-        place: the patch in the image.
+        logits: (n, M, M) float32, over the patches.
+        places: the patches in the image.
         image_size: height and width.
-        threshold: probability from which on a pixel belongs to the mask, in (0, 1).
-
-    Returns:
-        The compressed RLE and its box (4,) float32 xyxy; None when no pixel of the image belongs to
-        the mask.
+        threshold: probability from which on a pixel belongs to a mask, in (0, 1).
     """
     limit = math.log(threshold / (1 - threshold))
-    above = logits > limit
-    rows, columns = above.any(1), above.any(0)
-    if not rows.any():
-        return None
-    # How many cells on a cell counts: from its centre to its neighbours', or from corner to corner
-    # a little more.
-    reach = 2 if place.corners else 1
-    y0, y1 = _window(rows, place.top, place.height, image_size[0], reach)
-    x0, x1 = _window(columns, place.left, place.width, image_size[1], reach)
-    if y1 <= y0 or x1 <= x0:
-        return None
-    vertical = _weights(y0, y1, place.top, place.height, len(rows), place.corners)
-    horizontal = _weights(x0, x1, place.left, place.width, len(columns), place.corners)
-    window = vertical @ logits @ horizontal.T > limit
-    return encode_window(window, x0, y0, image_size)
+    owners, edges = [], []
+    for chosen, same in _shrink(logits, places) if places.corners else [(None, logits)]:
+        part = places if chosen is None else places.part(chosen)
+        owner, edge = _edges(same, part, image_size, limit)
+        owners.append(owner if chosen is None else chosen[owner])
+        edges.append(edge)
+    owner, edge = np.concatenate(owners), np.concatenate(edges)
+    order = np.argsort(owner, kind="stable")
+    return encode_edges(owner[order], edge[order], image_size)
 
 
-def _window(
-    above: np.ndarray, start: float, length: float, limit: int, reach: int
-) -> tuple[int, int]:
-    """Pixels, within the patch and the image, that the marked cells can reach by interpolation."""
-    cells = np.flatnonzero(above)
-    cell = length / len(above)
-    low = max(start + (cells[0] + 0.5 - reach) * cell, start)
-    high = min(start + (cells[-1] + 0.5 + reach) * cell, start + length)
-    # A pixel belongs to the patch when its centre does.
-    return max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), limit)
-
-
-def _weights(
-    first: int, last: int, start: float, length: float, cells: int, corners: bool
-) -> np.ndarray:
-    """What each cell counts for each pixel: (last - first, cells) float32."""
-    if not corners:
-        return _interpolation(first, last, start, length, cells)
-    pixels = np.arange(first, last) - start
-    if length < cells:  # where it shrinks, image.scale of Lua Torch averages areas
-        low, high = np.arange(cells), pixels[:, None] * (cells / length)
-        shared = np.minimum(low + 1, high + cells / length) - np.maximum(low, high)
-        return (np.maximum(0, shared) * (length / cells)).astype(np.float32)
-    position = pixels * ((cells - 1) / max(length - 1, 1))
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells))).astype(np.float32)
-
-
-def _interpolation(first: int, last: int, start: float, length: float, cells: int) -> np.ndarray:
-    """Bilinear weights of the cells' centres at the pixels' centres.
-
-    Returns:
-        (last - first, cells) float32.
-    """
-    position = (np.arange(first, last) + 0.5 - start) * (cells / length) - 0.5
-    position = position.clip(0, cells - 1)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells))).astype(np.float32)
-
-
-def encode_window(
-    window: np.ndarray, x0: int, y0: int, image_size: tuple[int, int]
-) -> tuple[dict, np.ndarray] | None:
-    """RLE and box of a mask that is known within a window of the image.
+def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, int]) -> Pasted:
+    """Masks from the edges of their runs.
 
     Args:
-        window: (h, w) bool. x0, y0: the window's top-left pixel. image_size: height and width.
+        owner: (e,) int64, the mask of each edge, ascending.
+        edges: (e,) int64 pixels down the columns, ascending within a mask, alternately the first of
+            a run of foreground and the first behind it; empty runs may be among them.
+        image_size: height and width.
     """
     height, width = image_size
-    rows, columns = np.flatnonzero(window.any(1)), np.flatnonzero(window.any(0))
-    if len(rows) == 0:
-        return None
-    box = np.array(
-        [x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1], np.float32
-    )
-    # COCO runs go down the columns. A border of background closes every run within its column.
-    padded = np.zeros((window.shape[1], window.shape[0] + 2), np.int8)
-    padded[:, 1:-1] = window.T
-    column, row = np.nonzero(np.diff(padded, axis=1))
-    edges = (x0 + column) * height + y0 + row  # alternately the start and the end of a run
-    starts, ends = edges[::2], edges[1::2]
-    apart = np.ones(len(starts) + 1, bool)
-    # A run to the bottom of a column may go on at the top of the next.
-    apart[1:-1] = starts[1:] != ends[:-1]
-    edges = np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).ravel()
-    counts = np.diff(edges, prepend=0, append=height * width)
-    if counts[-1] == 0:
-        counts = counts[:-1]
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return rle, box
+    owner, edges = cancel_pairs(owner, edges)
+    if len(edges) == 0:
+        return NOTHING
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    boxes = boxes_of_runs(starts // 2, edges.reshape(-1, 2), height)
+    return Pasted(owner[starts], boxes, compress(*run_lengths(starts, edges, height * width)))
+
+
+def _shrink(logits: Tensor, places: Placement) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Masks without more cells than pixels: image.scale of Lua Torch averages areas there.
+
+    Yields:
+        The numbers of masks that have one size then, and their logits.
+    """
+    cells = logits.shape[-1]
+    sizes = np.stack([places.height, places.width], axis=1).clip(1, cells).astype(int)
+    for height, width in np.unique(sizes, axis=0).tolist():
+        chosen = np.flatnonzero((sizes == (height, width)).all(axis=1))
+        part = logits[torch.from_numpy(chosen).to(logits.device)]
+        if height < cells:
+            part = _shares(height, cells).to(part) @ part
+        if width < cells:
+            part = part @ _shares(width, cells).to(part).T
+        yield chosen, part
+
+
+def _shares(pixels: int, cells: int) -> Tensor:
+    """What each of `cells` counts in the average over each of fewer pixels: (pixels, cells)."""
+    low, high = np.arange(cells), np.arange(pixels)[:, None] * (cells / pixels)
+    shared = np.minimum(low + 1, high + cells / pixels) - np.maximum(low, high)
+    return torch.from_numpy(np.maximum(0, shared) * (pixels / cells))
+
+
+def _edges(
+    logits: Tensor, places: Placement, image_size: tuple[int, int], limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of the runs of masks: owner and edges as `encode_edges` takes them.
+
+    Args:
+        logits: (n, Mv, Mh). limit: the logit that foreground exceeds.
+    """
+    cells = logits.shape[1]
+    low, high = _pixels(places.top, places.height, image_size[0])
+    origin, spacing = _centres(places.top, places.height, cells, places.corners)
+    used = (logits.amax(dim=1) > limit).cpu().numpy() & (low < high)[:, None]
+    owner, x, position = _columns(used, places, image_size[1])
+    column, cell, before, after = _crossings(logits, owner, position, limit)
+    owner, x = owner[column], x[column]
+    # What a column begins or ends with lies at the patch's edge.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        y = origin[owner] + (cell - 1 + (limit - before) / (after - before)) * spacing[owner]
+    # Foreground is strictly above the limit.
+    y = np.where(after > limit, np.floor(y) + 1, np.ceil(y))
+    y[cell == 0], y[cell == cells] = -np.inf, np.inf
+    y = y.clip(low[owner], high[owner]).astype(np.int64)
+    return owner, x * image_size[0] + y
+
+
+def _pixels(start: np.ndarray, length: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """First pixel of patches in the image, and the first behind them.
+
+    A pixel belongs to a patch when its centre does.
+    """
+    low, high = (np.ceil(side - 0.5).astype(np.int64) for side in (start, start + length))
+    return low.clip(min=0), high.clip(max=limit)
+
+
+def _centres(
+    start: np.ndarray, length: np.ndarray, cells: int, corners: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the first cell's centre lies and how far apart cells are; 0 is pixel 0's centre."""
+    if corners:
+        return start, (length - 1) / max(cells - 1, 1)
+    return start + length / cells / 2 - 0.5, length / cells
+
+
+def _columns(
+    used: np.ndarray, places: Placement, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns of pixels that the foreground of masks can reach by interpolation.
+
+    Args:
+        used: (n, Mh) bool, whether a column of cells has foreground. width: of the image.
+
+    Returns:
+        (T,) int64 masks and x, (T,) float64 positions in cells.
+    """
+    cells = used.shape[1]
+    low, high = _pixels(places.left, places.width, width)
+    origin, spacing = _centres(places.left, places.width, cells, places.corners)
+    # From the neighbour before the first to the one behind the last; beyond the outermost centres
+    # the outermost cell's value goes on.
+    first, last = used.argmax(axis=1), cells - 1 - used[:, ::-1].argmax(axis=1)
+    reach = np.where(first > 0, origin + (first - 1) * spacing, low)
+    low = np.maximum(low, np.ceil(reach).astype(np.int64))
+    reach = np.where(last < cells - 1, origin + (last + 1) * spacing, high)
+    high = np.minimum(high, np.floor(reach).astype(np.int64) + 1)
+    counts = np.where(used.any(axis=1), (high - low).clip(min=0), 0)
+    owner = np.repeat(np.arange(len(used)), counts)
+    x = np.arange(len(owner)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+    position = (x - origin[owner]) / np.maximum(spacing, 1e-9)[owner]  # 0 where a pixel is all
+    return owner, x, position.clip(0, cells - 1)
+
+
+def _crossings(
+    logits: Tensor, owner: np.ndarray, position: np.ndarray, limit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where columns of pixels switch between background and foreground.
+
+    Returns:
+        In order: (e,) column, (e,) the cell in front of which it switches, 0 to Mv, and (e,)
+        float64 the interpolated logits before and after it.
+    """
+    cells, across = logits.shape[1:]
+    rows = logits.transpose(1, 2).reshape(-1, cells)  # (n Mh, Mv)
+    left = position.astype(np.int64)
+    share = torch.from_numpy((position - left).astype(np.float32)).to(rows.device)
+    right = torch.from_numpy(owner * across + np.minimum(left + 1, across - 1)).to(rows.device)
+    left = torch.from_numpy(owner * across + left).to(rows.device)
+    found = []
+    for first in range(0, len(owner), step := max(1, BLOCK // cells)):
+        part = slice(first, first + step)
+        sides = (rows.index_select(0, each[part]) for each in (left, right))
+        column, *rest = _switches(torch.lerp(*sides, share[part, None]), limit)
+        found.append((column + first, *rest))
+    if not found:
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0)
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
+
+
+def _switches(values: Tensor, limit: float) -> tuple[np.ndarray, ...]:
+    """As `_crossings`, of interpolated logits (T, Mv)."""
+    cells = values.shape[1]
+    # Background before and between the columns closes every run within its own.
+    flags = torch.zeros(1 + len(values) * (cells + 1), dtype=torch.bool, device=values.device)
+    above = flags[1:].view(-1, cells + 1)[:, :cells]
+    if values.is_cpu:  # where NumPy compares and searches in a fifth of PyTorch's time
+        np.greater(values.numpy(), limit, out=above.numpy())
+        place = torch.from_numpy(np.flatnonzero(flags.numpy()[1:] != flags.numpy()[:-1]))
+    else:
+        torch.gt(values, limit, out=above)
+        place = torch.nonzero(flags[1:] ^ flags[:-1]).flatten()
+    column, cell = place // (cells + 1), place % (cells + 1)
+    flat, place = values.flatten(), column * cells + cell
+    before, after = flat[(place - 1).clamp(min=0)], flat[place.clamp(max=len(flat) - 1)]
+    return tuple(each.cpu().numpy() for each in (column, cell, before.double(), after.double()))

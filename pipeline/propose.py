@@ -7,7 +7,7 @@ Letters: (h, w) cells of a scale, E embedding width, M mask size, F cells of a p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ from datasets.transforms import GREY, MEAN, STD
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import SharpMask
 from pipeline.mask_nms import suppress_duplicates
-from pipeline.paste import Placement, paste
+from pipeline.paste import NOTHING, Pasted, Placement, paste
 from pipeline.proposals import Proposals
 
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
@@ -71,7 +71,7 @@ class Proposer:
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.device, self.num_proposals = device, num_proposals
-        self._place = place_patch if resampling == "area" else place_patch_on_pixels
+        self._place = place_patches if resampling == "area" else place_patches_on_pixels
         self.octaves = octave_range(-2.5, 0.5, 0.5) if octaves is None else octaves
         self.mask_threshold, self.nms, self.resampling = mask_threshold, nms, resampling
 
@@ -87,14 +87,10 @@ class Proposer:
         """
         levels = [self.run_level(image, octave) for octave in self.octaves]
         scores, chosen = best_cells([level.score_logits for level in levels], self.num_proposals)
-        pasted = self._masks(levels, chosen, image.shape[:2])
-        kept = [n for n, mask in enumerate(pasted) if mask is not None]
-        boxes = np.array([pasted[n][1] for n in kept], np.float32).reshape(-1, 4)
-        counts = [pasted[n][0]["counts"] for n in kept]
         height, width = image.shape[:2]
-        proposals = Proposals(
-            image_id, file_name, height, width, scores.cpu().numpy()[kept], boxes, counts
-        )
+        masks = self._masks(levels, chosen, (height, width))
+        scores = scores.cpu().numpy()[masks.numbers]
+        proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.counts)
         return proposals if self.nms is None else suppress_duplicates(proposals, self.nms)
 
     @torch.inference_mode()
@@ -145,23 +141,30 @@ class Proposer:
             windows.append(torch.cat(parts)[order].contiguous(memory_format=torch.channels_last))
         return self.refinement.refine(embeddings, windows)
 
-    def _masks(
-        self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]
-    ) -> list[tuple | None]:
-        """Pasted masks of the chosen cells, in their order.
+    def _masks(self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]) -> Pasted:
+        """Pasted masks of the chosen cells; numbers are those of `chosen`.
 
         Args:
             chosen: (N, 3) of level, row, column.
         """
-        pasted: list[tuple | None] = []
-        for part in chosen.split(MASK_CHUNK) if len(chosen) else ():
-            logits = self.decode(levels, part).float().cpu().numpy()
-            for mask, (number, row, column) in zip(logits, part.tolist(), strict=True):
-                place = self._place(row, column, levels[number].factors, self.deepmask.patch_size)
-                pasted.append(
-                    paste(mask, place, image_size=image_size, threshold=self.mask_threshold)
-                )
-        return pasted
+        factors = np.array([level.factors for level in levels])
+        parts = [NOTHING]
+        for first in range(0, len(chosen), MASK_CHUNK):
+            part = chosen[first : first + MASK_CHUNK]
+            number, *cells = part.cpu().numpy().T
+            places = self._place(np.stack(cells, axis=1), factors[number], self.deepmask.patch_size)
+            pasted = paste(
+                self.decode(levels, part).float(),
+                places,
+                image_size=image_size,
+                threshold=self.mask_threshold,
+            )
+            parts.append(replace(pasted, numbers=pasted.numbers + first))
+        return Pasted(
+            np.concatenate([part.numbers for part in parts]),
+            np.concatenate([part.boxes for part in parts]),
+            [counts for part in parts for counts in part.counts],
+        )
 
 
 def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> Tensor:
@@ -255,25 +258,22 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     return flat[order].sigmoid(), cells
 
 
-def place_patch(row: int, column: int, factors: tuple[float, float], patch_size: int) -> Placement:
-    """Where the patch of a cell lies in the original image.
+def place_patches(cells: np.ndarray, factors: np.ndarray, patch_size: int) -> Placement:
+    """Where the patches of cells lie in the original image.
 
-    Its centre is (16 column, 16 row) of the scaled image.
+    The centre of each is (16 column, 16 row) of the scaled image.
+
+    Args:
+        cells: (n, 2) int64 rows and columns. factors: (n, 2) x and y of each one's scale.
     """
-    fx, fy = factors
-    return Placement(
-        (STRIDE * column - patch_size / 2) / fx,
-        (STRIDE * row - patch_size / 2) / fy,
-        patch_size / fx,
-        patch_size / fy,
-    )
+    corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / factors
+    size = patch_size / factors
+    return Placement(corner[:, 0], corner[:, 1], size[:, 0], size[:, 1])
 
 
-def place_patch_on_pixels(
-    row: int, column: int, factors: tuple[float, float], patch_size: int
-) -> Placement:
-    """As `place_patch`, on whole pixels as the released code places masks (see `Placement`)."""
-    place = place_patch(row, column, factors, patch_size)
+def place_patches_on_pixels(cells: np.ndarray, factors: np.ndarray, patch_size: int) -> Placement:
+    """As `place_patches`, on whole pixels as the released code places masks (see `Placement`)."""
+    place = place_patches(cells, factors, patch_size)
     return Placement(
-        *map(math.floor, (place.left, place.top, place.width, place.height)), corners=True
+        *map(np.floor, (place.left, place.top, place.width, place.height)), corners=True
     )

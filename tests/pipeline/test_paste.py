@@ -1,27 +1,45 @@
-"""Pasting in the window equals pasting on a full canvas."""
+"""Pasting many masks by their edges equals pasting each on a full canvas."""
 
 import math
 
 import numpy as np
 import pycocotools.mask as coco_mask
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.paste import Placement, encode_window, paste
+from pipeline import paste as paste_module
+from pipeline.paste import Pasted, Placement, encode_edges, paste
 
 
-def paste_slowly(logits, place, image_size, threshold):
+def place(left, top, width, height, corners=False) -> Placement:
+    """The places of several patches, or of one."""
+    sides = np.broadcast_arrays(*map(np.atleast_1d, (left, top, width, height)))
+    return Placement(*(side.astype(np.float64) for side in sides), corners)
+
+
+def decode(pasted: Pasted, count: int, size: tuple[int, int]) -> np.ndarray:
+    """(count, H, W) of the masks, none where there is none; boxes are checked on the way."""
+    masks = np.zeros((count, *size), np.uint8)
+    assert (np.diff(pasted.numbers) > 0).all()
+    for n, box, counts in zip(pasted.numbers, pasted.boxes, pasted.counts, strict=True):
+        masks[n] = coco_mask.decode({"size": list(size), "counts": counts})
+        assert_tight(box, masks[n])
+    return masks
+
+
+def paste_slowly(logits, left, top, width, height, image_size, threshold):
     """Pixel by pixel.
 
     Bilinear interpolation of the four nearest cells at every pixel centre of the image.
     """
-    height, width = image_size
     cells = len(logits)
-    mask = np.zeros((height, width), np.uint8)
+    mask = np.zeros(image_size, np.uint8)
     limit = math.log(threshold / (1 - threshold))
-    for y in range(height):
-        for x in range(width):
-            u, v = (x + 0.5 - place.left) / place.width, (y + 0.5 - place.top) / place.height
+    for y in range(image_size[0]):
+        for x in range(image_size[1]):
+            u, v = (x + 0.5 - left) / width, (y + 0.5 - top) / height
             if not (0 <= u < 1 and 0 <= v < 1):
                 continue
             column, row = (
@@ -41,26 +59,38 @@ def paste_slowly(logits, place, image_size, threshold):
     return mask
 
 
+patches = st.lists(
+    st.tuples(st.floats(-30, 40), st.floats(-30, 30), st.floats(3, 80), st.floats(3, 80)),
+    min_size=1,
+    max_size=4,
+)
+
+
 @given(
     seed=st.integers(0, 10_000),
     cells=st.integers(2, 12),
-    left=st.floats(-30, 40),
-    top=st.floats(-30, 30),
-    width=st.floats(3, 80),
-    height=st.floats(3, 80),
+    boxes=patches,
     threshold=st.sampled_from([0.2, 0.5, 0.8]),
     bias=st.floats(-2, 2),
+    block=st.sampled_from([1, 100, 1 << 18]),
 )
-@settings(max_examples=150, deadline=None)
-def test_paste_equals_the_slow_reference(seed, cells, left, top, width, height, threshold, bias):
-    logits = np.random.default_rng(seed).normal(bias, 2, (cells, cells)).astype(np.float32)
-    place, size = Placement(left, top, width, height), (37, 45)
-    expected = paste_slowly(logits, place, size, threshold)
-    result = paste(logits, place, image_size=size, threshold=threshold)
-    found = np.zeros(size, np.uint8) if result is None else coco_mask.decode(result[0])
-    assert (found != expected).sum() <= 1  # a pixel on the very threshold may fall to either side
-    if result is not None:
-        assert_tight(result[1], found)
+@settings(max_examples=100, deadline=None)
+def test_paste_equals_the_slow_reference(seed, cells, boxes, threshold, bias, block):
+    """Over the image's border, with several runs in a column and runs over columns' ends."""
+    rng, size = np.random.default_rng(seed), (37, 45)
+    logits = rng.normal(bias, 2, (len(boxes), cells, cells)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paste_module, "BLOCK", block)
+        result = paste(
+            torch.from_numpy(logits),
+            place(*np.transpose(boxes)),
+            image_size=size,
+            threshold=threshold,
+        )
+    for mask, box, found in zip(logits, boxes, decode(result, len(boxes), size), strict=True):
+        expected = paste_slowly(mask, *box, size, threshold)
+        # A pixel on the very threshold may fall to either side.
+        assert (found != expected).sum() <= 1
 
 
 def scale_slowly(row, size):
@@ -77,23 +107,30 @@ def scale_slowly(row, size):
 @given(
     seed=st.integers(0, 10_000),
     cells=st.integers(1, 12),
-    left=st.integers(-30, 40),
-    top=st.integers(-30, 30),
-    size=st.integers(1, 60),
+    boxes=st.lists(
+        st.tuples(st.integers(-30, 40), st.integers(-30, 30), st.integers(1, 60)),
+        min_size=1,
+        max_size=4,
+    ),
     bias=st.floats(-2, 2),
 )
 @settings(max_examples=150, deadline=None)
-def test_corners_on_corners_as_the_released_code(seed, cells, left, top, size, bias):
-    logits = np.random.default_rng(seed).normal(bias, 2, (cells, cells)).astype(np.float32)
-    rows = np.array([scale_slowly(row, size) for row in logits])
-    scaled = np.array([scale_slowly(column, size) for column in rows.T]).T
-    expected = np.zeros((37 + 200, 45 + 200), np.uint8)
-    expected[100 + top : 100 + top + size, 100 + left : 100 + left + size] = scaled > math.log(0.25)
-    expected = expected[100:137, 100:145]
-    place = Placement(left, top, size, size, corners=True)
-    result = paste(logits, place, image_size=(37, 45), threshold=0.2)
-    found = np.zeros((37, 45), np.uint8) if result is None else coco_mask.decode(result[0])
-    assert (found != expected).sum() <= 1  # a pixel on the very threshold may fall to either side
+def test_corners_on_corners_as_the_released_code(seed, cells, boxes, bias):
+    size = (37, 45)
+    logits = np.random.default_rng(seed).normal(bias, 2, (len(boxes), cells, cells))
+    logits = logits.astype(np.float32)
+    left, top, side = np.transpose(boxes)
+    places = place(left, top, side, side, corners=True)
+    result = paste(torch.from_numpy(logits), places, image_size=size, threshold=0.2)
+    masks = decode(result, len(boxes), size)
+    for mask, (x, y, length), found in zip(logits, boxes, masks, strict=True):
+        rows = np.array([scale_slowly(row, length) for row in mask])
+        scaled = np.array([scale_slowly(column, length) for column in rows.T]).T
+        canvas = np.zeros((37 + 200, 45 + 200), np.uint8)
+        inside = scaled > math.log(0.25)
+        canvas[100 + y : 100 + y + length, 100 + x : 100 + x + length] = inside
+        # A pixel on the very threshold may fall to either side.
+        assert (found != canvas[100:137, 100:145]).sum() <= 1
 
 
 def assert_tight(box, mask):
@@ -103,41 +140,59 @@ def assert_tight(box, mask):
 
 @given(
     seed=st.integers(0, 10_000),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    above=st.integers(0, 3),
-    below=st.integers(0, 3),
-    left=st.integers(0, 3),
-    right=st.integers(0, 3),
+    count=st.integers(1, 4),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
     density=st.floats(0, 1),
+    empty_runs=st.integers(0, 5),
 )
 @settings(max_examples=300, deadline=None)
-def test_window_encoding_equals_pycocotools_on_the_full_canvas(
-    seed, height, width, above, below, left, right, density
+def test_edges_encode_to_what_pycocotools_makes_of_the_pixels(
+    seed, count, height, width, density, empty_runs
 ):
-    window = np.random.default_rng(seed).random((height, width)) < density
-    canvas = np.zeros((above + height + below, left + width + right), np.uint8)
-    canvas[above : above + height, left : left + width] = window
-    result = encode_window(window, left, above, canvas.shape)
-    if not window.any():
-        assert result is None
-        return
-    rle, box = result
-    assert rle == coco_mask.encode(np.asfortranarray(canvas))
-    assert_tight(box, canvas)
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((count, height, width)) < density).astype(np.uint8)
+    owner, edges = [], []
+    for n, mask in enumerate(masks):
+        column, row = np.nonzero(np.diff(np.pad(mask.T, ((0, 0), (1, 1))).astype(np.int8), axis=1))
+        extra = np.repeat(rng.integers(0, height * width + 1, empty_runs), 2)
+        edges.append(np.sort(np.concatenate([column * height + row, extra])))
+        owner.append(np.full(len(edges[-1]), n))
+    result = encode_edges(np.concatenate(owner), np.concatenate(edges), (height, width))
+    assert np.array_equal(decode(result, count, (height, width)), masks)
+    for n, counts in zip(result.numbers, result.counts, strict=True):
+        assert counts == coco_mask.encode(np.asfortranarray(masks[n]))["counts"]
+    assert result.numbers.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
 
 
-def test_a_mask_outside_the_image_or_empty_is_none():
-    inside = np.full((4, 4), 5, np.float32)
-    assert paste(inside, Placement(100, 10, 20, 20), image_size=(50, 50), threshold=0.2) is None
-    assert paste(-inside, Placement(10, 10, 20, 20), image_size=(50, 50), threshold=0.2) is None
-    assert (
-        paste(inside, Placement(10.2, 10.2, 0.2, 0.2), image_size=(50, 50), threshold=0.2) is None
-    )
+@given(st.lists(st.integers(0, 4000), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_long_runs_are_written_as_pycocotools_does(lengths):
+    """Differences of either sign over several characters."""
+    size = [9000, 12]
+    edges = np.cumsum(lengths)[: len(lengths) // 2 * 2] * 2
+    result = encode_edges(np.zeros(len(edges), int), edges, tuple(size))
+    area = int((edges[1::2] - edges[::2]).sum())
+    assert len(result.counts) == (area > 0)
+    for counts in result.counts:
+        rle = {"size": size, "counts": counts}
+        assert coco_mask.area(rle) == area
+        assert coco_mask.encode(np.asfortranarray(coco_mask.decode(rle))) == rle
+
+
+def test_a_mask_outside_the_image_or_empty_is_left_out():
+    inside = torch.full((1, 4, 4), 5.0)
+    logits = torch.cat([inside, -inside, inside, inside])
+    places = place([100, 10, 10.2, 3], [10, 10, 10.2, 5], [20, 20, 0.2, 9], [20, 20, 0.2, 9])
+    result = paste(logits, places, image_size=(50, 50), threshold=0.2)
+    assert result.numbers.tolist() == [3] and len(result.boxes) == len(result.counts) == 1
+    nothing = paste(logits[:3], places.part(slice(3)), image_size=(50, 50), threshold=0.2)
+    assert nothing.numbers.shape == (0,) and nothing.boxes.shape == (0, 4) and not nothing.counts
 
 
 def test_a_full_patch_covers_its_square_to_the_pixel():
-    rle, box = paste(
-        np.full((4, 4), 5, np.float32), Placement(3, 5, 10, 20), image_size=(60, 50), threshold=0.2
+    result = paste(
+        torch.full((1, 4, 4), 5.0), place(3, 5, 10, 20), image_size=(60, 50), threshold=0.2
     )
-    assert box.tolist() == [3, 5, 13, 25] and coco_mask.area(rle) == 200
+    assert result.boxes.tolist() == [[3, 5, 13, 25]]
+    assert coco_mask.area({"size": [60, 50], "counts": result.counts[0]}) == 200

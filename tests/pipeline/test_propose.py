@@ -15,7 +15,7 @@ from pipeline.propose import (
     best_cells,
     octave_range,
     pad_and_normalise,
-    place_patch,
+    place_patches,
     resize_image,
 )
 
@@ -101,27 +101,29 @@ def test_proposals_equal_patch_by_patch_inference(model, image):
                 with torch.inference_mode():
                     embedding = model.embed(features[..., i : i + 6, j : j + 6])
                     score = model.score(embedding).item()
-                    logits = model.decode_masks(embedding.flatten(1))[0].numpy()
+                    logits = model.decode_masks(embedding.flatten(1))
                 pasted = paste(
                     logits,
-                    place_patch(i, j, factors, 96),
+                    place_patches(np.array([[i, j]]), np.array([factors]), 96),
                     image_size=image.shape[:2],
                     threshold=0.2,
                 )
-                if pasted:
-                    slow.append((1 / (1 + np.exp(-score)), pasted))
+                for counts in pasted.counts:
+                    rle = {"size": list(image.shape[:2]), "counts": counts}
+                    slow.append((1 / (1 + np.exp(-score)), rle))
     slow.sort(key=lambda row: -row[0])
     assert len(proposals) == len(slow) > count
     np.testing.assert_allclose(proposals.scores, [row[0] for row in slow], atol=1e-5)
-    ious = [coco_mask.iou([proposals.rle(n)], [slow[n][1][0]], [0])[0, 0] for n in range(count)]
+    ious = [coco_mask.iou([proposals.rle(n)], [slow[n][1]], [0])[0, 0] for n in range(count)]
     assert min(ious) > 0.99
     assert (np.diff(proposals.scores) <= 0).all()
 
 
 def test_a_patch_lies_around_its_cell():
-    place = place_patch(2, 5, (0.5, 0.25), 160)
-    assert (place.left, place.top) == ((16 * 5 - 80) / 0.5, (16 * 2 - 80) / 0.25)
-    assert (place.width, place.height) == (320, 640)
+    place = place_patches(np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.25]]), 160)
+    assert place.left.tolist() == [-80, (16 * 5 - 80) / 0.5]
+    assert place.top.tolist() == [-80, (16 * 2 - 80) / 0.25]
+    assert place.width.tolist() == [160, 320] and place.height.tolist() == [160, 640]
 
 
 def test_masks_stay_where_the_object_is():
