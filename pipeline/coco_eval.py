@@ -1,6 +1,8 @@
 """COCO evaluation: the average recall (AR) of class-agnostic proposals, by boxes and by masks.
 
-Everything is matched by pycocotools' COCOeval, one image at a time, and only the counts are kept.
+Overlaps are pycocotools', matching is COCOeval's in numpy; one image at a time, and only the counts
+are kept. (faster-coco-eval matches in C++ but wants all results in memory as dicts, and recall for
+every number of proposals only by evaluating each anew.)
 Letters: T IoU thresholds (.50:.05:.95), K numbers of proposals (1, 2, 3, ...), A area ranges
 (all, small, medium, large), D proposals and G annotated objects of one image.
 """
@@ -15,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval, Params
+from pycocotools.cocoeval import Params
 from tqdm import tqdm
 
 from datasets.coco import CocoInstances
 from pipeline.coco_results import results_by_image
+from pipeline.greedy_matching import find_hits
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,)
@@ -166,9 +169,9 @@ def evaluate_proposals(
     found = {kind: np.zeros(shape, np.int64) for kind in kinds}
     progress = tqdm(desc="AR", total=len(ground_truth.imgs), unit="image", disable=None)
     for image, proposals in results_by_image(ground_truth, results, masks="mask" in kinds):
-        if objects := ground_truth.imgToAnns.get(image["id"]):
+        if ground_truth.imgToAnns.get(image["id"]):
             for kind in kinds:
-                hits = _match(image, objects, proposals, kind, most)
+                hits = _match(image, ground_truth, proposals, kind, most)
                 found[kind][:, : hits.shape[1]] += hits
         progress.update()
     progress.close()
@@ -181,40 +184,30 @@ def evaluate_proposals(
 def _count_objects(ground_truth: COCO) -> np.ndarray:
     """How many objects that are not crowds there are in each area range, (A,)."""
     annotations = ground_truth.dataset["annotations"]
-    areas = np.array([a["area"] for a in annotations if not a["iscrowd"]], float)[:, None]
-    return ((areas >= AREA_RANGES[:, 0]) & (areas <= AREA_RANGES[:, 1])).sum(axis=0)
+    areas = np.array([a["area"] for a in annotations if not a["iscrowd"]], float)
+    return _in_ranges(areas).sum(axis=1)
 
 
-def _match(image: dict, objects: list, proposals: list, kind: str, most: int) -> np.ndarray:
+def _match(image: dict, ground_truth: COCO, proposals: list, kind: str, most: int) -> np.ndarray:
     """Which proposals of one image find an object: (T, min(D, most), A) bool, best score first.
 
     Matching is greedy in the order of scores, so the first k columns are the matching of the k
     best proposals alone: one pass gives the recall for every k.
     """
     # COCOeval walks through the objects by category; the order decides between equal overlaps.
-    objects = sorted(objects, key=lambda annotation: annotation["category_id"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(
-            _single_image(image, objects),
-            _single_image(image, [_as_annotation(proposal) for proposal in proposals]),
-            IOU_TYPES[kind],
-        )
-        evaluation.params.useCats = 0
-        evaluation.params.maxDets = [most]
-        evaluation.evaluate()
-    hits = [(e["dtMatches"] > 0) & ~e["dtIgnore"] for e in evaluation.evalImgs]
-    return np.stack(hits, axis=-1)
+    annotations = ground_truth.imgToAnns[image["id"]]
+    objects = sorted(annotations, key=lambda annotation: annotation["category_id"])
+    scores = np.array([proposal["score"] for proposal in proposals], float)
+    best = np.argsort(-scores, kind="stable")[:most]
+    overlaps = _overlaps(ground_truth, [proposals[rank] for rank in best], objects, kind)
+    areas = np.array([annotation["area"] for annotation in objects], float)
+    is_crowd = np.array([annotation["iscrowd"] for annotation in objects], bool)
+    return find_hits(overlaps, _in_ranges(areas) & ~is_crowd, IOU_THRESHOLDS)
 
 
-def _single_image(image: dict, annotations: list[dict]) -> COCO:
-    """One image's annotations, with one category, in a data set that COCOeval may write to."""
-    own = [a | {"id": number, "category_id": 1} for number, a in enumerate(annotations, start=1)]
-    return _indexed({"images": [image], "categories": [{"id": 1}], "annotations": own})
-
-
-def _as_annotation(result: dict) -> dict:
-    # The area decides whether an unmatched result counts as false: recall never asks.
-    return result | {"bbox": _box(result), "area": 0.0, "iscrowd": 0}
+def _in_ranges(areas: np.ndarray) -> np.ndarray:
+    """Which of G areas lie in each of COCO's ranges, (A, G) bool."""
+    return (areas >= AREA_RANGES[:, :1]) & (areas <= AREA_RANGES[:, 1:])
 
 
 def _box(result: dict) -> list[float]:
@@ -257,7 +250,8 @@ def _overlaps(ground_truth: COCO, proposals: list, objects: list, kind: str) -> 
     if kind == "box":
         regions = [[_box(item) for item in items] for items in (proposals, objects)]
     else:
-        regions = [[ground_truth.annToRLE(i) for i in items] for items in (proposals, objects)]
+        own = [proposal["segmentation"] for proposal in proposals]
+        regions = own, [ground_truth.annToRLE(annotation) for annotation in objects]
     return mask_utils.iou(*regions, [0] * len(objects))
 
 

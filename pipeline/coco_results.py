@@ -1,9 +1,9 @@
 """COCO results of a file or of a proposal store: read, checked, and given image by image."""
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from numbers import Real
 from pathlib import Path
 
@@ -53,41 +53,96 @@ def results_by_image(
     Raises:
         ValueError: a result names an image that the annotations do not list, or cannot be scored.
     """
-    checked = _check(ground_truth, results, masks)
-    if isinstance(results, list):
-        grouped = {}
-        for numbered in checked:
-            grouped.setdefault(numbered[1]["image_id"], []).append(numbered)
-        groups = grouped.values()
-    else:
-        groups = (list(group) for _, group in groupby(checked, key=lambda n: n[1]["image_id"]))
     seen = set()
-    for group in groups:
-        first, image_id = group[0][0], group[0][1]["image_id"]
+    for numbers, group in _groups(results):
+        image_id = group[0]["image_id"]
         if image_id in seen:
             raise ValueError(
-                f"results[{first}]: image_id {image_id!r} comes a second time, after other images; "
-                "the image was done twice: delete its shards, or all, and make them anew"
+                f"results[{numbers[0]}]: image_id {image_id!r} comes a second time, after other "
+                "images; the image was done twice: delete its shards, or all, and make them anew"
             )
         seen.add(image_id)
-        if (broken := _first_broken_rle(group)) is not None:
-            problem = "the runs of its segmentation do not fill the image"
-            raise ValueError(f"results[{broken}] (image_id {image_id!r}): {problem}")
-        yield ground_truth.imgs[image_id], [result for _, result in group]
-
-
-def _check(ground_truth: COCO, results: Iterable[dict], masks: bool) -> Iterator[tuple[int, dict]]:
-    """The results numbered from 0; all is checked but the runs of the RLE."""
-    for index, result in enumerate(results):
-        if not isinstance(result, dict) or "image_id" not in result:
-            raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
-        image = ground_truth.imgs.get(result["image_id"])
+        image = ground_truth.imgs.get(image_id)
         if image is None:
             hint = "is not in the annotations; score against the file that lists these images"
-            raise ValueError(f"results[{index}]: image_id {result['image_id']!r} {hint}")
-        if problem := _problem(result, image, masks):
-            raise ValueError(f"results[{index}] (image_id {image['id']!r}): {problem}")
-        yield index, result
+            raise ValueError(f"results[{numbers[0]}]: image_id {image_id!r} {hint}")
+        if (first := _first_problem(group, image, masks)) is not None:
+            place, problem = first
+            raise ValueError(f"results[{numbers[place]}] (image_id {image_id!r}): {problem}")
+        yield image, group
+
+
+def _groups(results: Iterable[dict]) -> Iterator[tuple[Sequence[int], list[dict]]]:
+    """The results of each image and their numbers, from 0; of a list also if they are scattered."""
+    runs = _runs(results)
+    if not isinstance(results, list):
+        yield from runs
+        return
+    grouped: dict = {}
+    for numbers, group in runs:
+        own_numbers, own = grouped.setdefault(group[0]["image_id"], ([], []))
+        own_numbers += numbers
+        own += group
+    yield from grouped.values()
+
+
+def _runs(results: Iterable[dict]) -> Iterator[tuple[range, list[dict]]]:
+    """Results of one image that follow each other."""
+    number = itertools.count()
+
+    def image_of(result: dict) -> object:
+        index = next(number)
+        if not isinstance(result, dict) or "image_id" not in result:
+            raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
+        return result["image_id"]
+
+    start = 0
+    for _, run in itertools.groupby(results, key=image_of):
+        group = list(run)
+        yield range(start, start + len(group)), group
+        start += len(group)
+
+
+def _first_problem(results: list[dict], image: dict, masks: bool) -> tuple[int, str] | None:
+    """Place and reason of the first of an image's results that cannot be scored."""
+    if not _are_plain(results, image, masks):
+        for place, result in enumerate(results):
+            if problem := _problem(result, image, masks):
+                return place, problem
+    # pycocotools sees the masks only if they are wanted, or stand in for a box.
+    seen = [place for place, r in enumerate(results) if masks or r.get("bbox") is None]
+    broken = _first_broken_rle([results[place]["segmentation"] for place in seen])
+    problem = "the runs of its segmentation do not fill the image"
+    return None if broken is None else (seen[broken], problem)
+
+
+def _are_plain(results: list[dict], image: dict, masks: bool) -> bool:
+    """Whether all have a score, a box and, if wanted, a mask in order: the usual case, quickly."""
+    try:
+        scores, boxes = ([result[key] for result in results] for key in ("score", "bbox"))
+        regions = [result["segmentation"] for result in results] if masks else []
+        sizes, counts = ([region[key] for region in regions] for key in ("size", "counts"))
+    except (KeyError, TypeError):
+        return False
+    return (
+        _are_finite(scores, ())
+        and _are_finite(boxes, (4,))
+        and sizes.count([image["height"], image["width"]]) == len(sizes)
+        and set(map(type, counts)) <= {str, bytes}
+    )
+
+
+def _are_finite(values: list, shape: tuple[int, ...]) -> bool:
+    """Whether each value consists of finite numbers, in an array of a shape."""
+    try:
+        numbers = np.array(values)
+    except ValueError:  # not of one shape
+        return False
+    return (
+        numbers.shape[1:] == shape
+        and numbers.dtype.kind in "iuf"
+        and bool(np.isfinite(numbers).all())
+    )
 
 
 def _problem(result: dict, image: dict, masks: bool) -> str | None:
@@ -102,8 +157,8 @@ def _problem(result: dict, image: dict, masks: bool) -> str | None:
         return f"bbox must be four finite numbers (x, y, width, height), not {box!r}"
     if mask is None and masks:
         return "has no segmentation, so its mask cannot be scored"
-    if mask is None:
-        return None
+    if box is not None and not masks:
+        return None  # nobody looks at the mask
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
         return "segmentation must be a compressed RLE (size, counts)"
     if list(mask.get("size", ())) != size:
@@ -111,16 +166,15 @@ def _problem(result: dict, image: dict, masks: bool) -> str | None:
     return None
 
 
-def _first_broken_rle(group: list[tuple[int, dict]]) -> int | None:
-    """The number of an image's first result whose RLE would send pycocotools' iou round for ever.
+def _first_broken_rle(rles: list[dict]) -> int | None:
+    """Place of the first RLE that would send pycocotools' iou round for ever.
 
     All of an image are looked at in one go, for speed.
     """
-    rles = [(index, rle) for index, result in group if (rle := result.get("segmentation"))]
-    strings = [c if isinstance(c, bytes) else c.encode() for c in (r["counts"] for _, r in rles)]
-    pixels = np.array([math.prod(rle["size"]) for _, rle in rles], np.int64)
+    strings = [c if isinstance(c, bytes) else c.encode() for c in (rle["counts"] for rle in rles)]
+    pixels = np.array([math.prod(rle["size"]) for rle in rles], np.int64)
     valid, *_ = check_counts(strings, pixels)
-    return None if valid.all() else rles[int(np.argmin(valid))][0]
+    return None if valid.all() else int(np.argmin(valid))
 
 
 def _is_finite(value: object) -> bool:

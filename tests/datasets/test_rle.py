@@ -52,6 +52,19 @@ def test_judges_any_bytes_as_the_format_does(cases):
             assert has_empty_run[i] == (0 in runs[1:])
 
 
+def test_many_strings_are_judged_as_each_alone():
+    """More than are looked at in one go, every seventh broken."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((300, 9, 11)) < rng.random((300, 1, 1))
+    strings = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8)))["counts"] for m in masks]
+    strings[::7] = [counts[:-1] + b"~" for counts in strings[::7]]
+    together = check_counts(strings, np.full(300, 99))
+    alone = [check_counts([counts], np.array([99])) for counts in strings]
+    assert not together[0][::7].any() and together[0][1::7].all()
+    for values, each in zip(together, zip(*alone, strict=True), strict=True):
+        assert values.tolist() == np.concatenate(each).tolist()
+
+
 def test_a_difference_too_long_for_pycocotools():
     """-1024 in seven digits, of which its C code makes -8: a mask longer than its memory."""
     runs = [1, 2000, 5, 2000 - 1024]
