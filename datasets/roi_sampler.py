@@ -35,6 +35,7 @@ class RoiRules:
     max_images: int | None = None  # only the first so many of the dataset
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000  # at most; then the short side is shorter
+    resampling: str = "area"  # see `resize_sides`
     flip: bool = True
     inclusive_boxes: bool = False  # see `box_corners`
 

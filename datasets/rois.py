@@ -7,32 +7,17 @@ the frame that all of a minibatch fit in.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco import CocoInstances
 from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
+from datasets.resizing import resize_sides
 from datasets.roi_sampler import RoiRules, RoiSample, RoiSampler, box_corners
 from datasets.transforms import IMAGENET, PixelRules, normalise
 
 PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer different shapes
-
-
-def resize_image(image: np.ndarray, *, short_side: int, long_side: int) -> np.ndarray:
-    """The image with its short side as given, or smaller if its long side would be too long.
-
-    Args:
-        image: (H, W, 3) uint8.
-
-    Returns:
-        (h, w, 3) uint8. Sides are whole pixels: what was at (x, y) is at (x w / W, y h / H).
-    """
-    height, width = image.shape[:2]
-    scale = min(short_side / min(height, width), long_side / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 class RoiDataset(Dataset):
@@ -64,11 +49,14 @@ class RoiDataset(Dataset):
             lambda sample: read_annotated_image(self.coco, self.images, sample.image),
         )
         rules = self.sampler.rules
-        pixels = resize_image(image, short_side=rules.short_side, long_side=rules.long_side)
+        pixels, (x_factor, y_factor) = resize_sides(
+            image,
+            short_side=rules.short_side,
+            long_side=rules.long_side,
+            resampling=rules.resampling,
+        )
         if sample.flip:
             pixels = pixels[:, ::-1]
-        # Of each axis its own: the sides were rounded to whole pixels.
-        y_factor, x_factor = np.divide(pixels.shape[:2], image.shape[:2])
         factors = np.array([x_factor, y_factor] * 2, np.float32)
         item = {
             "image": torch.from_numpy(normalise(pixels.astype(np.float32) / 255, self.pixels)),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
+from datasets.resizing import RESAMPLINGS
 from models.multipathnet import ROI_BINS
 from models.sharpmask import ARRANGEMENTS, HORIZONTAL_WIDTHS, WIDTHS
 from models.trunk import PADDINGS, STEM_WIDTH
@@ -191,6 +192,7 @@ class MultiPathNetConfig:
     scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6
     pooled_size: int = 7
     roi_bins: str = "overlapping"  # overlapping (Fast R-CNN) | rounded (released code)
+    resampling: str = "area"  # of the images: area | corners (released code), see resize_sides
     # Corners of a box are its first and last pixel (released code), not its edges.
     inclusive_boxes: bool = False
     pixels: PixelConfig = field(default_factory=PixelConfig)
@@ -274,7 +276,7 @@ CHOICES = {
     "head": ("fc", "layer4"),
     "padding": PADDINGS,
     "roi_bins": ROI_BINS,
-    "resampling": ("area", "corners"),
+    "resampling": RESAMPLINGS,
 }
 # What must hold of a value, in words and as a test, and of which keys. Checked when a config is
 # read: a mistake in a later stage's section shows before the first stage has been trained for days.

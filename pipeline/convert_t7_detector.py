@@ -174,6 +174,7 @@ def _config(parts: Parts) -> Config:
         pooled_size=size.pop(),
         # Files from before version 2 of the pooling have no such field.
         roi_bins="rounded" if parts.pooling.field("v2") else "overlapping",
+        resampling="corners",
         inclusive_boxes=True,
         pixels=RESNET_PIXELS if residual else caffe.PIXELS,
         sampling=RoiSamplingConfig(short_side=800 if residual else 600, long_side=1000),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from datasets.rois import resize_image
+from datasets.resizing import resize_sides
 from datasets.transforms import IMAGENET, PixelRules, normalise
 from models.multipathnet import MultiPathNet
 from pipeline.box_selection import Selection, select_boxes
@@ -53,6 +53,7 @@ class Detector:
         long_side: int,
         options: DetectConfig,
         pixels: PixelRules = IMAGENET,
+        resampling: str = "area",
         inclusive_boxes: bool = False,
     ):
         """
@@ -60,6 +61,7 @@ class Detector:
             categories: {"id", "name"} of each class, in the order of the network's.
             short_sides: of the resized image in pixels, one for each scale.
             long_side: at most, at the first scale; in proportion at the others.
+            resampling: of the images, see `resize_sides`.
             inclusive_boxes: the network's boxes have their first and last pixel for corners
                 (released code), not their edges; those that come and go have edges.
         """
@@ -67,7 +69,7 @@ class Detector:
         self.categories, self.device, self.options = categories, device, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         self.short_sides, self.long_side = short_sides, long_side
-        self.pixels = pixels
+        self.pixels, self.resampling = pixels, resampling
         # From a box's last corner in the network to its edge.
         self.margin = 1 if inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
@@ -138,19 +140,22 @@ class Detector:
         views = []
         for side in self.short_sides:
             limit = round(self.long_side * side / self.short_sides[0])
-            scaled = resize_image(image, short_side=side, long_side=limit)
+            scaled, factors = resize_sides(
+                image, short_side=side, long_side=limit, resampling=self.resampling
+            )
             for flip in (False, True) if self.options.flip else (False,):
                 pixels = cv2.flip(scaled, 1) if flip else scaled
-                views.append(self._view(pixels, image.shape[:2], flip))
+                views.append(self._view(pixels, factors, image.shape[1], flip))
         return views
 
-    def _view(self, pixels: np.ndarray, size: tuple[int, int], flip: bool) -> View:
+    def _view(
+        self, pixels: np.ndarray, factors: tuple[float, float], width: int, flip: bool
+    ) -> View:
         normal = normalise(pixels.astype(np.float32) / 255, self.pixels)
         planes = torch.from_numpy(normal)[None].to(self.device)
         layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
-        y, x = (new / old for new, old in zip(pixels.shape[:2], size, strict=True))
-        factors = torch.tensor([x, y, x, y], device=self.device)
-        return View(layers, factors, pixels.shape[1] - self.margin * x, flip)
+        last_x = (width - self.margin) * factors[0]
+        return View(layers, torch.tensor(factors * 2, device=self.device), last_x, flip)
 
     def _classify(
         self, views: list[View], boxes: Tensor, size: tuple[int, int]

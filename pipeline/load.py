@@ -109,6 +109,7 @@ def load_detector(
         device=device,
         short_sides=options.short_sides or [sampling.short_side],
         long_side=sampling.long_side,
+        resampling=config.multipathnet.resampling,
         options=options,
         pixels=PixelRules(**vars(config.multipathnet.pixels)),
         inclusive_boxes=config.multipathnet.inclusive_boxes,

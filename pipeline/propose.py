@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from datasets.resizing import RESAMPLINGS, resize_between_corners
 from datasets.transforms import GREY, MEAN, STD
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import SharpMask
@@ -66,7 +67,7 @@ class Proposer:
                 are. "corners", as the released code: corner pixels lie on corner pixels, with no
                 average, and masks lie on whole pixels.
         """
-        assert resampling in ("area", "corners"), resampling
+        assert resampling in RESAMPLINGS, resampling
         model = model.eval().to(device, memory_format=torch.channels_last)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
@@ -97,7 +98,7 @@ class Proposer:
     def run_level(self, image: np.ndarray, octave: float) -> Level:
         """What depends on the image alone, at one scale."""
         if self.resampling == "corners":
-            scaled, factors = resize_between_corners(image, 2.0**octave), (2.0**octave,) * 2
+            scaled, factors = resize_released(image, 2.0**octave), (2.0**octave,) * 2
         else:
             scaled = resize_image(image, 2.0**octave)
             factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
@@ -211,15 +212,13 @@ def resize_image(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
-def resize_between_corners(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) uint8 resized by a factor, corners to corners; float32, not rounded to integers.
+def resize_released(image: np.ndarray, factor: float) -> np.ndarray:
+    """(H, W, 3) uint8 resized by a factor; float32, not rounded to integers.
 
-    As nnx's SpatialReSamplingEx (bilinear) of the released code does it.
+    As nnx's SpatialReSamplingEx (bilinear) of the released code does it, without averaging.
     """
-    size = [max(1, math.floor(side * factor + 0.5)) for side in image.shape[:2]]
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    resized = nnf.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    height, width = (max(1, math.floor(side * factor + 0.5)) for side in image.shape[:2])
+    return resize_between_corners(image, (height, width))
 
 
 def pad_and_normalise(pixels: Tensor, border: int) -> Tensor:

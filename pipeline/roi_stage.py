@@ -191,6 +191,7 @@ def roi_dataset(
         max_images=max_images,
         short_side=s.short_side,
         long_side=s.long_side,
+        resampling=c.resampling,
         flip=s.flip,
         inclusive_boxes=c.inclusive_boxes,
     )

@@ -9,22 +9,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError
+from datasets.images import ImageError, read_image
 from datasets.proposal_boxes import ProposalBoxes
+from datasets.resizing import resize_sides
 from datasets.roi_sampler import RoiRules, RoiSampler
 from datasets.rois import (
     RoiBatchKeys,
     RoiDataset,
     collate_rois,
-    resize_image,
     roi_loader,
     target_statistics,
 )
-from datasets.transforms import PixelRules, denormalise
+from datasets.transforms import PixelRules, denormalise, normalise
 
 RULES = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
 
@@ -66,20 +64,6 @@ def make_dataset(folder, *, count=6, sizes=((120, 160),), seed=0, **rules):
     proposals = ProposalBoxes.from_rows(ids, np.concatenate(boxes), rng.random(len(ids)))
     sampler = RoiSampler(coco, proposals, rules=RoiRules(**RULES | rules), seed=seed)
     return RoiDataset(coco, folder, sampler)
-
-
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(20, 300), st.integers(0, 200))
-@settings(max_examples=60, deadline=None)
-def test_the_short_side_is_as_asked_unless_the_long_side_would_be_too_long(height, width, s, more):
-    resized = resize_image(np.zeros((height, width, 3), np.uint8), short_side=s, long_side=s + more)
-    short, long = sorted(resized.shape[:2])
-    if s * max(height, width) / min(height, width) <= s + more:
-        assert short == s
-    else:
-        assert long == s + more
-    # The shape is the image's, up to whole pixels.
-    scale = np.divide(resized.shape[:2], (height, width))
-    assert abs(scale[0] - scale[1]) <= 0.5 / height + 0.5 / width or short == 1
 
 
 def red_rectangle(image, green):
@@ -145,6 +129,21 @@ def test_inclusive_boxes_end_at_their_last_pixel(tmp_path):
             decode(i["rois"].numpy(), i["targets"].numpy())[foreground] for i in (outer, inner)
         ]
         assert np.allclose(boxes[0] - boxes[1], margin, atol=1e-3)
+
+
+def test_the_released_resizing_is_that_of_detection(tmp_path):
+    data = make_dataset(tmp_path, short_side=217, long_side=1000, resampling="corners")
+    flips = set()
+    for index in range(24):
+        item, sample = data.load(0, index)
+        flips.add(sample.flip)
+        image = read_image(tmp_path / f"{sample.image + 1}.png")
+        pixels, factors = resize_sides(image, short_side=217, long_side=1000, resampling="corners")
+        pixels = pixels[:, ::-1] if sample.flip else pixels
+        np.testing.assert_array_equal(item["image"], normalise(pixels / 255))
+        assert factors == (217 / 120,) * 2
+        np.testing.assert_allclose(item["rois"], sample.rois * (217 / 120), rtol=1e-6)
+    assert flips == {True, False}
 
 
 def test_pixels_come_as_the_rules_say(tmp_path):

@@ -21,7 +21,7 @@ from models.trunk import symmetric_pad
 from pipeline.convert_t7 import convert_file
 from pipeline.load import load_mask_network
 from pipeline.paste import Pasted
-from pipeline.propose import Proposer, best_cells, resize_between_corners
+from pipeline.propose import Proposer, best_cells, resize_released
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "torch7" / "deepmask_sharpmask"
 if not DATA.is_dir():
@@ -163,7 +163,7 @@ def whole_image(request, networks, image):
 def test_pyramid(image):
     assert np.allclose(np.load(DATA / "scales.npy"), [2.0**octave for octave in OCTAVES])
     for number, octave in enumerate(OCTAVES, 1):
-        scaled = torch.from_numpy(resize_between_corners(image, 2.0**octave)) / 255
+        scaled = torch.from_numpy(resize_released(image, 2.0**octave)) / 255
         theirs = reference(f"dm_pyr_{number}")
         assert scaled.permute(2, 0, 1).shape == theirs.shape
         check(scaled.permute(2, 0, 1), f"dm_pyr_{number}")

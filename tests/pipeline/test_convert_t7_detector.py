@@ -4,6 +4,7 @@ There is no file of the Caffe networks here: theirs are written as the trees tha
 with what is known of them, and computed by a walk over the tree.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -165,19 +166,23 @@ def original_detections(detector: Detector, image: np.ndarray, boxes: Tensor) ->
     deltas = found["deltas"] * model.delta_std + model.delta_mean
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-    kept = []
+    dx, dy, dw, dh = deltas.permute(2, 1, 0)  # (C + 1, R) each
+    cx, cy, half_w, half_h = x + dx * w, y + dy * h, w * dw.exp() / 2, h * dh.exp() / 2
+    decoded = torch.stack([cx - half_w, cy - half_h, cx + half_w, cy + half_h], 2)
+    return original_selection(probabilities, decoded.transpose(0, 1), (height, width))
+
+
+def original_selection(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[tuple]:
+    """The Lua test's clamp and NMS of each class, best first: (R, C + 1), (R, C + 1, 4) 1-based."""
+    kept, limits = [], torch.tensor([size[1], size[0]] * 2)
     for label in range(1, probabilities.shape[1]):
-        dx, dy, dw, dh = deltas[:, label].unbind(1)
-        cx, cy, half_w, half_h = x + dx * w, y + dy * h, w * dw.exp() / 2, h * dh.exp() / 2
-        x0, x1 = ((cx - half_w).clamp(1, width), (cx + half_w).clamp(1, width))
-        y0, y1 = ((cy - half_h).clamp(1, height), (cy + half_h).clamp(1, height))
-        rows = torch.stack([x0, y0, x1, y1], 1).tolist()
+        rows = torch.minimum(boxes[:, label].clamp(min=1), limits).tolist()
         left = sorted(range(len(rows)), key=lambda n: -float(probabilities[n, label]))
         while left:
             best, *left = left
             kept.append((label, float(probabilities[best, label]), rows[best]))
             left = [n for n in left if overlap(rows[best], rows[n]) <= 0.3]
-    return kept
+    return sorted(kept, key=lambda row: -row[1])
 
 
 def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):
@@ -216,12 +221,59 @@ def test_detections_of_an_image_are_those_of_the_lua_test(checkpoint):
     found = detector(image, proposals)
     with torch.inference_mode():
         theirs = original_detections(detector, image, corners)
-    theirs.sort(key=lambda row: -row[1])
     assert len(found) == len(theirs) > 80
     np.testing.assert_allclose(found.scores, [row[1] for row in theirs], rtol=TOLERANCE)
     boxes = found.boxes + 1 - CORNER.numpy()
     np.testing.assert_allclose(boxes, [row[2] for row in theirs], atol=TOLERANCE * 128)
     assert found.labels.tolist() == [detector.categories[row[0] - 1]["id"] for row in theirs]
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
+    return (reference("image") * 255).permute(1, 2, 0).contiguous().numpy()
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint) -> Detector:
+    """Detects from images, at the original's scale."""
+    options = {"short_sides": [240], "score_threshold": 0.0, "max_detections": 10_000}
+    return load_detector(checkpoint, CPU, overrides=options)[0]
+
+
+@torch.inference_mode()
+def test_from_the_image_on_probabilities_and_boxes_are_the_originals(whole, image):
+    probabilities, boxes = whole._classify(whole._views(image), reference("boxes") - 1)
+    assert_near(probabilities, reference("probs"))
+    assert_near(boxes.flatten(1) + 1, reference("pred_boxes")[:, 4:])
+
+
+def test_detections_from_the_image_are_those_of_the_originals_outputs(whole, image):
+    theirs = original_selection(
+        reference("probs"), reference("pred_boxes").view(24, 81, 4), image.shape[:2]
+    )
+    boxes = (reference("boxes") - 1 + CORNER).numpy()
+    found = whole(image, Proposals(1, "x", 256, 192, np.ones(24, np.float32), boxes, [b""] * 24))
+    assert len(found) == len(theirs) > 800
+    ids = np.array([whole.categories[row[0] - 1]["id"] for row in theirs])
+    scores = np.array([row[1] for row in theirs])
+    np.testing.assert_allclose(found.scores, scores, rtol=TOLERANCE)
+    # By category: of near equals of two categories either may come first.
+    ours, theirs_first = np.argsort(found.labels, kind="stable"), np.argsort(ids, kind="stable")
+    np.testing.assert_array_equal(found.labels[ours], ids[theirs_first])
+    boxes = np.array([row[2] for row in theirs])[theirs_first]
+    found_boxes = (found.boxes + 1 - CORNER.numpy())[ours]
+    np.testing.assert_allclose(found_boxes, boxes, atol=TOLERANCE * 256)
+
+
+def test_resizing_by_area_would_move_the_boxes(whole, image):
+    """What `multipathnet.resampling` is for."""
+    whole = copy.copy(whole)
+    whole.resampling = "area"
+    with torch.inference_mode():
+        _, boxes = whole._classify(whole._views(image), reference("boxes") - 1)
+    moved = (boxes.flatten(1) + 1 - reference("pred_boxes")[:, 4:]).abs().max()
+    assert 1 < float(moved) < 5
 
 
 # Trees of the Caffe networks: what `read_torch7` would give.
