@@ -219,6 +219,8 @@ class MultiPathNetConfig:
 class InitConfig:
     """What a stage starts from; without, the run directories beside the output are taken."""
 
+    # Checkpoint of the same stage, to fine-tune: all its weights, and a new optimiser.
+    weights: str | None = None
     deepmask: str | None = None  # checkpoint, for SharpMask
     proposer: str | None = None  # DeepMask or SharpMask checkpoint, to make proposals with
     train_proposals: str | None = None  # proposal stores

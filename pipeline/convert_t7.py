@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import save_checkpoint
+from pipeline.config import config_from_dict, save_config
 from pipeline.convert_t7_caffe import convert_caffe_network, is_caffe_network
 from pipeline.convert_t7_detector import convert_detector, is_detector
 from pipeline.convert_t7_masks import (
@@ -89,10 +90,14 @@ def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str
         )
     taken = Taken(value)
     what, content = convert(value, taken)
+    written = [f"written to {output}"]
     if "stage" in content:
         content["converted_from"] = source
+        config = config_from_dict(content["config"], source=source)
+        save_config(config, f"{output}.yaml")
+        written.append(f"its settings, a recipe to fine-tune it by: {output}.yaml")
     save_checkpoint(output, content)
-    return [what, *_accounts(taken), f"written to {output}"]
+    return [what, *_accounts(taken), *written]
 
 
 def _accounts(taken: Taken) -> list[str]:

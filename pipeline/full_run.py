@@ -42,6 +42,11 @@ def run_pipeline(
         The summary: scores by stage, and the seconds that each stage took over all its sessions.
     """
     config = load_config(config_path, overrides)
+    if config.init.weights and len(config.stages) > 1:
+        raise ValueError(
+            f"init.weights {config.init.weights} is of one stage, and {len(config.stages)} are to "
+            "run; fine-tune a stage by tools/train_stage.py"
+        )
     prepare_data(config)
     summary = _read_summary(output / SUMMARY)
     for name in config.stages:

@@ -9,20 +9,11 @@ from torch import Tensor, nn
 from datasets.coco import CocoInstances
 from datasets.patch_sampler import MASK, SCORE, PatchSampler, SamplingRules
 from datasets.patches import BatchKeys, PatchDataset, batch_keys, patch_loader
-from models.deepmask import DeepMask
 from models.losses import mask_loss, score_loss
 from pipeline import distributed
 from pipeline.batches import device_batches
-from pipeline.checkpoint import load_checkpoint, load_weights
-from pipeline.config import (
-    DEEPMASK_SIZES,
-    Config,
-    DeepMaskConfig,
-    SamplingConfig,
-    SharpMaskConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from pipeline.config import Config, DeepMaskConfig, SamplingConfig, SharpMaskConfig
+from pipeline.initial_weights import load_initial_deepmask
 from pipeline.networks import build_deepmask, build_sharpmask
 from pipeline.patch_metrics import mask_ious, score_hits, summarise
 from pipeline.splits import BrokenFiles, load_split, prepare_data
@@ -123,7 +114,7 @@ class DeepMaskStage(PatchStage):
         """
         super().__init__(config, target_size=config.deepmask.target_size)
         torch.manual_seed(config.seed)  # for the weights that are drawn
-        self.model = build_deepmask(config)
+        self.model = build_deepmask(config, pretrained=config.init.weights is None)
         for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
             level.requires_grad_(False)
 
@@ -186,28 +177,6 @@ class SharpMaskStage(PatchStage):
         """The mask loss at the resolution of the patch."""
         loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
         return {"loss": self.section.mask_weight * loss, "mask_loss": loss}
-
-
-def load_initial_deepmask(model: DeepMask, config: Config, path: Path) -> None:
-    """Fills a DeepMask from a checkpoint.
-
-    Raises:
-        ValueError: it is of another stage, trunk or size; says which.
-    """
-    content = load_checkpoint(path, stage="deepmask")
-    own = config_to_dict(config)
-    other = config_to_dict(config_from_dict(content["config"], source=str(path)))
-    keys = [("trunk", "name"), ("trunk", "width"), *(("deepmask", name) for name in DEEPMASK_SIZES)]
-    differences = [
-        f"{section}.{key} {other[section][key]} instead of {own[section][key]}"
-        for section, key in keys
-        if other[section][key] != own[section][key]
-    ]
-    if differences:
-        raise ValueError(f"{path} is a DeepMask of another model: {', '.join(differences)}")
-    load_weights(model, content["model"], source=str(path))
-    if distributed.is_main():
-        print(f"DeepMask from {path}", flush=True)
 
 
 def sampling_rules(c: SamplingConfig) -> SamplingRules:

@@ -68,7 +68,11 @@ class MultiPathNetStage:
             ]
         }
         torch.manual_seed(config.seed)
-        self.model = build_multipathnet(config, num_classes=len(coco.category_ids))
+        self.model = build_multipathnet(
+            config,
+            num_classes=len(coco.category_ids),
+            pretrained=config.init.weights is None,
+        )
         if trunk_checkpoint is not None:
             content = load_checkpoint(trunk_checkpoint, stage=("deepmask", "sharpmask"))
             load_trunk(self.model.trunk, content["model"], source=str(trunk_checkpoint))

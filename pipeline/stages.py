@@ -8,6 +8,7 @@ from datasets.coco import CocoInstances
 from pipeline.checkpoint import BEST, LAST
 from pipeline.config import Config, find_path
 from pipeline.engine import Stage
+from pipeline.initial_weights import read_initial_weights, start_from
 from pipeline.load import load_proposer
 from pipeline.patch_stages import DeepMaskStage, SharpMaskStage
 from pipeline.proposals import ProposalStore
@@ -26,13 +27,22 @@ def build_stage(name: str, config: Config, output: Path, device: torch.device) -
         ValueError or FileNotFoundError: what it needs is not there or does not fit.
     """
     begun = (output / "checkpoints" / LAST).exists()
+    content = None if begun else read_initial_weights(name, config)
+    stage = _build(name, config, output, device, filled=begun or content is not None)
+    if content is not None:
+        start_from(stage, content, source=config.init.weights)
+    return stage
+
+
+def _build(name: str, config: Config, output: Path, device: torch.device, *, filled: bool) -> Stage:
+    """`filled`: a checkpoint of the stage is going to fill the whole network."""
     if name == DeepMaskStage.name:
         return DeepMaskStage(config)
     if name == SharpMaskStage.name:  # its own checkpoint holds the DeepMask, too
-        return SharpMaskStage(config, None if begun else find_deepmask(config, output))
+        return SharpMaskStage(config, None if filled else find_deepmask(config, output))
     stores = {split: find_proposals(config, split, output, device) for split in ("train", "val")}
     trunk = None
-    if config.multipathnet.trunk.weights == "deepmask" and not begun:
+    if config.multipathnet.trunk.weights == "deepmask" and not filled:
         trunk = find_proposer(config, output)
     proposals = {split: store.boxes() for split, store in stores.items()}
     stage = MultiPathNetStage(config, proposals, trunk_checkpoint=trunk)
