@@ -1,4 +1,4 @@
-"""init.weights: a stage starts from a checkpoint's weights, also a converted one's, or says why not.
+"""init.weights: a stage starts from a checkpoint's weights, a converted one too, or says why not.
 
 Mistakes of the command line are in tests/test_user_errors.py.
 """
