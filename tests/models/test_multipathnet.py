@@ -152,7 +152,21 @@ def cells(low: float, high: float, factor: float, stride: int, size: int) -> lis
     ]
 
 
-def slow_pool(layer: Tensor, rois: Tensor, factor: float, stride: int) -> Tensor:
+def rounded_cells(low: float, high: float, factor: float, stride: int, size: int) -> list[range]:
+    """The same for the released code's RoI pooling: its last cell of the map is not the RoI's.
+
+    What is left is parted at rounded edges, so that no cell of the map belongs to two.
+    """
+    centre, half = (low + high) / 2, (high - low) / 2 * factor
+    ends = ((centre - half) / stride, (centre + half) / stride)
+    first, last = (int(math.copysign(math.floor(abs(v) + 0.5), v)) for v in ends)
+    length = max(last - first, 1)
+    edges = [first + math.floor(i * length / POOLED + 0.5) for i in range(POOLED + 1)]
+    edges = [min(max(edge, 0), size) for edge in edges]
+    return [range(*pair) for pair in itertools.pairwise(edges)]
+
+
+def slow_pool(layer: Tensor, rois: Tensor, factor: float, stride: int, cells=cells) -> Tensor:
     """(R, C, s, s) float64: the maximum over each cell, 0 where the map has none of it."""
     channels, height, width = layer.shape[1:]
     values = layer.tolist()
@@ -168,13 +182,17 @@ def slow_pool(layer: Tensor, rois: Tensor, factor: float, stride: int) -> Tensor
     return pooled
 
 
-@pytest.fixture(scope="module")
-def pooled() -> dict[tuple[float, int], Tensor]:
+def pool_everything(cells) -> dict[tuple[float, int], Tensor]:
     """`ROIS` pooled from `some_layers`, by factor and stride."""
     looks = {(factor, 16) for factor in (1.0, 1.5, 2.0, 4.0)}
     looks |= {(1.0, 4), (1.0, 8), (1.5, 4), (1.5, 8), (2.0, 8)}
     layers = some_layers()
-    return {(f, stride): slow_pool(layers[stride], ROIS, f, stride) for f, stride in looks}
+    return {(f, stride): slow_pool(layers[stride], ROIS, f, stride, cells) for f, stride in looks}
+
+
+@pytest.fixture(scope="module")
+def pooled() -> dict[tuple[float, int], Tensor]:
+    return pool_everything(cells)
 
 
 def slow_scale(block: Tensor, stride: int, normalise: bool) -> Tensor:
@@ -252,6 +270,20 @@ def test_outputs_are_the_slow_references_with_each_part_switched_off(part, head,
     assert outputs["deltas"].shape == (len(ROIS), CLASSES + 1, 4)
     for name in ("class_logits", "deltas"):
         assert_close(outputs[name], expected[name])
+
+
+@torch.no_grad()
+def test_outputs_with_the_released_codes_bins(pooled):
+    model = randomise(build(roi_bins="rounded"))
+    outputs = model.classify_rois(some_layers(), ROIS)
+    expected = slow_outputs(
+        model, pool_everything(rounded_cells), PAPER, (1.5, ALL), normalise=True
+    )
+    other = slow_outputs(model, pooled, PAPER, (1.5, ALL), normalise=True)
+    for name in ("class_logits", "deltas"):
+        assert_close(outputs[name], expected[name])
+        largest = expected[name].abs().max()
+        assert (other[name] - expected[name]).abs().max() > 0.01 * largest  # the bins matter
 
 
 @given(st.lists(st.tuples(*[st.integers(-160, 480)] * 4), min_size=1, max_size=2))
@@ -347,10 +379,11 @@ def test_fast_rcnn_is_a_configuration_without_extra_parameters():
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("roi_bins", multipathnet.ROI_BINS)
 @pytest.mark.parametrize("head", HEADS)
 @torch.no_grad()
-def test_chunks_of_rois_give_the_outputs_of_the_whole(head, training):
-    model = randomise(build(HEADS[head])).train(training)
+def test_chunks_of_rois_give_the_outputs_of_the_whole(head, roi_bins, training):
+    model = randomise(build(HEADS[head], roi_bins=roi_bins)).train(training)
     images, rois, keys = torch.randn(2, 3, HEIGHT, IMAGE_WIDTH), random_rois(23), torch.arange(23)
     whole, layers = model(images, rois, keys=keys), model.layers(images)
     assert set(layers) == {2, 4, 8, 16}
