@@ -14,6 +14,7 @@ from pipeline import distributed
 from pipeline.detect import Detector
 from pipeline.detections import Detections, write_detections
 from pipeline.image_files import ImageFile, read_ahead
+from pipeline.memory import NETWORK_ERRORS, describe_failure
 from pipeline.proposals import Proposals, ProposalStore
 from pipeline.visualize import draw_detections, picture_path, save_jpeg
 
@@ -101,10 +102,10 @@ def _finish(summary: Summary, output: Path) -> None:
     write_json(output / "broken.json", summary.broken)
     print(
         f"{summary.images} images, {summary.detections:,} detections, {len(summary.broken)} files "
-        f"could not be read; results in {output / RESULTS}"
+        f"could not be used; results in {output / RESULTS}"
     )
     for message in summary.broken:
-        print(f"  not read: {message}")
+        print(f"  left out: {message}")
 
 
 def _detections(
@@ -120,7 +121,13 @@ def _detections(
     names = {category["id"]: category["name"] for category in detector.categories}
     shards = store.shards()[index::count]
     for image, proposals in with_images(store, shards, images, summary.broken):
-        found = detector(image, proposals)
+        try:
+            found = detector(image, proposals)
+        except NETWORK_ERRORS as error:
+            advice = "make the image smaller or lower --short-sides"
+            problem = describe_failure(error, image, advice=advice)
+            summary.broken.append(f"{images / proposals.file_name}: {problem}")
+            continue
         if draw:
             picture = draw_detections(image, found, names, draw)
             save_jpeg(picture, picture_path(drawn, proposals.file_name))

@@ -4,27 +4,23 @@ In which process, what is left to do, and what had to be left out.
 """
 
 import itertools
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from datasets.files import write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.image_files import ImageFile, common_folder, find_images, read_ahead
+from pipeline.memory import NETWORK_ERRORS, describe_failure
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import Proposer
 from pipeline.visualize import draw_proposals, picture_path, save_jpeg
 
 MAX_IMAGES_IN_SHARD = 16  # so little is lost by a kill
-# PyTorch on a CPU and OpenCV have no exception of their own for it.
-NO_MEMORY = re.compile("(can't allocate|not enough|insufficient|out of) memory", re.IGNORECASE)
 
 
 @dataclass
@@ -124,19 +120,10 @@ def _propose_one(proposer: Proposer, file: ImageFile, image: np.ndarray | ImageE
         raise image
     try:
         return proposer(image, image_id=file.image_id, file_name=file.file_name)
-    except (RuntimeError, MemoryError, cv2.error) as error:
-        raise ImageError(f"{file.path}: {_reason(error, image)}") from error
-
-
-def _reason(error: Exception, image: np.ndarray) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
-        height, width = image.shape[:2]
-        return (
-            f"out of memory at {width} x {height} px; "
-            "make the image smaller or lower the largest of --scales"
-        )
-    return f"{type(error).__name__}: {text}"
+    except NETWORK_ERRORS as error:
+        advice = "make the image smaller or lower the largest of --scales"
+        problem = describe_failure(error, image, advice=advice)
+        raise ImageError(f"{file.path}: {problem}") from error
 
 
 def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, count: int) -> None:

@@ -1,7 +1,9 @@
 """Detection in images: perfect networks score 1, chunks and views agree, masks stay with boxes."""
 
 import json
+import shutil
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
@@ -14,9 +16,10 @@ from models.multipathnet import MultiPathNet
 from pipeline.coco_eval import load_ground_truth
 from pipeline.config import DetectConfig
 from pipeline.detect import Detector
+from pipeline.detect_run import detect_images
 from pipeline.detection_eval import evaluate_detections
 from pipeline.load import compress_checkpoint, load_detector
-from pipeline.proposals import Proposals
+from pipeline.proposals import Proposals, ProposalStore
 
 CPU = torch.device("cpu")
 
@@ -196,6 +199,35 @@ def test_full_rank_compression_changes_nothing_and_low_rank_is_smaller(
     assert sizes[0] < sizes[1]
     found = small(*scene)
     assert len(found) and set(found.counts) <= set(whole.counts)
+
+
+def test_one_bad_image_loses_no_other(tiny_detector, shapes_directory, tmp_path, capsys):
+    """One too large for the memory, one unreadable, one that has been replaced by another."""
+    images = tmp_path / "images"
+    shutil.copytree(shapes_directory / "images" / "val", images)
+    store = ProposalStore(tiny_detector.parents[1] / "proposals" / "val")
+    large, torn, other, *names = store.images()
+    (images / torn).write_bytes((images / torn).read_bytes()[:500])
+    cv2.imwrite(str(images / other), np.zeros((20, 30, 3), np.uint8))
+    detector, _ = load_detector(tiny_detector, CPU)
+    detect = detector.detect_by_count
+
+    def run_out_of_memory(image, proposals, counts):
+        if proposals.file_name == large:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return detect(image, proposals, counts)
+
+    detector.detect_by_count = run_out_of_memory
+    summary = detect_images(detector, store, images, tmp_path / "out")
+    assert summary.images == len(names) > 0 and len(summary.broken) == 3
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {one["image_id"] for one in found} == {store.images()[name]["id"] for name in names}
+    printed = capsys.readouterr().out
+    reasons = ("out of memory", "truncated", "30x20")
+    for message, name, reason in zip(
+        sorted(summary.broken), (large, torn, other), reasons, strict=True
+    ):
+        assert name in message and reason in message and message in printed
 
 
 def test_tool_goes_from_images_to_scored_detections(
