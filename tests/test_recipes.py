@@ -1,7 +1,8 @@
 """The published recipes at their real sizes: two minibatches of every stage on real images.
 
-Slow (`make test-slow`): five towers of VGG-16's fully connected layers are 614 M parameters, with
-gradients and momentum 7 GiB before the first feature. Prints seconds and memory of each stage.
+Slow (`make test-slow`): the detector has 624 M parameters, 598 M of them in the fully connected
+layers of its five towers; with gradients and momentum that is 7 GiB before the first feature.
+Prints seconds and memory of each stage.
 """
 
 import shutil
