@@ -11,17 +11,8 @@ from torch import Tensor, nn
 
 from models.trunk import TrunkConv2d, describe_mismatch, load_backbone
 from pipeline.config import PixelConfig
-from pipeline.convert_t7_modules import (
-    CONTAINERS,
-    CONVOLUTIONS,
-    RECTIFIERS,
-    Module,
-    Taken,
-    convolutions,
-    expect,
-    kind,
-    steps,
-)
+from pipeline.convert_t7_layers import CONVOLUTIONS, convolutions
+from pipeline.convert_t7_modules import CONTAINERS, RECTIFIERS, Module, Taken, expect, kind, steps
 from pipeline.convert_t7_resnet import is_stage, refuse
 
 POOLS = ("SpatialMaxPooling",)

@@ -20,16 +20,8 @@ from pipeline.config import (
     TrunkConfig,
     config_to_dict,
 )
-from pipeline.convert_t7_modules import (
-    CONVOLUTIONS,
-    RECTIFIERS,
-    Convolution,
-    Module,
-    convolutions,
-    expect,
-    kind,
-    steps,
-)
+from pipeline.convert_t7_layers import CONVOLUTIONS, Convolution, convolutions
+from pipeline.convert_t7_modules import RECTIFIERS, Module, expect, kind, steps
 from pipeline.convert_t7_resnet import (
     Layers,
     problems,

@@ -8,21 +8,16 @@ import torchvision
 from torch import Tensor, nn
 
 from models.trunk import RESNET_LEVELS, describe_mismatch, load_backbone
-from pipeline.convert_t7_modules import (
+from pipeline.convert_t7_layers import (
     CONVOLUTIONS,
     EPSILON,
     FIXED_NORMS,
     NORMS,
-    RECTIFIERS,
     Convolution,
-    Module,
     convolutions,
-    expect,
-    kind,
     live_norm,
-    steps,
-    submodules,
 )
+from pipeline.convert_t7_modules import RECTIFIERS, Module, expect, kind, steps, submodules
 
 # Convolutions in a block and blocks in each stage, by torchvision's name.
 LAYOUTS = {

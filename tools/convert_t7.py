@@ -3,8 +3,11 @@ r"""Converts the released Lua models and proposals (Torch7 files, .t7) for use h
 
     python tools/convert_t7.py model.t7 --output deepmask.pt
     python tools/propose.py --checkpoint deepmask.pt --images photos --output runs/photos
+    python tools/convert_t7.py resnet18_integral_coco.t7 --output detector.pt
+    python tools/detect.py --checkpoint detector.pt --proposals runs/photos --output runs/detections
 
-DeepMask, SharpMask and detectors become checkpoints; an ImageNet network (ResNet, VGG, CaffeNet)
+DeepMask, SharpMask and the detectors (integral loss, Fast R-CNN) become checkpoints, each with a
+recipe beside it, FILE.pt.yaml, to fine-tune it by; an ImageNet network (ResNet, VGG, CaffeNet)
 becomes weights for trunk.weights; proposals become a proposal store, --output its folder. Which of
 them a file is, is in the file.
 """

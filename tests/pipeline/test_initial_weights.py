@@ -1,4 +1,4 @@
-"""init.weights: a stage starts from a checkpoint's weights, a converted one too, or says why not.
+"""init.weights: a stage starts from a checkpoint's weights, also a converted one's.
 
 Mistakes of the command line are in tests/test_user_errors.py.
 """
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.config import load_config
+from pipeline.config import config_from_dict, load_config
 from pipeline.convert_t7 import convert_file
 from pipeline.engine import fit
 from pipeline.stages import build_stage
@@ -63,17 +62,14 @@ def test_starts_from_its_own_checkpoint_with_a_new_optimiser(
 
 
 def test_a_resumed_run_goes_on_with_its_own_weights(checkpoints, tiny_config, tmp_path):
-    start = [f"init.weights={checkpoints['deepmask']}", "deepmask.optim.lr=0.1"]
-    config = load_config(tiny_config, start)
-    fit(
-        build_stage("deepmask", config, tmp_path / "run", CPU), config, tmp_path / "run", device=CPU
-    )
-    before = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
-    Path(moved := tmp_path / "moved.pt").write_bytes(checkpoints["deepmask"].read_bytes())
-    config = load_config(tiny_config, [f"init.weights={moved}", "deepmask.optim.lr=0.1"])
-    moved.unlink()  # what it started from may be gone by then
-    stage = build_stage("deepmask", config, tmp_path / "run", CPU)
-    fit(stage, config, tmp_path / "run", device=CPU, resume=True)
+    start, output = tmp_path / "start.pt", tmp_path / "run"
+    start.write_bytes(checkpoints["deepmask"].read_bytes())
+    config = load_config(tiny_config, [f"init.weights={start}", "deepmask.optim.lr=0.1"])
+    fit(build_stage("deepmask", config, output, CPU), config, output, device=CPU)
+    before = load_checkpoint(output / "checkpoints" / "last.pt")["model"]
+    start.unlink()  # what it started from may be gone by then
+    stage = build_stage("deepmask", config, output, CPU)
+    fit(stage, config, output, device=CPU, resume=True)
     assert len(same(stage.model.state_dict(), before)) == len(before)
 
 
@@ -147,5 +143,7 @@ def test_training_starts_from_a_converted_file(
 
 
 def test_a_recipe_is_of_its_networks_settings(converted):
-    recipe = yaml.safe_load((converted / "multipathnet.pt.yaml").read_text())
-    assert recipe == load_checkpoint(converted / "multipathnet.pt")["config"]
+    for name in FILES:
+        content = load_checkpoint(converted / f"{name}.pt")
+        recipe = load_config(converted / f"{name}.pt.yaml")
+        assert recipe == config_from_dict(content["config"], source="the test")
