@@ -334,6 +334,28 @@ MISTAKES = {
         SHARP + "init.deepmask={wrong}/sharpmask.pt",
         "sharpmask.pt sharpmask deepmask",
     ),
+    # weights to start from
+    "weights missing": (SET + "init.weights=nowhere.pt", "init.weights nowhere.pt"),
+    "weights of another stage": (
+        SHARP + "init.weights={checkpoint}",
+        "best.pt deepmask sharpmask",
+    ),
+    "weights of another network": (
+        SET + "init.weights={checkpoint} deepmask.embedding=16 trunk.padding=zero",
+        "best.pt deepmask.embedding 32 16 trunk.padding symmetric zero",
+    ),
+    "weights that do not fit": (
+        SET + "init.weights={wrong}/resnet.pt trunk.name=resnet18",
+        "resnet.pt missing trunk.levels",
+    ),
+    "weights and a deepmask": (
+        SHARP + "init.weights={wrong}/sharpmask.pt init.deepmask={checkpoint}",
+        "init.weights init.deepmask",
+    ),
+    "weights for all stages": (
+        ALL + "--config {config} --set init.weights={checkpoint}",
+        "init.weights best.pt train_stage",
+    ),
     "km odd": (SHARP + "init.deepmask={checkpoint} sharpmask.km=20", "km 20 16"),
     "merge unknown": (SHARP + "sharpmask.merge=product", "sharpmask.merge sum concat 'product'"),
     # MultiPathNet
