@@ -335,7 +335,7 @@ MISTAKES = {
         "sharpmask.pt sharpmask deepmask",
     ),
     # weights to start from
-    "weights missing": (SET + "init.weights=nowhere.pt", "init.weights nowhere.pt"),
+    "start weights missing": (SET + "init.weights=nowhere.pt", "init.weights nowhere.pt"),
     "weights of another stage": (
         SHARP + "init.weights={checkpoint}",
         "best.pt deepmask sharpmask",
