@@ -92,13 +92,15 @@ class RoiSampler:
         """
         self.coco, self.proposals, self.seed = coco, proposals, seed
         self.rules = rules or RoiRules()
+        # VOC's difficult objects teach nothing, as in Fast R-CNN; what lies in one is no negative.
+        self.not_objects = coco.is_crowd | coco.is_difficult
         assert self.rules.background_low < min(self.rules.thresholds), self.rules
         self._index_images()
 
     def _index_images(self) -> None:
         """The images that may be drawn, and those among them that show an object."""
         has_object = np.zeros(len(self.coco), bool)
-        has_object[self.coco.image_index[~self.coco.is_crowd]] = True
+        has_object[self.coco.image_index[~self.not_objects]] = True
         # Only images without an object need a look: the others have a ground-truth box at least.
         empty = [
             image
@@ -165,7 +167,7 @@ class RoiSampler:
         """The best proposals of an image, less those in a crowd, and its ground-truth boxes."""
         coco, rules = self.coco, self.rules
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
-        crowd = coco.is_crowd[rows]
+        crowd = self.not_objects[rows]
         proposals = self.proposals.of(int(coco.image_ids[image]))[0][: rules.max_proposals]
         boxes = np.concatenate([proposals, coco.boxes[rows[~crowd]]])
         overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)

@@ -17,8 +17,8 @@ CATEGORIES = (3, 7, 20)
 OBJECT = (100.0, 100.0, 200.0, 200.0)
 
 
-def load(path, annotations, images=4):
-    """Images 1 ... `images`; annotations are (image, category, xyxy box, is crowd)."""
+def load(path, annotations, images=4, flag="iscrowd"):
+    """Images 1 ... `images`; annotations are (image, category, xyxy box, whether `flag` is set)."""
     content = {
         "images": [
             {"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT}
@@ -33,9 +33,10 @@ def load(path, annotations, images=4):
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": (x2 - x1) * (y2 - y1),
                 "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-                "iscrowd": int(crowd),
+                "iscrowd": 0,
+                flag: int(flagged),
             }
-            for number, (image, category, (x1, y1, x2, y2), crowd) in enumerate(annotations, 1)
+            for number, (image, category, (x1, y1, x2, y2), flagged) in enumerate(annotations, 1)
         ],
     }
     path.write_text(json.dumps(content))
@@ -238,9 +239,12 @@ def test_an_overlap_of_just_the_threshold_is_foreground_and_just_the_low_one_bac
     assert labels == {100: [2] * 6, 50: [2, 0, 0, 0, 0, 0], 10: [0] * 6, 9: [0] * 6}
 
 
-def test_in_a_crowd_a_proposal_is_ignored_and_an_annotated_object_is_not(tmp_path):
+@pytest.mark.parametrize("flag", ["iscrowd", "ignore"])
+def test_in_a_crowd_a_proposal_is_ignored_and_an_annotated_object_is_not(tmp_path, flag):
+    """And in one of VOC's difficult objects, which is no foreground itself."""
     crowd = (90.0, 90.0, 400.0, 400.0)
-    coco = load(tmp_path / "a.json", [(1, 7, OBJECT, False), (1, 7, crowd, True)], images=1)
+    annotations = [(1, 7, OBJECT, False), (1, 7, crowd, True)]
+    coco = load(tmp_path / "a.json", annotations, images=1, flag=flag)
     inside, on_the_object = (250, 250, 300, 300), (100, 100, 200, 190)
     at_the_border = (362, 100, 462, 200)  # 38 % in the crowd
     deeper = (329, 100, 429, 200)  # 71 %
