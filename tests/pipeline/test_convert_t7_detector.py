@@ -243,7 +243,7 @@ def whole(checkpoint) -> Detector:
 
 @torch.inference_mode()
 def test_from_the_image_on_probabilities_and_boxes_are_the_originals(whole, image):
-    probabilities, boxes = whole._classify(whole._views(image), reference("boxes") - 1)
+    probabilities, boxes = whole._classify_chunk(whole._views(image), reference("boxes") - 1)
     assert_near(probabilities, reference("probs"))
     assert_near(boxes.flatten(1) + 1, reference("pred_boxes")[:, 4:])
 
@@ -271,7 +271,7 @@ def test_resizing_by_area_would_move_the_boxes(whole, image):
     whole = copy.copy(whole)
     whole.resampling = "area"
     with torch.inference_mode():
-        _, boxes = whole._classify(whole._views(image), reference("boxes") - 1)
+        _, boxes = whole._classify_chunk(whole._views(image), reference("boxes") - 1)
     moved = (boxes.flatten(1) + 1 - reference("pred_boxes")[:, 4:]).abs().max()
     assert 1 < float(moved) < 5
 
