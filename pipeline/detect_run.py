@@ -1,7 +1,6 @@
 """Detections for many images, from a proposal store or from the images alone."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from datasets.files import write_json
 from datasets.images import ImageError
 from pipeline import distributed
 from pipeline.detect import Detector
-from pipeline.detections import Detections, write_detections
+from pipeline.detection_parts import DetectionParts
+from pipeline.detections import write_results
 from pipeline.image_files import ImageFile, read_ahead
 from pipeline.memory import NETWORK_ERRORS, describe_failure
 from pipeline.proposals import Proposals, ProposalStore
@@ -54,14 +54,21 @@ def image_folder(store: ProposalStore, given: Path | None) -> Path:
 
 
 def detect_images(
-    detector: Detector, store: ProposalStore, images: Path, output: Path, *, draw: int = 0
+    detector: Detector,
+    store: ProposalStore,
+    images: Path,
+    output: Path,
+    *,
+    settings: dict,
+    draw: int = 0,
 ) -> Summary:
     """Writes `output/detections.json` for the images of a proposal store.
 
-    The processes share the shards.
+    The processes share the shards. An interrupted run, started again, goes on where it was.
 
     Args:
         images: the folder that the store's file names are relative to.
+        settings: what the detections depend on, beside the images and the store.
         draw: number of detections to draw on each image, into `output/drawn`.
 
     Raises:
@@ -69,33 +76,56 @@ def detect_images(
     """
     if draw < 0:
         raise ValueError(f"--draw must be at least 0, got {draw}")
-    store.require_shards()
-    names = list(store.images())
+    shards, names = store.require_shards(), list(store.images())
     if not any((images / name).is_file() for name in names):
         raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
-    summary = Summary()
-    detections = _detections(detector, store, images, summary, output / "drawn", draw)
-    if distributed.share()[1] > 1:
-        detections = itertools.chain.from_iterable(distributed.gather(list(detections)))
-        summary.broken = list(itertools.chain.from_iterable(distributed.gather(summary.broken)))
+    parts = DetectionParts(output)
     if distributed.is_main():
-        some = _unless_all_broken(detections, summary, store)
-        summary.detections = write_detections(output / RESULTS, some)
+        stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+        own = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
+        parts.open_for(settings | own)
+    distributed.barrier()
+    index, count = distributed.share()
+    mine = parts.missing(shards)[index::count]
+    distributed.barrier()  # everyone has seen the same parts before anyone adds to them
+    for shard in tqdm(mine, unit="shard", disable=None if distributed.is_main() else True):
+        parts.write(shard, *_detect_shard(detector, store, shard, images, output / "drawn", draw))
+    distributed.barrier()
+    summary = Summary(broken=parts.broken(shards))
     summary.images = len(names) - len(summary.broken)
+    distributed.barrier()  # everyone has read them
     if distributed.is_main():
-        _finish(summary, output)
-    return summary
-
-
-def _unless_all_broken(
-    detections: Iterable[Detections], summary: Summary, store: ProposalStore
-) -> Iterator[Detections]:
-    """Raises a ValueError at the end if no image could be used: an earlier file then stays."""
-    yield from detections
-    if len(summary.broken) == len(store.images()):
+        if summary.images:
+            summary.detections = write_results(output / RESULTS, parts.results(shards))
+            _finish(summary, output)
+        parts.remove()
+    if not summary.images:
         raise ValueError(
             f"none of the images of {store.directory} could be used; the first: {summary.broken[0]}"
         )
+    return summary
+
+
+def _detect_shard(
+    detector: Detector, store: ProposalStore, shard: Path, images: Path, drawn: Path, draw: int
+) -> tuple[list[dict], list[str]]:
+    """COCO results of a shard's images, and messages on those left out."""
+    names = {category["id"]: category["name"] for category in detector.categories}
+    results: list[dict] = []
+    broken: list[str] = []
+    for image, proposals in with_images(store, [shard], images, broken):
+        try:
+            found = detector(image, proposals)
+        except NETWORK_ERRORS as error:
+            advice = "make the image smaller or lower --short-sides"
+            problem = describe_failure(error, image, advice=advice)
+            broken.append(f"{images / proposals.file_name}: {problem}")
+            continue
+        if draw:
+            picture = draw_detections(image, found, names, draw)
+            save_jpeg(picture, picture_path(drawn, proposals.file_name))
+        results += found.results()
+    return results, broken
 
 
 def _finish(summary: Summary, output: Path) -> None:
@@ -108,32 +138,6 @@ def _finish(summary: Summary, output: Path) -> None:
         print(f"  left out: {message}")
 
 
-def _detections(
-    detector: Detector,
-    store: ProposalStore,
-    images: Path,
-    summary: Summary,
-    drawn: Path,
-    draw: int,
-) -> Iterator[Detections]:
-    """This process's images, in the order of the store."""
-    index, count = distributed.share()
-    names = {category["id"]: category["name"] for category in detector.categories}
-    shards = store.shards()[index::count]
-    for image, proposals in with_images(store, shards, images, summary.broken):
-        try:
-            found = detector(image, proposals)
-        except NETWORK_ERRORS as error:
-            advice = "make the image smaller or lower --short-sides"
-            problem = describe_failure(error, image, advice=advice)
-            summary.broken.append(f"{images / proposals.file_name}: {problem}")
-            continue
-        if draw:
-            picture = draw_detections(image, found, names, draw)
-            save_jpeg(picture, picture_path(drawn, proposals.file_name))
-        yield found
-
-
 def with_images(
     store: ProposalStore, shards: list[Path], images: Path, broken: list[str]
 ) -> Iterator[tuple[np.ndarray, Proposals]]:
@@ -143,7 +147,7 @@ def with_images(
         images: the folder that the store's file names are relative to.
         broken: gets a message for every image that is left out: unreadable, or of another size.
     """
-    for shard in tqdm(shards, unit="shard", disable=None if distributed.is_main() else True):
+    for shard in shards:
         proposals = {p.file_name: p for p in store.read_shard(shard)}
         files = [ImageFile(p.image_id, name, images / name) for name, p in proposals.items()]
         for file, image in read_ahead(files):

@@ -69,19 +69,23 @@ class Detections:
 
 
 def write_detections(path: str | Path, detections: Iterable[Detections]) -> int:
-    """Writes one COCO results file, one detection a line; images are taken one at a time.
+    """Writes one COCO results file; images are taken one at a time.
 
     Returns:
         How many detections it holds.
     """
+    return write_results(path, (result for image in detections for result in image.results()))
+
+
+def write_results(path: str | Path, results: Iterable[dict]) -> int:
+    """Writes a COCO results file, one result a line, and returns how many there are."""
     count = 0
     with atomic_path(path) as temporary, temporary.open("w") as file:
         file.write("[")
-        for image in detections:
-            for result in image.results():
-                text = json.dumps(result, separators=(",", ":"), allow_nan=False)
-                file.write((",\n" if count else "\n") + text)
-                count += 1
+        for result in results:
+            text = json.dumps(result, separators=(",", ":"), allow_nan=False)
+            file.write((",\n" if count else "\n") + text)
+            count += 1
         file.write("\n]\n")
     return count
 

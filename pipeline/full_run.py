@@ -105,8 +105,8 @@ def score_detector(config: Config, checkpoint: Path, output: Path, device: torch
     """Detections in the validation images from SharpMask's proposals, and their AP."""
     files = _validation_files(config)
     store = ProposalStore(output.parent / "sharpmask" / "proposals")
-    detector, _ = load_detector(checkpoint, device)
-    detect_images(detector, store, files["images"], output)
+    detector, settings = load_detector(checkpoint, device)
+    detect_images(detector, store, files["images"], output, settings=settings)
     scores = {}
     if distributed.is_main():
         scores = score_detections(files["annotations"], output / RESULTS, output / "scores")

@@ -1,7 +1,7 @@
 """Trained networks from checkpoints, ready for use."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -80,8 +80,8 @@ def load_proposer(
 
 def load_detector(
     checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
-) -> tuple[Detector, Config]:
-    """A detector from a MultiPathNet checkpoint.
+) -> tuple[Detector, dict]:
+    """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
     Args:
         overrides: values for the config's `detect` section.
@@ -114,7 +114,9 @@ def load_detector(
         pixels=PixelRules(**vars(config.multipathnet.pixels)),
         inclusive_boxes=config.multipathnet.inclusive_boxes,
     )
-    return detector, config
+    settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}
+    del settings["chunk"]  # changes the memory only
+    return detector, settings
 
 
 def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:

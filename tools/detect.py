@@ -66,21 +66,23 @@ def main() -> int:
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return_large_blocks()
     with distributed.process_group(args.device) as device:
-        detector, _ = load_detector(args.checkpoint, device, overrides=overrides)
+        detector, settings = load_detector(args.checkpoint, device, overrides=overrides)
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposal_checkpoint:
-            proposer, settings = load_proposer(
+            proposer, own = load_proposer(
                 args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
             )
             propose_images(
                 proposer,
                 args.images,
                 store.directory,
-                settings=settings,
+                settings=own,
                 annotations=args.annotations,
             )
         folder = image_folder(store, args.images if args.proposals else None)
-        summary = detect_images(detector, store, folder, args.output, draw=args.draw)
+        summary = detect_images(
+            detector, store, folder, args.output, settings=settings, draw=args.draw
+        )
     return 0 if summary.images else 2
 
 
