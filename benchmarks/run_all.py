@@ -50,7 +50,7 @@ BENCHMARKS = {
         "training.py", quick=("--trunk", "resnet18", "--batch", "2", "--rounds", "1")
     ),
     "detections": Benchmark(
-        "detections.py", quick=("--trunk", "resnet18", "--num-proposals", "20", "--rounds", "1")
+        "detections.py", quick=("--features", "64", "--num-proposals", "20", "--rounds", "1")
     ),
     "scoring": Benchmark("scoring.py", quick=("--box-images", "2", "--mask-images", "2")),
     "annotations": Benchmark(
@@ -127,16 +127,14 @@ def describe_machine() -> dict[str, str | int]:
 
 def flatten(value: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
     """The numbers of nested dicts and lists by their path."""
-    if isinstance(value, bool | int | float):
+    if isinstance(value, int | float):
         return {path: float(value)}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    if isinstance(value, str) or value is None:
-        items = ()
-    return {
-        inner: number
-        for key, each in items
-        for inner, number in flatten(each, (*path, str(key))).items()
-    }
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    numbers = {}
+    for key, each in value.items() if isinstance(value, dict) else ():
+        numbers |= flatten(each, (*path, str(key)))
+    return numbers
 
 
 def to_table(results: dict, earlier: dict | None = None) -> str:
