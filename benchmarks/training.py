@@ -5,7 +5,8 @@ r"""Patches a second of the training steps: DeepMask's two kinds of minibatch, a
 
 Published sizes with random weights, everything of DeepMask trained, and random patches that are
 already there: forward, backward and the optimiser. SharpMask's DeepMask is frozen, so its share of
-a step is one forward pass without autograd and without its heads.
+a step is one forward pass without autograd and without its heads. The operations (convolutions and
+matrix products, counted as they run) say what ratio the arithmetic alone would give.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,21 +40,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the figures as json")
     args = parser.parse_args()
-    seconds = interleave(build_steps(args.trunk, args.batch), rounds=args.rounds)
+    steps = build_steps(args.trunk, args.batch)
+    gigaflops = {name: count_operations(step) / args.batch / 1e9 for name, step in steps.items()}
+    seconds = interleave(steps, rounds=args.rounds)
     figures = {
+        "GFLOP a patch": gigaflops,
         "patches a second": {name: args.batch / s for name, s in medians(seconds).items()},
         "SharpMask against DeepMask": {
             name: median_ratio(seconds[name], seconds["SharpMask"])
             for name in ("DeepMask, mask", "DeepMask, score")
         },
+        "ratio of the operations": gigaflops["DeepMask, mask"] / gigaflops["SharpMask"],
     }
     print(f"{args.trunk}, batch {args.batch}, {torch.get_num_threads()} threads")
     for name, rate in figures["patches a second"].items():
-        print(f"{name:16s} {rate:7.2f} patches/s")
+        print(f"{name:16s} {rate:7.2f} patches/s {gigaflops[name]:7.2f} GFLOP a patch")
     for name, ratio in figures["SharpMask against DeepMask"].items():
         print(f"SharpMask: {ratio:.2f} times the patches of {name}")
+    print(f"by operations alone: {figures['ratio of the operations']:.2f}")
     if args.output:
         write_json(args.output, figures)
+
+
+def count_operations(step: Callable[[], None]) -> int:
+    """Multiplications and additions of convolutions and matrix products, backward too."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def build_steps(trunk: str, batch: int) -> dict[str, Callable[[], None]]:
