@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-r"""Does loading ever stall training? A simulation: a "GPU" that sleeps, fed by this machine.
+r"""Does loading ever stall a GPU that takes 100 ms for 32 patches, with 8 workers? A simulation.
 
     python benchmarks/loading.py --config configs/coco_mini.yaml
 
-The question is a GPU that takes 100 ms for a minibatch of 32 patches, and 8 loading workers on
-cores of their own. A machine of fewer cores runs as many workers as it can spare a core for (of two
-one: the other starts the steps), and a step is made longer in proportion, 100 ms times 8 over that
-number, so that each worker has the time for a minibatch that it would have. A step is stalled when
-its minibatch is not there 5 ms after the one before it was done. Not simulated: eight processes
-that read from one disk and share one memory bus.
+Measured: the CPU seconds that one core of this machine needs for each of a row of minibatches, of
+both kinds, decoding to collating. Simulated with them: workers on a core each, which load the
+minibatches in turn and hold up to `prefetch` of them, as PyTorch's DataLoader has it, and a GPU
+that takes one whenever it is done with the one before. A step is stalled when it has to wait for
+its minibatch. Not in it: workers that wait for a disk, and the copy to the GPU.
 """
 
 import argparse
@@ -17,20 +16,21 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.files import write_json
-from datasets.patches import BatchKeys, PatchDataset, patch_loader
+from datasets.patches import BatchKeys, PatchDataset, collate_groups
 from pipeline.command import run_tool
 from pipeline.config import load_config
 from pipeline.patch_stages import patch_dataset
 from pipeline.splits import load_split, prepare_data
 
-GPU_STEP, GPU_WORKERS, BATCH = 0.1, 8, 32  # seconds, of the question
-LATE = 0.005  # seconds that handing over a minibatch may take
-SHARED, PREFETCH = (1, 8), (1, 2, 4)
+STEP, BATCH = 0.1, 32  # seconds and patches
+SHARED, WORKERS, PREFETCH = (1, 2, 8), (1, 2, 4, 8), (1, 2, 4)
+ROUNDS = 10  # how often the measured minibatches are gone through
 
 
 def main() -> None:
@@ -38,61 +38,67 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/coco_mini.yaml")
-    parser.add_argument("--steps", type=int, default=25, help="of each setting")
-    parser.add_argument("--workers", type=int, default=1, help="of this machine, a core each")
+    parser.add_argument("--steps", type=int, default=40, help="minibatches to measure")
     parser.add_argument("--output", type=Path, help="write the figures as json")
     args = parser.parse_args()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
     config = load_config(args.config)
     prepare_data(config)
     c = config.deepmask
     data = patch_dataset(
         c, *load_split(config, "train"), sampling=c.sampling, target_size=c.target_size, seed=0
     )
-    step = GPU_STEP * GPU_WORKERS / args.workers
-    print(f"{args.workers} workers, a step of {BATCH} patches takes {step * 1000:.0f} ms")
     figures = {}
     for shared in SHARED:
         data.patches_per_image = shared
-        for prefetch in PREFETCH:
-            name = f"{shared} patches an image, prefetch {prefetch}"
-            figures[name] = simulate(data, args.steps, step, args.workers, prefetch)
-            print(name + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures[name].items()))
+        seconds = load_seconds(data, args.steps)
+        own = figures[f"{shared} patches an image"] = {
+            "ms a minibatch": statistics.mean(seconds) * 1000,
+            "longest, ms": max(seconds) * 1000,
+        }
+        for workers in WORKERS:
+            for prefetch in PREFETCH:
+                waits = simulate(seconds * ROUNDS, workers=workers, prefetch=prefetch)
+                stalled = sum(wait > 0 for wait in waits) / len(waits)
+                own[f"stalled, {workers} workers, prefetch {prefetch}"] = stalled
+    for name, own in figures.items():
+        print(name + ": " + ", ".join(f"{key} {value:.3g}" for key, value in own.items()))
     if args.output:
         write_json(args.output, figures)
 
 
-def simulate(
-    data: PatchDataset, steps: int, step: float, workers: int, prefetch: int
-) -> dict[str, float]:
-    """How long the steps waited for their minibatches, and how fast workers load without a wait."""
-    loader = patch_loader(data, batch_keys(data, 2 * steps), workers=workers, prefetch=prefetch)
-    batches = iter(loader)
-    next(batches)  # the workers have started
-    waits = []
-    for _ in range(steps):
-        time.sleep(step)
-        start = time.perf_counter()
-        next(batches)
-        waits.append(time.perf_counter() - start)
-    for _ in range(workers * prefetch):
-        next(batches, None)  # what they have ready
-    start, rest = time.perf_counter(), sum(1 for _ in batches)
-    seconds = time.perf_counter() - start
-    return {
-        "stalled steps": sum(wait > LATE for wait in waits),
-        "steps": steps,
-        "longest wait, ms": max(waits) * 1000,
-        "median wait, ms": statistics.median(waits) * 1000,
-        "patches a second of a worker": rest * BATCH / seconds / workers if rest else 0.0,
-    }
-
-
-def batch_keys(data: PatchDataset, steps: int) -> BatchKeys:
-    """Minibatches of both kinds, as DeepMask's training draws them."""
+def load_seconds(data: PatchDataset, steps: int) -> list[float]:
+    """CPU seconds of each minibatch, in the order that DeepMask's training draws them."""
     groups = BATCH // data.patches_per_image
-    return BatchKeys(range(steps), batches_per_epoch=steps, groups_per_batch=groups)
+    keys = BatchKeys(range(steps), batches_per_epoch=steps, groups_per_batch=groups)
+    seconds = []
+    for own in keys:
+        start = time.process_time()
+        collate_groups([data[key] for key in own])
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
+def simulate(seconds: list[float], *, workers: int, prefetch: int) -> list[float]:
+    """How long each step but the first waits for its minibatch.
+
+    Args:
+        seconds: that loading each minibatch takes.
+    """
+    free = [0.0] * workers  # when each worker is done with what it has
+    taken: list[float] = []
+    waits, gpu_free = [], 0.0
+    for number, load in enumerate(seconds):
+        # A place is free for it once the minibatch that many before it has been taken.
+        asked_for = number - workers * prefetch
+        start = max(free[number % workers], taken[asked_for] if asked_for >= 0 else 0.0)
+        free[number % workers] = start + load
+        taken.append(max(gpu_free, start + load))
+        waits.append(taken[-1] - gpu_free)
+        gpu_free = taken[-1] + STEP
+    return waits[1:]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     run_tool(main)

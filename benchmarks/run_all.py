@@ -45,7 +45,7 @@ BENCHMARKS = {
         "proposals.py", quick=("--trunk", "resnet18", "--num-proposals", "10", "--rounds", "1")
     ),
     "patches": Benchmark("patches.py", RECIPE, ("--rounds", "1", "--patches", "40")),
-    "loading": Benchmark("loading.py", RECIPE, ("--steps", "10")),
+    "loading": Benchmark("loading.py", RECIPE, ("--steps", "3")),
     "training": Benchmark(
         "training.py", quick=("--trunk", "resnet18", "--batch", "2", "--rounds", "1")
     ),
@@ -56,7 +56,7 @@ BENCHMARKS = {
     "annotations": Benchmark(
         "annotations.py", ("--images", "20000", "--runs", "1"), ("--images", "200")
     ),
-    "memory": Benchmark("memory.py", quick=("--images", "14")),
+    "memory": Benchmark("memory.py", ("--trunk", "tiny"), ("--images", "14")),
 }
 
 
