@@ -125,21 +125,17 @@ class Proposer:
         present = chosen[:, 0].unique().tolist()
         ranks = [torch.nonzero(chosen[:, 0] == number).flatten() for number in present]
         order = torch.cat(ranks).argsort()
-        cells = [chosen[rank, 1:] for rank in ranks]
-        own = [levels[number] for number in present]
-        embeddings = torch.cat(
-            [level.embeddings[:, c[:, 0], c[:, 1]].T for level, c in zip(own, cells, strict=True)]
-        )[order]  # (n, E)
+        own = [(levels[n], chosen[rank, 1:]) for n, rank in zip(present, ranks, strict=True)]
+        embeddings = join([level.embeddings[:, c[:, 0], c[:, 1]].T for level, c in own], order)
         if self.refinement is None:
             return self.deepmask.decode_masks(embeddings)
         windows = []
         for i in range(len(self.refinement.refinements)):
             size, step = self.deepmask.cells << i, 1 << i
             parts = [
-                gather_windows(level.horizontal[i], c, size=size, step=step)
-                for level, c in zip(own, cells, strict=True)
+                gather_windows(level.horizontal[i], c, size=size, step=step) for level, c in own
             ]
-            windows.append(torch.cat(parts)[order].contiguous(memory_format=torch.channels_last))
+            windows.append(join(parts, order))
         return self.refinement.refine(embeddings, windows)
 
     def _masks(self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]) -> Pasted:
@@ -149,6 +145,8 @@ class Proposer:
             chosen: (N, 3) of level, row, column.
         """
         factors = np.array([level.factors for level in levels])
+        order = torch.sort(chosen[:, 0], stable=True).indices  # windows of one level are one copy
+        chosen, order = chosen[order], order.cpu().numpy()
         parts = [NOTHING]
         for first in range(0, len(chosen), MASK_CHUNK):
             part = chosen[first : first + MASK_CHUNK]
@@ -160,12 +158,18 @@ class Proposer:
                 image_size=image_size,
                 threshold=self.mask_threshold,
             )
-            parts.append(replace(pasted, numbers=pasted.numbers + first))
-        return Pasted(
-            np.concatenate([part.numbers for part in parts]),
-            np.concatenate([part.boxes for part in parts]),
-            [counts for part in parts for counts in part.counts],
-        )
+            parts.append(replace(pasted, numbers=order[first + pasted.numbers]))
+        numbers = np.concatenate([part.numbers for part in parts])
+        counts = [counts for part in parts for counts in part.counts]
+        order = numbers.argsort()
+        boxes = np.concatenate([part.boxes for part in parts])
+        return Pasted(numbers[order], boxes[order], [counts[n] for n in order])
+
+
+def join(parts: list[Tensor], order: Tensor) -> Tensor:
+    """Rows of several tensors in an order of their own, copied only as often as needed."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined if bool((order[1:] > order[:-1]).all()) else joined[order]
 
 
 def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> Tensor:
@@ -177,7 +181,7 @@ def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> 
         size: side of a window. step: positions of the map in a cell.
 
     Returns:
-        (n, c, size, size); the window of cell (i, j) begins at (i step, j step).
+        (n, c, size, size), channels last; the window of cell (i, j) begins at (i step, j step).
     """
     # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
     short = [
@@ -186,8 +190,9 @@ def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> 
     ]
     if any(short):
         features = nnf.pad(features[None], (0, short[1], 0, short[0]), mode="replicate")[0]
-    windows = features.unfold(1, size, step).unfold(2, size, step)  # a view
-    return windows[:, cells[:, 0], cells[:, 1]].transpose(0, 1)
+    windows = features.permute(1, 2, 0).unfold(0, size, step).unfold(1, size, step)  # a view
+    windows = windows.permute(0, 1, 3, 4, 2)  # (rows, columns, size, size, c)
+    return windows[cells[:, 0], cells[:, 1]].permute(0, 3, 1, 2)
 
 
 def octave_range(low: float, high: float, step: float) -> list[float]:
