@@ -1,14 +1,18 @@
 #!/usr/bin/env python
-r"""Seconds of proposal inference by part, DeepMask beside SharpMask on the same image.
+r"""Seconds of proposal inference by part, DeepMask beside SharpMask, and how near the floor it is.
 
-    python benchmarks/proposals.py --trunk resnet50 --num-proposals 10 100 1000
+    python benchmarks/proposals.py --trunk resnet50 --num-proposals 10 100 1000 \
+        --megapixels .3 1 4 --output proposals.json --plot proposals.png
 
-Weights are random: they change which masks come out, not how long the network takes; masks get the
-area of a typical object by shifting the logits. Rounds of all variants are interleaved in one
-process; the table has medians. The paper's GPU times are .46 s (DeepMask) and .76 s (SharpMask).
+The floor of a call is the time of its bare convolutions and matrix products, measured in the same
+run (`floor.py`), as is the machine's peak. Weights are random: they change which masks come out,
+not how long the network takes; masks get the area of a typical object by shifting the logits.
+Rounds of all variants are interleaved in one process; figures are medians. The paper's GPU times
+are .46 s (DeepMask) and .76 s (SharpMask).
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -18,10 +22,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.files import write_json
+from benchmarks.floor import count_work, floor_seconds, gemm_peak, time_calls
+from datasets.files import atomic_path, write_json
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
@@ -102,40 +108,139 @@ def measure(proposer: Proposer, watch: Stopwatch, image: np.ndarray) -> dict[str
     return {**parts, "rest": total - sum(parts.values()), "all": total}
 
 
+def make_image(megapixels: float) -> np.ndarray:
+    """Smooth noise, 4 to 3: (H, W, 3) uint8; .3 megapixels are 640 x 480."""
+    width = 64 * round(math.sqrt(megapixels * 1e6 * 4 / 3) / 64)
+    height = width * 3 // 4
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def measure_rounds(
+    networks: dict[str, DeepMask | SharpMask],
+    counts: list[int],
+    images: list[np.ndarray],
+    rounds: int,
+) -> dict[tuple[str, int, int], list[dict[str, float]]]:
+    """Seconds by part, floor and peak in every round, by network, N and pixels."""
+    work = {}
+    for image in images:
+        for name, model in networks.items():
+            for count in counts:
+                proposer = Proposer(model, device=torch.device("cpu"), num_proposals=count)
+                key = name, count, image.shape[0] * image.shape[1]
+                work[key] = count_work(lambda proposer=proposer, image=image: proposer(image))
+    measured = defaultdict(list)
+    for _ in range(rounds):
+        peak = gemm_peak()
+        for image in images:
+            pixels = image.shape[0] * image.shape[1]
+            own = {key: each for key, each in work.items() if key[2] == pixels}
+            # A dict keeps the order, which a set does not.
+            alone = time_calls(dict.fromkeys(call for calls, _ in own.values() for call in calls))
+            for (name, count, _), (calls, flops) in own.items():
+                parts = measure(*watched(networks[name], count), image)
+                parts |= {"floor": floor_seconds(calls, alone), "flops": flops, "peak": peak}
+                measured[name, count, pixels].append(parts)
+    return measured
+
+
+def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of the rounds, and of the ratios within each."""
+    row = {part: statistics.median(r.get(part, 0.0) for r in runs) for part in (*PARTS, "all")}
+    ratios = {
+        "floor": lambda r: r["floor"],
+        "all / floor": lambda r: r["all"] / r["floor"],
+        "GFLOP": lambda r: r["flops"] / 1e9,
+        "GFLOP/s": lambda r: r["flops"] / r["all"] / 1e9,
+        "of GEMM peak": lambda r: r["flops"] / r["all"] / r["peak"],
+        "paste and RLE of all": lambda r: r["paste and RLE"] / r["all"],
+    }
+    return row | {name: statistics.median(map(of, runs)) for name, of in ratios.items()}
+
+
+def fit_line(x: list[float], y: list[float]) -> dict[str, float]:
+    """Least squares y = slope x + intercept, and R^2."""
+    slope, intercept = np.polyfit(x, y, 1)
+    rest = np.asarray(y) - (slope * np.asarray(x) + intercept)
+    spread = np.asarray(y) - np.mean(y)
+    r2 = 1 - (rest @ rest) / (spread @ spread)
+    return {"slope": float(slope), "intercept": float(intercept), "R^2": float(r2)}
+
+
+def fit_lines(rows: dict[tuple[str, int, int], dict[str, float]]) -> dict[str, dict]:
+    """Seconds against N on the smallest image, and against pixels at the largest N.
+
+    Only where there are three points or more: a line through two fits always.
+    """
+    most, smallest = max(key[1] for key in rows), min(key[2] for key in rows)
+    lines = {}
+    for name in dict.fromkeys(key[0] for key in rows):
+        for label, axis, other, fixed in (("N", 1, 2, smallest), ("pixels", 2, 1, most)):
+            own = sorted(key for key in rows if key[0] == name and key[other] == fixed)
+            x, y = [key[axis] for key in own], [rows[key]["all"] for key in own]
+            if len(x) >= 3:
+                lines[f"{name}, {label}"] = {"x": x, "seconds": y, **fit_line(x, y)}
+    return lines
+
+
+def plot_lines(lines: dict[str, dict], path: Path) -> None:
+    """The measured times and their lines, against N and against pixels."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, label in zip(figure.subplots(1, 2), ("N", "pixels"), strict=True):
+        for name, line in lines.items():
+            if name.endswith(f", {label}"):
+                x = np.asarray(line["x"])
+                text = f"{name.split(',')[0]}, R² {line['R^2']:.3f}"
+                (points,) = axes.plot(x, line["seconds"], "o", label=text)
+                axes.plot(x, line["slope"] * x + line["intercept"], color=points.get_color())
+        axes.set(xlabel="proposals" if label == "N" else "pixels", ylabel="seconds", ylim=(0, None))
+        if axes.lines:
+            axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def to_table(rows: dict[tuple[str, int, int], dict[str, float]]) -> str:
+    """One column for each network, N and image."""
+    names = next(iter(rows.values())).keys()
+    lines = ["".ljust(22) + "".join(f"{key[0]:>12}" for key in rows)]
+    lines.append("N".ljust(22) + "".join(f"{key[1]:12d}" for key in rows))
+    lines.append("megapixels".ljust(22) + "".join(f"{key[2] / 1e6:12.2f}" for key in rows))
+    for name in names:
+        lines.append(name.ljust(22) + "".join(f"{row[name]:12.3f}" for row in rows.values()))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trunk", default="resnet50")
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"))
+    parser.add_argument("--megapixels", type=float, nargs="+", default=[0.3, 1, 4])
     parser.add_argument("--num-proposals", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="write the medians as json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the figures as json")
+    parser.add_argument("--plot", type=Path, help="png of time against N and against pixels")
     args = parser.parse_args()
-    width, height = args.size
-    noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     networks = dict(zip(("DeepMask", "SharpMask"), build_networks(args.trunk), strict=True))
-    rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for number in range(args.rounds + 1):
-        for count in args.num_proposals:
-            for name, model in networks.items():
-                parts = measure(*watched(model, count), image)
-                if number:  # the first round warms up
-                    rounds[f"{name}, N = {count}"].append(parts)
-    medians = {
-        name: {p: statistics.median(r.get(p, 0.0) for r in runs) for p in (*PARTS, "all")}
-        for name, runs in rounds.items()
-    }
-    print(f"seconds for {width}x{height}, {args.trunk}, {torch.get_num_threads()} threads")
-    print(" " * 22 + "".join(part.rjust(16) for part in (*PARTS, "all")))
-    for name, parts in medians.items():
-        print(name.ljust(22) + "".join(f"{parts[part]:16.3f}" for part in (*PARTS, "all")))
-    for count in args.num_proposals:
-        ratio = medians[f"SharpMask, N = {count}"]["all"] / medians[f"DeepMask, N = {count}"]["all"]
-        print(f"N = {count}: SharpMask takes {ratio:.2f} times as long (paper: 1.65)")
+    images = [make_image(size) for size in args.megapixels]
+    measured = measure_rounds(networks, args.num_proposals, images, args.rounds)
+    rows = {key: summarise(runs) for key, runs in measured.items()}
+    lines = fit_lines(rows)
+    peak = statistics.median(runs[0]["peak"] for runs in measured.values()) / 1e9
+    print(f"seconds, {args.trunk}, {torch.get_num_threads()} threads, GEMM {peak:.0f} GFLOP/s")
+    print(to_table(rows))
+    for name, line in lines.items():
+        print(f"{name}: {line['slope']:.3g} s each, R^2 {line['R^2']:.4f}")
     if args.output:
-        write_json(args.output, medians)
+        named = {
+            f"{name}, N = {count}, {pixels / 1e6:.2f} Mpx": row
+            for (name, count, pixels), row in rows.items()
+        }
+        write_json(args.output, {"GEMM GFLOP/s": peak, "calls": named, "lines": lines})
+    if args.plot:
+        plot_lines(lines, args.plot)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ HAS_COCO = (ROOT / "data/coco-mini").is_dir()
 RECIPE = ("--config", "configs/coco_mini.yaml" if HAS_COCO else "configs/shapes.yaml")
 BENCHMARKS = {
     "proposals": Benchmark(
-        "proposals.py", quick=("--trunk", "resnet18", "--num-proposals", "10", "--rounds", "1")
+        "proposals.py",
+        quick=("--trunk=resnet18", "--num-proposals=10", "--megapixels=.3", "--rounds=1"),
     ),
     "patches": Benchmark("patches.py", RECIPE, ("--rounds", "1", "--patches", "40")),
     "loading": Benchmark("loading.py", RECIPE, ("--steps", "3")),
