@@ -175,3 +175,12 @@ def test_score_is_deepmasks(model):
 def test_impossible_arrangements_are_refused(options):
     with pytest.raises(ValueError):
         SharpMask(small_deepmask(), **options)
+
+
+def test_trains_in_half_precision(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(2, 3, 64, 64))["mask_logits"]
+    assert logits.dtype == torch.bfloat16
+    logits.float().mean().backward()
+    slopes = [p.grad for p in model.refinements.parameters()]
+    assert all(slope is not None and slope.isfinite().all() for slope in slopes)
