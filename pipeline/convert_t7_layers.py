@@ -84,12 +84,21 @@ class Convolution:
         return [
             f"{m.place}: {name} {_plain(found[name])} instead of {_plain(wanted[name])}"
             for name in wanted
-            if found[name] != wanted[name]
+            if not _same(found[name], wanted[name])
         ]
 
 
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether plain values are equal; a damaged file may have a tensor in the place of a number."""
+    if isinstance(wanted, tuple):
+        return all(map(_same, found, wanted))
+    return isinstance(found, (int, float, str)) and found == wanted
+
+
 def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(map(_plain, value))
+    return str(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def norm_constants(norm: Module) -> tuple[Tensor, Tensor]:
