@@ -16,17 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.patches import training_patches
 from datasets.files import write_json
 from datasets.patches import BatchKeys, PatchDataset, collate_groups
 from pipeline.command import run_tool
-from pipeline.config import load_config
-from pipeline.patch_stages import patch_dataset
-from pipeline.splits import load_split, prepare_data
 
 STEP, BATCH = 0.1, 32  # seconds and patches
 SHARED, WORKERS, PREFETCH = (1, 2, 8), (1, 2, 4, 8), (1, 2, 4)
@@ -41,14 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="minibatches to measure")
     parser.add_argument("--output", type=Path, help="write the figures as json")
     args = parser.parse_args()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    config = load_config(args.config)
-    prepare_data(config)
-    c = config.deepmask
-    data = patch_dataset(
-        c, *load_split(config, "train"), sampling=c.sampling, target_size=c.target_size, seed=0
-    )
+    data = training_patches(args.config)
     figures = {}
     for shared in SHARED:
         data.patches_per_image = shared

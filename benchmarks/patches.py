@@ -34,6 +34,18 @@ from pipeline.splits import load_split, prepare_data
 SHARED = (1, 2, 4, 8)
 
 
+def training_patches(recipe: str) -> PatchDataset:
+    """DeepMask's training patches by a recipe, loaded on one thread from here on."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    config = load_config(recipe)
+    prepare_data(config)
+    c = config.deepmask
+    return patch_dataset(
+        c, *load_split(config, "train"), sampling=c.sampling, target_size=c.target_size, seed=0
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,14 +55,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=160, help="per variant and round")
     parser.add_argument("--output", type=Path, help="write the medians as json")
     args = parser.parse_args()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    config = load_config(args.config)
-    prepare_data(config)
-    c = config.deepmask
-    data = patch_dataset(
-        c, *load_split(config, "train"), sampling=c.sampling, target_size=c.target_size, seed=0
-    )
+    data = training_patches(args.config)
     rates: dict[str, list[float]] = {}
     for round_number in range(args.rounds):
         for name, rate in measure(data, args.patches, epoch=round_number):
