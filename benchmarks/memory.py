@@ -27,7 +27,7 @@ from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline.command import run_tool
-from pipeline.memory import return_large_blocks
+from pipeline.memory import keep_freed_blocks
 from pipeline.propose import Proposer
 from pipeline.propose_run import propose_images
 
@@ -83,7 +83,7 @@ def summarise(megabytes: list[float]) -> dict[str, float]:
 
 def measure(images: int, same_size: bool, trunk: str, num_proposals: int) -> list[float]:
     """Resident megabytes after each image of a folder that is made up for it."""
-    return_large_blocks()
+    keep_freed_blocks()
     torch.manual_seed(0)
     model = SharpMask(DeepMask(build_trunk(trunk)))
     model.start_from_deepmask()

@@ -14,7 +14,7 @@ from pipeline.detect import Detector
 from pipeline.detection_parts import DetectionParts
 from pipeline.detections import write_results
 from pipeline.image_files import ImageFile, read_ahead
-from pipeline.memory import NETWORK_ERRORS, describe_failure
+from pipeline.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
 from pipeline.proposals import Proposals, ProposalStore
 from pipeline.visualize import draw_detections, picture_path, save_jpeg
 
@@ -150,7 +150,7 @@ def with_images(
     for shard in shards:
         proposals = {p.file_name: p for p in store.read_shard(shard)}
         files = [ImageFile(p.image_id, name, images / name) for name, p in proposals.items()]
-        for file, image in read_ahead(files):
+        for file, image in release_between_sizes(read_ahead(files)):
             own = proposals[file.file_name]
             if isinstance(image, ImageError):
                 broken.append(str(image))

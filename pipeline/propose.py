@@ -86,7 +86,8 @@ class Proposer:
         Returns:
             At most `num_proposals`, best first; masks without a pixel in the image are left out.
         """
-        levels = [self.run_level(image, octave) for octave in self.octaves]
+        # The largest first: what it needs and frees then suffices for the others.
+        levels = [self.run_level(image, octave) for octave in reversed(self.octaves)][::-1]
         scores, chosen = best_cells([level.score_logits for level in levels], self.num_proposals)
         height, width = image.shape[:2]
         masks = self._masks(levels, chosen, (height, width))

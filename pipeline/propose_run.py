@@ -15,7 +15,7 @@ from datasets.files import write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.image_files import ImageFile, common_folder, find_images, read_ahead
-from pipeline.memory import NETWORK_ERRORS, describe_failure
+from pipeline.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
 from pipeline.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.propose import Proposer
 from pipeline.visualize import draw_proposals, picture_path, save_jpeg
@@ -93,9 +93,8 @@ def _propose_share(
     pending: list[Proposals] = []
     made, broken = 0, []
     writer = distributed.share()[0]
-    progress = tqdm(
-        read_ahead(files), total=len(files), unit="img", disable=not distributed.is_main()
-    )
+    images = release_between_sizes(read_ahead(files))
+    progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
     try:
         for file, image in progress:
             try:

@@ -20,7 +20,7 @@ from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.detect_run import detect_images, image_folder
 from pipeline.load import compress_checkpoint, load_detector, load_proposer
-from pipeline.memory import return_large_blocks
+from pipeline.memory import keep_freed_blocks
 from pipeline.proposals import ProposalStore
 from pipeline.propose_run import propose_images
 
@@ -64,7 +64,7 @@ def main() -> int:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
     names = ("num_proposals", "vote", "localisations", "flip", "short_sides")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return_large_blocks()
+    keep_freed_blocks()
     with distributed.process_group(args.device) as device:
         detector, settings = load_detector(args.checkpoint, device, overrides=overrides)
         store = ProposalStore(args.proposals or args.output / "proposals")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.load import load_proposer
-from pipeline.memory import return_large_blocks
+from pipeline.memory import keep_freed_blocks
 from pipeline.propose_run import propose_images
 
 
@@ -64,7 +64,7 @@ def main() -> int:
     add_device(parser)
     args = parser.parse_args()
 
-    return_large_blocks()
+    keep_freed_blocks()
     with distributed.process_group(args.device) as device:
         proposer, settings = load_proposer(
             args.checkpoint,
