@@ -22,6 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,10 +66,16 @@ def build_networks(trunk: str) -> tuple[DeepMask, SharpMask]:
     deepmask = DeepMask(build_trunk(trunk)).eval()
     sharpmask = SharpMask(deepmask).eval()
     sharpmask.start_from_deepmask()
-    pixels = torch.linspace(-1, 1, deepmask.mask_size)
+    size = deepmask.mask_size
+    pixels = torch.linspace(-1, 1, size)
     radius = (pixels[:, None] ** 2 + pixels[None] ** 2).sqrt()
-    with torch.no_grad():  # a disk of half the patch, whose edge the embedding moves
+    # A disk of half the patch, whose edge the embedding moves, smoothly: masks with about as many
+    # runs as trained ones have.
+    bumps = torch.randn(deepmask.mask_head.in_channels, 1, 5, 5)
+    bumps = F.interpolate(bumps, size=(size, size), mode="bicubic").flatten(1).T
+    with torch.no_grad():
         deepmask.mask_head.bias.copy_((4 * (0.6 - radius)).flatten())
+        deepmask.mask_head.weight.copy_(0.05 * bumps[:, :, None, None])
     sharpmask.start_from_deepmask()
     return deepmask, sharpmask
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deepmask import DeepMask
+from models.deepmask import DeepMask, convolve_rows
 from models.trunk import STRIDES, TrunkConv2d, symmetric_pad
 
 WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
@@ -242,7 +242,8 @@ class SharpMask(nn.Module):
         Returns:
             (N, P, P).
         """
-        mask = self.encode(embeddings).view(-1, self.km, self.cells, self.cells)
+        mask = convolve_rows(embeddings, self.encode.weight, self.encode.bias)
+        mask = mask.view(-1, self.km, self.cells, self.cells)
         mask = mask.contiguous(memory_format=torch.channels_last)
         for i, (module, window) in enumerate(zip(self.refinements, windows, strict=True)):
             mask = module(window, mask, double=i > 0)
