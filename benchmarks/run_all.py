@@ -45,6 +45,9 @@ BENCHMARKS = {
         "proposals.py",
         quick=("--trunk=resnet18", "--num-proposals=10", "--megapixels=.3", "--rounds=1"),
     ),
+    "backends": Benchmark(
+        "backends.py", quick=("--trunk=resnet18", "--num-proposals=10", "--rounds=1")
+    ),
     "patches": Benchmark("patches.py", RECIPE, ("--rounds", "1", "--patches", "40")),
     "loading": Benchmark("loading.py", RECIPE, ("--steps", "3")),
     "training": Benchmark(

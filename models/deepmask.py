@@ -130,14 +130,14 @@ class DeepMask(nn.Module):
         return logits.view(-1, self.mask_size, self.mask_size)
 
 
-def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias, as a convolution of one image whose pixels are the rows.
 
     On a CPU the convolutions' library multiplies large matrices up to twice as fast as the matrix
     products'; as N images of one pixel each it would be slowest of all.
 
     Args:
-        x: (N, E). weight: (K, E), or (K, E, 1, 1). bias: (K,).
+        x: (N, E). weight: (K, E), or (K, E, 1, 1). bias: (K,), or None.
 
     Returns:
         (N, K).

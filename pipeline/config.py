@@ -250,6 +250,7 @@ class ProposeConfig:
     scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step, in octaves
     mask_threshold: float = 0.2  # on probabilities
     resampling: str = "area"  # of images and masks: area | corners (released code), see Proposer
+    amp: bool = True  # bfloat16 autocast, on CUDA only
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None

@@ -75,7 +75,7 @@ def load_proposer(
     }
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
-    return Proposer(model, device=device, **options), settings
+    return Proposer(model, device=device, amp=config.propose.amp, **options), settings
 
 
 def load_detector(

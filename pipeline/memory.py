@@ -17,7 +17,7 @@ import torch
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 NEVER = 1 << 30  # bytes
 MOST_KEPT = 8  # images of one size between which freed memory stays
-NUM_PRIMITIVES = "64"  # more than a scale of ResNet-50 has distinct layers
+NUM_PRIMITIVES = 64  # more than a scale of ResNet-50 has distinct layers
 # What a network raises on an image that is too large. PyTorch on a CPU and OpenCV have no exception
 # of their own for it.
 NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
@@ -36,7 +36,7 @@ def keep_freed_blocks() -> None:
     # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
     # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, NUM_PRIMITIVES)
+        os.environ.setdefault(cache, str(NUM_PRIMITIVES))
     _call_libc("mallopt", M_MMAP_THRESHOLD, NEVER)
     _call_libc("mallopt", M_TRIM_THRESHOLD, NEVER)
 

@@ -111,7 +111,7 @@ class ProposalStore:
         """
         if not (self.directory / SETTINGS).exists():
             return []
-        found = self.settings()
+        found = {"backend": "torch"} | self.settings()  # before there was a choice
         return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
 
     def settings(self) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 from datasets.resizing import RESAMPLINGS, resize_between_corners
 from datasets.transforms import GREY, MEAN, STD
 from models.deepmask import STRIDE, DeepMask
+from models.dense import DenseNetwork
 from models.sharpmask import SharpMask
 from pipeline.mask_nms import suppress_duplicates
 from pipeline.paste import NOTHING, Pasted, Placement, paste
@@ -56,6 +57,7 @@ class Proposer:
         mask_threshold: float = 0.2,
         nms: float | None = None,
         resampling: str = "area",
+        amp: bool = True,
     ):
         """
         Args:
@@ -66,15 +68,21 @@ class Proposer:
                 an area, of which a smaller one's is the average, and masks lie where their cells
                 are. "corners", as the released code: corner pixels lie on corner pixels, with no
                 average, and masks lie on whole pixels.
+            amp: bfloat16 autocast, on CUDA only; scores stay in full precision.
+
+        Attributes:
+            dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
         assert resampling in RESAMPLINGS, resampling
         model = model.eval().to(device, memory_format=torch.channels_last)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
+        self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.num_proposals = device, num_proposals
         self._place = place_patches if resampling == "area" else place_patches_on_pixels
         self.octaves = octave_range(-2.5, 0.5, 0.5) if octaves is None else octaves
         self.mask_threshold, self.nms, self.resampling = mask_threshold, nms, resampling
+        self.amp = amp
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -98,19 +106,22 @@ class Proposer:
     @torch.inference_mode()
     def run_level(self, image: np.ndarray, octave: float) -> Level:
         """What depends on the image alone, at one scale."""
+        pixels, factors = self.scale(image, octave)
+        with self._autocast():
+            embeddings, scores, *horizontal = self.dense(pixels)
+        return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
+
+    def scale(self, image: np.ndarray, octave: float) -> tuple[Tensor, tuple[float, float]]:
+        """The network's input (1, 3, H, W) at one scale of the pyramid, and the level's factors."""
         if self.resampling == "corners":
             scaled, factors = resize_released(image, 2.0**octave), (2.0**octave,) * 2
         else:
             scaled = resize_image(image, 2.0**octave)
             factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
-        pixels = pad_and_normalise(
-            torch.from_numpy(scaled).to(self.device), self.deepmask.patch_size // 2
-        )
-        features = self.deepmask.trunk(pixels)
-        embeddings = self.deepmask.embed(features[-1])
-        horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
-        scores = self.deepmask.score(embeddings)
-        return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
+        pixels = torch.from_numpy(scaled)
+        if self.device.type == "cuda":  # copied while the scale before is still computed
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        return pad_and_normalise(pixels, self.deepmask.patch_size // 2), factors
 
     @torch.inference_mode()
     def decode(self, levels: list[Level], chosen: Tensor) -> Tensor:
@@ -129,7 +140,8 @@ class Proposer:
         own = [(levels[n], chosen[rank, 1:]) for n, rank in zip(present, ranks, strict=True)]
         embeddings = join([level.embeddings[:, c[:, 0], c[:, 1]].T for level, c in own], order)
         if self.refinement is None:
-            return self.deepmask.decode_masks(embeddings)
+            with self._autocast():
+                return self.deepmask.decode_masks(embeddings)
         windows = []
         for i in range(len(self.refinement.refinements)):
             size, step = self.deepmask.cells << i, 1 << i
@@ -137,7 +149,12 @@ class Proposer:
                 gather_windows(level.horizontal[i], c, size=size, step=step) for level, c in own
             ]
             windows.append(join(parts, order))
-        return self.refinement.refine(embeddings, windows)
+        with self._autocast():
+            return self.refinement.refine(embeddings, windows)
+
+    def _autocast(self) -> torch.autocast:
+        on = self.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def _masks(self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]) -> Pasted:
         """Pasted masks of the chosen cells; numbers are those of `chosen`.

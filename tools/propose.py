@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
+from pipeline.backends import BACKENDS
 from pipeline.command import add_device, run_tool
 from pipeline.load import load_proposer
 from pipeline.memory import keep_freed_blocks
@@ -61,6 +62,13 @@ def main() -> int:
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"
     )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="torch",
+        help="openvino-int8 is about twice as fast on a CPU and gives nearly the same proposals; "
+        "it is calibrated on the images first (default: torch)",
+    )
     add_device(parser)
     args = parser.parse_args()
 
@@ -82,6 +90,7 @@ def main() -> int:
             settings=settings,
             annotations=args.annotations,
             draw=args.draw,
+            backend=args.backend,
         )
     return 2 if summary.none_readable else 0
 
