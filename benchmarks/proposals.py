@@ -31,7 +31,7 @@ from benchmarks.floor import count_work, floor_seconds, gemm_peak, time_calls
 from datasets.files import atomic_path, write_json
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
-from models.trunk import build_trunk
+from models.trunk import build_trunk, fold_norms
 from pipeline import propose
 from pipeline.command import run_tool
 from pipeline.memory import keep_freed_blocks
@@ -78,6 +78,7 @@ def build_networks(trunk: str) -> tuple[DeepMask, SharpMask]:
         deepmask.mask_head.bias.copy_((4 * (0.6 - radius)).flatten())
         deepmask.mask_head.weight.copy_(0.05 * bumps[:, :, None, None])
     sharpmask.start_from_deepmask()
+    fold_norms(sharpmask)  # as `load_proposer` does; the two share DeepMask
     return deepmask, sharpmask
 
 
@@ -206,6 +207,7 @@ def plot_lines(lines: dict[str, dict], path: Path) -> None:
                 (points,) = axes.plot(x, line["seconds"], "o", label=text)
                 axes.plot(x, line["slope"] * x + line["intercept"], color=points.get_color())
         axes.set(xlabel="proposals" if label == "N" else "pixels", ylabel="seconds", ylim=(0, None))
+        axes.set_visible(bool(axes.lines))
         if axes.lines:
             axes.legend()
     with atomic_path(path) as temporary:

@@ -5,8 +5,9 @@ r"""Runs the benchmarks, each in a process of its own, and gathers their figures
     python benchmarks/run_all.py --quick --only scoring patches
     python benchmarks/run_all.py --compare earlier.json
 
-Writes results.json (what each measured, how long it took, its peak memory, and the machine) and
-results.md, a table of it; with --compare each figure also as a ratio to that of an earlier run.
+Writes results.json (what each measured, how long it took, its peak memory, and the machine),
+results.md, a table of it, and results.png, the time of proposals against their number and against
+pixels; with --compare each figure also as a ratio to that of an earlier run.
 Machines drift: what counts are the ratios within a run.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.proposals import plot_lines
 from datasets.files import write_atomically, write_json
 
 
@@ -85,6 +87,8 @@ def main() -> int:
         write_json(args.output, results)  # what took time is not lost by what comes after it
     table = to_table(results, earlier)
     write_atomically(args.output.with_suffix(".md"), table.encode())
+    if lines := results["benchmarks"].get("proposals", {}).get("figures", {}).get("lines"):
+        plot_lines(lines, args.output.with_suffix(".png"))
     print(f"\n{table}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -41,7 +41,48 @@ class _OverlappingPool(torch.autograd.Function):
 
 def roi_pool_overlapping(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     """The largest value of each bin; arguments and result as `roi_pool_rounded`."""
-    return _OverlappingPool.apply(features.to(rois.dtype), rois, size, scale)  # the type: for AMP
+    features = features.to(rois.dtype)  # for AMP
+    if features.is_cpu and not (torch.is_grad_enabled() and features.requires_grad):
+        return _pool_by_axes(features, rois, size, scale)
+    return _OverlappingPool.apply(features, rois, size, scale)
+
+
+def _pool_by_axes(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """`roi_pool_overlapping` without a gradient: maxima down the rows of bins, then across.
+
+    torchvision's operator goes through one channel after the other; many at once, as the memory has
+    them, are a fifth to an eighth of the time on a CPU.
+    """
+    channels, height, width = features.shape[1:]
+    tops, bottoms = _overlapping_bins(rois[:, 2], rois[:, 4], size, scale, height)
+    lefts, rights = _overlapping_bins(rois[:, 1], rois[:, 3], size, scale, width)
+    pixels = features.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    pooled = features.new_zeros(len(rois), size, size, channels)
+    bins = (each.tolist() for each in (rois[:, 0].long(), tops, bottoms, lefts, rights))
+    for roi, (image, top, bottom, left, right) in enumerate(zip(*bins, strict=True)):
+        first = min(left)
+        strip = pixels[image, :, first : max(right)]
+        maxima = features.new_zeros(size, *strip.shape[1:])  # empty bins stay 0
+        for row, (start, end) in enumerate(zip(top, bottom, strict=True)):
+            if start < end:
+                torch.amax(strip[start:end], 0, out=maxima[row])
+        for column, (start, end) in enumerate(zip(left, right, strict=True)):
+            if start < end:
+                part = maxima[:, start - first : end - first]
+                torch.amax(part, 1, out=pooled[roi, :, column])
+    return pooled.permute(0, 3, 1, 2)
+
+
+def _overlapping_bins(
+    first: Tensor, last: Tensor, size: int, scale: float, limit: int
+) -> tuple[Tensor, Tensor]:
+    """As `_bins`, of Fast R-CNN: in float32, as torchvision computes them."""
+    start = _round(first.float() * scale)
+    length = (_round(last.float() * scale) - start + 1).clamp(min=1)
+    edges = torch.arange(size + 1, dtype=torch.float32) * (length.float() / size)[:, None]
+    low = (edges[:, :-1].floor().long() + start[:, None]).clamp(0, limit)
+    high = (edges[:, 1:].ceil().long() + start[:, None]).clamp(0, limit)
+    return low, high
 
 
 def roi_pool_rounded(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:

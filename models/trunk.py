@@ -98,6 +98,24 @@ class TrunkConv2d(nn.Conv2d):
         return F.conv2d(x, weight, bias, stride, pad, groups=self.groups)
 
 
+@torch.no_grad()
+def fold_norms(module: nn.Module) -> nn.Module:
+    """Multiplies frozen batch norms into the weights, once for all calls; in place.
+
+    For inference: the state dict has other keys from then on.
+
+    Returns:
+        The module.
+    """
+    for layer in module.modules():
+        if isinstance(layer, TrunkConv2d) and layer.scale is not None:
+            shift = layer.shift if layer.bias is None else layer.bias * layer.scale + layer.shift
+            layer.weight = nn.Parameter(layer.weight * layer.scale[:, None, None, None])
+            layer.bias = nn.Parameter(shift)
+            layer.scale = layer.shift = None
+    return module
+
+
 class Trunk(nn.Module):
     """Levels of layers, each halving the resolution of the one before.
 

@@ -11,6 +11,7 @@ from datasets.transforms import PixelRules
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.svd import compress_towers
+from models.trunk import fold_norms
 from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, check_value, config_from_dict
 from pipeline.detect import Detector
@@ -75,6 +76,7 @@ def load_proposer(
     }
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
+    fold_norms(model)
     return Proposer(model, device=device, amp=config.propose.amp, **options), settings
 
 

@@ -85,3 +85,32 @@ def test_overlapping_bins_take_the_features_of_autocast():
         pooled = roi_pool_overlapping(features, torch.tensor([[0, 0, 0, 90, 50.0]]), 3, 1 / 16)
     pooled.sum().backward()
     assert features.grad.dtype == torch.bfloat16 and features.grad.any()
+
+
+corner = st.floats(-60, 260, allow_nan=False)
+
+
+@given(
+    boxes=st.lists(st.tuples(corner, corner, corner, corner), max_size=8),
+    size=st.integers(1, 9),
+    power=st.integers(0, 4),
+    channels_last=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_inference_pools_the_bins_of_torchvision(boxes, size, power, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(2, 3, 200 >> power, 230 >> power).contiguous(memory_format=layout)
+    given_rois = torch.tensor([(n % 2, *box) for n, box in enumerate(boxes)]).reshape(-1, 5)
+    with torch.inference_mode():
+        pooled = roi_pool_overlapping(features, given_rois, size, 1 / 2**power)
+    assert torch.equal(pooled, roi_pool(features, given_rois, size, 1 / 2**power))
+
+
+def test_bins_of_every_length_are_torchvisions():
+    features = torch.randn(1, 2, 1, 600)
+    ends = torch.arange(600.0)
+    given_rois = torch.stack([0 * ends, 0 * ends, 0 * ends, ends, 0 * ends], dim=1)
+    for size in (3, 5, 7, 14):
+        with torch.inference_mode():
+            pooled = roi_pool_overlapping(features, given_rois, size, 1.0)
+        assert torch.equal(pooled, roi_pool(features, given_rois, size, 1.0))

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import trunk as trunk_module
-from models.trunk import STRIDES, TRUNKS, TrunkConv2d, build_trunk, load_backbone, symmetric_pad
+from models.trunk import (
+    STRIDES,
+    TRUNKS,
+    TrunkConv2d,
+    build_trunk,
+    fold_norms,
+    load_backbone,
+    symmetric_pad,
+)
 
 FOLDED_RESNET18 = Path("data/weights/resnet18_c4_bnfolded_imagenet.pth")
 FAMILIES = ("resnet18", "resnet50", "vgg11", "densenet121", "tiny")
@@ -202,3 +210,20 @@ def test_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
     with pytest.raises(ValueError, match="trunk.weights to a local file"):
         load_backbone("resnet18", weights="imagenet")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_folded_norms_change_nothing(name):
+    torch.manual_seed(0)
+    trunk = build_trunk(name).eval()
+    for layer in trunk.modules():
+        if isinstance(layer, TrunkConv2d) and layer.scale is not None:
+            layer.scale.uniform_(0.5, 1.5)
+            layer.shift.uniform_(-0.5, 0.5)
+    image = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        before = trunk(image)
+        after = fold_norms(trunk)(image)
+    assert not any("scale" in key for key in trunk.state_dict())
+    for own, each in zip(after, before, strict=True):
+        torch.testing.assert_close(own, each, rtol=1e-4, atol=1e-4 * each.abs().max().item())
