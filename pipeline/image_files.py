@@ -172,9 +172,13 @@ def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray |
         except MemoryError:
             return ImageError(f"{file.path}: out of memory")
 
-    with ThreadPoolExecutor(1) as reader:
-        following = None
+    reader, following = ThreadPoolExecutor(1), None
+    try:
         for n, file in enumerate(files):
             image = following.result() if following else read(file)
             following = reader.submit(read, files[n + 1]) if n + 1 < len(files) else None
             yield file, image
+    finally:
+        # Not awaited: a generator that is given up is closed by whatever thread collects garbage,
+        # even one that is just starting, and would wait there forever.
+        reader.shutdown(wait=False, cancel_futures=True)

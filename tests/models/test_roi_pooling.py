@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_pool
 
-from models.roi_pooling import roi_pool_overlapping, roi_pool_rounded
+from models import roi_pooling
+from models.roi_pooling import _pool_by_axes, roi_pool_overlapping, roi_pool_rounded
 
 HEIGHT, WIDTH, CHANNELS = 7, 11, 3
 coordinate = st.integers(-60, 260).map(lambda v: v / 2)  # halves of a pixel: edges at half cells
@@ -102,7 +103,7 @@ def test_inference_pools_the_bins_of_torchvision(boxes, size, power, channels_la
     features = torch.randn(2, 3, 200 >> power, 230 >> power).contiguous(memory_format=layout)
     given_rois = torch.tensor([(n % 2, *box) for n, box in enumerate(boxes)]).reshape(-1, 5)
     with torch.inference_mode():
-        pooled = roi_pool_overlapping(features, given_rois, size, 1 / 2**power)
+        pooled = _pool_by_axes(features, given_rois, size, 1 / 2**power)
     assert torch.equal(pooled, roi_pool(features, given_rois, size, 1 / 2**power))
 
 
@@ -112,5 +113,21 @@ def test_bins_of_every_length_are_torchvisions():
     given_rois = torch.stack([0 * ends, 0 * ends, 0 * ends, ends, 0 * ends], dim=1)
     for size in (3, 5, 7, 14):
         with torch.inference_mode():
-            pooled = roi_pool_overlapping(features, given_rois, size, 1.0)
+            pooled = _pool_by_axes(features, given_rois, size, 1.0)
         assert torch.equal(pooled, roi_pool(features, given_rois, size, 1.0))
+
+
+def test_large_features_are_pooled_by_axes_where_no_gradient_is_asked_for(monkeypatch):
+    features = torch.randn(1, 512, 32, 32)
+    given_rois = torch.tensor([[0, 3.0, 5, 300, 200]])
+    expected = roi_pool(features, given_rois, 7, 1 / 16)
+    calls = []
+    monkeypatch.setattr(
+        roi_pooling, "_pool_by_axes", lambda *args: calls.append(args) or _pool_by_axes(*args)
+    )
+    assert torch.equal(roi_pool_overlapping(features, given_rois, 7, 1 / 16), expected)
+    assert len(calls) == 1
+    features.requires_grad_()
+    assert torch.equal(roi_pool_overlapping(features, given_rois, 7, 1 / 16), expected)
+    roi_pool_overlapping(features[:, :8], given_rois, 7, 1 / 16).sum().backward()
+    assert len(calls) == 1 and features.grad.abs().sum() > 0

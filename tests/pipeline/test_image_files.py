@@ -1,6 +1,7 @@
 """Image files for inference: their ids and names, however they are given, and reading ahead."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,23 @@ def test_files_are_read_in_order_and_errors_come_as_values(tmp_path, monkeypatch
     assert str(found[1][1]).endswith("broken.jpg: not an image")
     assert isinstance(found[2][1], ImageError) and "huge.jpg: out of memory" in str(found[2][1])
     assert list(read_ahead([])) == []
+
+
+def test_a_reader_given_up_does_not_wait_for_the_next_image(tmp_path, monkeypatch):
+    files = [ImageFile(n, f"{n}.png", tmp_path / f"{n}.png") for n in range(3)]
+    reading, finish, done = threading.Event(), threading.Event(), []
+
+    def read_slowly(path):
+        if path.name == "1.png":
+            reading.set()
+            finish.wait(5)
+            done.append(path)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(image_files, "read_image", read_slowly)
+    images = read_ahead(files)
+    next(images)
+    assert reading.wait(30)
+    images.close()  # returns, though the second image is still being read
+    assert not done
+    finish.set()
