@@ -27,7 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.proposals import plot_lines
 from datasets.files import write_atomically, write_json
 
 
@@ -88,6 +87,9 @@ def main() -> int:
     table = to_table(results, earlier)
     write_atomically(args.output.with_suffix(".md"), table.encode())
     if lines := results["benchmarks"].get("proposals", {}).get("figures", {}).get("lines"):
+        # Only here: it imports PyTorch, and a child's peak memory begins with its parent's.
+        from benchmarks.proposals import plot_lines
+
         plot_lines(lines, args.output.with_suffix(".png"))
     print(f"\n{table}")
     if failed:
