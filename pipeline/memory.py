@@ -17,7 +17,7 @@ import torch
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 NEVER = 1 << 30  # bytes
 MOST_KEPT = 8  # images of one size between which freed memory stays
-NUM_PRIMITIVES = 64  # more than a scale of ResNet-50 has distinct layers
+NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
 # What a network raises on an image that is too large. PyTorch on a CPU and OpenCV have no exception
 # of their own for it.
 NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
