@@ -82,12 +82,16 @@ class TrunkConv2d(nn.Conv2d):
         self.register_buffer("scale", torch.ones(out_channels) if frozen_norm else None)
         self.register_buffer("shift", torch.zeros(out_channels) if frozen_norm else None)
 
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the batch norm in them."""
+        if self.scale is None:
+            return self.weight, self.bias
+        weight = self.weight * self.scale[:, None, None, None]
+        return weight, self.shift if self.bias is None else self.bias * self.scale + self.shift
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride)) for odd kernels."""
-        weight, bias = self.weight, self.bias
-        if self.scale is not None:
-            weight = weight * self.scale[:, None, None, None]
-            bias = self.shift if bias is None else bias * self.scale + self.shift
+        weight, bias = self.folded()
         pad, stride = self.border, self.stride
         if not self.zero_padding:
             x, pad = symmetric_pad(x, pad), 0
@@ -109,9 +113,7 @@ def fold_norms(module: nn.Module) -> nn.Module:
     """
     for layer in module.modules():
         if isinstance(layer, TrunkConv2d) and layer.scale is not None:
-            shift = layer.shift if layer.bias is None else layer.bias * layer.scale + layer.shift
-            layer.weight = nn.Parameter(layer.weight * layer.scale[:, None, None, None])
-            layer.bias = nn.Parameter(shift)
+            layer.weight, layer.bias = map(nn.Parameter, layer.folded())
             layer.scale = layer.shift = None
     return module
 
