@@ -107,7 +107,8 @@ def _quantise(proposer: Proposer, files: list[ImageFile], path: Path) -> None:
     if proposer.device.type != "cpu":
         raise ValueError("the backend openvino-int8 is for CPUs; use --device cpu or another one")
     if distributed.is_main() and not path.exists():
-        print(f"calibrating the network in 8 bits on {CALIBRATION_IMAGES} images", flush=True)
+        number = min(CALIBRATION_IMAGES, len(files))
+        print(f"calibrating the network in 8 bits on {number} images", flush=True)
         quantise(proposer.dense, _calibration_samples(proposer, files), path)
     distributed.barrier()
     proposer.dense = QuantisedNetwork(path)
