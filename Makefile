@@ -30,7 +30,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python tools/benchmarks/run_all.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco import CocoInstances
 from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
-from datasets.resizing import resize_sides
+from datasets.resize import resize_sides
 from datasets.roi_sampler import RoiRules, RoiSample, RoiSampler, box_corners
 from datasets.transforms import IMAGENET, PixelRules, normalise
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.engine import Interrupted
+from pipeline.training.engine import Interrupted
 
 
 def run_tool(main: Callable[[], int | None]) -> None:

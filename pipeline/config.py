@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
-from datasets.resizing import RESAMPLINGS
+from datasets.resize import RESAMPLINGS
 from models.multipathnet import ROI_BINS
 from models.sharpmask import ARRANGEMENTS, HORIZONTAL_WIDTHS, WIDTHS
 from models.trunk import PADDINGS, STEM_WIDTH

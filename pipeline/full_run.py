@@ -12,21 +12,21 @@ import torch
 
 from datasets.files import write_json
 from pipeline import distributed
-from pipeline.coco_eval import load_ground_truth
 from pipeline.config import Config, find_path, load_config, save_config
-from pipeline.detect import Detector
-from pipeline.detect_run import RESULTS, detect_images, with_images
-from pipeline.detection_eval import evaluate_detections
-from pipeline.detection_scoring import score_detections
-from pipeline.detections import Detections
-from pipeline.engine import fit
+from pipeline.data import prepare_data
+from pipeline.evaluation.detection_scores import score_detections
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.evaluation.recall import load_ground_truth
+from pipeline.evaluation.scores import score_patches, score_proposals
+from pipeline.inference.detect import Detector
+from pipeline.inference.detect_run import RESULTS, detect_images, with_images
+from pipeline.inference.detections import Detections
+from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose_run import propose_images
 from pipeline.load import load_detector, load_proposer
-from pipeline.proposals import ProposalStore
-from pipeline.propose_run import propose_images
-from pipeline.report import write_report
-from pipeline.scoring import score_patches, score_proposals
-from pipeline.splits import prepare_data
-from pipeline.stages import build_stage
+from pipeline.report.report import write_report
+from pipeline.training.engine import fit
+from pipeline.training.stages import build_stage
 
 SUMMARY = "summary.json"
 PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)

@@ -19,7 +19,7 @@ from pipeline.config import (
     config_to_dict,
     find_path,
 )
-from pipeline.engine import Stage
+from pipeline.training.engine import Stage
 
 TRUNK_SETTINGS = ("name", "width", "padding", "ceil_pooling")
 DEEPMASK_SETTINGS = (

@@ -14,9 +14,9 @@ from models.svd import compress_towers
 from models.trunk import fold_norms
 from pipeline.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, check_value, config_from_dict
-from pipeline.detect import Detector
+from pipeline.inference.detect import Detector
+from pipeline.inference.propose import Proposer, octave_range
 from pipeline.networks import build_deepmask, build_multipathnet, build_sharpmask
-from pipeline.propose import Proposer, octave_range
 
 
 def load_mask_network(checkpoint: str | Path) -> tuple[DeepMask | SharpMask, Config]:

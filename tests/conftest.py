@@ -12,9 +12,9 @@ import yaml
 from datasets.shapes import write_shapes
 from pipeline.command import run_tool
 from pipeline.config import load_config
-from pipeline.engine import fit
-from pipeline.patch_stages import DeepMaskStage, SharpMaskStage
-from pipeline.stages import build_stage
+from pipeline.training.engine import fit
+from pipeline.training.patch_stages import DeepMaskStage, SharpMaskStage
+from pipeline.training.stages import build_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8

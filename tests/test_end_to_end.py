@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from pipeline.config import config_from_dict
-from pipeline.engine import fit
+from pipeline.inference.propose import Proposer
 from pipeline.load import load_mask_network
-from pipeline.patch_stages import DeepMaskStage, evaluate_patches, validation_kinds
-from pipeline.propose import Proposer
+from pipeline.training.engine import fit
+from pipeline.training.patch_stages import DeepMaskStage, evaluate_patches, validation_kinds
 
 
 def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(

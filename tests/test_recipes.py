@@ -18,10 +18,11 @@ import torch
 
 from datasets.coco import CocoInstances
 from pipeline.checkpoint import load_checkpoint
-from pipeline.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import Proposals, ProposalStore
+from tests.real_data import COCO_MINI
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data" / "coco-mini"
+DATA = COCO_MINI
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_dir(), reason="data/coco-mini is not there"),

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from pipeline.config import TrunkConfig, config_from_dict, config_to_dict
+from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.load import compress_checkpoint
 from pipeline.networks import build_multipathnet
-from pipeline.proposals import Proposals, ProposalStore
 
 ROOT = Path(__file__).resolve().parents[1]
 

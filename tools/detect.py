@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
-from pipeline.detect_run import detect_images, image_folder
+from pipeline.inference.detect_run import detect_images, image_folder
+from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose_run import propose_images
 from pipeline.load import compress_checkpoint, load_detector, load_proposer
-from pipeline.memory import keep_freed_blocks
-from pipeline.proposals import ProposalStore
-from pipeline.propose_run import propose_images
 
 
 def main() -> int:

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.backends import BACKENDS
 from pipeline.command import add_device, run_tool
+from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.openvino import BACKENDS
+from pipeline.inference.propose_run import propose_images
 from pipeline.load import load_proposer
-from pipeline.memory import keep_freed_blocks
-from pipeline.propose_run import propose_images
 
 
 def main() -> int:

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.config import STAGES, load_config
-from pipeline.engine import fit
-from pipeline.stages import build_stage
+from pipeline.training.engine import fit
+from pipeline.training.stages import build_stage
 
 
 def main() -> None:

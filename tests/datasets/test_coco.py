@@ -5,7 +5,6 @@ import gc
 import json
 import pickle
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from pycocotools.coco import COCO
 
 from datasets import json_arrays
 from datasets.coco import CocoInstances
+from tests.real_data import COCO_MINI_VAL
 
-MINI = Path(__file__).resolve().parents[2] / "data/coco-mini/annotations/instances_val.json"
+MINI = COCO_MINI_VAL
 HEIGHT, WIDTH = 40, 60
 SQUARE = [10, 10, 30, 10, 30, 25, 10, 25]
 RUNS = [5, 10, HEIGHT * WIDTH - 15]

@@ -13,7 +13,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
 from datasets.proposal_boxes import ProposalBoxes
-from datasets.resizing import resize_sides
+from datasets.resize import resize_sides
 from datasets.roi_sampler import RoiRules, RoiSampler
 from datasets.rois import (
     RoiBatchKeys,

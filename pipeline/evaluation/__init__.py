@@ -1,0 +1,1 @@
+"""Evaluation: recall of proposals, precision of detections, patch metrics, and their tables."""

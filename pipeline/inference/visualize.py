@@ -1,0 +1,168 @@
+"""Pictures of proposals and detections: outlines and tints on the image."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+import pycocotools.mask as coco_mask
+
+from datasets.files import write_atomically
+from pipeline.inference.detections import Detections
+from pipeline.inference.mask_nms import suppress_duplicates
+from pipeline.inference.proposals import Proposals
+
+LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
+DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
+# Distinct hues, by steps of the golden ratio around the colour circle.
+PALETTE = cv2.cvtColor(
+    np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8),
+    cv2.COLOR_HSV2RGB,
+)[0]
+
+
+def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.ndarray:
+    """The best `count` proposals that do not repeat each other: (H, W, 3) uint8.
+
+    Drawn on a copy of the image, the best on top, and the scores on top of all.
+    """
+    distinct = suppress_duplicates(proposals, DUPLICATE_IOU)
+    return _draw_masks(image, distinct, [f"{score:.2f}" for score in distinct.scores[:count]])
+
+
+def draw_detections(
+    image: np.ndarray, detections: Detections, names: dict[int, str], count: int
+) -> np.ndarray:
+    """The best `count` detections with names and scores on a copy of the image: (H, W, 3) uint8.
+
+    Thin lines are the boxes: they are moved by the detector, the masks are as proposed.
+
+    Args:
+        names: of the categories, by id.
+    """
+    texts = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(detections.labels[:count].tolist(), detections.scores, strict=False)
+    ]
+    return _draw_masks(image, detections, texts, boxes=True)
+
+
+def _draw_masks(
+    image: np.ndarray, found: Proposals | Detections, texts: list[str], *, boxes: bool = False
+) -> np.ndarray:
+    """The first masks, as many as there are texts, and their boxes."""
+    picture, shown = image.copy(), range(min(len(texts), len(found)))
+    for n in reversed(shown):
+        draw_mask(picture, coco_mask.decode(found.rle(n)), colour(n))
+        if boxes:
+            x0, y0, x1, y1 = found.boxes[n].round().astype(int).tolist()
+            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), colour(n), 1)
+    corners = found.boxes[:, :2].tolist()
+    put_labels(picture, [Label(texts[n], tuple(corners[n]), colour(n)) for n in shown])
+    return picture
+
+
+def colour(n: int) -> tuple[int, int, int]:
+    """The n-th of a row of colours that are easy to tell apart."""
+    return tuple(PALETTE[n % len(PALETTE)].tolist())
+
+
+def draw_mask(
+    picture: np.ndarray,
+    mask: np.ndarray,
+    rgb: tuple[int, int, int],
+    *,
+    tint: float = 0.35,
+) -> None:
+    """Tints a mask (H, W) and draws its outline, in place."""
+    inside = mask.astype(bool)
+    picture[inside] = (picture[inside] * (1 - tint) + np.array(rgb) * tint).astype(np.uint8)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, contours, -1, rgb, 2)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text whose baseline starts at a corner (x, y) of what it names, in that one's colour."""
+
+    text: str
+    corner: tuple[float, float]
+    rgb: tuple[int, int, int]
+
+
+def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
+    """Labels, the first one where it belongs, others below those that are in their way, in place.
+
+    Those for which there is no place left above the lower edge are not drawn.
+    """
+    taken = []
+    for label in labels:
+        width = label_width(label.text)
+        # Whole pixels: a sum of fractions may round to where the label is still in the way.
+        x = max(min(round(label.corner[0]), picture.shape[1] - width), 0)
+        y = max(round(label.corner[1]), LABEL_HEIGHT)
+        while in_the_way := [
+            v
+            for u, v, its_width in taken
+            if x < u + its_width and u < x + width and abs(y - v) < LABEL_HEIGHT
+        ]:
+            y = max(in_the_way) + LABEL_HEIGHT
+        if y < picture.shape[0]:
+            taken.append((x, y, width))
+            pale = tuple((channel + 255) // 2 for channel in label.rgb)
+            put_label(picture, label.text, (x, y), pale, scale=LABEL_SCALE)
+
+
+def label_width(text: str) -> int:
+    """Pixels that a label takes, its dark ground included."""
+    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, LABEL_SCALE, 1)[0][0] + 3
+
+
+def put_label(
+    picture: np.ndarray,
+    text: str,
+    origin: tuple[int, int],
+    rgb: tuple[int, int, int],
+    scale: float = 0.42,
+) -> None:
+    """Text on a dark ground, readable on any picture, in place.
+
+    Args:
+        origin: the left end of its baseline.
+    """
+    (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    x, y = origin
+    ground = picture[max(y - height - 2, 0) : y + base, max(x - 1, 0) : x + width + 1]
+    ground[:] = ground // 4
+    cv2.putText(picture, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, rgb, 1, cv2.LINE_AA)
+
+
+def contact_sheet(tiles: list[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """Tiles (h, w, 3) uint8 of one size, in rows on white."""
+    height, width = tiles[0].shape[:2]
+    rows = -(-len(tiles) // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for n, tile in enumerate(tiles):
+        y, x = gap + n // columns * (height + gap), gap + n % columns * (width + gap)
+        sheet[y : y + height, x : x + width] = tile
+    return sheet
+
+
+def picture_path(directory: Path, file_name: str) -> Path:
+    """Where the picture of an image goes: below the directory, whatever the name says."""
+    inner = [part for part in PurePosixPath(file_name).parts if part not in ("/", "..")]
+    return directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg")
+
+
+def save_png(picture: np.ndarray, path: Path) -> None:
+    """Writes (H, W, 3) uint8 RGB as PNG."""
+    ok, data = cv2.imencode(".png", picture[..., ::-1])
+    assert ok
+    write_atomically(path, data.tobytes())
+
+
+def save_jpeg(picture: np.ndarray, path: Path) -> None:
+    """Writes (H, W, 3) uint8 RGB as JPEG."""
+    ok, data = cv2.imencode(".jpg", picture[..., ::-1])
+    assert ok
+    write_atomically(path, data.tobytes())

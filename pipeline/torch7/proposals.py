@@ -1,0 +1,173 @@
+"""Proposal files of MultiPathNet ({images, boxes, scores}) as proposal stores.
+
+A file has no masks, and a store has a mask for each proposal: here it is the box, filled.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+
+from datasets.images import read_image
+from pipeline.inference.image_files import find_images, read_image_list
+from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
+
+FIELDS = ("images", "boxes", "scores")
+MAX_IMAGES_IN_SHARD = 1000
+
+Size = tuple[int, int, int]  # an image's id, height and width
+
+
+def is_proposals(value: Any) -> bool:
+    """Whether this is a table of images, boxes and scores."""
+    return isinstance(value, dict) and set(FIELDS) <= set(value)
+
+
+def convert_proposals(
+    value: dict,
+    output: str | Path,
+    *,
+    source: str,
+    annotations: str | Path | None,
+    images: str | Path | None,
+) -> list[str]:
+    """Writes the store.
+
+    Args:
+        annotations, images: see `pipeline.torch7.convert.convert_file`.
+
+    Returns:
+        Lines that say what was done, and what was left out.
+
+    Raises:
+        ValueError: the tables do not fit each other, or an image's size is not known.
+    """
+    names, boxes, scores = (_entries(value[field], field) for field in FIELDS)
+    if not len(names) == len(boxes) == len(scores):
+        raise ValueError(
+            f"{len(names)} images, {len(boxes)} tables of boxes and {len(scores)} of scores"
+        )
+    sizes = _sizes(names, annotations, images)
+    store = ProposalStore(output)
+    if store.shards():
+        raise ValueError(f"{output} holds proposals already; choose another --output")
+    store.open_for({"converted_from": source, "masks": "filled boxes"})
+    written = 0
+    for shard in _shards(names, boxes, scores, sizes):
+        store.write_shard(shard)
+        written += sum(map(len, shard))
+    store.write_results()
+    total = sum(len(_boxes(each, name)) for each, name in zip(boxes, names, strict=True))
+    lines = [
+        f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, from 1 on)",
+        "there are no masks in such a file: the masks in the store are the filled boxes",
+    ]
+    if total > written:
+        lines.append(f"left out: {total - written} boxes without a pixel in their image")
+    return [*lines, f"{written} written to {output}"]
+
+
+def _entries(table: Any, field: str) -> Sequence:
+    """A table of Lua by its numbers; an empty one is read as a dict."""
+    if isinstance(table, list) or (isinstance(table, torch.Tensor) and table.dim() >= 2):
+        return table
+    if table == {}:
+        return []
+    raise ValueError(f"{field}: a table of one entry an image is due")
+
+
+def _sizes(
+    names: Sequence[str], annotations: str | Path | None, images: str | Path | None
+) -> dict[str, Size]:
+    for number, name in enumerate(names, 1):
+        if not isinstance(name, str):
+            raise ValueError(f"images[{number}]: a file name is due, and there is {name!r}")
+    if annotations is not None:
+        sizes = _listed_sizes(Path(annotations))
+    elif images is not None:
+        known = {file.file_name: file for file in find_images(images, None, {})}
+        sizes = {
+            name: (known[name].image_id, *read_image(known[name].path).shape[:2])
+            for name in names
+            if name in known
+        }
+    else:
+        raise ValueError(
+            "proposals without the sizes of their images; give --annotations (a COCO json) or "
+            "--images (their folder)"
+        )
+    if missing := [name for name in names if name not in sizes]:
+        raise ValueError(
+            f"{len(missing)} of its {len(names)} images are not in {annotations or images}, "
+            f"such as {missing[0]}"
+        )
+    return sizes
+
+
+def _listed_sizes(annotations: Path) -> dict[str, Size]:
+    sizes = {}
+    for image in read_image_list(annotations):
+        height, width = image.get("height"), image.get("width")
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise ValueError(f'{annotations}: {image["file_name"]} has no "height" and "width"')
+        sizes[image["file_name"]] = image["id"], height, width
+    return sizes
+
+
+def _shards(
+    names: Sequence, boxes: Sequence, scores: Sequence, sizes: dict[str, Size]
+) -> Iterator[list[Proposals]]:
+    shard: list[Proposals] = []
+    for name, own_boxes, own_scores in zip(names, boxes, scores, strict=True):
+        shard.append(_proposals(name, own_boxes, own_scores, sizes[name]))
+        if sum(map(len, shard)) >= MAX_ROWS or len(shard) == MAX_IMAGES_IN_SHARD:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
+def _proposals(name: str, boxes: Any, scores: Any, size: Size) -> Proposals:
+    image_id, height, width = size
+    boxes = _boxes(boxes, name)
+    scores = np.asarray(scores if isinstance(scores, torch.Tensor) else [], np.float32).ravel()
+    if len(scores) != len(boxes):
+        raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name}: a score that is not finite")
+    order = np.argsort(-scores, kind="stable")
+    # Pixels whose centres lie in the box, within the image.
+    limits = np.array([width, height, width, height])
+    pixels = np.ceil(boxes - 0.5).clip(0, limits).astype(int)
+    inside = (pixels[:, 2:] > pixels[:, :2]).all(1)
+    order = order[inside[order]]
+    counts = [_filled(*pixels[n].tolist(), height, width) for n in order]
+    boxes = boxes.clip(0, limits).astype(np.float32)
+    return Proposals(image_id, name, height, width, scores[order], boxes[order], counts)
+
+
+def _boxes(boxes: Any, name: str) -> np.ndarray:
+    """(N, 4) float64 xyxy from 0 on: Lua counts from 1, and the last pixel is in the box."""
+    values = np.asarray(boxes if isinstance(boxes, torch.Tensor) else [], np.float64)
+    if values.size == 0:
+        return np.empty((0, 4))
+    if values.ndim != 2 or values.shape[1] != 4 or not np.isfinite(values).all():
+        raise ValueError(f"{name}: its boxes are no table of four finite numbers each")
+    y1, x1, y2, x2 = values.T
+    return np.stack([x1 - 1, y1 - 1, x2, y2], axis=1)
+
+
+def _filled(x0: int, y0: int, x1: int, y1: int, height: int, width: int) -> bytes:
+    """RLE of a rectangle: runs go down the columns."""
+    tall = y1 - y0
+    if tall == height:
+        runs = [x0 * height, (x1 - x0) * height]
+    else:
+        runs = [x0 * height + y0, tall, *[height - tall, tall] * (x1 - x0 - 1)]
+    if rest := height * width - sum(runs):
+        runs.append(rest)
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return rle["counts"]

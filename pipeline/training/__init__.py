@@ -1,0 +1,1 @@
+"""Training: the stages, the loop that trains them, and its log."""

@@ -1,0 +1,349 @@
+"""The training loop of all stages: step, validate, keep the best, resume to the bit.
+
+A run is a function of its config and data: every random number comes from (seed, epoch, index), the
+learning rate from the step, so a checkpoint's weights, optimiser state and step are all that a
+resumed run needs.
+"""
+
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasets.files import atomic_path
+from pipeline import distributed
+from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
+from pipeline.config import Config, OptimConfig, config_to_dict, save_config
+from pipeline.training.run_log import RunLog
+
+FIXED = ("optimiser", "batch_size", "batches_per_epoch")  # of a run that is resumed
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage; `pipeline/training/stages.py` has them."""
+
+    name: str
+    samples: str  # what a minibatch is made of, for its rate: patches, images
+    optim: OptimConfig
+    model: nn.Module
+    best_metric: str
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters to train; each group has its factor on the learning rate as "lr_factor"."""
+
+    # Steps at which other parameters begin to be trained, and facts to keep in checkpoints.
+    phase_starts: tuple[int, ...]
+    facts: dict[str, Any]
+
+    def start_phase(self, step: int) -> None:
+        """Marks the parameters that are trained from this step on."""
+
+    def train_mode(self) -> None:
+        """Puts the parts that are trained into training mode."""
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """This process's share of the minibatches of the given steps."""
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """Scalars of a minibatch; "loss" is what is minimised."""
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """Metrics over the validation patches of all processes."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state has been saved."""
+
+
+def fit(
+    stage: Stage, config: Config, output: Path, *, device: torch.device, resume: bool = False
+) -> Path:
+    """Trains a stage; returns the best checkpoint's path.
+
+    Args:
+        output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and
+            TensorBoard events.
+        resume: continue from `checkpoints/last.pt` if there is one.
+
+    Raises:
+        ValueError: the directory holds a run and `resume` is not set, or that run is of another
+            model.
+        FloatingPointError: a loss was not finite; the minibatch is saved beside the checkpoints.
+        Interrupted: SIGINT or SIGTERM came; the state is in `checkpoints/last.pt`.
+    """
+    run = TrainingRun(stage, config, output, device)
+    run.prepare(resume)
+    with _stop_signals() as stop:
+        run.train(stop)
+    return output / "checkpoints" / BEST
+
+
+class TrainingRun:
+    """State of a run: model, optimiser, step, best value so far."""
+
+    def __init__(self, stage: Stage, config: Config, output: Path, device: torch.device):
+        self.stage, self.config, self.device = stage, config, device
+        self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
+        stage.model.to(device, memory_format=torch.channels_last)
+        self.optimiser = build_optimiser(self.optim, stage.parameter_groups())
+        self.total = self.optim.epochs * self.optim.batches_per_epoch
+        self.step, self.validated, self.best = 0, 0, -math.inf
+
+    def prepare(self, resume: bool) -> None:
+        """Starts anew, or takes up the run that the directory holds."""
+        last = self.checkpoints / LAST
+        if last.exists() and not resume:
+            raise ValueError(
+                f"{self.output} already holds a run; add --resume to continue it, "
+                "or choose another --output"
+            )
+        if last.exists():
+            self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
+        if distributed.is_main():  # from here on the directory is this run's
+            save_config(self.config, self.output / "config.yaml")
+        self.log = RunLog(
+            self.output,
+            enabled=distributed.is_main(),
+            resume_step=self.step if last.exists() else None,
+        )
+        self.log.say(
+            f"{self.stage.name}: step {self.step} of {self.total}, "
+            f"{_count(self.stage.model)}, on {self.device}"
+        )
+
+    def train(self, stop: dict[str, bool]) -> None:
+        """Runs to the last step; `stop["now"]` ends it after the step at hand."""
+        self._start_phase()
+        meter, saved = Meter(self.optim.batch_size, self.stage.samples), time.monotonic()
+        self._validate_if_due()  # a run that was stopped between its last step and its validation
+        self.stage.train_mode()
+        for batch in self.stage.training_batches(range(self.step, self.total), self.device):
+            losses = self.train_step(batch)
+            meter.add(losses, seconds_left=self._seconds_left)
+            if self.step % self.optim.log_every == 0:
+                self.log.write(
+                    "train", step=self.step, epoch=self._epoch(), lr=self._rate(), **meter.flush()
+                )
+            halt, save = distributed.any_process(
+                stop["now"], self._save_due(saved), device=self.device
+            )
+            if halt or save:
+                self._save(LAST)
+                saved = time.monotonic()
+            if halt:
+                self.log.say(f"stopped at step {self.step}; continue with --resume")
+                raise Interrupted
+            if self._validate_if_due():
+                meter.restart()
+            if self.step in self.stage.phase_starts:
+                self._start_phase()
+        self.log.close()
+
+    def _start_phase(self) -> None:
+        self.stage.start_phase(self.step)
+        # DistributedDataParallel looks at what is trained when it wraps.
+        self.model = distributed.wrap(self.stage.model, self.device)
+
+    def train_step(self, batch: dict) -> dict[str, Tensor]:
+        """Learns from one minibatch; returns its losses."""
+        rate = learning_rate(self.optim, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"
+        ):
+            losses = self.stage.losses(self.model, batch)
+        (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
+        if broken:
+            self._stop_on_non_finite(batch, losses)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        if self.optim.clip_gradient:
+            nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
+        self.optimiser.step()
+        self.step += 1
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        path = self.output / f"non_finite_batch_{self.step}_rank{distributed.share()[0]}.pt"
+        with atomic_path(path) as temporary:
+            torch.save({"step": self.step, "batch": batch, "losses": values}, temporary)
+        words = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise FloatingPointError(
+            f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
+            f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
+            f"a lower {self.stage.name}.optim.lr usually helps"
+        )
+
+    def _validate_if_due(self) -> bool:
+        """Validates at the end of every `validate_every`-th epoch; returns whether it did."""
+        epoch, rest = divmod(self.step, self.optim.batches_per_epoch)
+        due = (
+            rest == 0
+            and epoch > 0
+            and (epoch % self.optim.validate_every == 0 or self.step == self.total)
+        )
+        if not due or self.validated == self.step:
+            return False
+        metrics = self.stage.validate(self.device)
+        self.stage.train_mode()
+        self.log.write("val", step=self.step, epoch=self._epoch(), **metrics)
+        self.validated = self.step
+        # A metric that does not exist (no mask patch in the validation set) must not lose the run.
+        value = metrics.get(self.stage.best_metric, 0.0)
+        if value > self.best:
+            self.best = value
+            self._save(BEST)
+        self._save(LAST)
+        return True
+
+    def _save(self, name: str) -> None:
+        if distributed.is_main():
+            save_checkpoint(self.checkpoints / name, self._state())
+        distributed.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        epoch, batch = divmod(self.step, self.optim.batches_per_epoch)
+        return {
+            "format": 1,
+            "stage": self.stage.name,
+            "config": config_to_dict(self.config),
+            "model": self.stage.model.state_dict(),
+            "optimizer": self.optimiser.state_dict(),
+            "scheduler": {"step": self.step, "lr": self._rate()},
+            "sampler": {"seed": self.config.seed, "epoch": epoch, "batch": batch},
+            "rng": {"torch": torch.get_rng_state()},
+            "step": self.step,
+            "epoch": epoch,
+            "validated": self.validated,
+            "best": self.best,
+            **self.stage.facts,
+        }
+
+    def _restore(self, state: dict[str, Any], source: str) -> None:
+        self._check_same_run(state["config"], source)
+        load_weights(self.stage.model, state["model"], source=source)
+        own = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimiser.param_groups
+        ]
+        try:
+            self.optimiser.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{source}: optimiser state of other frozen layers") from error
+        # The state is the old run's; rates, decay and momentum are what the config says now.
+        for group, values in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(values)
+        torch.set_rng_state(state["rng"]["torch"])
+        self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
+
+    def _check_same_run(self, old: dict[str, Any], source: str) -> None:
+        """What decides which samples a step sees, and what the optimiser's state means."""
+        own = config_to_dict(self.config)
+        for key in ("seed", *(f"{self.stage.name}.optim.{name}" for name in FIXED)):
+            was, now = (functools.reduce(dict.get, key.split("."), c) for c in (old, own))
+            if was != now:
+                raise ValueError(
+                    f"{source} was trained with {key} {was}, not {now}; a run is resumed with the "
+                    "same value: restore it, or choose another --output"
+                )
+
+    def _save_due(self, saved: float) -> bool:
+        return time.monotonic() - saved > 60 * self.optim.save_every_minutes
+
+    def _epoch(self) -> float:
+        return self.step / self.optim.batches_per_epoch
+
+    def _rate(self) -> float:
+        return learning_rate(self.optim, max(self.step - 1, 0))
+
+    def _seconds_left(self, seconds_per_step: float) -> float:
+        return seconds_per_step * (self.total - self.step)
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Learning rate of a step (counted from 0).
+
+    Warm-up times drops at epochs, or times a half cosine to zero.
+    """
+    warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
+    if optim.schedule == "cosine":
+        progress = step / (optim.epochs * optim.batches_per_epoch)
+        return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    epoch = step // optim.batches_per_epoch
+    passed = [start for start in optim.lr_drops if start <= epoch]
+    return optim.lr * warmup * (optim.lr_drops[max(passed)] if passed else 1.0)
+
+
+def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD or AdamW over the groups; the loop sets the learning rates."""
+    if optim.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    return torch.optim.SGD(
+        groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+    )
+
+
+class Meter:
+    """Means since the last flush; a loss counts the minibatches that had it."""
+
+    def __init__(self, batch_size: int, samples: str):
+        """`samples`: what a minibatch holds so many of."""
+        self.batch_size, self.samples = batch_size, samples
+        self.restart()
+
+    def add(self, losses: dict[str, Tensor], *, seconds_left: Any) -> None:
+        """Adds a minibatch without waiting for the device."""
+        for name, value in losses.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+        self.steps, self.seconds_left = self.steps + 1, seconds_left
+
+    def flush(self) -> dict[str, float]:
+        """Means of the losses, samples a second, and minutes left."""
+        seconds = (time.monotonic() - self.start) / max(self.steps, 1)
+        values = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        values |= {
+            f"{self.samples}_per_second": self.batch_size / seconds,
+            "minutes_left": self.seconds_left(seconds) / 60,
+        }
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        """Forgets what was added and starts the clock anew."""
+        self.sums: dict[str, tuple[Any, int]] = {}
+        self.steps, self.start = 0, time.monotonic()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM set a flag; a second one ends the process as usual."""
+    stop = {"now": False}
+    previous = {}
+
+    def handle(number: int, _: Any) -> None:
+        stop["now"] = True
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _count(model: nn.Module) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained"

@@ -1,0 +1,70 @@
+"""Images at another size: sides as asked, pixels by a slow formula, boxes that follow."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.resize import resize_between_corners, resize_sides
+
+SIZES = st.integers(1, 40)
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(20, 300), st.integers(0, 200))
+@settings(max_examples=60, deadline=None)
+def test_the_short_side_is_as_asked_unless_the_long_side_would_be_too_long(height, width, s, more):
+    image = np.zeros((height, width, 3), np.uint8)
+    resized, factors = resize_sides(image, short_side=s, long_side=s + more)
+    short, long = sorted(resized.shape[:2])
+    if s * max(height, width) / min(height, width) <= s + more:
+        assert short == s
+    else:
+        assert long == s + more
+    # The shape is the image's, up to whole pixels, and so are the boxes.
+    scale = np.divide(resized.shape[:2], (height, width))
+    assert abs(scale[0] - scale[1]) <= 0.5 / height + 0.5 / width or short == 1
+    assert factors == (scale[1], scale[0])
+
+
+@given(SIZES, SIZES, st.integers(20, 60), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_the_released_sides_are_rounded_down_and_boxes_are_not(height, width, short, more):
+    image = np.zeros((height, width, 3), np.uint8)
+    resized, factors = resize_sides(
+        image, short_side=short, long_side=short + more, resampling="corners"
+    )
+    scale = min(short / min(height, width), (short + more) / max(height, width))
+    assert factors == (scale, scale)
+    for side, old in zip(resized.shape[:2], (height, width), strict=True):
+        assert side == 1 or 0 <= old * scale - side < 1
+
+
+def slow(line: np.ndarray, count: int) -> np.ndarray:
+    """What image.scale of Lua Torch makes of a row or column: (n,) to (count,)."""
+    if count > len(line):
+        at = np.arange(count) * ((len(line) - 1) / (count - 1))
+        return np.interp(at, np.arange(len(line)), line)
+    step, sums = len(line) / count, np.concatenate([[0], np.cumsum(line)])
+    borders = np.interp(np.arange(count + 1) * step, np.arange(len(line) + 1), sums)
+    return np.diff(borders) / step
+
+
+@given(SIZES, SIZES, st.integers(1, 90), st.integers(0, 50), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_released_pixels_are_those_of_lines_one_by_one(height, width, short, more, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    resized, _ = resize_sides(image, short_side=short, long_side=short + more, resampling="corners")
+    rows = np.apply_along_axis(slow, 1, image.astype(float), resized.shape[1])
+    expected = np.apply_along_axis(slow, 0, rows, resized.shape[0])
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("size", [(3, 50), (11, 7), (90, 21)])
+def test_corners_stay_in_the_corners(size):
+    image = np.random.default_rng(0).integers(0, 256, (11, 21, 3), np.uint8)
+    resized = resize_between_corners(image, size)
+    assert resized.shape == (*size, 3)
+    for y in (0, -1):
+        for x in (0, -1):
+            np.testing.assert_allclose(resized[y, x], image[y, x], atol=1e-3)

@@ -1,0 +1,115 @@
+"""The detections file: COCO results that pycocotools loads, and the same detections read back."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from pipeline.inference.detections import Detections, read_detections, write_detections
+
+HEIGHT, WIDTH = 48, 64
+
+
+def detections(image_id, *, count, masks=True, seed=0):
+    rng = np.random.default_rng([seed, image_id])
+    corners = rng.uniform(0, 1, (count, 2, 2)) * [WIDTH, HEIGHT]
+    counts = None
+    if masks:
+        pixels = np.asfortranarray(rng.random((HEIGHT, WIDTH, count)) > 0.5, np.uint8)
+        counts = [rle["counts"] for rle in mask_utils.encode(pixels)] if count else []
+    return Detections(
+        image_id,
+        f"folder/{image_id}.jpg",
+        HEIGHT,
+        WIDTH,
+        scores=np.sort(rng.random(count).astype(np.float32))[::-1],
+        boxes=np.sort(corners, axis=1).reshape(-1, 4).astype(np.float32),
+        labels=rng.choice([1, 3, 90], count),
+        counts=counts,
+    )
+
+
+def images_of(all_detections):
+    return [
+        {"id": d.image_id, "file_name": d.file_name, "height": d.height, "width": d.width}
+        for d in all_detections
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=4), st.booleans(), st.integers(0, 2**31 - 1)
+)
+def test_what_is_written_is_read_back(tmp_path_factory, counts, masks, seed):
+    written = [
+        detections(image_id, count=n, masks=masks, seed=seed)
+        for image_id, n in enumerate(counts, start=5)
+    ]
+    path = tmp_path_factory.mktemp("detections") / "detections.json"
+    assert write_detections(path, iter(written)) == sum(counts)
+    for before, after in zip(written, read_detections(path, images_of(written)), strict=True):
+        assert (after.image_id, after.file_name) == (before.image_id, before.file_name)
+        np.testing.assert_allclose(after.scores, before.scores, atol=1e-8)
+        np.testing.assert_allclose(after.boxes, before.boxes, atol=2e-3)
+        assert after.labels.tolist() == before.labels.tolist()
+        if sum(counts):
+            assert after.counts == before.counts
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_pycocotools_loads_it(tmp_path, masks):
+    written = [detections(1, count=4, masks=masks), detections(2, count=3, masks=masks)]
+    path = tmp_path / "detections.json"
+    write_detections(path, written)
+    truth = COCO()
+    truth.dataset = {"images": images_of(written), "annotations": [], "categories": []}
+    truth.createIndex()
+    loaded = truth.loadRes(str(path))
+    for image in written:
+        found = loaded.loadAnns(loaded.getAnnIds(imgIds=[image.image_id]))
+        assert [f["category_id"] for f in found] == image.labels.tolist()
+        xywh = np.array([f["bbox"] for f in found])
+        np.testing.assert_allclose(xywh[:, :2] + xywh[:, 2:], image.boxes[:, 2:], atol=2e-3)
+        if masks:
+            for n, one in enumerate(found):
+                expected = mask_utils.decode(image.rle(n))
+                assert np.array_equal(loaded.annToMask(one), expected)
+
+
+def test_the_file_without_masks_has_no_segmentation(tmp_path):
+    write_detections(tmp_path / "detections.json", [detections(1, count=2, masks=False)])
+    [first, _] = json.loads((tmp_path / "detections.json").read_text())
+    assert list(first) == ["image_id", "category_id", "score", "bbox"]
+
+
+def test_images_are_taken_one_at_a_time_and_an_interruption_leaves_the_old_file(tmp_path):
+    path = tmp_path / "detections.json"
+    write_detections(path, [detections(1, count=2)])
+    old = path.read_bytes()
+
+    def interrupted():
+        yield detections(2, count=3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_detections(path, interrupted())
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_close_scores_stay_different():
+    """Softmax gives many scores near 1; equal ones would be ordered by image in evaluation."""
+    image = detections(1, count=2)
+    image.scores = np.float32([1 - 2**-24, 1 - 2**-23])
+    first, second = (result["score"] for result in image.results())
+    assert first > second and np.float32([first, second]).tolist() == image.scores.tolist()
+
+
+def test_reading_names_the_file_and_the_place(tmp_path):
+    path = tmp_path / "detections.json"
+    write_detections(path, [detections(7, count=1)])
+    with pytest.raises(ValueError, match=r"detections\.json: results\[0\] \(image_id 7\)"):
+        read_detections(path, images_of([detections(8, count=0)]))

@@ -1,0 +1,147 @@
+"""Image files for inference: their ids and names, however they are given, and reading ahead."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.images import ImageError
+from pipeline.inference import image_files
+from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
+
+
+def ids(source: Path | str, annotations: Path | None = None, known: dict | None = None) -> dict:
+    return {file.file_name: file.image_id for file in find_images(source, annotations, known or {})}
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def listing(path: Path, **ids_of: int) -> Path:
+    images = [{"id": n, "file_name": f"{name}.jpg"} for name, n in ids_of.items()]
+    path.write_text(json.dumps({"images": images}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["000012.jpg", "000003.png"], {"000012.jpg": 12, "000003.png": 3}),
+        (["a/7.jpg", "b/8.jpg"], {"a/7.jpg": 7, "b/8.jpg": 8}),
+        (["x.jpg", "000003.jpg"], {"000003.jpg": 1, "x.jpg": 2}),
+        (["3.jpg", "003.jpg"], {"003.jpg": 1, "3.jpg": 2}),  # the same number twice
+        (["12345678901234567890.jpg"], {"12345678901234567890.jpg": 1}),  # more than 64 bits
+        (["²3.jpg"], {"²3.jpg": 1}),  # a digit, but no number
+    ],
+)
+def test_ids_come_from_numeric_names_or_count(tmp_path, names, expected):
+    assert ids(touch(tmp_path, *names)) == expected
+
+
+def test_one_file_and_globs(tmp_path):
+    touch(tmp_path, "a/5.jpg", "b/6.jpg", "b/7.png")
+    assert ids(tmp_path / "b" / "6.jpg") == {"6.jpg": 6}
+    assert ids(str(tmp_path / "*" / "*.jpg")) == {"a/5.jpg": 5, "b/6.jpg": 6}
+    assert ids(str(tmp_path / "b" / "*")) == {"6.jpg": 6, "7.png": 7}
+
+
+def test_ids_and_choice_come_from_annotations(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    annotations = listing(tmp_path / "instances.json", c=40, a=7)
+    assert ids(tmp_path, annotations) == {"c.jpg": 40, "a.jpg": 7}
+    assert ids(str(tmp_path / "[bc].jpg"), annotations) == {"c.jpg": 40}
+    assert ids(tmp_path / "a.jpg", annotations) == {"a.jpg": 7}
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
+    touch(tmp_path, "x/1.jpg", "y/1.jpg", "z/1.jpg")
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(
+        json.dumps(
+            {"images": [{"id": 5, "file_name": "x/1.jpg"}, {"id": 6, "file_name": "y/1.jpg"}]}
+        )
+    )
+    assert ids(str(tmp_path / "*" / "1.jpg"), annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
+    assert ids(tmp_path, annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
+    monkeypatch.chdir(tmp_path / "y")
+    assert ids("*.jpg", annotations) == {"y/1.jpg": 6}
+
+
+names = st.sets(st.from_regex(r"[0-9]{1,3}|[a-c]{1,2}", fullmatch=True), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(before=names, later=names)
+def test_ids_are_distinct_and_stay(tmp_path_factory, before, later):
+    folder = tmp_path_factory.mktemp("photos")
+    first = ids(touch(folder, *(f"{name}.jpg" for name in before)))
+    second = ids(touch(folder, *(f"{name}.jpg" for name in later)), known=first)
+    assert len(set(second.values())) == len(second) == len(before | later)
+    assert first.items() <= second.items()
+
+
+def test_two_files_for_one_annotated_image_are_refused(tmp_path):
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    annotations = listing(tmp_path / "instances.json", a=1)
+    with pytest.raises(ValueError, match="x/a.jpg and .*y/a.jpg are both a.jpg of"):
+        ids(str(tmp_path / "*" / "a.jpg"), annotations)
+
+
+def test_the_folder_is_the_same_whatever_way_the_files_are_given(tmp_path, monkeypatch):
+    photos = touch(tmp_path / "photos", "a.jpg", "inner/b.jpg")
+    annotations = listing(tmp_path / "instances.json", **{"a": 1, "inner/b": 2})
+    (tmp_path / "link").symlink_to(photos, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    for source in (photos, "photos", "link", "photos/../photos"):
+        assert common_folder(find_images(source, None, {})) == photos
+        assert common_folder(find_images(source, annotations, {})) == photos
+    for source in ("photos/a.jpg", "p*/*.jpg", "photos/*", str(photos / "**" / "*")):
+        assert common_folder(find_images(source, annotations, {})) == photos
+    assert common_folder(find_images("photos/inner/b.jpg", None, {})) == photos / "inner"
+
+
+def test_files_are_read_in_order_and_errors_come_as_values(tmp_path, monkeypatch):
+    def read(path: Path) -> np.ndarray:
+        if path.stem == "broken":
+            raise ImageError(f"{path}: not an image")
+        if path.stem == "huge":
+            raise MemoryError
+        return np.full((1, 1, 3), int(path.stem), np.uint8)
+
+    monkeypatch.setattr(image_files, "read_image", read)
+    names = ["1.jpg", "broken.jpg", "huge.jpg", "2.jpg"]
+    files = [ImageFile(n, name, tmp_path / name) for n, name in enumerate(names)]
+    found = list(read_ahead(files))
+    assert [file.file_name for file, _ in found] == names
+    assert [image.max() for _, image in (found[0], found[3])] == [1, 2]
+    assert str(found[1][1]).endswith("broken.jpg: not an image")
+    assert isinstance(found[2][1], ImageError) and "huge.jpg: out of memory" in str(found[2][1])
+    assert list(read_ahead([])) == []
+
+
+def test_a_reader_given_up_does_not_wait_for_the_next_image(tmp_path, monkeypatch):
+    files = [ImageFile(n, f"{n}.png", tmp_path / f"{n}.png") for n in range(3)]
+    reading, finish, done = threading.Event(), threading.Event(), []
+
+    def read_slowly(path):
+        if path.name == "1.png":
+            reading.set()
+            finish.wait(5)
+            done.append(path)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(image_files, "read_image", read_slowly)
+    images = read_ahead(files)
+    next(images)
+    assert reading.wait(30)
+    images.close()  # returns, though the second image is still being read
+    assert not done
+    finish.set()
