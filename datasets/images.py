@@ -25,7 +25,7 @@ class ImageError(ValueError):
 def read_image(path: str | Path) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
 
-    Grey values are repeated, 16 bits become 8, CMYK and palettes become RGB, alpha is dropped.
+    Gray values are repeated, 16 bits become 8, CMYK and palettes become RGB, alpha is dropped.
 
     Raises:
         ImageError: missing, unreadable, empty, truncated, or not an image.

@@ -9,7 +9,7 @@ probability that the published procedure gives it, and then each patch of the gr
 published distribution within that image: every single patch is distributed as published, only
 patches of one group are not independent.
 
-Frames: centres are pixels of the original image; `scale` is the factor by which the image is
+Frames: centers are pixels of the original image; `scale` is the factor by which the image is
 resized so that the patch has its nominal size, so a patch of S pixels covers S / scale pixels of
 the original.
 """
@@ -34,7 +34,7 @@ class Patch:
         image: row of the image.
         annotation: row of the annotation that the patch shows, or -1 (negative patch).
         label: 1 or -1.
-        x, y: centre in the original image.
+        x, y: center in the original image.
         scale: see the module.
         flip: mirror left-right.
     """
@@ -162,7 +162,7 @@ class PatchSampler:
 
     def _index_score_objects(self) -> None:
         coco = self.coco
-        self.centres = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
+        self.centers = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
         longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
         self.own_quarter = own_quarter_octave(longest, self.canonical, self.rules.score_scales)
         self.own_quarter[coco.is_crowd] = NO_SCALE
@@ -202,7 +202,7 @@ class PatchSampler:
         quarters = self.own_quarter[start:stop]
         quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
-        x, y = self.centres[row].tolist()
+        x, y = self.centers[row].tolist()
         return Patch(
             image, row, 1, *self._clamp(image, x, y), 2.0 ** (quarter / 4), self._flip(rng)
         )
@@ -223,16 +223,16 @@ class PatchSampler:
         return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
 
     def _distance_to_objects(self, image: int, x: float, y: float, quarter: int) -> float:
-        """Pixels of the resized image from a centre to the nearest object of similar scale.
+        """Pixels of the resized image from a center to the nearest object of similar scale.
 
         It is 0 inside a crowd.
         """
         start, stop = self.coco.image_starts[image : image + 2]
         crowds = self.coco.boxes[start:stop][self.coco.is_crowd[start:stop]]
         if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
-            return 0.0  # what is centred there may well be an object
+            return 0.0  # what is centered there may well be an object
         near = np.abs(self.own_quarter[start:stop] - quarter) <= self.rules.negative_octaves * 4
-        offsets = self.centres[start:stop][near] - (x, y)
+        offsets = self.centers[start:stop][near] - (x, y)
         return float(np.hypot(offsets[:, 0], offsets[:, 1]).min(initial=np.inf)) * 2.0 ** (
             quarter / 4
         )

@@ -1,6 +1,6 @@
 """Training patches: pixels and targets of what `PatchSampler` draws, and the loader serving them.
 
-A patch of S pixels at scale s covers an S / s square of the original image around its centre.
+A patch of S pixels at scale s covers an S / s square of the original image around its center.
 Image and target are both resampled from that square with sub-pixel positions, so they stay
 aligned at any scale.
 
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.coco import CocoInstances
 from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
-from datasets.transforms import GREY, normalise
+from datasets.transforms import GRAY, normalize
 
 
 def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
-    """The pixels that a patch covers, resampled; grey .5 outside the image.
+    """The pixels that a patch covers, resampled; gray .5 outside the image.
 
     Args:
         image: (H, W, 3) uint8. size: S.
@@ -34,7 +34,7 @@ def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     pixels = resample(image, patch, size).astype(np.float32) / 255
     inside = _inside_share(image.shape, patch, size)
     if inside is not None:
-        pixels = inside[..., None] * pixels + (1 - inside[..., None]) * GREY
+        pixels = inside[..., None] * pixels + (1 - inside[..., None]) * GRAY
     return pixels[:, ::-1] if patch.flip else pixels
 
 
@@ -64,7 +64,7 @@ def resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
         target = (source.shape[1] // block, source.shape[0] // block)
         source = cv2.resize(source, target, interpolation=cv2.INTER_AREA)
     step = 1 / (patch.scale * block)
-    # cv2 counts from pixel centres: output u (centre u + .5) to the source's pixel coordinate - .5.
+    # cv2 counts from pixel centers: output u (center u + .5) to the source's pixel coordinate - .5.
     left = (patch.x - half - x0) / block + step / 2 - 0.5
     top = (patch.y - half - y0) / block + step / 2 - 0.5
     matrix = np.array([[step, 0, left], [0, step, top]])
@@ -94,8 +94,8 @@ def _inside_share(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray
         (size, size) float32; None when all of all do.
     """
     shares = []
-    for centre, length in ((patch.y, shape[0]), (patch.x, shape[1])):
-        edges = centre + (np.arange(size + 1) - size / 2) / patch.scale
+    for center, length in ((patch.y, shape[0]), (patch.x, shape[1])):
+        edges = center + (np.arange(size + 1) - size / 2) / patch.scale
         shares.append(np.diff(np.clip(edges, 0, length)) * patch.scale)
     if shares[0].min() > 1 - 1e-6 and shares[1].min() > 1 - 1e-6:
         return None
@@ -107,7 +107,7 @@ def mask_target(
 ) -> np.ndarray:
     """The annotation's mask in the patch's central P x P square.
 
-    Polygons are moved into the patch's frame and rasterised there by COCO's own rule; only an
+    Polygons are moved into the patch's frame and rasterized there by COCO's own rule; only an
     annotation that is stored as RLE is decoded at full size.
 
     Returns:
@@ -122,12 +122,12 @@ def mask_target(
         soft = resample(full, square, target_size) * (1 if inside is None else inside)
         mask = soft > 127
     else:
-        mask = rasterise(polygons, patch, patch_size=patch_size, target_size=target_size)
+        mask = rasterize(polygons, patch, patch_size=patch_size, target_size=target_size)
     mask = mask[:, ::-1] if patch.flip else mask
     return np.where(mask, np.float32(1), np.float32(-1))
 
 
-def rasterise(
+def rasterize(
     polygons: list[np.ndarray], patch: Patch, *, patch_size: int, target_size: int
 ) -> np.ndarray:
     """Union of polygons, drawn in the patch's frame.
@@ -149,7 +149,7 @@ class PatchDataset(Dataset):
     """Groups of patches by key: item (kind, epoch, group) is the patches of that group.
 
     There are `patches_per_image` (m) of them. Items are dicts with "patches" (m, 3, S, S) float32
-    normalised, "keys" (m,) int64 that identify the samples, "broken" (list of messages on files
+    normalized, "keys" (m,) int64 that identify the samples, "broken" (list of messages on files
     that could not be read), and "targets" (m, G, G) in {-1, 1} for mask groups or "labels" (m,) in
     {-1, 1} for score groups.
     """
@@ -184,7 +184,7 @@ class PatchDataset(Dataset):
             ),
             lambda patches: self.read_image(patches[0].image),
         )
-        pixels = np.stack([normalise(crop_patch(image, p, self.input_size)) for p in patches])
+        pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
         item = {
             "patches": torch.from_numpy(pixels),
             "keys": sample_keys(

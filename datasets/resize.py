@@ -45,7 +45,7 @@ def _as_image_scale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_between_corners(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, the corner pixels' centres on the corner pixels' centres, without any average.
+    """Bilinear, the corner pixels' centers on the corner pixels' centers, without any average.
 
     Args:
         image: (H, W, 3), uint8 or float32. size: height and width.

@@ -247,13 +247,13 @@ def box_corners(boxes: np.ndarray, inclusive: bool) -> np.ndarray:
 
 
 def box_targets(rois: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """What moves each RoI onto its box (R-CNN's parametrisation), not normalised.
+    """What moves each RoI onto its box (R-CNN's parameterization), not normalized.
 
     Args:
         rois, boxes: (n, 4) xyxy, in the same pixels; the targets are the same in any.
 
     Returns:
-        (n, 4) float32: shift of the centre in widths and heights of the RoI, and the logarithms of
+        (n, 4) float32: shift of the center in widths and heights of the RoI, and the logarithms of
         the factors on its width and height.
     """
     rois, boxes = rois.astype(np.float64), boxes.astype(np.float64)

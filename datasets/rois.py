@@ -15,7 +15,7 @@ from datasets.coco import CocoInstances
 from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
 from datasets.resize import resize_sides
 from datasets.roi_sampler import RoiRules, RoiSample, RoiSampler, box_corners
-from datasets.transforms import IMAGENET, PixelRules, normalise
+from datasets.transforms import IMAGENET, PixelRules, normalize
 
 PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer different shapes
 
@@ -23,7 +23,7 @@ PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer differ
 class RoiDataset(Dataset):
     """Images with their RoIs by key: item (epoch, index, threshold), see `RoiSampler.draw`.
 
-    Items are dicts with "image" (3, h, w) float32 normalised; "rois" (R, 4) float32 xyxy in pixels
+    Items are dicts with "image" (3, h, w) float32 normalized; "rois" (R, 4) float32 xyxy in pixels
     of that image; "labels" (K, R) int64 and "targets" (R, 4) float32, see `RoiSample`; and "broken"
     (list of messages on files that could not be read).
     """
@@ -59,7 +59,7 @@ class RoiDataset(Dataset):
             pixels = pixels[:, ::-1]
         factors = np.array([x_factor, y_factor] * 2, np.float32)
         item = {
-            "image": torch.from_numpy(normalise(pixels.astype(np.float32) / 255, self.pixels)),
+            "image": torch.from_numpy(normalize(pixels.astype(np.float32) / 255, self.pixels)),
             "rois": torch.from_numpy(box_corners(sample.rois, rules.inclusive_boxes) * factors),
             "labels": torch.from_numpy(sample.labels),
             "targets": torch.from_numpy(sample.targets),
@@ -119,7 +119,7 @@ def collate_rois(items: list[dict]) -> dict:
     """Images to one minibatch.
 
     Returns:
-        "images" (B, 3, H, W), each at the top left, the rest 0, which is the mean colour;
+        "images" (B, 3, H, W), each at the top left, the rest 0, which is the mean color;
         "rois" (B * R, 5), the row of the image and xyxy, as torchvision's RoI pooling takes them;
         "labels" (K, B * R); "targets" (B * R, 4); "broken" joined.
     """

@@ -1,6 +1,6 @@
 """Backgrounds for synthetic images, and clutter that is no object although it has sharp edges.
 
-Legend: H, W: size of the image; h, w: of the crop that is painted. Colours are RGB in [0, 255].
+Legend: H, W: size of the image; h, w: of the crop that is painted. Colors are RGB in [0, 255].
 """
 
 import math
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from datasets.shape_textures import blend, noise, random_colours, shading, texture
+from datasets.shape_textures import blend, noise, random_colors, shading, texture
 
 
 def draw_background(rng: Generator, height: int, width: int) -> np.ndarray:
@@ -63,5 +63,5 @@ def _draw_line(rng: Generator, canvas: np.ndarray) -> None:
     t = np.linspace(0, 1, 24)[:, None]
     curve = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * ends[1] + t**2 * ends[2]
     points = np.round(curve * 16).astype(np.int32)
-    colour, thickness = random_colours(rng, 1)[0].tolist(), int(rng.integers(1, 4))
-    cv2.polylines(canvas, [points], False, colour, thickness, cv2.LINE_AA, shift=4)
+    color, thickness = random_colors(rng, 1)[0].tolist(), int(rng.integers(1, 4))
+    cv2.polylines(canvas, [points], False, color, thickness, cv2.LINE_AA, shift=4)

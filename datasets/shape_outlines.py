@@ -1,4 +1,4 @@
-"""The outlines of the synthetic shapes: closed polygons that differ in kind, not in colour.
+"""The outlines of the synthetic shapes: closed polygons that differ in kind, not in color.
 
 Legend: K: points of an outline, (x, y) each, around the origin; of any size until posed.
 """
@@ -60,7 +60,7 @@ def posed_outline(rng: Generator, category: str, side: float) -> np.ndarray:
     """A random outline of the category: squeezed, rotated, in mild perspective.
 
     Returns:
-        (K, 2) float64 x, y in pixels; its box is centred on the origin, its longer side is `side`.
+        (K, 2) float64 x, y in pixels; its box is centered on the origin, its longer side is `side`.
     """
     points = OUTLINES[category](rng)
     points = points / np.abs(points).max() * [1, rng.uniform(0.7, 1)]

@@ -1,6 +1,6 @@
 """Draws synthetic images: objects over a cluttered background, in painter's order.
 
-Every painted object stays recognisable to the end, so that all that can be seen is annotated.
+Every painted object stays recognizable to the end, so that all that can be seen is annotated.
 Legend: H, W: size of the image; h, w: of a stencil; K: points of an outline, (x, y) each.
 """
 
@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from datasets.shape_backgrounds import draw_background
 from datasets.shape_outlines import OUTLINES, posed_outline
-from datasets.shape_textures import blend, random_colours, shading, texture
+from datasets.shape_textures import blend, random_colors, shading, texture
 
 IMAGE_SIDES = (320, 448), (240, 384)  # px, longer and shorter side
 PORTRAIT_SHARE = 0.3
@@ -23,7 +23,7 @@ EMPTY_SHARE, CROWD_SHARE = 0.08, 0.04
 CUT_SHARE = 0.5  # of the objects may leave the image; those too large for it do as well
 PLACEMENT_TRIES = 8
 MIN_VISIBLE_SHARE, MIN_VISIBLE_AREA = 0.6, 60  # of the whole outline; px
-MIN_COLOUR_DISTANCE = 90.0  # RGB, of an object's mean colour to the mean of its ground
+MIN_COLOR_DISTANCE = 90.0  # RGB, of an object's mean color to the mean of its ground
 SUPERSAMPLING = 4
 
 
@@ -98,17 +98,17 @@ class _Scene:
             stencil = _cut_stencil(outline, height, width)
             if self._leaves_all_visible(stencil, full_area):
                 self._register(category, full_area, iscrowd=False)
-                self._paint(stencil, self._contrasting_colour(stencil))
+                self._paint(stencil, self._contrasting_color(stencil))
                 return
 
     def paint_crowd(self, category: str) -> None:
-        """Paints a dense swarm of small shapes of like colour, which counts as one object."""
+        """Paints a dense swarm of small shapes of like color, which counts as one object."""
         height, width = self.owner.shape
         radius = self.rng.uniform(30, 60)
-        centre = self.rng.uniform(0.2, 0.8, 2) * [width, height]
+        center = self.rng.uniform(0.2, 0.8, 2) * [width, height]
         side = self.rng.uniform(12, 20)
         stencils = []
-        for place in self.rng.standard_normal((int(radius), 2)) * radius * 0.5 + centre:
+        for place in self.rng.standard_normal((int(radius), 2)) * radius * 0.5 + center:
             outline = posed_outline(self.rng, category, side * self.rng.uniform(0.8, 1.25))
             stencils.append(_cut_stencil(outline + place, height, width))
         swarm = _Stencil(np.zeros((height, width), np.float32), (slice(None), slice(None)))
@@ -118,12 +118,12 @@ class _Scene:
         if not self._leaves_all_visible(swarm, full_area):
             return
         self._register(category, full_area, iscrowd=True)
-        base = self._contrasting_colour(swarm)
+        base = self._contrasting_color(swarm)
         for stencil in stencils:
             self._paint(stencil, base + self.rng.uniform(-25, 25, 3))
 
     def _place(self, side: float) -> np.ndarray:
-        """A random centre (x, y): mostly where `side` px fit in, else anywhere in the image."""
+        """A random center (x, y): mostly where `side` px fit in, else anywhere in the image."""
         height, width = self.owner.shape
         margin = 0 if self.rng.random() < CUT_SHARE else side / 2
         middle = np.array([width, height]) / 2
@@ -141,13 +141,13 @@ class _Scene:
                 return False
         return True
 
-    def _contrasting_colour(self, stencil: _Stencil) -> np.ndarray:
-        """A random colour that differs from the mean of what it will be painted on."""
+    def _contrasting_color(self, stencil: _Stencil) -> np.ndarray:
+        """A random color that differs from the mean of what it will be painted on."""
         solid = (stencil.coverage >= 0.5).astype(np.uint8)
         ground = cv2.mean(self.canvas[stencil.crop], solid)[:3]
-        candidates = random_colours(self.rng, 16)
+        candidates = random_colors(self.rng, 16)
         distance = np.linalg.norm(candidates - ground, axis=1)
-        far_enough = np.flatnonzero(distance >= MIN_COLOUR_DISTANCE)
+        far_enough = np.flatnonzero(distance >= MIN_COLOR_DISTANCE)
         return candidates[far_enough[0] if len(far_enough) else distance.argmax()]
 
     def _register(self, category: str, full_area: float, *, iscrowd: bool) -> None:
@@ -177,7 +177,7 @@ def _cut_stencil(outline: np.ndarray, height: int, width: int) -> _Stencil:
     if h == 0 or w == 0:
         return _Stencil(np.zeros((h, w), np.float32), crop)
     fine = np.zeros((h * SUPERSAMPLING, w * SUPERSAMPLING), np.uint8)
-    # cv2's whole numbers are pixel centres: -.5 brings the outline's 0 to the first pixel's edge.
+    # cv2's whole numbers are pixel centers: -.5 brings the outline's 0 to the first pixel's edge.
     points = np.round(((outline - low) * SUPERSAMPLING - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(fine, [points], 255, cv2.LINE_8, shift=4)
     coverage = cv2.resize(fine, (w, h), interpolation=cv2.INTER_AREA)

@@ -1,7 +1,7 @@
-"""Textures for synthetic images: a scalar field, coloured through a palette.
+"""Textures for synthetic images: a scalar field, colored through a palette.
 
-Objects and background take theirs from here alike, so that neither texture nor colour tells them
-apart. Legend: h, w: size of what is drawn, in pixels. Colours are RGB in [0, 255].
+Objects and background take theirs from here alike, so that neither texture nor color tells them
+apart. Legend: h, w: size of what is drawn, in pixels. Colors are RGB in [0, 255].
 """
 
 import math
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.random import Generator
 
 
-def random_colours(rng: Generator, num: int) -> np.ndarray:
-    """(num, 3) colours, none at the ends of the range: there textures would have no room."""
+def random_colors(rng: Generator, num: int) -> np.ndarray:
+    """(num, 3) colors, none at the ends of the range: there textures would have no room."""
     return rng.uniform(30, 225, (num, 3))
 
 
@@ -40,21 +40,21 @@ def _waves(rng: Generator, h: int, w: int, period: float) -> tuple[np.ndarray, n
 
 
 def _palette(rng: Generator, base: np.ndarray) -> np.ndarray:
-    """256 colours from dark to light, or light to dark, around `base`; (256, 1, 3) uint8."""
+    """256 colors from dark to light, or light to dark, around `base`; (256, 1, 3) uint8."""
     contrast = rng.uniform(7, 35) * rng.choice([-1, 1])
     stops = base + contrast * np.array([[-1], [0], [1]]) + rng.uniform(-1, 1, (3, 3)) * contrast
     level = np.linspace(0, 2, 256)
-    colours = [np.interp(level, [0, 1, 2], stops[:, channel]) for channel in range(3)]
-    return np.stack(colours, axis=1)[:, None].clip(0, 255).astype(np.uint8)
+    colors = [np.interp(level, [0, 1, 2], stops[:, channel]) for channel in range(3)]
+    return np.stack(colors, axis=1)[:, None].clip(0, 255).astype(np.uint8)
 
 
 def texture(rng: Generator, h: int, w: int, base: np.ndarray | None = None) -> np.ndarray:
-    """A random texture whose colours lie around `base`, or around a random one.
+    """A random texture whose colors lie around `base`, or around a random one.
 
     Returns:
         (h, w, 3) float32 in [0, 255].
     """
-    base = random_colours(rng, 1)[0] if base is None else base
+    base = random_colors(rng, 1)[0] if base is None else base
     period = math.exp(rng.uniform(math.log(6), math.log(48)))
     field = _pattern(rng, h, w, period)
     field += (noise(rng, h, w, 4, octaves=2) - 0.5) * np.float32(rng.uniform(0.1, 0.5))  # grain

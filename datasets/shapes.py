@@ -132,7 +132,7 @@ def annotate(shape: ShapeObject) -> dict:
 def _outer_borders(mask: np.ndarray) -> list[np.ndarray]:
     """The borders of a mask along its pixels' edges, (K, 2) int32 each, in unit steps.
 
-    `cv2.findContours` joins pixel centres, so that a polygon of them lacks half a pixel all round.
+    `cv2.findContours` joins pixel centers, so that a polygon of them lacks half a pixel all round.
     On the doubled mask, the border of the pixels a to b runs from 2a to 2b + 1; their edges are a
     and b + 1. For both, and at inner corners too, the edge is (c + 1) // 2.
     """

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# ImageNet statistics of RGB in [0, 1], the normalisation of every torchvision trunk.
+# ImageNet statistics of RGB in [0, 1], the normalization of every torchvision trunk.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-GREY = np.float32(0.5)  # what lies outside an image, before normalisation
+GRAY = np.float32(0.5)  # what lies outside an image, before normalization
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PixelRules:
 IMAGENET = PixelRules()
 
 
-def normalise(pixels: np.ndarray, rules: PixelRules = IMAGENET) -> np.ndarray:
+def normalize(pixels: np.ndarray, rules: PixelRules = IMAGENET) -> np.ndarray:
     """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with mean 0 and deviation 1."""
     # Planes first: arithmetic on them is several times as fast as on triples.
     planes = np.array(pixels.transpose(2, 0, 1), np.float32, order="C")
@@ -31,6 +31,6 @@ def normalise(pixels: np.ndarray, rules: PixelRules = IMAGENET) -> np.ndarray:
     return np.ascontiguousarray(planes[::-1]) if rules.bgr else planes
 
 
-def denormalise(pixels: np.ndarray) -> np.ndarray:
-    """The inverse of `normalise`, as uint8: (3, H, W) float32 to (H, W, 3) uint8."""
+def denormalize(pixels: np.ndarray) -> np.ndarray:
+    """The inverse of `normalize`, as uint8: (3, H, W) float32 to (H, W, 3) uint8."""
     return ((pixels.transpose(1, 2, 0) * STD + MEAN) * 255).round().clip(0, 255).astype(np.uint8)

@@ -14,16 +14,16 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # no box grows by more: keeps exp() finite,
 
 
 def foveal_regions(rois: Tensor, factor: float) -> Tensor:
-    """RoIs enlarged about their centres (BMVC 2016, section 3.2).
+    """RoIs enlarged about their centers (BMVC 2016, section 3.2).
 
     Args:
         rois: (N, 5). factor: on both sides; the result is not clipped to the image.
     """
     if factor == 1:
         return rois
-    centres = (rois[:, 1:3] + rois[:, 3:5]) / 2
+    centers = (rois[:, 1:3] + rois[:, 3:5]) / 2
     halves = (rois[:, 3:5] - rois[:, 1:3]) * (factor / 2)
-    return torch.cat([rois[:, :1], centres - halves, centres + halves], dim=1)
+    return torch.cat([rois[:, :1], centers - halves, centers + halves], dim=1)
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -31,12 +31,12 @@ def decode_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
 
     Args:
         boxes: (N, 4) xyxy.
-        deltas: (N, C, 4) of each class, not normalised.
+        deltas: (N, C, 4) of each class, not normalized.
 
     Returns:
         (N, C, 4) xyxy.
     """
     sides = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (N, 1, 2)
-    centres = (boxes[:, 2:] + boxes[:, :2])[:, None] / 2 + deltas[..., :2] * sides
+    centers = (boxes[:, 2:] + boxes[:, :2])[:, None] / 2 + deltas[..., :2] * sides
     halves = sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
-    return torch.cat([centres - halves, centres + halves], dim=-1)
+    return torch.cat([centers - halves, centers + halves], dim=-1)

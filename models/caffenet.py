@@ -1,6 +1,6 @@
 """CaffeNet: Caffe's AlexNet, as Fast R-CNN has it (Girshick, ICCV 2015; model "S").
 
-Krizhevsky's network (NIPS 2012) with pooling before the local response normalisation. Its
+Krizhevsky's network (NIPS 2012) with pooling before the local response normalization. Its
 convolutions and pools are padded so that a cell of conv5 lies at every 16th pixel; no layer is at
 stride 2.
 """
@@ -18,9 +18,9 @@ class CaffeNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             *_conv(3, 96, 11, stride=4),
-            *_pool_and_normalise(),
+            *_pool_and_normalize(),
             *_conv(96, 256, 5, groups=2),
-            *_pool_and_normalise(),
+            *_pool_and_normalize(),
             *_conv(256, 384, 3),
             *_conv(384, 384, 3, groups=2),
             *_conv(384, 256, 3, groups=2),
@@ -43,12 +43,12 @@ def _pool() -> nn.MaxPool2d:
     return nn.MaxPool2d(3, 2, padding=1)
 
 
-def _pool_and_normalise() -> tuple[nn.Module, nn.Module]:
+def _pool_and_normalize() -> tuple[nn.Module, nn.Module]:
     return _pool(), nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1)
 
 
 def caffenet_levels(network: CaffeNet) -> list[nn.Sequential]:
-    """conv1, conv2, and conv3 to conv5; pool and normalisation open the level behind them."""
+    """conv1, conv2, and conv3 to conv5; pool and normalization open the level behind them."""
     layers = list(network.features)[:-1]  # without pool5, so that the map stays at stride 16
     pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
     starts = [0, *pools, len(layers)]

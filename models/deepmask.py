@@ -1,9 +1,9 @@
-"""DeepMask: a class-agnostic mask and an objectness score for the object centred in a patch.
+"""DeepMask: a class-agnostic mask and an objectness score for the object centered in a patch.
 
 Pinheiro, Collobert, Dollar, *Learning to Segment Object Candidates*, NIPS 2015; the default is the
 arrangement of the ECCV 2016 models. All linear layers are written as convolutions, so the same
 weights run on a patch and, densely, on a whole image: cell (i, j) of the dense output is the patch
-centred at pixel (16 i, 16 j) of the image before its border of P/2 pixels was added.
+centered at pixel (16 i, 16 j) of the image before its border of P/2 pixels was added.
 
 Letters: B patches, P patch size in pixels, F = P / 16 feature cells, E embedding width, M mask
 size, (h, w) cells of a dense output, N chosen cells.
@@ -80,8 +80,8 @@ class DeepMask(nn.Module):
         """Logits for patches.
 
         Args:
-            patches: (B, 3, S, S), normalised; S = P + C, or P plus any other even number of cells
-                of surroundings: the P x P centre of the trunk's map is used.
+            patches: (B, 3, S, S), normalized; S = P + C, or P plus any other even number of cells
+                of surroundings: the P x P center of the trunk's map is used.
             head: "mask", "score" or "both": what to compute.
             keys: (B,) int64, the identity of each patch, from which dropout draws in training
                 (see `KeyedDropout`).
@@ -89,7 +89,7 @@ class DeepMask(nn.Module):
         Returns:
             "mask_logits" (B, M, M) and "score_logits" (B,), as far as asked for.
         """
-        embedding = self.embed(self.crop_centre(self.trunk(patches)[-1]))  # (B, E, 1, 1)
+        embedding = self.embed(self.crop_center(self.trunk(patches)[-1]))  # (B, E, 1, 1)
         outputs = {}
         if head in ("mask", "both"):
             outputs["mask_logits"] = self.decode_masks(embedding.flatten(1))
@@ -97,8 +97,8 @@ class DeepMask(nn.Module):
             outputs["score_logits"] = self.score(embedding, keys=keys).flatten()
         return outputs
 
-    def crop_centre(self, features: Tensor) -> Tensor:
-        """The F x F centre of the stride-16 map of patches: (B, C, f, f) to (B, C, F, F)."""
+    def crop_center(self, features: Tensor) -> Tensor:
+        """The F x F center of the stride-16 map of patches: (B, C, f, f) to (B, C, F, F)."""
         border = (features.shape[-1] - self.cells) // 2
         return features[..., border : border + self.cells, border : border + self.cells]
 

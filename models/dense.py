@@ -23,7 +23,7 @@ class DenseNetwork(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
-            pixels: (1, 3, H, W), normalised.
+            pixels: (1, 3, H, W), normalized.
 
         Returns:
             Embeddings (1, E, h, w), score logits (1, h, w), and of each refinement module its

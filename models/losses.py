@@ -59,10 +59,10 @@ def integral_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-    """Smooth L1 of the labelled class's deltas: sum over foreground RoIs / number of RoIs.
+    """Smooth L1 of the labeled class's deltas: sum over foreground RoIs / number of RoIs.
 
     Args:
-        deltas: (R, C + 1, 4) and targets: (R, 4), both normalised.
+        deltas: (R, C + 1, 4) and targets: (R, 4), both normalized.
         labels: (K, R), see `integral_loss`; a RoI is foreground if it is for any threshold.
     """
     classes = labels.amax(0)

@@ -23,9 +23,9 @@ from models.dropout import KeyedDropout
 from models.roi_pooling import roi_pool_overlapping, roi_pool_rounded
 from models.trunk import Trunk
 
-# Without normalisation: what makes the finer layers' activations as large as conv5's.
-UNNORMALISED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
-NORMALISED_SCALE = 1000.0
+# Without normalization: what makes the finer layers' activations as large as conv5's.
+UNNORMALIZED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
+NORMALIZED_SCALE = 1000.0
 # How RoI pooling rounds its bins: Fast R-CNN's, or the released code's (models/roi_pooling.py).
 ROI_BINS = ("overlapping", "rounded")
 
@@ -66,24 +66,24 @@ class Pooling(nn.Module):
         strides: tuple[int, ...],
         width: int,
         *,
-        normalise: bool,
-        scale: float = NORMALISED_SCALE,
+        normalize: bool,
+        scale: float = NORMALIZED_SCALE,
     ):
         """
         Args:
             channels: of the layers, by stride.
             width: channels of the block.
-            normalise: each layer's block to L2 norm 1, then x `scale`; otherwise fixed factors.
+            normalize: each layer's block to L2 norm 1, then x `scale`; otherwise fixed factors.
         """
         super().__init__()
-        self.strides, self.normalise, self.scale = strides, normalise, scale
+        self.strides, self.normalize, self.scale = strides, normalize, scale
         total = sum(channels[stride] for stride in strides)
         self.mix = None
-        if normalise or len(strides) > 1 or total != width:
+        if normalize or len(strides) > 1 or total != width:
             self.mix = nn.Conv2d(total, width, 1)
             nn.init.kaiming_normal_(self.mix.weight, nonlinearity="relu")
             nn.init.zeros_(self.mix.bias)
-            if not normalise and channels[strides[-1]] == width:
+            if not normalize and channels[strides[-1]] == width:
                 self._start_as_last_layer()
 
     @torch.no_grad()
@@ -105,8 +105,8 @@ class Pooling(nn.Module):
 
     def _factor(self, number: int, block: Tensor) -> Tensor | float:
         """What a layer's block is multiplied by: (R, 1, 1, 1), or the same for all."""
-        if not self.normalise:
-            return UNNORMALISED_SCALE[self.strides[number]]
+        if not self.normalize:
+            return UNNORMALIZED_SCALE[self.strides[number]]
         norm = torch.linalg.vector_norm(block, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
         return (self.scale / norm.clamp(min=1e-12)).to(block.dtype)
 
@@ -167,8 +167,8 @@ class MultiPathNet(nn.Module):
         box_region: Region | None,
         pooled_size: int = 7,
         width: int = 512,
-        normalise: bool = True,
-        scale: float = NORMALISED_SCALE,
+        normalize: bool = True,
+        scale: float = NORMALIZED_SCALE,
         roi_bins: str = "overlapping",
     ):
         """
@@ -180,7 +180,7 @@ class MultiPathNet(nn.Module):
             box_region: of the box regressor's tower; None: it takes the classifier's features.
             pooled_size: s.
             width: channels of a tower's block.
-            normalise, scale: see `Pooling`.
+            normalize, scale: see `Pooling`.
             roi_bins: one of `ROI_BINS`.
         """
         super().__init__()
@@ -194,7 +194,7 @@ class MultiPathNet(nn.Module):
             for layer in own.modules():
                 if isinstance(layer, KeyedDropout):
                     layer.stream += 2 * number
-            pooling = Pooling(channels, region.strides, width, normalise=normalise, scale=scale)
+            pooling = Pooling(channels, region.strides, width, normalize=normalize, scale=scale)
             return Tower(region, pooling, own)
 
         self.towers = nn.ModuleList(tower(region, n) for n, region in enumerate(regions))
@@ -214,10 +214,10 @@ class MultiPathNet(nn.Module):
     def forward(
         self, images: Tensor, rois: Tensor, *, keys: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits and normalised deltas of RoIs, see `classify_rois`.
+        """Logits and normalized deltas of RoIs, see `classify_rois`.
 
         Args:
-            images: (B, 3, H, W), normalised. rois: (R, 5), in pixels of these images.
+            images: (B, 3, H, W), normalized. rois: (R, 5), in pixels of these images.
         """
         return self.classify_rois(self.layers(images), rois, keys=keys)
 
@@ -235,7 +235,7 @@ class MultiPathNet(nn.Module):
 
         Returns:
             "class_logits" (R, K, C + 1), class 0 the background; "deltas" (R, C + 1, 4),
-            normalised by `delta_mean` and `delta_std`.
+            normalized by `delta_mean` and `delta_std`.
         """
         pooled = self.pool_regions(layers, rois)
 
@@ -277,7 +277,7 @@ class MultiPathNet(nn.Module):
             return roi_pool_rounded(layer, rois, self.pooled_size, scale)
         return roi_pool_overlapping(layer, rois, self.pooled_size, scale)
 
-    def normalise_deltas(self, targets: Tensor) -> Tensor:
+    def normalize_deltas(self, targets: Tensor) -> Tensor:
         """Regression targets (R, 4) as the regressor is trained on them."""
         return (targets - self.delta_mean) / self.delta_std
 

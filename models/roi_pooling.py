@@ -1,6 +1,6 @@
 """RoI max pooling: Fast R-CNN's, and the released detectors' (imagine-nn, version 2).
 
-Fast R-CNN's rounds the bins outwards: neighbours overlap, and the cell of the RoI's last corner is
+Fast R-CNN's rounds the bins outwards: neighbors overlap, and the cell of the RoI's last corner is
 inside. The released detectors round every edge to the nearest cell, so the bins part the RoI, one
 may be empty, and the last corner's cell is outside.
 

@@ -187,7 +187,7 @@ class SharpMask(nn.Module):
         """Refined logits for patches, in the form of `DeepMask.forward`.
 
         Args:
-            patches: (B, 3, S, S), normalised.
+            patches: (B, 3, S, S), normalized.
             head: "mask", "score" or "both".
             keys: not used, since the frozen score head has no dropout.
 
@@ -196,7 +196,7 @@ class SharpMask(nn.Module):
         """
         with torch.no_grad():
             features = self.deepmask.trunk(patches)
-            embedding = self.deepmask.embed(self.deepmask.crop_centre(features[-1]))
+            embedding = self.deepmask.embed(self.deepmask.crop_center(features[-1]))
         outputs = {}
         if head in ("mask", "both"):
             windows = self.horizontal_maps(self.crop_windows(features))
@@ -255,7 +255,7 @@ class SharpMask(nn.Module):
 
 
 def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
-    """What a 3x3 layer gives on `x` doubled by nearest neighbour, without doubling it.
+    """What a 3x3 layer gives on `x` doubled by nearest neighbor, without doubling it.
 
     Each of the four pixels that come from one sees only 2x2 different ones, so they are four times
     as many output channels of a 3x3 layer on `x` itself. Where channels are few, these fill the
@@ -270,7 +270,7 @@ def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
     """
     taps = layer.weight.new_tensor(
         [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
-    )  # for an even and an odd pixel: which of three neighbours its three taps fall on
+    )  # for an even and an odd pixel: which of three neighbors its three taps fall on
     weight = torch.einsum("oiuv,aru,bsv->aboirs", layer.weight, taps, taps).flatten(0, 2)
     four = F.conv2d(symmetric_pad(x, 1), weight, layer.bias.repeat(4))  # (N, 4 C_out, h, w)
     # The two pixels of a row lie together already and are moved as one: a third of the time of

@@ -138,7 +138,7 @@ class Trunk(nn.Module):
         """Features of every level.
 
         Args:
-            images: (N, 3, H, W), normalised.
+            images: (N, 3, H, W), normalized.
 
         Returns:
             A tensor for each of `strides`: the skip features and, last, the stride-16 map.

@@ -84,12 +84,12 @@ class SamplingConfig:
 
 @dataclass
 class OptimConfig:
-    """How a stage is optimised. An epoch is a number of minibatches, as in the released code."""
+    """How a stage is optimized. An epoch is a number of minibatches, as in the released code."""
 
     batch_size: int = 32  # of the whole step, over all processes
     batches_per_epoch: int = 4000
     epochs: int = 300
-    optimiser: str = "sgd"  # sgd | adamw
+    optimizer: str = "sgd"  # sgd | adamw
     momentum: float = 0.9  # sgd only
     weight_decay: float = 5e-4
     lr: float = 1e-3
@@ -188,7 +188,7 @@ class MultiPathNetConfig:
     box_tower: bool = True  # a tower of its own for the box regressor
     thresholds: list[float] = field(default_factory=lambda: [0.5, 0.55, 0.6, 0.65, 0.7, 0.75])
     draw_threshold: bool = False  # one threshold a minibatch (released code) instead of all
-    normalise: bool = True  # pooled blocks to one L2 norm; else by fixed factors
+    normalize: bool = True  # pooled blocks to one L2 norm; else by fixed factors
     scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6
     pooled_size: int = 7
     roi_bins: str = "overlapping"  # overlapping (Fast R-CNN) | rounded (released code)
@@ -219,7 +219,7 @@ class MultiPathNetConfig:
 class InitConfig:
     """What a stage starts from; without, the run directories beside the output are taken."""
 
-    # Checkpoint of the same stage, to fine-tune: all its weights, and a new optimiser.
+    # Checkpoint of the same stage, to fine-tune: all its weights, and a new optimizer.
     weights: str | None = None
     deepmask: str | None = None  # checkpoint, for SharpMask
     proposer: str | None = None  # DeepMask or SharpMask checkpoint, to make proposals with
@@ -236,7 +236,7 @@ class DetectConfig:
     nms: float = 0.3  # IoU of boxes of one class
     max_detections: int = 100  # per image
     vote: float | None = None  # IoU from which on boxes of a class vote for each other's place
-    localisations: int = 0  # how often detections are fed back as RoIs
+    localizations: int = 0  # how often detections are fed back as RoIs
     flip: bool = False  # mean with the mirrored image
     short_sides: list[int] = field(default_factory=list)  # image scales; empty: that of training
     chunk: int = 128  # RoIs at once: bounds memory
@@ -272,7 +272,7 @@ class Config:
 
 
 CHOICES = {
-    "optimiser": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adamw"),
     "schedule": ("steps", "cosine"),
     "widths": WIDTHS,
     "merge": ARRANGEMENTS,
@@ -294,7 +294,7 @@ CONDITIONS = (
      ("workers", "weight_decay", "warmup_batches", "trunk_lr_factor", "save_every_minutes",
       "context", "mask_weight", "score_weight", "jitter_shift", "jitter_scale", "min_area",
       "min_side", "scale", "negative_distance", "negative_octaves", "box_weight", "frozen_epochs",
-      "score_threshold", "localisations")),
+      "score_threshold", "localizations")),
     ("from 0 to 1", lambda v: 0 <= v <= 1, ("mask_share", "max_broken_share", "foreground_share",
       "background_low", "crowd_overlap")),
     ("from 0 to below 1", lambda v: 0 <= v < 1, ("dropout", "momentum")),

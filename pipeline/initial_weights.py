@@ -38,7 +38,7 @@ NETWORK_SETTINGS = {
     "multipathnet": (
         *(f"multipathnet.trunk.{name}" for name in TRUNK_SETTINGS),
         *(f"multipathnet.{name}" for name in (
-            "head", "foveal", "skip", "box_tower", "thresholds", "normalise", "scale",
+            "head", "foveal", "skip", "box_tower", "thresholds", "normalize", "scale",
             "pooled_size", "roi_bins", "resampling", "inclusive_boxes", "pixels", "width",
             "features",
         )),

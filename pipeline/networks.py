@@ -80,7 +80,7 @@ def build_multipathnet(
         box_region=box_tower(skip=c.skip) if c.box_tower else None,
         pooled_size=c.pooled_size,
         width=width,
-        normalise=c.normalise,
+        normalize=c.normalize,
         scale=c.scale,
         roi_bins=c.roi_bins,
     )

@@ -104,7 +104,7 @@ def test_a_network_that_learned_one_object_proposes_it_first(tiny_recipe, tmp_pa
     recipe["deepmask"] |= {"mask_weight": 20.0}
     recipe["deepmask"]["sampling"] = {"jitter_shift": 9.6, "negative_distance": 28.8}
     recipe["deepmask"]["optim"] |= {
-        "optimiser": "adamw",
+        "optimizer": "adamw",
         "lr": 1e-3,
         "batch_size": 16,
         "batches_per_epoch": 150,

@@ -214,7 +214,7 @@ MISTAKES = {
     "set zero batch": (SET + "deepmask.optim.batch_size=0", "deepmask.optim.batch_size 0"),
     "set dropout 1": (SET + "deepmask.dropout=1", "deepmask.dropout 1"),
     "set negative seed": (SET + "seed=-1", "seed -1"),
-    "set not a choice": (SET + "deepmask.optim.optimiser=adam", "sgd adamw 'adam'"),
+    "set not a choice": (SET + "deepmask.optim.optimizer=adam", "sgd adamw 'adam'"),
     "set two scales": (SET + "propose.scales=[-1,1]", "propose.scales [-1, 1]"),
     "set scales MIN > MAX": (SET + "propose.scales=[1,0,0.5]", "propose.scales MIN 1.0"),
     "set endless scales": (SET + "propose.scales=[-.inf,0,0.5]", "propose.scales MIN -inf"),
@@ -303,9 +303,9 @@ MISTAKES = {
         SET.replace("{out}", "{run}") + "deepmask.embedding=16 --resume",
         "last.pt tail.2.weight",
     ),
-    "resume with another optimiser": (
+    "resume with another optimizer": (
         SET.replace("{out}", "{run}") + "trunk.frozen_levels=2 --resume",
-        "last.pt optimiser",
+        "last.pt optimizer",
     ),
     "resume with a broken checkpoint": (
         TRAIN.replace("{out}", "{wrong}/broken_run") + "--resume --config {config}",
@@ -529,7 +529,7 @@ MISTAKES = {
     ),
     "detect with no proposals": (DETECT + STORE + "--num-proposals 0", "--num-proposals 0"),
     "vote beyond 1": (DETECT + STORE + "--vote 1.5", "--vote 1.5"),
-    "negative localisations": (DETECT + STORE + "--localisations -1", "--localisations -1"),
+    "negative localizations": (DETECT + STORE + "--localizations -1", "--localizations -1"),
     "short side of nothing": (DETECT + STORE + "--short-sides 0", "--short-sides 0"),
     "draw less than nothing": (DETECT + STORE + "--draw -1", "--draw -1"),
     "compress to nothing": (DETECT + "--compress-fc 0", "--compress-fc 0"),

@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
     parser.add_argument("--vote", type=float, metavar="IOU", help="box voting above this overlap")
-    parser.add_argument("--localisations", type=int, help="feed detections back so many times")
+    parser.add_argument("--localizations", type=int, help="feed detections back so many times")
     parser.add_argument("--flip", action="store_true", default=None, help="and the mirrored image")
     parser.add_argument("--short-sides", type=int, nargs="+", metavar="PX", help="image scales")
     parser.add_argument("--draw", type=int, default=0, metavar="K", help="draw the best K")
@@ -62,7 +62,7 @@ def main() -> int:
         raise ValueError("--proposal-checkpoint needs --images")
     if args.proposals and args.annotations:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
-    names = ("num_proposals", "vote", "localisations", "flip", "short_sides")
+    names = ("num_proposals", "vote", "localizations", "flip", "short_sides")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:

@@ -10,7 +10,7 @@ from models.deepmask import resize_mask_logits
 
 
 def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU of each predicted mask, binarised at probability .5, with its target.
+    """IoU of each predicted mask, binarized at probability .5, with its target.
 
     Args:
         mask_logits: (B, M, M). targets: (B, G, G) in {-1, 1}.
@@ -30,7 +30,7 @@ def score_hits(score_logits: Tensor, labels: Tensor) -> Tensor:
     return (score_logits > 0) == (labels > 0)
 
 
-def summarise(ious: Tensor, hits: Tensor) -> dict[str, float]:
+def summarize(ious: Tensor, hits: Tensor) -> dict[str, float]:
     """The table's row; a metric without a patch to measure it on is left out."""
     row = {}
     if len(ious):

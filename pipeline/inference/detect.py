@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from datasets.resize import resize_sides
-from datasets.transforms import IMAGENET, PixelRules, normalise
+from datasets.transforms import IMAGENET, PixelRules, normalize
 from models.multipathnet import MultiPathNet
 from pipeline.config import DetectConfig
 from pipeline.inference.box_selection import Selection, select_boxes
@@ -100,7 +100,7 @@ class Detector:
         views = self._views(image) if len(boxes) else []
         probabilities, decoded = self._classify(views, boxes, size)
         selections = (
-            self._localise(views, self._select(probabilities[:count], decoded[:count]), size)
+            self._localize(views, self._select(probabilities[:count], decoded[:count]), size)
             for count in counts
         )
         return [
@@ -126,11 +126,11 @@ class Detector:
             vote_iou=self.options.vote,
         )
 
-    def _localise(
+    def _localize(
         self, views: list[View], selection: Selection, size: tuple[int, int]
     ) -> Selection:
         """Feeds the selected boxes back as RoIs, as often as the options say."""
-        for _ in range(self.options.localisations):
+        for _ in range(self.options.localizations):
             *_, boxes, sources = selection
             scores, labels, found, rows = self._select(*self._classify(views, boxes, size))
             selection = scores, labels, found, sources[rows]
@@ -151,7 +151,7 @@ class Detector:
     def _view(
         self, pixels: np.ndarray, factors: tuple[float, float], width: int, flip: bool
     ) -> View:
-        normal = normalise(pixels.astype(np.float32) / 255, self.pixels)
+        normal = normalize(pixels.astype(np.float32) / 255, self.pixels)
         planes = torch.from_numpy(normal)[None].to(self.device)
         layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
         last_x = (width - self.margin) * factors[0]

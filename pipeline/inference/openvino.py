@@ -20,7 +20,7 @@ from pipeline.inference.memory import NUM_PRIMITIVES
 BACKENDS = ("torch", "openvino-int8")
 
 
-def quantise(network: DenseNetwork, samples: Iterable[Tensor], path: Path) -> None:
+def quantize(network: DenseNetwork, samples: Iterable[Tensor], path: Path) -> None:
     """Writes the network with 8-bit weights and activations, in OpenVINO's format.
 
     Args:
@@ -60,8 +60,8 @@ def quantise(network: DenseNetwork, samples: Iterable[Tensor], path: Path) -> No
     temporary.replace(path)  # last: where it is, the whole network is
 
 
-class QuantisedNetwork:
-    """A network that `quantise` has written."""
+class QuantizedNetwork:
+    """A network that `quantize` has written."""
 
     def __init__(self, path: Path):
         openvino, _ = _import_openvino()

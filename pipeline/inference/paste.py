@@ -137,7 +137,7 @@ def _edges(
     """
     cells = logits.shape[1]
     low, high = _pixels(places.top, places.height, image_size[0])
-    origin, spacing = _centres(places.top, places.height, cells, places.corners)
+    origin, spacing = _centers(places.top, places.height, cells, places.corners)
     used = (logits.amax(dim=1) > limit).cpu().numpy() & (low < high)[:, None]
     owner, x, position = _columns(used, places, image_size[1])
     column, cell, before, after = _crossings(logits, owner, position, limit)
@@ -155,16 +155,16 @@ def _edges(
 def _pixels(start: np.ndarray, length: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """First pixel of patches in the image, and the first behind them.
 
-    A pixel belongs to a patch when its centre does.
+    A pixel belongs to a patch when its center does.
     """
     low, high = (np.ceil(side - 0.5).astype(np.int64) for side in (start, start + length))
     return low.clip(min=0), high.clip(max=limit)
 
 
-def _centres(
+def _centers(
     start: np.ndarray, length: np.ndarray, cells: int, corners: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the first cell's centre lies and how far apart cells are; 0 is pixel 0's centre."""
+    """Where the first cell's center lies and how far apart cells are; 0 is pixel 0's center."""
     if corners:
         return start, (length - 1) / max(cells - 1, 1)
     return start + length / cells / 2 - 0.5, length / cells
@@ -183,8 +183,8 @@ def _columns(
     """
     cells = used.shape[1]
     low, high = _pixels(places.left, places.width, width)
-    origin, spacing = _centres(places.left, places.width, cells, places.corners)
-    # From the neighbour before the first to the one behind the last; beyond the outermost centres
+    origin, spacing = _centers(places.left, places.width, cells, places.corners)
+    # From the neighbor before the first to the one behind the last; beyond the outermost centers
     # the outermost cell's value goes on.
     first, last = used.argmax(axis=1), cells - 1 - used[:, ::-1].argmax(axis=1)
     reach = np.where(first > 0, origin + (first - 1) * spacing, low)

@@ -5,7 +5,7 @@ import numpy as np
 
 from datasets.patch_sampler import MASK, SCORE, Patch
 from datasets.patches import PatchDataset
-from datasets.transforms import denormalise
+from datasets.transforms import denormalize
 from pipeline.inference.visualize import contact_sheet, put_label
 
 COLUMNS = 8
@@ -40,7 +40,7 @@ def _tiles(data: PatchDataset, kind: str, group: int) -> list[np.ndarray]:
     return [
         _tile(
             data,
-            denormalise(item["patches"][n].numpy()),
+            denormalize(item["patches"][n].numpy()),
             patch,
             None if targets is None else targets[n].numpy(),
         )

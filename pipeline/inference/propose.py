@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from datasets.resize import RESAMPLINGS, resize_between_corners
-from datasets.transforms import GREY, MEAN, STD
+from datasets.transforms import GRAY, MEAN, STD
 from models.deepmask import STRIDE, DeepMask
 from models.dense import DenseNetwork
 from models.sharpmask import SharpMask
@@ -121,7 +121,7 @@ class Proposer:
         pixels = torch.from_numpy(scaled)
         if self.device.type == "cuda":  # copied while the scale before is still computed
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return pad_and_normalise(pixels, self.deepmask.patch_size // 2), factors
+        return pad_and_normalize(pixels, self.deepmask.patch_size // 2), factors
 
     @torch.inference_mode()
     def decode(self, levels: list[Level], chosen: Tensor) -> Tensor:
@@ -244,16 +244,16 @@ def resize_released(image: np.ndarray, factor: float) -> np.ndarray:
     return resize_between_corners(image, (height, width))
 
 
-def pad_and_normalise(pixels: Tensor, border: int) -> Tensor:
+def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
     """(H, W, 3), values 0 to 255, to (1, 3, H + 2 border, W + 2 border) float32.
 
-    Normalised, grey all around, channels last.
+    Normalized, gray all around, channels last.
     """
     mean = torch.tensor(MEAN, device=pixels.device)
     std = torch.tensor(STD, device=pixels.device)
     height, width = pixels.shape[:2]
     canvas = (
-        ((float(GREY) - mean) / std).expand(height + 2 * border, width + 2 * border, 3).contiguous()
+        ((float(GRAY) - mean) / std).expand(height + 2 * border, width + 2 * border, 3).contiguous()
     )
     canvas[border : border + height, border : border + width] = (pixels.float() / 255 - mean) / std
     return canvas.permute(2, 0, 1)[None]
@@ -283,7 +283,7 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 def place_patches(cells: np.ndarray, factors: np.ndarray, patch_size: int) -> Placement:
     """Where the patches of cells lie in the original image.
 
-    The centre of each is (16 column, 16 row) of the scaled image.
+    The center of each is (16 column, 16 row) of the scaled image.
 
     Args:
         cells: (n, 2) int64 rows and columns. factors: (n, 2) x and y of each one's scale.

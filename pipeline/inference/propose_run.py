@@ -19,7 +19,7 @@ from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
 from pipeline.inference.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
-from pipeline.inference.openvino import QuantisedNetwork, quantise
+from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import draw_proposals, picture_path, save_jpeg
@@ -85,7 +85,7 @@ def propose_images(
         store.open_for(settings | own)
     distributed.barrier()  # everyone has seen the same store before anyone adds to it
     if left and backend == "openvino-int8":
-        _quantise(proposer, files, Path(output) / "quantised" / "dense.xml")
+        _quantize(proposer, files, Path(output) / "quantized" / "dense.xml")
     index, count = distributed.share()
     shares = distributed.gather(_propose_share(proposer, left[index::count], store))
     summary = Summary(
@@ -99,7 +99,7 @@ def propose_images(
     return summary
 
 
-def _quantise(proposer: Proposer, files: list[ImageFile], path: Path) -> None:
+def _quantize(proposer: Proposer, files: list[ImageFile], path: Path) -> None:
     """Has the proposer run in 8 bits; the network is made once and kept for later runs.
 
     It is calibrated on images spread evenly over the files, each at a scale of its own.
@@ -109,9 +109,9 @@ def _quantise(proposer: Proposer, files: list[ImageFile], path: Path) -> None:
     if distributed.is_main() and not path.exists():
         number = min(CALIBRATION_IMAGES, len(files))
         print(f"calibrating the network in 8 bits on {number} images", flush=True)
-        quantise(proposer.dense, _calibration_samples(proposer, files), path)
+        quantize(proposer.dense, _calibration_samples(proposer, files), path)
     distributed.barrier()
-    proposer.dense = QuantisedNetwork(path)
+    proposer.dense = QuantizedNetwork(path)
 
 
 def _calibration_samples(proposer: Proposer, files: list[ImageFile]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from pipeline.inference.proposals import Proposals
 
 LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
-# Distinct hues, by steps of the golden ratio around the colour circle.
+# Distinct hues, by steps of the golden ratio around the color circle.
 PALETTE = cv2.cvtColor(
     np.array([[(int(180 * (n * 0.618034 % 1)), 200, 255) for n in range(64)]], np.uint8),
     cv2.COLOR_HSV2RGB,
@@ -53,17 +53,17 @@ def _draw_masks(
     """The first masks, as many as there are texts, and their boxes."""
     picture, shown = image.copy(), range(min(len(texts), len(found)))
     for n in reversed(shown):
-        draw_mask(picture, coco_mask.decode(found.rle(n)), colour(n))
+        draw_mask(picture, coco_mask.decode(found.rle(n)), color(n))
         if boxes:
             x0, y0, x1, y1 = found.boxes[n].round().astype(int).tolist()
-            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), colour(n), 1)
+            cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), color(n), 1)
     corners = found.boxes[:, :2].tolist()
-    put_labels(picture, [Label(texts[n], tuple(corners[n]), colour(n)) for n in shown])
+    put_labels(picture, [Label(texts[n], tuple(corners[n]), color(n)) for n in shown])
     return picture
 
 
-def colour(n: int) -> tuple[int, int, int]:
-    """The n-th of a row of colours that are easy to tell apart."""
+def color(n: int) -> tuple[int, int, int]:
+    """The n-th of a row of colors that are easy to tell apart."""
     return tuple(PALETTE[n % len(PALETTE)].tolist())
 
 
@@ -83,7 +83,7 @@ def draw_mask(
 
 @dataclass(frozen=True)
 class Label:
-    """A text whose baseline starts at a corner (x, y) of what it names, in that one's colour."""
+    """A text whose baseline starts at a corner (x, y) of what it names, in that one's color."""
 
     text: str
     corner: tuple[float, float]

@@ -217,7 +217,7 @@ def find_objects(
 ) -> list[RefinedObject]:
     """The objects that a pair of masks fits, each with the pair that fits it best.
 
-    How well a pair fits is the mean IoU of its two masks, so that neither stage is favoured.
+    How well a pair fits is the mean IoU of its two masks, so that neither stage is favored.
     """
     if not len(pairs):
         return []

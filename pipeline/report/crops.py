@@ -42,10 +42,10 @@ def draw_crops(path: Path, box: np.ndarray, truth: dict, masks: Iterable[dict]) 
 
 def crop_window(box: np.ndarray, image_size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns of a square around a box (xyxy), less what is outside of the image."""
-    centre, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     half = (0.5 + MARGIN) * max(sides)
-    low = np.floor(centre - half).astype(int).clip(min=0).tolist()
-    high = np.ceil(centre + half).astype(int).tolist()  # x, y
+    low = np.floor(center - half).astype(int).clip(min=0).tolist()
+    high = np.ceil(center + half).astype(int).tolist()  # x, y
     height, width = image_size
     return slice(low[1], min(high[1], height)), slice(low[0], min(high[0], width))
 

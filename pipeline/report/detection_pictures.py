@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
 from pipeline.inference.detections import Detections, read_detections
-from pipeline.inference.visualize import colour
+from pipeline.inference.visualize import color
 from pipeline.report.pictures import (
     FAINT,
     FOUND_IOU,
@@ -141,7 +141,7 @@ def draw_example(
     names = dict(zip(coco.category_ids.tolist(), coco.category_names, strict=True))
     labels = coco.category_ids[coco.category_index[objects]].tolist()
     truth = [
-        Mark(coco.rle(a), colour(label), 0, names[label])
+        Mark(coco.rle(a), color(label), 0, names[label])
         for a, label in zip(objects, labels, strict=True)
     ]
     is_right = (overlaps >= FOUND_IOU).any(axis=1)
@@ -152,7 +152,7 @@ def draw_example(
 
 
 def detection_mark(found: Detections, n: int, names: dict[int, str], tint: float) -> Mark:
-    """Detection n in the colour of its category; its box stands for a mask that it does not have.
+    """Detection n in the color of its category; its box stands for a mask that it does not have.
 
     Args:
         names: of the categories, by id.
@@ -164,4 +164,4 @@ def detection_mark(found: Detections, n: int, names: dict[int, str], tint: float
         rle = found.rle(n)
     # Detections of a category that the annotations do not know go by its number.
     text = f"{names.get(label, label)} {found.scores[n]:.2f}"
-    return Mark(rle, colour(label), tint, text, box)
+    return Mark(rle, color(label), tint, text, box)

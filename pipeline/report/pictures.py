@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
 from pipeline.inference.proposals import Proposals, ProposalStore
-from pipeline.inference.visualize import Label, colour, draw_mask, put_labels
+from pipeline.inference.visualize import Label, color, draw_mask, put_labels
 
 TOP = 100  # proposals of an image that are looked at
 SHOWN = 5  # of them, in the picture of the proposals with the highest scores
@@ -24,7 +24,7 @@ FOUND_IOU = 0.5
 NUM_EXAMPLES = 6  # the best, and as many of the worst
 PICTURE_SIDE = 480  # px, the longer one at most
 JPEG_QUALITY = 85
-SCORE_COLOUR = 32  # of the palette, the first for the highest scores: apart from the objects'
+SCORE_COLOR = 32  # of the palette, the first for the highest scores: apart from the objects'
 FULL, FAINT = 0.35, 0.15  # tints
 
 
@@ -152,16 +152,16 @@ def draw_example(
         image = scaled(read_image(path))
     except ImageError as error:
         return Example(name, ious, error=str(error))
-    truth = [Mark(coco.rle(a), colour(n), tint=0) for n, a in enumerate(objects)]
+    truth = [Mark(coco.rle(a), color(n), tint=0) for n, a in enumerate(objects)]
     matches = [
         Mark(
-            proposals.rle(numbers[n]), colour(n), FULL if iou >= FOUND_IOU else FAINT, f"{iou:.2f}"
+            proposals.rle(numbers[n]), color(n), FULL if iou >= FOUND_IOU else FAINT, f"{iou:.2f}"
         )
         for n, iou in enumerate(ious)
         if iou > 0
     ]
     scored = [
-        Mark(proposals.rle(n), colour(SCORE_COLOUR + n), FAINT, f"{proposals.scores[n]:.2f}")
+        Mark(proposals.rle(n), color(SCORE_COLOR + n), FAINT, f"{proposals.scores[n]:.2f}")
         for n in reversed(range(min(SHOWN, len(proposals))))
     ]
     drawings = (jpeg_uri(draw_marks(image, marks)) for marks in (truth, matches, scored))
@@ -215,7 +215,7 @@ def _label(mark: Mark, width: int) -> Label:
 
 def jpeg_uri(picture: np.ndarray) -> str:
     """(H, W, 3) uint8 RGB as a data URI."""
-    # 4:4:4: with colours at half the resolution, thin outlines would be smeared.
+    # 4:4:4: with colors at half the resolution, thin outlines would be smeared.
     options = {
         cv2.IMWRITE_JPEG_QUALITY: JPEG_QUALITY,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR: cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,

@@ -1,6 +1,6 @@
 """The plots of the report, as SVG.
 
-They are drawn in stand-ins for colours that the page's style sheet decides, so that they are
+They are drawn in stand-ins for colors that the page's style sheet decides, so that they are
 readable on light and on dark.
 """
 
@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 KINDS = ("mask", "box")
-COLOURS = ("ink", "grid", "series-1", "series-2", "series-3", "series-4", "series-5")
-STAND_INS = {name: f"#0a0b{n:02x}" for n, name in enumerate(COLOURS)}
+COLORS = ("ink", "grid", "series-1", "series-2", "series-3", "series-4", "series-5")
+STAND_INS = {name: f"#0a0b{n:02x}" for n, name in enumerate(COLORS)}
 INK, GRID, *SERIES = STAND_INS.values()
 PLOT_STYLE = {
     "figure.figsize": (4.6, 3.3),  # inches; 331 px wide at 72 px an inch: a phone's width

@@ -78,7 +78,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         min_score=MIN_SCORE,
         published_count=PUBLISHED_COUNT,
         few=FEW_OBJECTS,
-        colours={"truth": TRUTH_RGB, "mask": MASK_RGB},
+        colors={"truth": TRUTH_RGB, "mask": MASK_RGB},
     )
     with atomic_path(path) as temporary:
         # A path may hold bytes that are no text.

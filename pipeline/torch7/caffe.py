@@ -1,6 +1,6 @@
 """VGG and CaffeNet in Torch7 files: networks of Caffe, converted to Lua Torch by its users.
 
-They are sequences of convolutions, ReLUs, pools and normalisations, and so are ours: each layer has
+They are sequences of convolutions, ReLUs, pools and normalizations, and so are ours: each layer has
 its number in both.
 """
 

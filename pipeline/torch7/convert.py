@@ -1,4 +1,4 @@
-"""Converts Torch7 files of the released models, recognised by what is in them."""
+"""Converts Torch7 files of the released models, recognized by what is in them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +83,7 @@ def convert_file(
 
 
 def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str]:
-    convert = next((convert for recognise, convert in NETWORKS if recognise(value)), None)
+    convert = next((convert for recognize, convert in NETWORKS if recognize(value)), None)
     if convert is None:
         raise ValueError(
             f"nothing that can be converted ({KINDS}); --describe shows what is in the file"

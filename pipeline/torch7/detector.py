@@ -170,7 +170,7 @@ def _config(parts: Parts) -> Config:
         box_tower=False,
         thresholds=THRESHOLDS[:count],
         draw_threshold=count > 1,
-        normalise=False,
+        normalize=False,
         pooled_size=size.pop(),
         # Files from before version 2 of the pooling have no such field.
         roi_bins="rounded" if parts.pooling.field("v2") else "overlapping",

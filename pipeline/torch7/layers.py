@@ -102,7 +102,7 @@ def _plain(value: Any) -> str:
 
 
 def norm_constants(norm: Module) -> tuple[Tensor, Tensor]:
-    """A batch norm in inference, y = a x + b, from either of its serialised forms or a live one.
+    """A batch norm in inference, y = a x + b, from either of its serialized forms or a live one.
 
     Frozen ones have been written as nn.SpatialConstDiagonal (1, C, 1, 1) and inn.ConstAffine (C,).
     """

@@ -139,7 +139,7 @@ def _proposals(name: str, boxes: Any, scores: Any, size: Size) -> Proposals:
     if not np.isfinite(scores).all():
         raise ValueError(f"{name}: a score that is not finite")
     order = np.argsort(-scores, kind="stable")
-    # Pixels whose centres lie in the box, within the image.
+    # Pixels whose centers lie in the box, within the image.
     limits = np.array([width, height, width, height])
     pixels = np.ceil(boxes - 0.5).clip(0, limits).astype(int)
     inside = (pixels[:, 2:] > pixels[:, :2]).all(1)

@@ -1,7 +1,7 @@
 """The training loop of all stages: step, validate, keep the best, resume to the bit.
 
 A run is a function of its config and data: every random number comes from (seed, epoch, index), the
-learning rate from the step, so a checkpoint's weights, optimiser state and step are all that a
+learning rate from the step, so a checkpoint's weights, optimizer state and step are all that a
 resumed run needs.
 """
 
@@ -23,7 +23,7 @@ from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_
 from pipeline.config import Config, OptimConfig, config_to_dict, save_config
 from pipeline.training.run_log import RunLog
 
-FIXED = ("optimiser", "batch_size", "batches_per_epoch")  # of a run that is resumed
+FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is resumed
 
 
 class Stage(Protocol):
@@ -52,7 +52,7 @@ class Stage(Protocol):
         """This process's share of the minibatches of the given steps."""
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """Scalars of a minibatch; "loss" is what is minimised."""
+        """Scalars of a minibatch; "loss" is what is minimized."""
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Metrics over the validation patches of all processes."""
@@ -86,13 +86,13 @@ def fit(
 
 
 class TrainingRun:
-    """State of a run: model, optimiser, step, best value so far."""
+    """State of a run: model, optimizer, step, best value so far."""
 
     def __init__(self, stage: Stage, config: Config, output: Path, device: torch.device):
         self.stage, self.config, self.device = stage, config, device
         self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
         stage.model.to(device, memory_format=torch.channels_last)
-        self.optimiser = build_optimiser(self.optim, stage.parameter_groups())
+        self.optimizer = build_optimizer(self.optim, stage.parameter_groups())
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
 
@@ -154,7 +154,7 @@ class TrainingRun:
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         """Learns from one minibatch; returns its losses."""
         rate = learning_rate(self.optim, self.step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"
@@ -163,11 +163,11 @@ class TrainingRun:
         (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
         if broken:
             self._stop_on_non_finite(batch, losses)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         if self.optim.clip_gradient:
             nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
-        self.optimiser.step()
+        self.optimizer.step()
         self.step += 1
         return {name: value.detach() for name, value in losses.items()}
 
@@ -217,7 +217,7 @@ class TrainingRun:
             "stage": self.stage.name,
             "config": config_to_dict(self.config),
             "model": self.stage.model.state_dict(),
-            "optimizer": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": self.step, "lr": self._rate()},
             "sampler": {"seed": self.config.seed, "epoch": epoch, "batch": batch},
             "rng": {"torch": torch.get_rng_state()},
@@ -233,20 +233,20 @@ class TrainingRun:
         load_weights(self.stage.model, state["model"], source=source)
         own = [
             {k: v for k, v in group.items() if k != "params"}
-            for group in self.optimiser.param_groups
+            for group in self.optimizer.param_groups
         ]
         try:
-            self.optimiser.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise ValueError(f"{source}: optimiser state of other frozen layers") from error
+            raise ValueError(f"{source}: optimizer state of other frozen layers") from error
         # The state is the old run's; rates, decay and momentum are what the config says now.
-        for group, values in zip(self.optimiser.param_groups, own, strict=True):
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
             group.update(values)
         torch.set_rng_state(state["rng"]["torch"])
         self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
 
     def _check_same_run(self, old: dict[str, Any], source: str) -> None:
-        """What decides which samples a step sees, and what the optimiser's state means."""
+        """What decides which samples a step sees, and what the optimizer's state means."""
         own = config_to_dict(self.config)
         for key in ("seed", *(f"{self.stage.name}.optim.{name}" for name in FIXED)):
             was, now = (functools.reduce(dict.get, key.split("."), c) for c in (old, own))
@@ -283,9 +283,9 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.lr * warmup * (optim.lr_drops[max(passed)] if passed else 1.0)
 
 
-def build_optimiser(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """SGD or AdamW over the groups; the loop sets the learning rates."""
-    if optim.optimiser == "adamw":
+    if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     return torch.optim.SGD(
         groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay

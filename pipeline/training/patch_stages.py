@@ -14,7 +14,7 @@ from pipeline import distributed
 from pipeline.batches import device_batches
 from pipeline.config import Config, DeepMaskConfig, SamplingConfig, SharpMaskConfig
 from pipeline.data import BrokenFiles, load_split, prepare_data
-from pipeline.evaluation.patches import mask_ious, score_hits, summarise
+from pipeline.evaluation.patches import mask_ious, score_hits, summarize
 from pipeline.initial_weights import load_initial_deepmask
 from pipeline.networks import build_deepmask, build_sharpmask
 
@@ -263,7 +263,7 @@ def evaluate_patches(
                 ).cpu()
             )
     shares = distributed.gather((torch.cat(ious), torch.cat(hits)))
-    return summarise(torch.cat([s[0] for s in shares]), torch.cat([s[1] for s in shares]))
+    return summarize(torch.cat([s[0] for s in shares]), torch.cat([s[1] for s in shares]))
 
 
 def validation_kinds(batches: int, mask_share: float = 0.5) -> list[str]:

@@ -126,7 +126,7 @@ class MultiPathNetStage:
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Integral loss plus the box regressor's."""
         outputs = model(batch["images"], batch["rois"], keys=batch["keys"])
-        targets = self.model.normalise_deltas(batch["targets"])
+        targets = self.model.normalize_deltas(batch["targets"])
         classes = integral_loss(outputs["class_logits"], batch["labels"])
         boxes = box_loss(outputs["deltas"], targets, batch["labels"])
         loss = classes + self.section.box_weight * boxes

@@ -67,11 +67,11 @@ def test_jpeg_is_what_pil_shows(read, options):
     assert_shows(read(data), rgb(picture()), tolerance=40)
 
 
-def test_grey(read):
-    grey = picture().convert("L")
-    assert_shows(read(encode(grey, "PNG")), rgb(grey))
-    assert_shows(read(encode(grey, "JPEG", quality=100)), rgb(grey), tolerance=2)
-    black_and_white = grey.point(lambda value: 255 * (value > 100)).convert("1")
+def test_gray(read):
+    gray = picture().convert("L")
+    assert_shows(read(encode(gray, "PNG")), rgb(gray))
+    assert_shows(read(encode(gray, "JPEG", quality=100)), rgb(gray), tolerance=2)
+    black_and_white = gray.point(lambda value: 255 * (value > 100)).convert("1")
     assert_shows(read(encode(black_and_white, "PNG")), rgb(black_and_white))
 
 
@@ -81,12 +81,12 @@ def test_cmyk_jpeg(read):
 
 
 def test_16_bit(read):
-    grey = picture().convert("L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert_shows(read(encode(deep, "PNG")), rgb(grey), tolerance=1)
-    assert_shows(read(encode(deep, "TIFF")), rgb(grey), tolerance=1)
-    colour = rgb(picture())[..., ::-1].astype(np.uint16) * 257  # PIL has no 16-bit colour
-    assert_shows(read(cv2.imencode(".png", colour)[1].tobytes()), rgb(picture()), tolerance=1)
+    gray = picture().convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert_shows(read(encode(deep, "PNG")), rgb(gray), tolerance=1)
+    assert_shows(read(encode(deep, "TIFF")), rgb(gray), tolerance=1)
+    color = rgb(picture())[..., ::-1].astype(np.uint16) * 257  # PIL has no 16-bit color
+    assert_shows(read(cv2.imencode(".png", color)[1].tobytes()), rgb(picture()), tolerance=1)
 
 
 def test_palette(read):
@@ -100,9 +100,9 @@ def test_alpha_is_dropped(read):
     image = picture()
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     assert_shows(read(encode(image, "PNG")), rgb(picture()))
-    grey = picture().convert("LA")
-    grey.putalpha(100)
-    assert_shows(read(encode(grey, "PNG")), rgb(picture().convert("L")))
+    gray = picture().convert("LA")
+    gray.putalpha(100)
+    assert_shows(read(encode(gray, "PNG")), rgb(picture().convert("L")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -105,15 +105,15 @@ def test_mask_patches_draw_a_category_then_one_of_its_annotations(coco, per_grou
         assert_share(found[annotation], share, DRAWS / per_group)
 
 
-def test_mask_patches_jitter_scale_and_centre_evenly(coco):
+def test_mask_patches_jitter_scale_and_center_evenly(coco):
     patches = draw_many(coco, MASK)
     boxes = coco.boxes[[p.annotation for p in patches]]
     longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
     scale = np.array([p.scale for p in patches])
     octaves = -np.log2(scale) - np.log2(longest / CANONICAL)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     # Shifts are in pixels of the patch.
-    shift = (np.array([(p.x, p.y) for p in patches]) - centres) * scale[:, None]
+    shift = (np.array([(p.x, p.y) for p in patches]) - centers) * scale[:, None]
     for values, bound in ((octaves, 0.25), (shift[:, 0], 16), (shift[:, 1], 16)):
         assert np.abs(values).max() <= bound * (1 + 1e-5)
         assert_even(values / bound)
@@ -158,7 +158,7 @@ def test_without_empty_images_every_score_patch_is_from_an_image_with_an_object(
     assert_share(np.mean([p.image == 0 for p in patches]), 0.5)
 
 
-def test_positives_are_centred_and_of_canonical_size_up_to_a_quarter_octave(coco):
+def test_positives_are_centered_and_of_canonical_size_up_to_a_quarter_octave(coco):
     positives = [p for p in draw_many(coco, SCORE) if p.label > 0]
     boxes = coco.boxes[[p.annotation for p in positives]]
     assert np.allclose((boxes[:, :2] + boxes[:, 2:]) / 2, [(p.x, p.y) for p in positives])

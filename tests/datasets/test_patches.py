@@ -23,9 +23,9 @@ from datasets.patches import (
     crop_patch,
     mask_target,
     patch_loader,
-    rasterise,
+    rasterize,
 )
-from datasets.transforms import denormalise, normalise
+from datasets.transforms import denormalize, normalize
 
 SIZE = 64
 
@@ -56,16 +56,16 @@ def test_a_patch_shows_its_square_of_the_image_to_the_sub_pixel(x, y, octave, fl
     pixels = crop_patch(image, patch_at(x, y, scale, flip=flip), SIZE) * 255
     offset = (np.arange(SIZE) + 0.5 - SIZE / 2) / scale
     px, py = np.meshgrid(x + (offset[::-1] if flip else offset), y + offset)
-    margin = 2 / min(scale, 1) + 1.5  # near the border the average is over repeated edge or grey
+    margin = 2 / min(scale, 1) + 1.5  # near the border the average is over repeated edge or gray
     inside = (px > margin) & (px < 400 - margin) & (py > margin) & (py < 300 - margin)
     outside = (px < -margin) | (px > 400 + margin) | (py < -margin) | (py > 300 + margin)
     if inside.any():
-        # A block average of a curved function differs a little from its value at the centre.
+        # A block average of a curved function differs a little from its value at the center.
         assert np.abs(pixels - evaluate(py, px))[inside].max() < 3 + (1 / scale) ** 2 * 0.15
     assert np.allclose(pixels[outside], 127.5)
 
 
-def test_grey_begins_exactly_at_the_image_border():
+def test_gray_begins_exactly_at_the_image_border():
     image = np.full((40, 40, 3), 255, np.uint8)
     pixels = crop_patch(image, patch_at(0, 20, 1.0), 32)[..., 0]
     assert np.allclose(pixels[:, :16], 0.5) and np.allclose(pixels[:, 16:], 1)
@@ -77,7 +77,7 @@ def test_grey_begins_exactly_at_the_image_border():
 
 @given(st.floats(-2, 1.5), st.floats(-30, 30), st.floats(-30, 30), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_targets_agree_with_rasterising_at_8x_and_averaging(octave, dx, dy, seed):
+def test_targets_agree_with_rasterizing_at_8x_and_averaging(octave, dx, dy, seed):
     rng = np.random.default_rng(seed)
     angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
     radii = rng.uniform(15, 45, 12)
@@ -86,8 +86,8 @@ def test_targets_agree_with_rasterising_at_8x_and_averaging(octave, dx, dy, seed
         [200 + radii * np.cos(angles) / scale, 150 + radii * np.sin(angles) / scale], axis=1
     )
     patch = patch_at(200 + dx / scale, 150 + dy / scale, scale)
-    target = rasterise([ring.astype(np.float32)], patch, patch_size=160, target_size=112)
-    fine = rasterise([ring.astype(np.float32)], patch, patch_size=160, target_size=8 * 112)
+    target = rasterize([ring.astype(np.float32)], patch, patch_size=160, target_size=112)
+    fine = rasterize([ring.astype(np.float32)], patch, patch_size=160, target_size=8 * 112)
     coverage = fine.reshape(112, 8, 112, 8).mean((1, 3))
     wrong = target != (coverage > 0.5)
     # COCO's rule rounds the outline to a fifth of a pixel: what is wrong is nearly half covered,
@@ -168,7 +168,7 @@ def test_target_and_pixels_of_a_mask_patch_show_the_same_object(tmp_path):
     for group in range(30):
         item, (patch,) = data.load(MASK, 0, group)
         flips.add(patch.flip)
-        pixels = denormalise(item["patches"][0].numpy())[16:-16, 16:-16].astype(int)
+        pixels = denormalize(item["patches"][0].numpy())[16:-16, 16:-16].astype(int)
         target = cv2.resize(
             (item["targets"][0].numpy() > 0).astype(np.uint8),
             (SIZE, SIZE),
@@ -202,13 +202,13 @@ def test_items_have_the_contracts_shapes_and_values(tmp_path):
 
 @given(st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=20)
-def test_normalise_and_denormalise_are_inverse(height, width):
+def test_normalize_and_denormalize_are_inverse(height, width):
     pixels = (
         np.random.default_rng(height * 41 + width)
         .integers(0, 256, (height, width, 3))
         .astype(np.uint8)
     )
-    assert np.array_equal(denormalise(normalise(pixels.astype(np.float32) / 255)), pixels)
+    assert np.array_equal(denormalize(normalize(pixels.astype(np.float32) / 255)), pixels)
 
 
 def run_epoch(data, *, workers, share=(0, 1), steps=range(6)):

@@ -22,7 +22,7 @@ from datasets.rois import (
     roi_loader,
     target_statistics,
 )
-from datasets.transforms import PixelRules, denormalise, normalise
+from datasets.transforms import PixelRules, denormalize, normalize
 
 RULES = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
 
@@ -67,9 +67,9 @@ def make_dataset(folder, *, count=6, sizes=((120, 160),), seed=0, **rules):
 
 
 def red_rectangle(image, green):
-    """xyxy of what is painted red in a (3, h, w) normalised image, to the sub-pixel."""
-    pixels = denormalise(image.numpy()).astype(np.float64)
-    # From the texture's colour to the rectangle's; on an outline, the share that is covered.
+    """xyxy of what is painted red in a (3, h, w) normalized image, to the sub-pixel."""
+    pixels = denormalize(image.numpy()).astype(np.float64)
+    # From the texture's color to the rectangle's; on an outline, the share that is covered.
     share = ((pixels[..., 0] - 120) / 130).clip(0, 1)
     share[share < 0.25] = 0
     rows, columns = share.max(axis=1), share.max(axis=0)
@@ -89,9 +89,9 @@ def red_rectangle(image, green):
 def decode(rois, targets):
     """(n, 4) boxes that the targets move the RoIs onto."""
     size = rois[:, 2:] - rois[:, :2]
-    centre = (rois[:, 2:] + rois[:, :2]) / 2 + targets[:, :2] * size
+    center = (rois[:, 2:] + rois[:, :2]) / 2 + targets[:, :2] * size
     half = size * np.exp(targets[:, 2:]) / 2
-    return np.concatenate([centre - half, centre + half], axis=1)
+    return np.concatenate([center - half, center + half], axis=1)
 
 
 @pytest.mark.parametrize(("short_side", "long_side"), [(73, 1000), (120, 160), (400, 301)])
@@ -140,7 +140,7 @@ def test_the_released_resizing_is_that_of_detection(tmp_path):
         image = read_image(tmp_path / f"{sample.image + 1}.png")
         pixels, factors = resize_sides(image, short_side=217, long_side=1000, resampling="corners")
         pixels = pixels[:, ::-1] if sample.flip else pixels
-        np.testing.assert_array_equal(item["image"], normalise(pixels / 255))
+        np.testing.assert_array_equal(item["image"], normalize(pixels / 255))
         assert factors == (217 / 120,) * 2
         np.testing.assert_allclose(item["rois"], sample.rois * (217 / 120), rtol=1e-6)
     assert flips == {True, False}
@@ -150,7 +150,7 @@ def test_pixels_come_as_the_rules_say(tmp_path):
     rules = PixelRules(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), bgr=True)
     plain = make_dataset(tmp_path)
     data = RoiDataset(plain.coco, tmp_path, plain.sampler, pixels=rules)
-    rgb = denormalise(plain[0, 0, -1]["image"].numpy()) / 255
+    rgb = denormalize(plain[0, 0, -1]["image"].numpy()) / 255
     image = data[0, 0, -1]["image"].numpy()
     for channel in range(3):  # of RGB
         expected = (rgb[..., channel] - rules.mean[channel]) / rules.std[channel]

@@ -236,6 +236,6 @@ def test_masks_end_where_the_image_changes(axis):
                 entering = np.roll(edge > 0, -distance, axis)
                 leaving = np.roll(edge < 0, distance, axis)
                 found.append(np.concatenate([steps[entering], steps[leaving]]).mean())
-    inner, centre, outer = (np.mean(found) for found in beside.values())
-    assert centre > 1.7 * max(inner, outer)
+    inner, center, outer = (np.mean(found) for found in beside.values())
+    assert center > 1.7 * max(inner, outer)
     assert inner == pytest.approx(outer, rel=0.2)

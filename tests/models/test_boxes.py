@@ -21,7 +21,7 @@ def boxes(draw, count: int) -> list[list[float]]:
 
 @given(boxes(3), st.floats(0.5, 4))
 @settings(max_examples=50, deadline=None)
-def test_foveal_regions_are_larger_about_the_same_centre(xyxy, factor):
+def test_foveal_regions_are_larger_about_the_same_center(xyxy, factor):
     rois = torch.tensor([[image, *box] for image, box in enumerate(xyxy)])
     regions = foveal_regions(rois, factor)
     for (image, *box), (x1, y1, x2, y2) in zip(regions.tolist(), xyxy, strict=True):

@@ -30,7 +30,7 @@ def dense(model: DeepMask, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "vgg16", "densenet121", "tiny"])
 @torch.inference_mode()
 def test_dense_equals_patch_when_the_patch_is_all_there_is(name):
-    """On an image of exactly a training patch, the centre cell is the patch forward."""
+    """On an image of exactly a training patch, the center cell is the patch forward."""
     model = small_deepmask(name)
     patch = torch.randn(1, 3, model.patch_size + model.context, model.patch_size + model.context)
     alone = model(patch)
@@ -45,7 +45,7 @@ def test_dense_equals_patch_when_the_patch_is_all_there_is(name):
 @pytest.mark.parametrize("name", list(RECEPTIVE_MARGIN))
 @torch.inference_mode()
 def test_dense_cell_equals_the_patch_with_its_real_surroundings(name):
-    """Cell (i, j) of a large image is the patch centred there.
+    """Cell (i, j) of a large image is the patch centered there.
 
     The patch is cut with as much context as the trunk can see; with the training context of 32
     pixels its border features see the mirror instead of the picture, which is the method's

@@ -148,7 +148,7 @@ def test_box_loss_is_its_sum_over_foreground_by_the_number_of_samples(thresholds
         loss.item(), slow_box_loss(deltas, targets, labels), rel_tol=1e-4, abs_tol=1e-6
     )
     loss.backward()
-    taught = torch.zeros(rois, 4, dtype=torch.bool)  # the labelled class of foreground
+    taught = torch.zeros(rois, 4, dtype=torch.bool)  # the labeled class of foreground
     for r in range(rois):
         taught[r, labels[:, r].clamp(min=0)] = True
     taught[:, 0] = False
@@ -191,5 +191,5 @@ def test_keyed_uniform_is_uniform(first, stream):
     assert abs(values.mean().item() - 0.5) < 0.012
     shares = torch.histc(values, bins=10, min=0, max=1) / values.numel()
     assert (shares - 0.1).abs().max() < 0.013
-    neighbours = (values[:, 1:] - 0.5) * (values[:, :-1] - 0.5)
-    assert abs(neighbours.mean().item()) < 0.005
+    neighbors = (values[:, 1:] - 0.5) * (values[:, :-1] - 0.5)
+    assert abs(neighbors.mean().item()) < 0.005

@@ -46,13 +46,13 @@ PARTS = {
     ),
     "no box tower": ({"box_region": None}, PAPER, None),
     "no integral": ({"num_thresholds": 1}, PAPER, (1.5, ALL)),
-    "not normalised": ({"normalise": False}, PAPER, (1.5, ALL)),
+    "not normalized": ({"normalize": False}, PAPER, (1.5, ALL)),
 }
 FAST_RCNN = {
     "regions": foveal_towers(foveal=False, skip=False),
     "box_region": None,
     "num_thresholds": 1,
-    "normalise": False,
+    "normalize": False,
     "width": CHANNELS[16],
 }
 
@@ -139,8 +139,8 @@ def cells(low: float, high: float, factor: float, stride: int, size: int) -> lis
     both belong to the RoI; cells are rounded outwards, so they may overlap; what lies outside the
     map is left out.
     """
-    centre, half = (low + high) / 2, (high - low) / 2 * factor
-    ends = ((centre - half) / stride, (centre + half) / stride)
+    center, half = (low + high) / 2, (high - low) / 2 * factor
+    ends = ((center - half) / stride, (center + half) / stride)
     first, last = (int(math.copysign(math.floor(abs(v) + 0.5), v)) for v in ends)
     length = max(last - first + 1, 1)
     return [
@@ -157,8 +157,8 @@ def rounded_cells(low: float, high: float, factor: float, stride: int, size: int
 
     What is left is parted at rounded edges, so that no cell of the map belongs to two.
     """
-    centre, half = (low + high) / 2, (high - low) / 2 * factor
-    ends = ((centre - half) / stride, (centre + half) / stride)
+    center, half = (low + high) / 2, (high - low) / 2 * factor
+    ends = ((center - half) / stride, (center + half) / stride)
     first, last = (int(math.copysign(math.floor(abs(v) + 0.5), v)) for v in ends)
     length = max(last - first, 1)
     edges = [first + math.floor(i * length / POOLED + 0.5) for i in range(POOLED + 1)]
@@ -195,8 +195,8 @@ def pooled() -> dict[tuple[float, int], Tensor]:
     return pool_everything(cells)
 
 
-def slow_scale(block: Tensor, stride: int, normalise: bool) -> Tensor:
-    if not normalise:
+def slow_scale(block: Tensor, stride: int, normalize: bool) -> Tensor:
+    if not normalize:
         return block * {4: 1 / 200, 8: 1 / 30, 16: 1.0}[stride]
     scaled = torch.zeros_like(block)
     for r, one in enumerate(block):
@@ -222,11 +222,11 @@ def slow_features(tower: nn.Module, blocks: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def slow_outputs(model, pooled, regions, box_region, *, normalise: bool) -> dict[str, Tensor]:
+def slow_outputs(model, pooled, regions, box_region, *, normalize: bool) -> dict[str, Tensor]:
     model = copy.deepcopy(model).double()
 
     def features(tower: nn.Module, factor: float, strides: tuple[int, ...]) -> Tensor:
-        blocks = [slow_scale(pooled[factor, stride], stride, normalise) for stride in strides]
+        blocks = [slow_scale(pooled[factor, stride], stride, normalize) for stride in strides]
         return slow_features(tower, blocks)
 
     assert len(model.towers) == len(regions)
@@ -263,7 +263,7 @@ def test_outputs_are_the_slow_references_with_each_part_switched_off(part, head,
     model = randomise(build(HEADS[head], **changes))
     outputs = model.classify_rois(some_layers(), ROIS)
     expected = slow_outputs(
-        model, pooled, regions, box_region, normalise=changes.get("normalise", True)
+        model, pooled, regions, box_region, normalize=changes.get("normalize", True)
     )
     thresholds = 1 if part == "no integral" else 6
     assert outputs["class_logits"].shape == (len(ROIS), thresholds, CLASSES + 1)
@@ -277,9 +277,9 @@ def test_outputs_with_the_released_codes_bins(pooled):
     model = randomise(build(roi_bins="rounded"))
     outputs = model.classify_rois(some_layers(), ROIS)
     expected = slow_outputs(
-        model, pool_everything(rounded_cells), PAPER, (1.5, ALL), normalise=True
+        model, pool_everything(rounded_cells), PAPER, (1.5, ALL), normalize=True
     )
-    other = slow_outputs(model, pooled, PAPER, (1.5, ALL), normalise=True)
+    other = slow_outputs(model, pooled, PAPER, (1.5, ALL), normalize=True)
     for name in ("class_logits", "deltas"):
         assert_close(outputs[name], expected[name])
         largest = expected[name].abs().max()
@@ -320,9 +320,9 @@ def test_each_layer_has_norm_1000_whatever_its_scale():
 
 
 @torch.no_grad()
-def test_without_normalisation_a_tower_starts_as_conv5s_alone():
+def test_without_normalization_a_tower_starts_as_conv5s_alone():
     """As Fast R-CNN, whose fc6 is copied; what the finer layers add is learnt from 0."""
-    model = build(normalise=False, width=CHANNELS[16])
+    model = build(normalize=False, width=CHANNELS[16])
     blocks = {stride: torch.randn(2, c, POOLED, POOLED) for stride, c in CHANNELS.items()}
     for tower in (*model.towers, model.box_tower):
         started = tower.pooling([blocks[stride] for stride in tower.region.strides])
@@ -448,7 +448,7 @@ def tower_features(model: MultiPathNet, keys: Tensor | None) -> list[Tensor]:
 def test_dropout_differs_between_towers_and_depends_on_the_keys_alone():
     """Towers of the same region and weights: only dropout can tell them apart."""
     one = Region(1.0, (16,))
-    model = build(regions=(one,) * 3, box_region=one, normalise=False, width=CHANNELS[16])
+    model = build(regions=(one,) * 3, box_region=one, normalize=False, width=CHANNELS[16])
     plain = tower_features(model, None)
     assert len(plain) == 4 and all(torch.equal(plain[0], features) for features in plain)
     keys = torch.tensor([4, 1 << 40, 17, 5])
@@ -499,12 +499,12 @@ def test_probabilities_are_the_mean_of_the_softmaxes_and_boxes_lose_the_backgrou
 
 
 def test_a_perfect_regressor_decodes_to_the_objects():
-    """Targets of training, normalised by the measured mean and std, come back as boxes."""
+    """Targets of training, normalized by the measured mean and std, come back as boxes."""
     model = build()
     model.delta_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.05]))
     model.delta_std.copy_(torch.tensor([0.1, 0.1, 0.2, 0.2]))
     rois, objects = random_rois(10)[:5, 1:], random_rois(10)[5:, 1:]
-    targets = model.normalise_deltas(torch.from_numpy(box_targets(rois.numpy(), objects.numpy())))
+    targets = model.normalize_deltas(torch.from_numpy(box_targets(rois.numpy(), objects.numpy())))
     outputs = {
         "class_logits": torch.zeros(5, 6, CLASSES + 1),
         "deltas": targets[:, None].expand(-1, CLASSES + 1, -1),

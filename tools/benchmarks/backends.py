@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets.files import write_json
 from pipeline.command import run_tool
 from pipeline.inference.memory import keep_freed_blocks
-from pipeline.inference.openvino import QuantisedNetwork, quantise
+from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.propose import Proposer
 from tools.benchmarks.proposals import build_networks, make_image
 from tools.benchmarks.timing import interleave, median_ratio, medians
@@ -42,8 +42,8 @@ def main() -> None:
         whole, eight = Proposer(model, **options), Proposer(model, **options)
         samples = [whole.scale(image, octave)[0] for octave in whole.octaves]
         with tempfile.TemporaryDirectory() as directory:
-            quantise(whole.dense, samples, Path(directory) / "dense.xml")
-            eight.dense = QuantisedNetwork(Path(directory) / "dense.xml")
+            quantize(whole.dense, samples, Path(directory) / "dense.xml")
+            eight.dense = QuantizedNetwork(Path(directory) / "dense.xml")
         calls = {"PyTorch": lambda p=whole: p(image), "8 bits": lambda p=eight: p(image)}
         seconds = interleave(calls, rounds=args.rounds)
         figures[name] = medians(seconds) | {

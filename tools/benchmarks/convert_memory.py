@@ -33,7 +33,7 @@ convert_file(sys.argv[2], sys.argv[3])
 print(peak() - before)
 """
 HIDDEN, CLASSES = 4096, 20
-# A number: a convolution's width with its kernel, stride and groups. "pool": with normalisation.
+# A number: a convolution's width with its kernel, stride and groups. "pool": with normalization.
 CAFFENET = ((96, 11, 4, 1), "pool", (256, 5, 1, 2), "pool", (384, 3, 1, 1), (384, 3, 1, 2),
             (256, 3, 1, 2))  # fmt: skip
 VGG16 = [(64, 3, 1, 1)] * 2
@@ -138,7 +138,7 @@ def input_widths(layers: tuple | list) -> list[int]:
 
 
 def pool(name: str) -> list[Instance]:
-    """Of CaffeNet with its normalisation."""
+    """Of CaffeNet with its normalization."""
     size, pad = (3, 1) if name == "caffenet" else (2, 0)
     sides = {"kW": size, "kH": size, "dW": 2, "dH": 2, "padW": pad, "padH": pad}
     maximum = module("cudnn.SpatialMaxPooling", ceil_mode=True, **sides)

@@ -4,7 +4,7 @@ r"""Ablation of MultiPathNet: what each part adds to Fast R-CNN, over several se
     python tools/benchmarks/detection.py --run runs/demo --output runs/detection
 
 Every variant is trained for the same number of minibatches on the proposals of a finished run of
-tools/run_pipeline.py, from the same trunk, and scored on the validation images. All normalise their
+tools/run_pipeline.py, from the same trunk, and scored on the validation images. All normalize their
 pooled blocks and mix them by a 1x1 convolution, so that a variant differs by its part alone. The
 table has mean and spread (standard deviation) over the seeds.
 """

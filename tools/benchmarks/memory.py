@@ -62,13 +62,13 @@ def main() -> None:
         # Spawned: what an earlier measurement has left behind would count.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
             megabytes = executor.submit(measure, *arguments).result()
-        figures[sizes] = summarise(megabytes)
+        figures[sizes] = summarize(megabytes)
         print(sizes + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures[sizes].items()))
     if args.output:
         write_json(args.output, figures)
 
 
-def summarise(megabytes: list[float]) -> dict[str, float]:
+def summarize(megabytes: list[float]) -> dict[str, float]:
     """What a process held after the tenth image and later; growth is the last tenth's median."""
     settled, rest = megabytes[SETTLED - 1], megabytes[SETTLED - 1 :]
     last = float(np.median(megabytes[-max(1, len(megabytes) // 10) :]))

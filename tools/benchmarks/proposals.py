@@ -95,7 +95,7 @@ def measure(proposer: Proposer, watch: Stopwatch, image: np.ndarray) -> dict[str
     saved = {}
     for owner, name, part in (
         (propose, "resize_image", "pyramid"),
-        (propose, "pad_and_normalise", "pyramid"),
+        (propose, "pad_and_normalize", "pyramid"),
         (propose, "paste", "paste and RLE"),
         (deepmask.trunk, "forward", "trunk"),
         (deepmask, "embed", "tail"),
@@ -157,7 +157,7 @@ def measure_rounds(
     return measured
 
 
-def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
+def summarize(runs: list[dict[str, float]]) -> dict[str, float]:
     """Medians of the rounds, and of the ratios within each."""
     row = {part: statistics.median(r.get(part, 0.0) for r in runs) for part in (*PARTS, "all")}
     ratios = {
@@ -245,7 +245,7 @@ def main() -> None:
     networks = dict(zip(("DeepMask", "SharpMask"), build_networks(args.trunk), strict=True))
     images = [make_image(size) for size in args.megapixels]
     measured = measure_rounds(networks, args.num_proposals, images, args.rounds)
-    rows = {key: summarise(runs) for key, runs in measured.items()}
+    rows = {key: summarize(runs) for key, runs in measured.items()}
     lines = fit_lines(rows)
     peak = statistics.median(runs[0]["peak"] for runs in measured.values()) / 1e9
     print(f"seconds, {args.trunk}, {torch.get_num_threads()} threads, GEMM {peak:.0f} GFLOP/s")

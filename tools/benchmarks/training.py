@@ -4,7 +4,7 @@ r"""Patches a second of the training steps: DeepMask's two kinds of minibatch, a
     python tools/benchmarks/training.py --trunk resnet50 --batch 8
 
 Published sizes with random weights, everything of DeepMask trained, and random patches that are
-already there: forward, backward and the optimiser. SharpMask's DeepMask is frozen, so its share of
+already there: forward, backward and the optimizer. SharpMask's DeepMask is frozen, so its share of
 a step is one forward pass without autograd and without its heads. The operations (convolutions and
 matrix products, counted as they run) say what ratio the arithmetic alone would give.
 """
@@ -27,7 +27,7 @@ from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline.command import run_tool
 from pipeline.config import Config
-from pipeline.training.engine import build_optimiser
+from pipeline.training.engine import build_optimizer
 from tools.benchmarks.timing import interleave, median_ratio, medians
 
 
@@ -104,12 +104,12 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], optim) -> Callab
     """One step of the training loop on the same minibatch."""
     model.train().to(memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = build_optimiser(optim, [{"params": trained}])
+    optimizer = build_optimizer(optim, [{"params": trained}])
 
     def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss().backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -99,10 +99,10 @@ def test_equals_slow_loops(scene, score_threshold, nms_iou, vote_iou, max_detect
 
 def many_rois(*, rois=120, classes=80, seed=0):
     rng = np.random.default_rng(seed)
-    centres = rng.uniform(100, 900, (12, 1, 2))[rng.integers(12, size=rois)]
-    centres = centres + rng.normal(0, 8, (rois, classes, 2))
+    centers = rng.uniform(100, 900, (12, 1, 2))[rng.integers(12, size=rois)]
+    centers = centers + rng.normal(0, 8, (rois, classes, 2))
     sides = rng.uniform(60, 90, (rois, classes, 2))
-    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=2).astype(np.float32)
+    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=2).astype(np.float32)
     probabilities = rng.dirichlet(np.full(classes + 1, 0.05), size=rois).astype(np.float32)
     return probabilities, boxes
 

@@ -115,7 +115,7 @@ def crowded(scene):
     return pixels, Proposals(1, "crowded", height, width, scores, boxes, counts)
 
 
-EVERY_OPTION = {"localisations": 1, "vote": 0.5, "flip": True, "short_sides": [160, 120]}
+EVERY_OPTION = {"localizations": 1, "vote": 0.5, "flip": True, "short_sides": [160, 120]}
 
 
 @pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
@@ -165,7 +165,7 @@ def test_every_detection_has_the_mask_of_its_proposal(tiny_detector, scene):
     image, proposals = scene
     found = load_detector(tiny_detector, CPU)[0](image, proposals)
     assert set(found.counts) <= set(proposals.counts) and len(found)
-    again = load_detector(tiny_detector, CPU, overrides={"localisations": 2})[0](image, proposals)
+    again = load_detector(tiny_detector, CPU, overrides={"localizations": 2})[0](image, proposals)
     assert set(again.counts) <= set(proposals.counts) and len(again)
     assert coco_mask.decode(again.rle(0)).shape == image.shape[:2]
 

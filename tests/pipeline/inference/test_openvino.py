@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasets.images import read_image
-from pipeline.inference.openvino import QuantisedNetwork, quantise
+from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import Proposer
 from pipeline.inference.propose_run import propose_images
@@ -42,9 +42,9 @@ def _assert_agree(outputs, expected, *, error: float) -> None:
         assert spread > 0 and (own - each).norm() <= error * spread
 
 
-def test_the_quantised_network_agrees_on_all_sizes(proposer, inputs, tmp_path):
-    quantise(proposer.dense, inputs, tmp_path / "dense.xml")
-    network = QuantisedNetwork(tmp_path / "dense.xml")
+def test_the_quantized_network_agrees_on_all_sizes(proposer, inputs, tmp_path):
+    quantize(proposer.dense, inputs, tmp_path / "dense.xml")
+    network = QuantizedNetwork(tmp_path / "dense.xml")
     with torch.inference_mode():
         for pixels in (*inputs, inputs[0][..., 16:, 8:]):
             expected = proposer.dense(pixels)
@@ -54,19 +54,19 @@ def test_the_quantised_network_agrees_on_all_sizes(proposer, inputs, tmp_path):
 
 
 def test_outputs_outlive_the_next_image(proposer, inputs, tmp_path):
-    quantise(proposer.dense, inputs, tmp_path / "dense.xml")
-    network = QuantisedNetwork(tmp_path / "dense.xml")
+    quantize(proposer.dense, inputs, tmp_path / "dense.xml")
+    network = QuantizedNetwork(tmp_path / "dense.xml")
     first = network(inputs[0])
     before = [each.clone() for each in first]
     network(inputs[0].flip(-1))
     assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
 
 
-def test_a_quantised_run_is_calibrated_once_and_resumed(proposer, tiny_sharpmask, photos, tmp_path):
+def test_a_quantized_run_is_calibrated_once_and_resumed(proposer, tiny_sharpmask, photos, tmp_path):
     settings = load_proposer(tiny_sharpmask, CPU, num_proposals=20)[1]
     out = tmp_path / "out"
     propose_images(proposer, photos, out, settings=settings, backend=INT8, max_images=3)
-    network = out / "quantised" / "dense.xml"
+    network = out / "quantized" / "dense.xml"
     made = network.stat().st_mtime_ns
     again = load_proposer(tiny_sharpmask, CPU, num_proposals=20)[0]
     summary = propose_images(again, photos, out, settings=settings, backend=INT8)

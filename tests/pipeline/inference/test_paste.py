@@ -32,7 +32,7 @@ def decode(pasted: Pasted, count: int, size: tuple[int, int]) -> np.ndarray:
 def paste_slowly(logits, left, top, width, height, image_size, threshold):
     """Pixel by pixel.
 
-    Bilinear interpolation of the four nearest cells at every pixel centre of the image.
+    Bilinear interpolation of the four nearest cells at every pixel center of the image.
     """
     cells = len(logits)
     mask = np.zeros(image_size, np.uint8)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
-from pipeline.inference.propose import Proposer, pad_and_normalise, resize_image
+from pipeline.inference.propose import Proposer, pad_and_normalize, resize_image
 
 CELLS, COUNT = 4, 60  # cells of a patch, proposals
 OCTAVES = [-1.0, -0.5, 0.0, 0.5]
@@ -64,7 +64,7 @@ def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray) -> list[tupl
     cells, levels = [], []
     for number, octave in enumerate(OCTAVES):
         scaled = resize_image(image, 2.0**octave)
-        features = deepmask.trunk(pad_and_normalise(torch.from_numpy(scaled), 8 * CELLS))
+        features = deepmask.trunk(pad_and_normalize(torch.from_numpy(scaled), 8 * CELLS))
         levels.append(
             (features, scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         )

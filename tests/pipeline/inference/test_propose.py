@@ -14,7 +14,7 @@ from pipeline.inference.propose import (
     Proposer,
     best_cells,
     octave_range,
-    pad_and_normalise,
+    pad_and_normalize,
     place_patches,
     resize_image,
 )
@@ -68,9 +68,9 @@ def test_best_cells_equals_sorting_a_list(sizes, count, ties):
     torch.testing.assert_close(probs, torch.tensor([-row[0] for row in expected]).sigmoid())
 
 
-def test_border_is_grey_and_pixels_are_normalised():
+def test_border_is_gray_and_pixels_are_normalized():
     pixels = torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)
-    padded = pad_and_normalise(pixels, 2)
+    padded = pad_and_normalize(pixels, 2)
     assert padded.shape == (1, 3, 5, 5)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(
@@ -93,7 +93,7 @@ def test_proposals_equal_patch_by_patch_inference(model, image):
         scaled = resize_image(image, 2.0**octave)
         factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         half = model.patch_size // 2
-        features = model.trunk(pad_and_normalise(torch.from_numpy(scaled), half))[-1]
+        features = model.trunk(pad_and_normalize(torch.from_numpy(scaled), half))[-1]
         rows, columns = features.shape[2] - 5, features.shape[3] - 5
         assert (rows, columns) == tuple(-(-(side + 96) // 16) - 5 for side in scaled.shape[:2])
         for i in range(rows):

@@ -12,7 +12,7 @@ from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline.inference.mask_nms import suppress_duplicates
 from pipeline.inference.proposals import Proposals
-from pipeline.inference.propose import Proposer, gather_windows, pad_and_normalise, resize_image
+from pipeline.inference.propose import Proposer, gather_windows, pad_and_normalize, resize_image
 
 CPU = torch.device("cpu")
 SURROUNDINGS = {"tiny": 5, "vgg11": 6, "resnet18": 12, "densenet121": 40}  # cells that a trunk sees
@@ -52,14 +52,14 @@ def test_dense_refinement_equals_refining_each_patch_on_its_own(trunk):
     first = border // 16 + 1  # the cell whose patch begins `border` px into the padded image + 1
     chosen = torch.tensor([[first, first], [first + 2, first + 1]])
     together = proposer.decode([level], at_level(0, chosen))
-    padded = pad_and_normalise(torch.from_numpy(image), 16)
+    padded = pad_and_normalize(torch.from_numpy(image), 16)
     for (row, column), mask in zip(chosen.tolist(), together, strict=True):
         top, left = 16 * row - border, 16 * column - border
         size = 2 * border + 32
         patch = padded[..., top : top + size, left : left + size].contiguous()
         assert patch.shape[-2:] == (size, size)
         features = model.deepmask.trunk(patch)
-        embedding = model.deepmask.embed(model.deepmask.crop_centre(features[-1]))
+        embedding = model.deepmask.embed(model.deepmask.crop_center(features[-1]))
         windows = [
             each[..., s : s + (cells << i), s : s + (cells << i)]
             for i, each in enumerate(model.horizontal_maps(features))

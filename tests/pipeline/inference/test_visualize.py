@@ -11,7 +11,7 @@ from pipeline.inference import visualize
 from pipeline.inference.visualize import (
     LABEL_HEIGHT,
     Label,
-    colour,
+    color,
     draw_detections,
     draw_proposals,
     label_width,
@@ -20,7 +20,7 @@ from pipeline.inference.visualize import (
 )
 from tests.pipeline.report.small_run import detections_of, proposals_of, rle_of
 
-GREY = np.full((200, 300, 3), 128, np.uint8)
+GRAY = np.full((200, 300, 3), 128, np.uint8)
 
 
 def changed(first, second):
@@ -32,17 +32,17 @@ def stack():
     """Three masks, each within the next: the score of the second is within the first's mask."""
     boxes = [(10, 10, 190, 190), (60, 60, 180, 180), (100, 100, 170, 170)]
     proposals = proposals_of(1, "a.png", boxes)
-    proposals.height, proposals.width = GREY.shape[:2]
+    proposals.height, proposals.width = GRAY.shape[:2]
     proposals.counts = [rle_of(box, 200, 300)["counts"] for box in boxes]
     return proposals
 
 
 def test_scores_are_on_top_of_all_masks(stack, monkeypatch):
     """What the labels change is the same whether the masks are drawn below them or not at all."""
-    whole = draw_proposals(GREY, stack, 3)
+    whole = draw_proposals(GRAY, stack, 3)
     monkeypatch.setattr(visualize, "put_labels", lambda picture, labels: drawn.append(labels))
     drawn = []
-    masks = draw_proposals(GREY, stack, 3)
+    masks = draw_proposals(GRAY, stack, 3)
     [labels] = drawn
     assert [label.text for label in labels] == ["0.90", "0.70", "0.50"]
     assert [label.corner for label in labels] == [(10, 10), (60, 60), (100, 100)]
@@ -51,29 +51,29 @@ def test_scores_are_on_top_of_all_masks(stack, monkeypatch):
 
 
 def test_the_best_mask_is_on_top_and_no_more_than_asked_for_are_drawn(stack):
-    picture = draw_proposals(GREY, stack, 1)
+    picture = draw_proposals(GRAY, stack, 1)
     inside = picture[120, 120].astype(int) - 128
-    assert (np.sign(inside) == np.sign(np.array(colour(0)) - 128)).all()
-    assert not changed(picture, GREY)[:, 200:].any()
-    three = draw_proposals(GREY, stack, 3)
-    assert tuple(three[10, 150]) == tuple(picture[10, 150]) == colour(0)
-    assert np.array_equal(draw_proposals(GREY, stack, 0), GREY)
+    assert (np.sign(inside) == np.sign(np.array(color(0)) - 128)).all()
+    assert not changed(picture, GRAY)[:, 200:].any()
+    three = draw_proposals(GRAY, stack, 3)
+    assert tuple(three[10, 150]) == tuple(picture[10, 150]) == color(0)
+    assert np.array_equal(draw_proposals(GRAY, stack, 0), GRAY)
 
 
 def test_detections_have_names_and_their_own_boxes(monkeypatch):
     """The box is the detector's, the mask the proposal's: here they lie apart."""
     found = detections_of(1, "a.png", [((8, 8, 24, 24), 3, 0.81), ((1, 40, 9, 60), 1, 0.7)])
     found.boxes[0] = [40.2, 41, 60, 58]
-    grey, drawn = GREY[:64, :64], []
+    gray, drawn = GRAY[:64, :64], []
     monkeypatch.setattr(visualize, "put_labels", lambda picture, labels: drawn.extend(labels))
-    picture = draw_detections(grey, found, {1: "ring", 3: "bar"}, 1)
+    picture = draw_detections(gray, found, {1: "ring", 3: "bar"}, 1)
     assert [(label.text, label.corner[1]) for label in drawn] == [("bar 0.81", 41)]
     line = np.zeros((64, 64), bool)
     line[41:58, 40:60] = True
     line[42:57, 41:59] = False
-    assert (picture[line] == colour(0)).all()
-    assert not changed(picture, grey)[~line & (np.arange(64) >= 32)].any()
-    assert not changed(picture, grey)[40:, :32].any()  # of the second one, nothing
+    assert (picture[line] == color(0)).all()
+    assert not changed(picture, gray)[~line & (np.arange(64) >= 32)].any()
+    assert not changed(picture, gray)[40:, :32].any()  # of the second one, nothing
 
 
 def test_pictures_stay_below_their_directory():
@@ -92,7 +92,7 @@ texts = st.sampled_from(["0.12", "traffic light 0.12"])
 @settings(deadline=None)
 @given(st.lists(st.tuples(texts, corners), max_size=40))
 def test_labels_do_not_cover_each_other(labels):
-    together = GREY.copy()
+    together = GRAY.copy()
     seen = []
     original = visualize.put_label
 
@@ -114,4 +114,4 @@ def test_labels_do_not_cover_each_other(labels):
 
 def test_labels_at_fractions_of_a_pixel_find_a_place():
     """60.48 + 17 - 60.48 is a little less than 17."""
-    put_labels(GREY.copy(), [Label("0.12", (5, 60.48), (9, 9, 9))] * 2)
+    put_labels(GRAY.copy(), [Label("0.12", (5, 60.48), (9, 9, 9))] * 2)

@@ -75,6 +75,6 @@ def test_outlines_of_object_and_mask_are_where_they_are_in_the_image(tmp_path):
         (exact, middle, (40, 40, 40)),
     ):
         found = picture[y, TILE_SIDE // 2].astype(int)
-        colours = np.array([MASK_RGB, TRUTH_RGB, (40, 40, 40)])
-        nearest = colours[np.abs(colours - found).sum(axis=1).argmin()]
+        colors = np.array([MASK_RGB, TRUTH_RGB, (40, 40, 40)])
+        nearest = colors[np.abs(colors - found).sum(axis=1).argmin()]
         assert tuple(nearest) == rgb, (y, found)

@@ -156,7 +156,7 @@ def marks_of(tmp_path, monkeypatch):
     return draw
 
 
-def test_names_scores_colours_and_tints(marks_of):
+def test_names_scores_colors_and_tints(marks_of):
     truth, marks = marks_of([(SQUARE, 1, 0.987), (UPPER_HALF, 3, 0.75), (SQUARE, 8, 0.5)])
     assert [(mark.label, mark.tint) for mark in truth] == [("ring", 0), ("bar", 0)]
     assert [(mark.label, mark.tint) for mark in marks[::-1]] == [

@@ -110,8 +110,8 @@ def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
 def test_label_stands_at_the_top_left_of_its_mask():
     image = np.full((200, 200, 3), 255, np.uint8)
     marks = [Mark(rle_of((160, 80, 400, 400), 400, 400), (9, 9, 9), 0, "0.12")]
-    unlabelled = draw_marks(image, [Mark(marks[0].rle, marks[0].rgb, 0)])
-    rows, columns = np.nonzero((draw_marks(image, marks) != unlabelled).any(axis=-1))
+    unlabeled = draw_marks(image, [Mark(marks[0].rle, marks[0].rgb, 0)])
+    rows, columns = np.nonzero((draw_marks(image, marks) != unlabeled).any(axis=-1))
     assert (rows.max(), columns.min()) == pytest.approx((40, 80), abs=6)
 
 

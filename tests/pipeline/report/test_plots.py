@@ -17,14 +17,14 @@ def texts_of(svg):
     return [t.text for t in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_plot_is_well_formed_and_takes_its_colours_from_the_page():
+def test_plot_is_well_formed_and_takes_its_colors_from_the_page():
     svg = plot_losses(RECORDS)
     assert {"step", "mask loss", "score loss"} <= set(texts_of(svg))
     assert "var(--ink)" in svg and "var(--series-1)" in svg and "#0a0b" not in svg
     assert plot_losses([]) is None
 
 
-def test_plots_of_ap_keep_the_colours_of_mask_and_box():
+def test_plots_of_ap_keep_the_colors_of_mask_and_box():
     """Whichever of them there are; a threshold without a value leaves a gap."""
     counts = AP_BY_PROPOSALS["counts"]
     curves = {kind: AP_BY_PROPOSALS[kind] for kind in ("box", "mask")}

@@ -1,7 +1,7 @@
 """Parity: converted networks against what the original Lua code computed, layer by layer.
 
 The original's index slip in its list of the best cells is in this file only (`released_top`): it
-makes all ten masks those of a neighbouring cell (score .32 on average, where the list says .75; IoU
+makes all ten masks those of a neighboring cell (score .32 on average, where the list says .75; IoU
 with the mask meant .39 to .49, SharpMask .67 to .80).
 
 The reference networks are narrow and random, of the released structure. Errors are relative to the
@@ -96,7 +96,7 @@ def test_trunk_module_by_module(compare):
     compare(one.maxpool(x), "dm_patch_trunk_04")
     for level, name in ((one, "05"), (two, "06"), (three, "07")):
         x = compare(level(x), f"dm_patch_trunk_{name}")
-    x = compare(model.crop_centre(x), "dm_patch_trunk_08")
+    x = compare(model.crop_center(x), "dm_patch_trunk_08")
     x = compare(model.tail[0](x), "dm_patch_trunk_09")
     x = compare(x.relu(), "dm_patch_trunk_10")
     x = compare(x, "dm_patch_trunk_11")
@@ -107,7 +107,7 @@ def test_trunk_module_by_module(compare):
 @pytest.mark.parametrize("prefix", ["dm", "sm"])
 def test_embedding_and_heads(compare, prefix):
     model = compare.deepmask if prefix == "dm" else compare.sharpmask.deepmask
-    code = model.embed(model.crop_centre(model.trunk(compare.input("patch_input"))[-1]))
+    code = model.embed(model.crop_center(model.trunk(compare.input("patch_input"))[-1]))
     code = compare(code, f"{prefix}_patch_code")
     compare(model.score(code).flatten(), f"{prefix}_patch_score")
     logits = model.decode_masks(code.flatten(1))
@@ -122,7 +122,7 @@ def test_embedding_and_heads(compare, prefix):
 def test_refinement_step_by_step(compare):
     model, patch = compare.sharpmask, compare.input("patch_input")
     features = model.deepmask.trunk(patch)
-    code = model.deepmask.embed(model.deepmask.crop_centre(features[-1]))
+    code = model.deepmask.embed(model.deepmask.crop_center(features[-1]))
     code = compare(code, "sm_patch_code")[:1].flatten(1)
     horizontal = model.horizontal_maps([level[:1] for level in model.crop_windows(features)])
     mask = model.encode(code).view(1, model.km, model.cells, model.cells)
@@ -214,7 +214,7 @@ def test_top_list_with_the_originals_slip(whole_image):
 
 
 def test_product_takes_the_cells_that_have_the_scores(whole_image):
-    """What the slip does: the scores are the best cells', the masks those of their neighbours."""
+    """What the slip does: the scores are the best cells', the masks those of their neighbors."""
     prefix, _, levels = whole_image
     maps = [level.score_logits for level in levels]
     probs, chosen = best_cells(maps, 10)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import mirror
-from datasets.transforms import PixelRules, normalise
+from datasets.transforms import PixelRules, normalize
 from models.multipathnet import MultiPathNet
 from models.roi_pooling import roi_pool_rounded
 from models.trunk import build_trunk, load_backbone
@@ -420,7 +420,7 @@ def test_fast_rcnn_of_caffe_computes_the_same(name):
     image = np.random.default_rng(1).integers(0, 256, (75, 102, 3), np.uint8)
     lua = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float()
     lua = (lua - torch.tensor([102.9801, 115.9465, 122.7717])[:, None, None])[None]
-    planes = normalise(image.astype(np.float32) / 255, PixelRules(**vars(config.pixels)))
+    planes = normalize(image.astype(np.float32) / 255, PixelRules(**vars(config.pixels)))
     layers = model.layers(torch.from_numpy(planes)[None])
     assert_near(layers[16], run(value["model"].fields["modules"][0].fields["modules"][0], lua))
     rois = torch.tensor([[1, 1, 1, 102, 75], [1, 20, 10, 70, 50], [1, -5, 30, 40, 90.0]])

@@ -1,4 +1,4 @@
-"""Conversion of DeepMask, SharpMask and ResNets: what is recognised, refused and accounted for."""
+"""Conversion of DeepMask, SharpMask and ResNets: what is recognized, refused and accounted for."""
 
 import copy
 import subprocess

@@ -76,7 +76,7 @@ def test_boxes_scores_ids_and_masks(write):
         expected = np.zeros((HEIGHT, WIDTH), bool)
         expected[y0:y1, x0:x1] = True
         assert np.array_equal(coco_mask.decode(b.rle(n)).astype(bool), expected)
-    a = found["a.jpg"]  # cut at the image's border; of pixels those whose centre is in the box
+    a = found["a.jpg"]  # cut at the image's border; of pixels those whose center is in the box
     assert a.boxes[0].tolist() == [38, 28, 40, 30] and coco_mask.area(a.rle(0)) == 4
     assert a.boxes[1] == pytest.approx([1.4, 1.4, 4.6, 4.6]) and coco_mask.area(a.rle(1)) == 16
     assert len(json.loads((output / "proposals.json").read_text())) == 5

@@ -61,12 +61,12 @@ class StopAt(dict):
         return self.left <= 0
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    tiny_recipe, tmp_path, monkeypatch, optimiser
+    tiny_recipe, tmp_path, monkeypatch, optimizer
 ):
     options = {
-        "optimiser": optimiser,
+        "optimizer": optimizer,
         "batches_per_epoch": 3,
         "epochs": 3,
         "validate_every": 1,

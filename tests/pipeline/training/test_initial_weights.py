@@ -49,7 +49,7 @@ def same(one: dict, other: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_starts_from_its_own_checkpoint_with_a_new_optimiser(
+def test_starts_from_its_own_checkpoint_with_a_new_optimizer(
     name, checkpoints, tiny_config, stores, tmp_path, capsys
 ):
     config = load_config(tiny_config, [*stores, "seed=3", f"init.weights={checkpoints[name]}"])
