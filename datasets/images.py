@@ -11,7 +11,25 @@ import numpy as np
 
 SUFFIXES = frozenset(
     f".{name}"
-    for name in "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
+    for name in [
+        "avif",
+        "bmp",
+        "dib",
+        "gif",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pgm",
+        "png",
+        "pnm",
+        "ppm",
+        "tif",
+        "tiff",
+        "webp",
+    ]
 )
 
 # Who calls `read_image` reports a broken file in one line; OpenCV would print several beside it.

@@ -1,14 +1,13 @@
-"""Serving training samples that are drawn by index: unreadable images, minibatches, workers.
+"""Serving training samples by index: unreadable images, minibatches, worker processes.
 
-A sample is a draw of a sampler seeded by (seed, epoch, index, attempt) and the pixels of the drawn
-image. An image that cannot be read is named and the sample drawn again, the same way in any worker
-and any process.
+A sample is a draw seeded by (seed, epoch, index, attempt) and the pixels of the drawn image. An
+image that cannot be read is named and the sample drawn again, the same way in any process.
 """
 
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -19,6 +18,7 @@ from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
 
 MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
+PREFETCH = 4  # minibatches that each worker holds ready
 
 Drawn = TypeVar("Drawn")
 
@@ -65,46 +65,41 @@ def read_annotated_image(coco: CocoInstances, images: Path, row: int) -> np.ndar
     return image
 
 
-def share_of_batch(batch: int, size: int, share: tuple[int, int]) -> range:
+def rank_samples(batch: int, size: int, rank: int = 0, world_size: int = 1) -> range:
     """The samples of an epoch that one process loads for a minibatch.
 
     Args:
-        batch: number of the minibatch in its epoch.
-        size: samples of a whole minibatch, over all processes.
-        share: (index, count) of the process; the count divides `size`.
+        batch: index of the minibatch in its epoch.
+        size: samples of a whole minibatch, over all processes; a multiple of `world_size`.
     """
-    index, count = share
-    assert size % count == 0, (size, share)
-    first = batch * size + index * (size // count)
-    return range(first, first + size // count)
+    assert size % world_size == 0, (size, world_size)
+    each = size // world_size
+    first = batch * size + rank * each
+    return range(first, first + each)
 
 
 def batch_loader(
     dataset: Dataset,
-    keys: Iterable[list],
+    batches: Iterable[list],
     collate: Callable[[list[dict]], dict],
     *,
     workers: int,
-    pin_memory: bool,
-    prefetch: int,
+    pin_memory: bool = False,
 ) -> DataLoader:
-    """Serves the minibatches whose keys are given, in order.
-
-    Args:
-        prefetch: minibatches that each worker holds ready.
-    """
+    """Serves the minibatches whose indices are given, in order."""
+    options: dict[str, Any] = {"prefetch_factor": PREFETCH} if workers else {}
     return DataLoader(
         dataset,
-        batch_sampler=keys,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_single_threaded,
-        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_start_worker,
+        **options,
     )
 
 
-def _single_threaded(_: int) -> None:
+def _start_worker(_: int) -> None:
     # Workers are the parallelism: threads of theirs would only compete with each other and with
     # training.
     cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Which patches to train on: draws of DeepMask's two kinds of minibatch, before any pixel is read.
+"""Which patches to train on: DeepMask's mask and score minibatches, before any pixel is read.
 
 A minibatch is all mask patches or all score patches (NIPS 2015, section 3.3; numbers of the
 released code). Every draw comes from a generator seeded by (seed, epoch, index), so a patch does
@@ -49,17 +49,36 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class SamplingRules:
-    """The numbers of the sampling; defaults are the released code's."""
+class PatchSamplingConfig:
+    """How patches are drawn; the defaults are the released code's (DataSampler)."""
 
+    patches_per_image: int = 1  # patches of a minibatch that share one decoded image
+    mask_batch_prob: float = 0.5  # probability that a minibatch is of mask patches
     jitter_shift: float = 16.0  # pixels of the patch, mask patches only
-    jitter_scale: float = 0.25  # octaves, mask patches only
+    jitter_scale: float = 0.25  # log2, mask patches only
     min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
     min_side: float = 5.0
-    score_scales: tuple[float, float] = (-3.0, 2.0)  # octaves, in steps of a quarter
+    score_log2_scales: tuple[float, float] = (-3.0, 2.0)  # lowest, highest; in steps of a quarter
     negative_distance: float = 48.0  # pixels of the resized image
-    negative_octaves: float = 2.5  # objects of a more different scale do not reject a negative
+    negative_log2_scale: float = 2.5  # objects further off in scale do not reject a negative
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.score_log2_scales
+        if self.patches_per_image < 1:
+            raise ValueError(
+                f"patches_per_image must be greater than 0, got {self.patches_per_image}"
+            )
+        if not 0 <= self.mask_batch_prob <= 1:
+            raise ValueError(f"mask_batch_prob must be from 0 to 1, got {self.mask_batch_prob}")
+        for name in ("jitter_shift", "jitter_scale", "min_area", "min_side", "negative_distance",
+                     "negative_log2_scale"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(
+                f"score_log2_scales must be MIN MAX with MIN <= MAX, got {self.score_log2_scales}"
+            )
 
 
 def canonical_size(patch_size: int) -> int:
@@ -75,45 +94,45 @@ class PatchSampler:
         coco: CocoInstances,
         *,
         patch_size: int = 160,
-        rules: SamplingRules | None = None,
+        config: PatchSamplingConfig | None = None,
         seed: int = 0,
     ):
         """
         Raises:
             ValueError: the dataset has no annotation that a mask patch could show.
         """
-        self.coco, self.rules, self.seed = coco, rules or SamplingRules(), seed
+        self.coco, self.config, self.seed = coco, config or PatchSamplingConfig(), seed
         self.canonical = canonical_size(patch_size)
         self._index_mask_objects()
         self._index_score_objects()
 
-    def draw(
-        self, kind: str, epoch: int, group: int, count: int, *, attempt: int = 0
-    ) -> list[Patch]:
-        """The patches of one group: `count` patches of one image.
+    def draw(self, head: str, epoch: int, group: int, *, attempt: int = 0) -> list[Patch]:
+        """The patches of one group: `patches_per_image` patches of one image.
 
         Args:
-            kind: "mask" or "score".
+            head: what they train, "mask" or "score".
             attempt: counts up when the group's image turned out to be unreadable.
         """
         rng = np.random.default_rng([self.seed, epoch, group, attempt])
-        draw_group = {MASK: self._draw_mask_group, SCORE: self._draw_score_group}[kind]
+        draw_group = {MASK: self._draw_mask_group, SCORE: self._draw_score_group}[head]
         draw_one = draw_group(rng)
-        return [draw_one() for _ in range(count)]
+        return [draw_one() for _ in range(self.config.patches_per_image)]
 
     # Mask patches ---------------------------------------------------------------------------------
 
     def _index_mask_objects(self) -> None:
-        coco, rules = self.coco, self.rules
+        coco, config = self.coco, self.config
         sides = coco.boxes[:, 2:] - coco.boxes[:, :2]
         usable = (
-            ~coco.is_crowd & (coco.areas >= rules.min_area) & (sides >= rules.min_side).all(axis=1)
+            ~coco.is_crowd
+            & (coco.areas >= config.min_area)
+            & (sides >= config.min_side).all(axis=1)
         )
         rows = np.flatnonzero(usable)
         if len(rows) == 0:
             raise ValueError(
                 f"{coco.path}: no annotation is large enough for a mask patch "
-                f"(not a crowd, area >= {rules.min_area:g}, sides >= {rules.min_side:g} px)"
+                f"(not a crowd, area >= {config.min_area:g}, sides >= {config.min_side:g} px)"
             )
         # Only categories that have an object are drawn: an empty one would be searched for ever.
         order = np.argsort(coco.category_index[rows], kind="stable")
@@ -148,12 +167,12 @@ class PatchSampler:
         return draw_one
 
     def _mask_patch(self, rng: np.random.Generator, image: int, row: int) -> Patch:
-        rules = self.rules
+        config = self.config
         x1, y1, x2, y2 = self.coco.boxes[row].tolist()
         octaves = math.log2(max(x2 - x1, y2 - y1) / self.canonical)
-        octaves += rng.uniform(-rules.jitter_scale, rules.jitter_scale)
+        octaves += rng.uniform(-config.jitter_scale, config.jitter_scale)
         pixels = 2.0**octaves  # of the original, in a pixel of the patch
-        dx, dy = rng.uniform(-rules.jitter_shift, rules.jitter_shift, size=2) * pixels
+        dx, dy = rng.uniform(-config.jitter_shift, config.jitter_shift, size=2) * pixels
         return Patch(
             image, row, 1, (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy, 1 / pixels, self._flip(rng)
         )
@@ -164,10 +183,12 @@ class PatchSampler:
         coco = self.coco
         self.centers = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
         longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
-        self.own_quarter = own_quarter_octave(longest, self.canonical, self.rules.score_scales)
-        self.own_quarter[coco.is_crowd] = NO_SCALE
+        self.object_quarter = canonical_quarter(
+            longest, self.canonical, self.config.score_log2_scales
+        )
+        self.object_quarter[coco.is_crowd] = NO_SCALE
         positive_images = np.zeros(len(coco), bool)
-        positive_images[coco.image_index[self.own_quarter != NO_SCALE]] = True
+        positive_images[coco.image_index[self.object_quarter != NO_SCALE]] = True
         annotated = np.diff(coco.image_starts) > 0
         self.positive_images = np.flatnonzero(positive_images)
         # An image known to show no object gives negatives. One whose annotations were left out
@@ -182,12 +203,12 @@ class PatchSampler:
         Negatives come from all images alike, whether or not they show an object.
         """
         empty = len(self.empty_images)
-        share = empty / (empty + len(self.positive_images))
-        if empty and rng.random() < share / 2:
+        empty_fraction = empty / (empty + len(self.positive_images))
+        if empty and rng.random() < empty_fraction / 2:
             image = int(rng.choice(self.empty_images))
             return lambda: self._negative_patch(rng, image)
         image = int(self.positive_images[rng.integers(len(self.positive_images))])
-        positive_probability = 0.5 / (1 - share / 2)
+        positive_probability = 0.5 / (1 - empty_fraction / 2)
 
         def draw_one() -> Patch:
             positive = rng.random() < positive_probability
@@ -199,7 +220,7 @@ class PatchSampler:
 
     def _positive_patch(self, rng: np.random.Generator, image: int) -> Patch:
         start, stop = self.coco.image_starts[image : image + 2]
-        quarters = self.own_quarter[start:stop]
+        quarters = self.object_quarter[start:stop]
         quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
         x, y = self.centers[row].tolist()
@@ -208,7 +229,7 @@ class PatchSampler:
         )
 
     def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
-        low, high = self.rules.score_scales
+        low, high = self.config.score_log2_scales
         height, width = self.coco.image_sizes[image].tolist()
         farthest, best = -1.0, None
         for _ in range(MAX_NEGATIVE_DRAWS):
@@ -217,7 +238,7 @@ class PatchSampler:
             distance = self._distance_to_objects(image, x, y, quarter)
             if distance > farthest:
                 farthest, best = distance, (x, y, quarter)
-            if distance >= self.rules.negative_distance:
+            if distance >= self.config.negative_distance:
                 break
         x, y, quarter = best
         return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
@@ -231,7 +252,9 @@ class PatchSampler:
         crowds = self.coco.boxes[start:stop][self.coco.is_crowd[start:stop]]
         if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
             return 0.0  # what is centered there may well be an object
-        near = np.abs(self.own_quarter[start:stop] - quarter) <= self.rules.negative_octaves * 4
+        near = (
+            np.abs(self.object_quarter[start:stop] - quarter) <= self.config.negative_log2_scale * 4
+        )
         offsets = self.centers[start:stop][near] - (x, y)
         return float(np.hypot(offsets[:, 0], offsets[:, 1]).min(initial=np.inf)) * 2.0 ** (
             quarter / 4
@@ -242,27 +265,27 @@ class PatchSampler:
         return min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
 
     def _flip(self, rng: np.random.Generator) -> bool:
-        return bool(rng.random() < 0.5) and self.rules.flip
+        return bool(rng.random() < 0.5) and self.config.flip
 
 
-NO_SCALE = -1000  # quarter octaves; far enough from any scale to be near none
+NO_SCALE = -1000  # quarters; far enough from any scale to be near none
 
 
-def own_quarter_octave(
-    longest: np.ndarray, canonical: int, octaves: tuple[float, float]
+def canonical_quarter(
+    longest: np.ndarray, canonical: int, log2_scales: tuple[float, float]
 ) -> np.ndarray:
-    """The scale that each object belongs to, in quarter octaves.
+    """The scale at which each object is canonical, as log2 in quarters.
 
-    It is the largest factor at which the longest side is at most 2^(1/4) canonical; among the
-    factors in `octaves`.
+    It is the largest scale at which the longest side is at most 2^(1/4) canonical.
 
     Args:
         longest: (A,) longest sides in pixels of the original.
+        log2_scales: lowest and highest.
 
     Returns:
         (A,) int32; `NO_SCALE` where the object is too large for the smallest factor.
     """
-    low, high = (round(o * 4) for o in octaves)
+    low, high = (round(s * 4) for s in log2_scales)
     with np.errstate(divide="ignore"):
         quarters = np.floor(1 + 4 * np.log2(canonical / np.asarray(longest, np.float64)) + 1e-9)
     quarters = np.minimum(quarters, high)

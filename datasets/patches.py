@@ -1,4 +1,4 @@
-"""Training patches: pixels and targets of what `PatchSampler` draws, and the loader serving them.
+"""Training patches: pixels and targets of what `PatchSampler` draws, and their minibatches.
 
 A patch of S pixels at scale s covers an S / s square of the original image around its center.
 Image and target are both resampled from that square with sub-pixel positions, so they stay
@@ -7,19 +7,19 @@ aligned at any scale.
 Letters: m patches of a group (one decoded image), B batch, S input size P + C, G target size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.coco import CocoInstances
-from datasets.loading import batch_loader, draw_until_readable, read_annotated_image, share_of_batch
+from datasets.loading import draw_until_readable, rank_samples, read_annotated_image
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
-from datasets.transforms import GRAY, normalize
+from datasets.resize import GRAY, normalize
 
 
 def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
@@ -32,9 +32,9 @@ def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
         (S, S, 3) float32 in [0, 1], mirrored if the patch says so.
     """
     pixels = resample(image, patch, size).astype(np.float32) / 255
-    inside = _inside_share(image.shape, patch, size)
+    inside = _coverage(image.shape, patch, size)
     if inside is not None:
-        pixels = inside[..., None] * pixels + (1 - inside[..., None]) * GRAY
+        pixels = inside[..., None] * pixels + (1 - inside[..., None]) * np.float32(GRAY)
     return pixels[:, ::-1] if patch.flip else pixels
 
 
@@ -87,19 +87,19 @@ def _block_range(low: float, high: float, length: int, block: int) -> tuple[int,
     return first * block, min(last * block, length)
 
 
-def _inside_share(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
+def _coverage(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
     """How much of each patch pixel lies inside the image.
 
     Returns:
-        (size, size) float32; None when all of all do.
+        (size, size) float32 in [0, 1]; None if the whole patch lies inside.
     """
-    shares = []
+    axes = []
     for center, length in ((patch.y, shape[0]), (patch.x, shape[1])):
         edges = center + (np.arange(size + 1) - size / 2) / patch.scale
-        shares.append(np.diff(np.clip(edges, 0, length)) * patch.scale)
-    if shares[0].min() > 1 - 1e-6 and shares[1].min() > 1 - 1e-6:
+        axes.append(np.diff(np.clip(edges, 0, length)) * patch.scale)
+    if axes[0].min() > 1 - 1e-6 and axes[1].min() > 1 - 1e-6:
         return None
-    return np.outer(*shares).astype(np.float32)
+    return np.outer(*axes).astype(np.float32)
 
 
 def mask_target(
@@ -118,7 +118,7 @@ def mask_target(
         full = coco_mask.decode(coco.rle(patch.annotation)) * np.uint8(255)
         square = Patch(**{**vars(patch), "scale": patch.scale * target_size / patch_size})
         # The edge is repeated by the resampling; outside the image there is no object.
-        inside = _inside_share(full.shape, square, target_size)
+        inside = _coverage(full.shape, square, target_size)
         soft = resample(full, square, target_size) * (1 if inside is None else inside)
         mask = soft > 127
     else:
@@ -146,12 +146,11 @@ def rasterize(
 
 
 class PatchDataset(Dataset):
-    """Groups of patches by key: item (kind, epoch, group) is the patches of that group.
+    """Groups of patches by index (head, epoch, group), the patches of one image each.
 
-    There are `patches_per_image` (m) of them. Items are dicts with "patches" (m, 3, S, S) float32
-    normalized, "keys" (m,) int64 that identify the samples, "broken" (list of messages on files
-    that could not be read), and "targets" (m, G, G) in {-1, 1} for mask groups or "labels" (m,) in
-    {-1, 1} for score groups.
+    Items are dicts with "patches" (m, 3, S, S) float32 normalized; "broken", messages on files that
+    could not be read; and "targets" (m, G, G) in {-1, 1} for the mask head or "labels" (m,) in
+    {-1, 1} for the score head.
     """
 
     def __init__(
@@ -163,68 +162,45 @@ class PatchDataset(Dataset):
         patch_size: int = 160,
         context: int = 32,
         target_size: int = 112,
-        patches_per_image: int = 1,
     ):
+        """Args: as in `models.deepmask.DeepMaskConfig`; `images` is the folder of the files."""
         self.coco, self.images, self.sampler = coco, Path(images), sampler
-        self.patch_size, self.input_size, self.target_size = (
-            patch_size,
-            patch_size + context,
-            target_size,
-        )
-        self.patches_per_image = patches_per_image
+        self.patch_size, self.target_size = patch_size, target_size
+        self.input_size = patch_size + context
+        self.patches_per_image = sampler.config.patches_per_image
 
-    def __getitem__(self, key: tuple[str, int, int]) -> dict:
-        return self.load(*key)[0]
+    def __getitem__(self, index: tuple[str, int, int]) -> dict:
+        return self.load(*index)[0]
 
-    def load(self, kind: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
-        """The item of a key, and the patches that it was made of."""
+    def load(self, head: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
+        """An item, and the patches that it was made of."""
         patches, image, broken = draw_until_readable(
-            lambda attempt: self.sampler.draw(
-                kind, epoch, group, self.patches_per_image, attempt=attempt
-            ),
-            lambda patches: self.read_image(patches[0].image),
+            lambda attempt: self.sampler.draw(head, epoch, group, attempt=attempt),
+            lambda patches: read_annotated_image(self.coco, self.images, patches[0].image),
         )
         pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
-        item = {
-            "patches": torch.from_numpy(pixels),
-            "keys": sample_keys(
-                self.sampler.seed, epoch, group * self.patches_per_image, len(patches)
-            ),
-            "broken": broken,
-        }
-        if kind == MASK:
+        item = {"patches": torch.from_numpy(pixels), "broken": broken}
+        if head == MASK:
             sizes = {"patch_size": self.patch_size, "target_size": self.target_size}
-            item["targets"] = torch.from_numpy(
-                np.stack([mask_target(self.coco, p, **sizes) for p in patches])
-            )
+            targets = np.stack([mask_target(self.coco, p, **sizes) for p in patches])
+            item["targets"] = torch.from_numpy(targets)
         else:
             item["labels"] = torch.tensor([p.label for p in patches], dtype=torch.float32)
         return item, patches
 
-    def read_image(self, row: int) -> np.ndarray:
-        """Image `row` of the dataset, (H, W, 3) uint8.
-
-        Raises:
-            ImageError: the file cannot be read, or its size is not the annotations'.
-        """
-        return read_annotated_image(self.coco, self.images, row)
-
-
-def sample_keys(seed: int, epoch: int, first: int, count: int) -> torch.Tensor:
-    """Keys that tell sample `first`, `first` + 1, ... of an epoch of a seed from all others.
-
-    Returns:
-        (count,) int64, distinct from the keys of all other samples of a run.
-    """
-    run = (seed * 0x9E3779B1 + epoch) % (1 << 31)
-    return (run << 32) + torch.arange(first, first + count, dtype=torch.int64)
+    @staticmethod
+    def collate(items: list[dict]) -> dict:
+        """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
+        batch = {name: torch.cat([i[name] for i in items]) for name in items[0] if name != "broken"}
+        batch["broken"] = [message for item in items for message in item["broken"]]
+        return batch
 
 
-class BatchKeys:
-    """A batch sampler: this process's share of the keys of the minibatches of a range of steps.
+class PatchBatchSampler:
+    """Indices of one process's part of the minibatches of a range of training steps.
 
-    The steps are training steps. The kind of a minibatch depends on (seed, epoch, batch) and is
-    the same in every process; the groups of a minibatch are dealt out to the processes in order.
+    The head that a minibatch trains depends on (seed, epoch, batch) and is the same in every
+    process; the groups of a minibatch are dealt out to the processes in order.
     """
 
     def __init__(
@@ -234,24 +210,19 @@ class BatchKeys:
         batches_per_epoch: int,
         groups_per_batch: int,
         seed: int = 0,
-        mask_share: float = 0.5,
-        share: tuple[int, int] = (0, 1),
+        mask_batch_prob: float = 0.5,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         """
         Args:
             steps: minibatches counted over all epochs (a resumed run starts in the middle of one).
             groups_per_batch: of the whole minibatch, over all processes.
-            mask_share: probability of a minibatch of mask patches.
-            share: (index, count) of this process; the count divides `groups_per_batch`.
+            mask_batch_prob: probability of a minibatch of mask patches.
         """
-        self.steps, self.batches_per_epoch, self.seed, self.mask_share = (
-            steps,
-            batches_per_epoch,
-            seed,
-            mask_share,
-        )
-        self.groups_per_batch, self.share = groups_per_batch, share
-        assert groups_per_batch % share[1] == 0, (groups_per_batch, share)
+        self.steps, self.batches_per_epoch, self.seed = steps, batches_per_epoch, seed
+        self.groups_per_batch, self.mask_batch_prob = groups_per_batch, mask_batch_prob
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -259,39 +230,11 @@ class BatchKeys:
     def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
         for step in self.steps:
             epoch, batch = divmod(step, self.batches_per_epoch)
-            yield batch_keys(
-                self.kind(epoch, batch), epoch, batch, self.groups_per_batch, self.share
-            )
+            groups = rank_samples(batch, self.groups_per_batch, self.rank, self.world_size)
+            head = self.head(epoch, batch)
+            yield [(head, epoch, group) for group in groups]
 
-    def kind(self, epoch: int, batch: int) -> str:
-        """Mask or score, by a coin whose sides have the given shares."""
+    def head(self, epoch: int, batch: int) -> str:
+        """What a minibatch trains, "mask" or "score"."""
         coin = np.random.default_rng([self.seed, epoch, batch, 1 << 30]).random()
-        return MASK if coin < self.mask_share else SCORE
-
-
-def batch_keys(
-    kind: str, epoch: int, batch: int, groups: int, share: tuple[int, int]
-) -> list[tuple[str, int, int]]:
-    """Keys of one process's share of one minibatch of `groups` groups."""
-    return [(kind, epoch, group) for group in share_of_batch(batch, groups, share)]
-
-
-def collate_groups(items: list[dict]) -> dict:
-    """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
-    batch = {key: torch.cat([item[key] for item in items]) for key in items[0] if key != "broken"}
-    batch["broken"] = [message for item in items for message in item["broken"]]
-    return batch
-
-
-def patch_loader(
-    dataset: PatchDataset,
-    keys: Iterable[list],
-    *,
-    workers: int,
-    pin_memory: bool = False,
-    prefetch: int = 4,
-) -> DataLoader:
-    """Serves the minibatches whose keys are given, in order."""
-    return batch_loader(
-        dataset, keys, collate_groups, workers=workers, pin_memory=pin_memory, prefetch=prefetch
-    )
+        return MASK if coin < self.mask_batch_prob else SCORE

@@ -1,58 +1,123 @@
-"""Images at another size, in this project's way and in the released code's."""
+"""Images at another size, and pixel values as the networks take them.
+
+The released code enlarges an image so that its corner pixels stay in the corners
+(`align_corners`); otherwise pixels have an area, and a smaller image averages them.
+"""
 
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# "area": pixels have an area. "corners" (released code): an image is enlarged so that its corner
-# pixels stay in the corners.
-RESAMPLINGS = ("area", "corners")
+# ImageNet statistics of RGB in [0, 1], the normalization of every torchvision trunk.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+GRAY = 0.5  # what lies outside an image, before normalization
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """How images come to a network: RGB in [0, 1] less the mean, divided by the deviation."""
+
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    bgr: bool = False  # the channels are then reversed, as Caffe's networks take them
+
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be deviations > 0, got {self.std}")
+
+
+IMAGENET = PixelConfig()
+
+
+def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
+    """(H, W, 3) uint8 resized by a scale, averaging areas when it shrinks; at least one pixel."""
+    size = tuple(max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
+    if size == (image.shape[1], image.shape[0]):
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
+    """As SpatialReSamplingEx of the released code resizes: bilinear, without any average.
+
+    Returns:
+        (h, w, 3) float32, not rounded to integers.
+    """
+    height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[:2])
+    return _interpolate(image, (height, width))
 
 
 def resize_sides(
-    image: np.ndarray, *, short_side: int, long_side: int, resampling: str = "area"
+    image: np.ndarray, *, short_side: int, long_side: int, align_corners: bool = False
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The image with its short side as given, or smaller if its long side would be too long.
 
     Args:
         image: (H, W, 3) uint8.
-        resampling: one of `RESAMPLINGS`.
 
     Returns:
-        (h, w, 3), uint8 or for "corners" float32 of values that were not rounded; and the (x, y)
-        factors by which boxes follow. Sides are whole pixels, so they are w / W and h / H, where
-        the released code takes one factor for both.
+        (h, w, 3), uint8 or with `align_corners` float32 of values that were not rounded; and the
+        (x, y) scales of boxes. Sides are whole pixels, so these are w / W and h / H, where the
+        released code takes one scale for both.
     """
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    if resampling == "corners":
+    if align_corners:
         size = (max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
-        return _as_image_scale(image, size), (scale, scale)
+        return _scale_as_lua(image, size), (scale, scale)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     pixels = cv2.resize(image, size[::-1], interpolation=method)
     return pixels, (size[1] / width, size[0] / height)
 
 
-def _as_image_scale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _scale_as_lua(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """As image.scale of Lua Torch: averages areas where it shrinks."""
     if size[0] * size[1] < image.shape[0] * image.shape[1]:
         return cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
-    return resize_between_corners(image, size)
+    return _interpolate(image, size)
 
 
-def resize_between_corners(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, the corner pixels' centers on the corner pixels' centers, without any average.
-
-    Args:
-        image: (H, W, 3), uint8 or float32. size: height and width.
-
-    Returns:
-        (h, w, 3) float32, not rounded to integers.
-    """
+def _interpolate(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
     return resized[0].permute(1, 2, 0).numpy()
+
+
+def normalize(pixels: np.ndarray, config: PixelConfig = IMAGENET) -> np.ndarray:
+    """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with mean 0 and deviation 1."""
+    # Planes first: arithmetic on them is several times as fast as on triples.
+    planes = np.array(pixels.transpose(2, 0, 1), np.float32, order="C")
+    planes -= np.float32(config.mean)[:, None, None]
+    planes /= np.float32(config.std)[:, None, None]
+    return np.ascontiguousarray(planes[::-1]) if config.bgr else planes
+
+
+def denormalize(pixels: np.ndarray) -> np.ndarray:
+    """The inverse of `normalize`, as uint8: (3, H, W) float32 to (H, W, 3) uint8."""
+    values = pixels.transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)
+    return (values * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
+    """A network's input from a whole image: normalized, with a gray border on all sides.
+
+    Args:
+        pixels: (H, W, 3), values 0 to 255, on any device.
+
+    Returns:
+        (1, 3, H + 2 border, W + 2 border) float32, channels last.
+    """
+    mean = torch.tensor(MEAN, device=pixels.device)
+    std = torch.tensor(STD, device=pixels.device)
+    height, width = pixels.shape[:2]
+    gray = (GRAY - mean) / std
+    canvas = gray.expand(height + 2 * border, width + 2 * border, 3).contiguous()
+    canvas[border : border + height, border : border + width] = (pixels.float() / 255 - mean) / std
+    return canvas.permute(2, 0, 1)[None]

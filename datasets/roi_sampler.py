@@ -12,32 +12,54 @@ taken for foreground or background.
 Letters: n candidates of an image, R RoIs drawn from them, K IoU thresholds.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pycocotools.mask as coco_mask
+import torch
+from torchvision.ops import box_convert
 
 from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 
+IOU_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75)  # of the integral loss
+
 
 @dataclass(frozen=True)
-class RoiRules:
-    """The numbers of the sampling; defaults are the paper's and the released code's."""
+class RoiSamplingConfig:
+    """How RoIs are drawn (BMVC 2016, section 4; Fast R-CNN, section 2.3; the released code)."""
 
-    thresholds: tuple[float, ...] = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75)  # IoU; (.5,) is Fast R-CNN
-    draw_threshold: bool = False  # one threshold a minibatch, not all: the released code
     rois_per_image: int = 64
-    foreground_share: float = 0.25  # at most
-    background_low: float = 0.1  # IoU; what lies below is background of second choice
+    fg_fraction: float = 0.25  # at most
+    bg_iou_low: float = 0.1  # what lies below is background of second choice
     crowd_overlap: float = 0.7  # of a proposal's own area; one deeper in a crowd is ignored
+    draw_threshold: bool = False  # one IoU threshold a minibatch (released code), not all
     max_proposals: int = 1000  # the best of each image
-    max_images: int | None = None  # only the first so many of the dataset
+    # How proposals are made where no store of them is given; null: the scales of `propose`.
+    proposal_log2_scales: tuple[float, float, float] | None = None
+    refine_proposals: bool = True
+    # Only the first so many training images: making proposals takes longer than training on them.
+    max_images: int | None = None
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000  # at most; then the short side is shorter
-    resampling: str = "area"  # see `resize_sides`
     flip: bool = True
-    inclusive_boxes: bool = False  # see `box_corners`
+
+    def __post_init__(self) -> None:
+        for name in ("rois_per_image", "max_proposals", "max_images", "short_side", "long_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
+        for name in ("fg_fraction", "bg_iou_low", "crowd_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.proposal_log2_scales is not None:
+            low, high, step = self.proposal_log2_scales
+            if not (-math.inf < low <= high < math.inf and step > 0):
+                raise ValueError(
+                    "proposal_log2_scales must be MIN MAX STEP with MIN <= MAX and STEP > 0, "
+                    f"got {self.proposal_log2_scales}"
+                )
 
 
 @dataclass(frozen=True)
@@ -46,18 +68,19 @@ class RoiSample:
 
     Attributes:
         image: row of the image.
-        flip: whether the image is mirrored; the RoIs are already.
+        flip: whether the image is mirrored; the RoIs and boxes are already.
         rois: (R, 4) float32 xyxy in pixels of the original image.
         labels: (K, R) int64: category row + 1 for foreground, 0 for background, -1 for no sample:
             another threshold was drawn, or the RoI only repeats one to make up R.
-        targets: (R, 4) float32, `box_targets` of what is foreground in a row of `labels`, else 0.
+        boxes: (R, 4) float32 xyxy, the object's box for what is foreground in a row of `labels`;
+            the RoI itself for the others.
     """
 
     image: int
     flip: bool
     rois: np.ndarray
     labels: np.ndarray
-    targets: np.ndarray
+    boxes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -83,18 +106,22 @@ class RoiSampler:
         coco: CocoInstances,
         proposals: ProposalBoxes,
         *,
-        rules: RoiRules | None = None,
+        config: RoiSamplingConfig | None = None,
+        iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS,
         seed: int = 0,
     ):
         """
+        Args:
+            iou_thresholds: of the classifiers; (.5,) is Fast R-CNN.
+
         Raises:
             ValueError: the dataset has no image that could be drawn.
         """
         self.coco, self.proposals, self.seed = coco, proposals, seed
-        self.rules = rules or RoiRules()
+        self.config, self.iou_thresholds = config or RoiSamplingConfig(), iou_thresholds
         # VOC's difficult objects teach nothing, as in Fast R-CNN; what lies in one is no negative.
         self.not_objects = coco.is_crowd | coco.is_difficult
-        assert self.rules.background_low < min(self.rules.thresholds), self.rules
+        assert self.config.bg_iou_low < min(iou_thresholds), iou_thresholds
         self._index_images()
 
     def _index_images(self) -> None:
@@ -109,9 +136,9 @@ class RoiSampler:
         ]
         self.object_images = np.flatnonzero(has_object)
         drawable = np.sort(np.concatenate([self.object_images, empty]).astype(np.int64))
-        most = len(self.coco) if self.rules.max_images is None else self.rules.max_images
-        self.drawable = drawable[drawable < most]
-        self.object_images = self.object_images[self.object_images < most]
+        limit = len(self.coco) if self.config.max_images is None else self.config.max_images
+        self.drawable = drawable[drawable < limit]
+        self.object_images = self.object_images[self.object_images < limit]
         if len(self.drawable) == 0:
             raise ValueError(
                 f"{self.coco.path}: no image to train on: none has an object (not a crowd) "
@@ -138,8 +165,8 @@ class RoiSampler:
                 background is background for every other.
         """
         rows = slice(None) if threshold < 0 else slice(threshold, threshold + 1)
-        thresholds, count = np.array(self.rules.thresholds)[rows], self.rules.rois_per_image
-        flip = bool(rng.random() < 0.5) and self.rules.flip
+        thresholds, count = np.array(self.iou_thresholds)[rows], self.config.rois_per_image
+        flip = bool(rng.random() < 0.5) and self.config.flip
         candidates = self.candidates(image)
         foreground, background = self._choose(
             rng, candidates.overlaps, thresholds.min(), not self.coco.has_left_out[image]
@@ -147,33 +174,29 @@ class RoiSampler:
         matches = candidates.matches[foreground]
         classes = self.coco.category_index[matches] + 1
         reached = candidates.overlaps[foreground] >= thresholds[:, None]
-        labels = np.full((len(self.rules.thresholds), count), -1, np.int64)
+        labels = np.full((len(self.iou_thresholds), count), -1, np.int64)
         labels[rows, : len(foreground) + len(background)] = 0
         labels[rows, : len(foreground)] = np.where(reached, classes, 0)
         # Where there are fewer than R they are repeated, so that every sample has one shape.
         rois = np.resize(candidates.boxes[np.concatenate([foreground, background])], (count, 4))
-        boxes = self.coco.boxes[matches]
+        boxes = rois.copy()
+        boxes[: len(foreground)] = self.coco.boxes[matches]
         if flip:
             width = self.coco.image_sizes[image, 1]
             rois, boxes = mirror(rois, width), mirror(boxes, width)
-        targets = np.zeros((count, 4), np.float32)
-        inclusive = self.rules.inclusive_boxes
-        targets[: len(foreground)] = box_targets(
-            box_corners(rois[: len(foreground)], inclusive), box_corners(boxes, inclusive)
-        )
-        return RoiSample(image, flip, rois, labels, targets)
+        return RoiSample(image, flip, rois, labels, boxes)
 
     def candidates(self, image: int) -> Candidates:
         """The best proposals of an image, less those in a crowd, and its ground-truth boxes."""
-        coco, rules = self.coco, self.rules
+        coco, config = self.coco, self.config
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
         crowd = self.not_objects[rows]
-        proposals = self.proposals.of(int(coco.image_ids[image]))[0][: rules.max_proposals]
+        proposals = self.proposals.of(int(coco.image_ids[image]))[0][: config.max_proposals]
         boxes = np.concatenate([proposals, coco.boxes[rows[~crowd]]])
         overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does
         # have it, in a crowd or not.
-        usable = (overlaps[:, crowd] <= rules.crowd_overlap).all(axis=1)
+        usable = (overlaps[:, crowd] <= config.crowd_overlap).all(axis=1)
         usable[len(proposals) :] = True
         boxes, overlaps = boxes[usable], overlaps[usable][:, ~crowd]
         if crowd.all():  # or no annotation at all
@@ -188,17 +211,17 @@ class RoiSampler:
         Args:
             complete: all objects of the image are annotated.
         """
-        rules = self.rules
+        config = self.config
         # At least one: an image may have nothing but its objects.
-        at_most = max(1, round(rules.foreground_share * rules.rois_per_image))
-        touching = (overlaps >= rules.background_low) & (overlaps < lowest)
+        at_most = max(1, round(config.fg_fraction * config.rois_per_image))
+        touching = (overlaps >= config.bg_iou_low) & (overlaps < lowest)
         # Background that touches an object teaches most. But an image with few proposals of it,
         # or without an object, would give little or none: the rest is taken from what is clear of
         # objects, unless that might show one whose annotation was left out.
-        clear = (overlaps < rules.background_low) & complete
+        clear = (overlaps < config.bg_iou_low) & complete
         foreground = _draw(rng, np.flatnonzero(overlaps >= lowest), at_most)
-        near = _draw(rng, np.flatnonzero(touching), rules.rois_per_image - len(foreground))
-        left = rules.rois_per_image - len(foreground) - len(near)
+        near = _draw(rng, np.flatnonzero(touching), config.rois_per_image - len(foreground))
+        left = config.rois_per_image - len(foreground) - len(near)
         return foreground, np.concatenate([near, _draw(rng, np.flatnonzero(clear), left)])
 
 
@@ -218,8 +241,8 @@ def box_overlaps(boxes: np.ndarray, annotated: np.ndarray, crowd: np.ndarray) ->
     if not len(boxes) or not len(annotated):
         return np.zeros((len(boxes), len(annotated)))
     xywh = [
-        np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], axis=1)
-        for b in (boxes.astype(np.float64), annotated.astype(np.float64))
+        box_convert(torch.from_numpy(b).double(), "xyxy", "xywh").numpy()
+        for b in (boxes, annotated)
     ]
     return coco_mask.iou(*xywh, crowd)
 
@@ -229,34 +252,3 @@ def mirror(boxes: np.ndarray, width: float) -> np.ndarray:
     return np.stack(
         [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1
     ).astype(np.float32)
-
-
-def box_corners(boxes: np.ndarray, inclusive: bool) -> np.ndarray:
-    """The corners of boxes as a network is given them.
-
-    Args:
-        boxes: (n, 4) xyxy, edges. inclusive: the first and the last pixel instead (released code),
-            for whose distance at least 1 is taken.
-
-    Returns:
-        (n, 4) xyxy.
-    """
-    if not inclusive:
-        return boxes
-    return np.concatenate([boxes[:, :2], np.maximum(boxes[:, 2:] - 1, boxes[:, :2] + 1)], axis=1)
-
-
-def box_targets(rois: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """What moves each RoI onto its box (R-CNN's parameterization), not normalized.
-
-    Args:
-        rois, boxes: (n, 4) xyxy, in the same pixels; the targets are the same in any.
-
-    Returns:
-        (n, 4) float32: shift of the center in widths and heights of the RoI, and the logarithms of
-        the factors on its width and height.
-    """
-    rois, boxes = rois.astype(np.float64), boxes.astype(np.float64)
-    size, new_size = rois[:, 2:] - rois[:, :2], boxes[:, 2:] - boxes[:, :2]
-    shift = (boxes[:, :2] + boxes[:, 2:] - rois[:, :2] - rois[:, 2:]) / 2
-    return np.concatenate([shift / size, np.log(new_size / size)], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Geometry of boxes: foveal regions, and boxes from the regressor's deltas.
+"""Geometry of boxes: foveal regions, and the regressor's deltas to and from boxes.
 
 Boxes are xyxy, RoIs (N, 5) have the row of their image before it, as torchvision's RoI pooling
 takes them. dx = (xt - xc) / w, dw = log(wt / w), y and h likewise (Girshick, Fast R-CNN, ICCV
@@ -24,6 +24,21 @@ def foveal_regions(rois: Tensor, factor: float) -> Tensor:
     centers = (rois[:, 1:3] + rois[:, 3:5]) / 2
     halves = (rois[:, 3:5] - rois[:, 1:3]) * (factor / 2)
     return torch.cat([rois[:, :1], centers - halves, centers + halves], dim=1)
+
+
+def encode_boxes(rois: Tensor, boxes: Tensor) -> Tensor:
+    """The deltas that move each RoI onto its box, not normalized: the inverse of `decode_boxes`.
+
+    Args:
+        rois, boxes: (N, 4) xyxy, in the same pixels; the deltas are the same in any.
+
+    Returns:
+        (N, 4) float32.
+    """
+    rois, boxes = rois.double(), boxes.double()
+    sides, new_sides = rois[:, 2:] - rois[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shifts = (boxes[:, :2] + boxes[:, 2:] - rois[:, :2] - rois[:, 2:]) / 2
+    return torch.cat([shifts / sides, (new_sides / sides).log()], dim=1).float()
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:

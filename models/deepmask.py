@@ -9,82 +9,85 @@ Letters: B patches, P patch size in pixels, F = P / 16 feature cells, E embeddin
 size, (h, w) cells of a dense output, N chosen cells.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dropout import KeyedDropout
 from models.trunk import STRIDES, Trunk
 
 STRIDE = STRIDES[-1]
 
 
+@dataclass(frozen=True)
+class DeepMaskConfig:
+    """The sizes of a DeepMask; the defaults are the ECCV 2016 models'."""
+
+    patch_size: int = 160  # P, the side of the patch that a mask covers; a multiple of 16
+    context: int = 32  # C, pixels around it in a training patch, half on each side; of 32
+    mask_size: int = 56  # M, the side of the coarse mask
+    reduction: int = 128  # channels of the 1x1 convolution before the embedding
+    embedding: int = 512  # E
+    score_hidden: int = 1024  # width of the score head's hidden layer
+    dropout: float = 0.5  # probability to drop, in the score head
+
+    def __post_init__(self) -> None:
+        if self.patch_size % STRIDE or self.patch_size <= 0:
+            raise ValueError(
+                f"patch_size must be a positive multiple of {STRIDE}, got {self.patch_size}"
+            )
+        if self.context % (2 * STRIDE) or self.context < 0:
+            raise ValueError(f"context must be a multiple of {2 * STRIDE}, got {self.context}")
+        for name in ("mask_size", "reduction", "embedding", "score_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+
+
 class DeepMask(nn.Module):
     """Trunk, tail and two heads (NIPS 2015, section 3; ECCV 2016, section 3.1)."""
 
-    def __init__(
-        self,
-        trunk: Trunk,
-        *,
-        patch_size: int = 160,
-        context: int = 32,
-        mask_size: int = 56,
-        reduction: int = 128,
-        embedding: int = 512,
-        score_hidden: int = 1024,
-        dropout: float = 0.5,
-    ):
+    def __init__(self, trunk: Trunk, **settings: Any):
         """
         Args:
             trunk: gives the stride-16 map.
-            patch_size: P, the side of the patch that a mask covers; a multiple of 16.
-            context: C, pixels of surroundings in a training patch (half on each side); a multiple
-                of 32.
-            mask_size: M, the side of the coarse mask.
-            reduction: channels of the 1x1 convolution before the embedding.
-            embedding: E.
-            score_hidden: width of the score head's hidden layer.
-            dropout: probability to drop.
+            settings: fields of `DeepMaskConfig`.
 
         Raises:
-            ValueError: a patch size or context that does not fall on whole cells.
+            ValueError: a setting that cannot be, or a trunk without the four strides.
         """
         super().__init__()
-        if patch_size % STRIDE or patch_size <= 0:
-            raise ValueError(
-                f"patch_size must be a positive multiple of {STRIDE}, got {patch_size}"
-            )
-        if context % (2 * STRIDE) or context < 0:
-            raise ValueError(f"context must be a multiple of {2 * STRIDE}, got {context}")
-        self.patch_size, self.context, self.mask_size = patch_size, context, mask_size
-        self.cells = patch_size // STRIDE
+        if trunk.strides != STRIDES:
+            raise ValueError(f"trunk {trunk.name} is for detectors only: it has no stride 2")
+        c = DeepMaskConfig(**settings)
+        self.patch_size, self.context, self.mask_size = c.patch_size, c.context, c.mask_size
+        self.cells = c.patch_size // STRIDE
         self.trunk = trunk
         # No ReLU between the embedding and the mask head: together they are one low-rank linear
         # map.
         self.tail = nn.Sequential(
-            nn.Conv2d(trunk.channels[-1], reduction, 1),
+            nn.Conv2d(trunk.channels[-1], c.reduction, 1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(reduction, embedding, self.cells),
+            nn.Conv2d(c.reduction, c.embedding, self.cells),
         )
-        self.mask_head = nn.Conv2d(embedding, mask_size**2, 1)
+        self.mask_head = nn.Conv2d(c.embedding, c.mask_size**2, 1)
         self.score_head = nn.Sequential(
-            KeyedDropout(dropout, stream=0),
-            nn.Conv2d(embedding, score_hidden, 1),
+            nn.Dropout(c.dropout),
+            nn.Conv2d(c.embedding, c.score_hidden, 1),
             nn.ReLU(inplace=True),
-            KeyedDropout(dropout, stream=1),
-            nn.Conv2d(score_hidden, 1, 1),
+            nn.Dropout(c.dropout),
+            nn.Conv2d(c.score_hidden, 1, 1),
         )
 
-    def forward(
-        self, patches: Tensor, *, head: str = "both", keys: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, patches: Tensor, *, head: str = "both") -> dict[str, Tensor]:
         """Logits for patches.
 
         Args:
             patches: (B, 3, S, S), normalized; S = P + C, or P plus any other even number of cells
                 of surroundings: the P x P center of the trunk's map is used.
             head: "mask", "score" or "both": what to compute.
-            keys: (B,) int64, the identity of each patch, from which dropout draws in training
-                (see `KeyedDropout`).
 
         Returns:
             "mask_logits" (B, M, M) and "score_logits" (B,), as far as asked for.
@@ -94,7 +97,7 @@ class DeepMask(nn.Module):
         if head in ("mask", "both"):
             outputs["mask_logits"] = self.decode_masks(embedding.flatten(1))
         if head in ("score", "both"):
-            outputs["score_logits"] = self.score(embedding, keys=keys).flatten()
+            outputs["score_logits"] = self.score(embedding).flatten()
         return outputs
 
     def crop_center(self, features: Tensor) -> Tensor:
@@ -117,12 +120,9 @@ class DeepMask(nn.Module):
         x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, window.weight))
         return F.linear(x, weight, window.bias)[:, :, None, None]
 
-    def score(self, embeddings: Tensor, *, keys: Tensor | None = None) -> Tensor:
+    def score(self, embeddings: Tensor) -> Tensor:
         """Objectness logits: (B, E, h, w) to (B, h, w)."""
-        x = embeddings
-        for layer in self.score_head:
-            x = layer(x, keys=keys) if isinstance(layer, KeyedDropout) else layer(x)
-        return x[:, 0]
+        return self.score_head(embeddings)[:, 0]
 
     def decode_masks(self, embeddings: Tensor) -> Tensor:
         """Coarse mask logits of chosen embeddings: (N, E) to (N, M, M)."""
@@ -131,7 +131,7 @@ class DeepMask(nn.Module):
 
 
 def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias, as a convolution of one image whose pixels are the rows.
+    """X weight^T + bias, as a convolution of one image whose pixels are the rows.
 
     On a CPU the convolutions' library multiplies large matrices up to twice as fast as the matrix
     products'; as N images of one pixel each it would be slowest of all.

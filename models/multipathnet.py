@@ -13,21 +13,60 @@ a pooled block. Layers are called by their stride: 4, 8 and 16 are conv3, conv4 
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.boxes import decode_boxes, foveal_regions
-from models.dropout import KeyedDropout
-from models.roi_pooling import roi_pool_overlapping, roi_pool_rounded
+from models.boxes import decode_boxes, encode_boxes, foveal_regions
+from models.roi_pooling import roi_pool_caffe, roi_pool_lua
 from models.trunk import Trunk
 
 # Without normalization: what makes the finer layers' activations as large as conv5's.
 UNNORMALIZED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
-NORMALIZED_SCALE = 1000.0
-# How RoI pooling rounds its bins: Fast R-CNN's, or the released code's (models/roi_pooling.py).
-ROI_BINS = ("overlapping", "rounded")
+ROI_POOLS = {"caffe": roi_pool_caffe, "lua": roi_pool_lua}
+HEADS = ("fc", "layer4")
+
+
+@dataclass(frozen=True)
+class MultiPathNetConfig:
+    """The arrangement of a detector; Fast R-CNN is without foveal, skip and use_box_tower, K = 1.
+
+    The defaults are the paper's.
+    """
+
+    head: str = "fc"  # of every tower: fc (fc6 and fc7) | layer4 (a ResNet's last stage)
+    foveal: bool = True  # four regions around a proposal, not one
+    skip: bool = True  # conv3 and conv4 beside conv5
+    use_box_tower: bool = True  # a tower of its own for the box regressor
+    iou_thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)  # one classifier each
+    normalize: bool = True  # pooled blocks to one L2 norm; else by fixed factors
+    norm_scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6
+    pooled_size: int = 7  # s
+    roi_pool: str = "caffe"  # rounding of the bins: caffe (Fast R-CNN) | lua (released code)
+    width: int = 512  # channels of a tower's block
+    features: int = 4096  # of fc6 and fc7
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, choices in (("head", HEADS), ("roi_pool", tuple(ROI_POOLS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("pooled_size", "width", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.norm_scale < 0:
+            raise ValueError(f"norm_scale must be at least 0, got {self.norm_scale}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        ious = self.iou_thresholds
+        if not ious or not all(0 < v < 1 for v in ious) or list(ious) != sorted(set(ious)):
+            raise ValueError(
+                f"iou_thresholds must be ascending IoUs between 0 and 1, got {list(ious)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -38,7 +77,7 @@ class Region:
     strides: tuple[int, ...]
 
 
-def foveal_towers(*, foveal: bool = True, skip: bool = True) -> tuple[Region, ...]:
+def classifier_regions(*, foveal: bool = True, skip: bool = True) -> tuple[Region, ...]:
     """The classifier's regions (BMVC 2016, figure 3); each part can be left out alone.
 
     Args:
@@ -52,13 +91,16 @@ def foveal_towers(*, foveal: bool = True, skip: bool = True) -> tuple[Region, ..
     return regions if skip else tuple(Region(region.factor, (16,)) for region in regions)
 
 
-def box_tower(*, skip: bool = True) -> Region:
+def box_region(*, skip: bool = True) -> Region:
     """The box regressor's region."""
     return Region(1.5, (4, 8, 16) if skip else (16,))
 
 
-class Pooling(nn.Module):
-    """RoI max-pooled features of a region's layers, brought to one scale and mixed to one block."""
+class SkipPooling(nn.Module):
+    """RoI max-pooled features of a region's layers, brought to one scale and reduced to one block.
+
+    BMVC 2016, section 3.1.
+    """
 
     def __init__(
         self,
@@ -67,70 +109,63 @@ class Pooling(nn.Module):
         width: int,
         *,
         normalize: bool,
-        scale: float = NORMALIZED_SCALE,
+        norm_scale: float,
     ):
         """
         Args:
             channels: of the layers, by stride.
             width: channels of the block.
-            normalize: each layer's block to L2 norm 1, then x `scale`; otherwise fixed factors.
+            normalize: each layer's block to L2 norm `norm_scale`; otherwise fixed factors.
         """
         super().__init__()
-        self.strides, self.normalize, self.scale = strides, normalize, scale
+        self.strides, self.normalize, self.norm_scale = strides, normalize, norm_scale
         total = sum(channels[stride] for stride in strides)
-        self.mix = None
+        self.reduce = None
         if normalize or len(strides) > 1 or total != width:
-            self.mix = nn.Conv2d(total, width, 1)
-            nn.init.kaiming_normal_(self.mix.weight, nonlinearity="relu")
-            nn.init.zeros_(self.mix.bias)
+            self.reduce = nn.Conv2d(total, width, 1)
+            nn.init.kaiming_normal_(self.reduce.weight, nonlinearity="relu")
+            nn.init.zeros_(self.reduce.bias)
             if not normalize and channels[strides[-1]] == width:
                 self._start_as_last_layer()
 
     @torch.no_grad()
     def _start_as_last_layer(self) -> None:
-        width = self.mix.out_channels
-        self.mix.weight.zero_()
-        self.mix.weight[:, -width:, 0, 0] = torch.eye(width)
+        width = self.reduce.out_channels
+        self.reduce.weight.zero_()
+        self.reduce.weight[:, -width:, 0, 0] = torch.eye(width)
 
     def forward(self, blocks: list[Tensor]) -> Tensor:
         """Pooled blocks (R, C_l, s, s), one for each stride, to (R, width, s, s)."""
-        if self.mix is None:
+        if self.reduce is None:
             return blocks[0] * self._factor(0, blocks[0])
         # One number for each RoI and layer: cheaper on the few channels behind the convolution.
-        weights = self.mix.weight.split([block.shape[1] for block in blocks], dim=1)
-        mixed = self.mix.bias[:, None, None]
-        for number, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-            mixed = mixed + F.conv2d(block, weight) * self._factor(number, block)
-        return mixed
+        weights = self.reduce.weight.split([block.shape[1] for block in blocks], dim=1)
+        reduced = self.reduce.bias[:, None, None]
+        for i, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
+            reduced = reduced + F.conv2d(block, weight) * self._factor(i, block)
+        return reduced
 
-    def _factor(self, number: int, block: Tensor) -> Tensor | float:
+    def _factor(self, i: int, block: Tensor) -> Tensor | float:
         """What a layer's block is multiplied by: (R, 1, 1, 1), or the same for all."""
         if not self.normalize:
-            return UNNORMALIZED_SCALE[self.strides[number]]
+            return UNNORMALIZED_SCALE[self.strides[i]]
         norm = torch.linalg.vector_norm(block, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
-        return (self.scale / norm.clamp(min=1e-12)).to(block.dtype)
+        return (self.norm_scale / norm.clamp(min=1e-12)).to(block.dtype)
 
 
 class FullyConnectedHead(nn.Module):
     """fc6 and fc7 with dropout: (R, width, s, s) to (R, features)."""
 
-    def __init__(self, width: int, pooled: int, features: int, *, dropout: float, stream: int):
-        """
-        Args:
-            pooled: s. stream: tells the dropout of one tower from another's.
-        """
+    def __init__(self, width: int, pooled_size: int, features: int, *, dropout: float):
         super().__init__()
-        self.fc6 = nn.Linear(width * pooled**2, features)
+        self.fc6 = nn.Linear(width * pooled_size**2, features)
         self.fc7 = nn.Linear(features, features)
-        self.drop6 = KeyedDropout(dropout, stream=stream)
-        self.drop7 = KeyedDropout(dropout, stream=stream + 1)
+        self.dropout = nn.Dropout(dropout)
         self.out_features = features
 
-    def forward(self, block: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """keys: (R,) int64, see `KeyedDropout`."""
-        x = F.relu(self.fc6(block.flatten(1)))
-        x = F.relu(self.fc7(self.drop6(x, keys=keys)))
-        return self.drop7(x, keys=keys)
+    def forward(self, block: Tensor) -> Tensor:
+        x = self.dropout(F.relu(self.fc6(block.flatten(1))))
+        return self.dropout(F.relu(self.fc7(x)))
 
 
 class ResidualHead(nn.Module):
@@ -140,98 +175,88 @@ class ResidualHead(nn.Module):
         super().__init__()
         self.stage, self.out_features = stage, features
 
-    def forward(self, block: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """keys: not used, there is no dropout."""
+    def forward(self, block: Tensor) -> Tensor:
         return self.stage(block).mean(dim=(2, 3))
 
 
 class Tower(nn.Module):
     """Pooled features of a region through a head of its own."""
 
-    def __init__(self, region: Region, pooling: Pooling, head: nn.Module):
+    def __init__(self, region: Region, pooling: SkipPooling, head: nn.Module):
         super().__init__()
         self.region, self.pooling, self.head = region, pooling, head
 
 
 class MultiPathNet(nn.Module):
-    """Trunk, towers, K classifiers and the box regressor."""
+    """Trunk, towers, K classifiers and the box regressor (BMVC 2016, figure 1)."""
 
     def __init__(
-        self,
-        trunk: Trunk,
-        head: nn.Module,
-        *,
-        num_classes: int,
-        num_thresholds: int = 6,
-        regions: tuple[Region, ...],
-        box_region: Region | None,
-        pooled_size: int = 7,
-        width: int = 512,
-        normalize: bool = True,
-        scale: float = NORMALIZED_SCALE,
-        roi_bins: str = "overlapping",
+        self, trunk: Trunk, *, num_classes: int, layer4: ResidualHead | None = None, **settings: Any
     ):
         """
         Args:
-            head: takes (R, width, s, s) blocks; every tower gets a copy of its own.
             num_classes: C.
-            num_thresholds: K.
-            regions: of the classifier's towers.
-            box_region: of the box regressor's tower; None: it takes the classifier's features.
-            pooled_size: s.
-            width: channels of a tower's block.
-            normalize, scale: see `Pooling`.
-            roi_bins: one of `ROI_BINS`.
+            layer4: the head that setting "layer4" is for; every tower gets a copy of its own.
+            settings: fields of `MultiPathNetConfig`.
+
+        Raises:
+            ValueError: a setting that cannot be.
         """
         super().__init__()
-        assert roi_bins in ROI_BINS, roi_bins
-        self.trunk, self.num_classes, self.num_thresholds = trunk, num_classes, num_thresholds
-        self.pooled_size, self.roi_bins = pooled_size, roi_bins
-        channels = dict(zip(trunk.strides, trunk.channels, strict=True))
-
-        def tower(region: Region, number: int) -> Tower:
-            own = copy.deepcopy(head)
-            for layer in own.modules():
-                if isinstance(layer, KeyedDropout):
-                    layer.stream += 2 * number
-            pooling = Pooling(channels, region.strides, width, normalize=normalize, scale=scale)
-            return Tower(region, pooling, own)
-
-        self.towers = nn.ModuleList(tower(region, n) for n, region in enumerate(regions))
-        self.box_tower = tower(box_region, len(regions)) if box_region else None
-        features = head.out_features * len(regions)
-        self.classify = nn.Linear(features, num_thresholds * (num_classes + 1))
-        self.regress = nn.Linear(
-            head.out_features if box_region else features, (num_classes + 1) * 4
+        c = MultiPathNetConfig(**settings)
+        self.trunk, self.num_classes, self.num_thresholds = (
+            trunk,
+            num_classes,
+            len(c.iou_thresholds),
         )
-        nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.normal_(self.regress.weight, std=0.001)
-        nn.init.zeros_(self.classify.bias)
-        nn.init.zeros_(self.regress.bias)
+        self.pooled_size, self.roi_pool = c.pooled_size, ROI_POOLS[c.roi_pool]
+        channels = dict(zip(trunk.strides, trunk.channels, strict=True))
+        if layer4 is not None:
+            head, width = layer4, trunk.channels[-1]
+        else:
+            head, width = (
+                FullyConnectedHead(c.width, c.pooled_size, c.features, dropout=c.dropout),
+                c.width,
+            )
+
+        def tower(region: Region) -> Tower:
+            pooling = SkipPooling(
+                channels, region.strides, width, normalize=c.normalize, norm_scale=c.norm_scale
+            )
+            return Tower(region, pooling, copy.deepcopy(head))
+
+        regions = classifier_regions(foveal=c.foveal, skip=c.skip)
+        self.towers = nn.ModuleList(tower(region) for region in regions)
+        self.box_tower = tower(box_region(skip=c.skip)) if c.use_box_tower else None
+        features = head.out_features * len(regions)
+        self.cls_score = nn.Linear(features, self.num_thresholds * (num_classes + 1))
+        self.bbox_pred = nn.Linear(
+            head.out_features if c.use_box_tower else features, (num_classes + 1) * 4
+        )
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
         self.register_buffer("delta_mean", torch.zeros(4))
         self.register_buffer("delta_std", torch.ones(4))
 
-    def forward(
-        self, images: Tensor, rois: Tensor, *, keys: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, rois: Tensor) -> dict[str, Tensor]:
         """Logits and normalized deltas of RoIs, see `classify_rois`.
 
         Args:
             images: (B, 3, H, W), normalized. rois: (R, 5), in pixels of these images.
         """
-        return self.classify_rois(self.layers(images), rois, keys=keys)
+        return self.classify_rois(self.layers(images), rois)
 
     def layers(self, images: Tensor) -> dict[int, Tensor]:
-        """The trunk's features by stride, of which there is no need to compute any twice."""
+        """Trunk features by stride; compute once per image and reuse."""
         return dict(zip(self.trunk.strides, self.trunk(images), strict=True))
 
-    def classify_rois(
-        self, layers: dict[int, Tensor], rois: Tensor, *, keys: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Heads on features that are there: what is run in chunks of RoIs.
+    def classify_rois(self, layers: dict[int, Tensor], rois: Tensor) -> dict[str, Tensor]:
+        """Classifies RoIs on precomputed features; call it in chunks to bound memory.
 
         Args:
-            layers: from `layers`. keys: (R,) int64 for the dropout in training.
+            layers: from `layers`. rois: (R, 5).
 
         Returns:
             "class_logits" (R, K, C + 1), class 0 the background; "deltas" (R, C + 1, 4),
@@ -241,15 +266,15 @@ class MultiPathNet(nn.Module):
 
         def run(tower: Tower) -> Tensor:
             blocks = [pooled[tower.region.factor, stride] for stride in tower.region.strides]
-            return tower.head(tower.pooling(blocks), keys=keys)
+            return tower.head(tower.pooling(blocks))
 
         features = torch.cat([run(tower) for tower in self.towers], dim=1)
         boxes = run(self.box_tower) if self.box_tower is not None else features
         return {
-            "class_logits": self.classify(features).view(
+            "class_logits": self.cls_score(features).view(
                 -1, self.num_thresholds, self.num_classes + 1
             ),
-            "deltas": self.regress(boxes).view(-1, self.num_classes + 1, 4),
+            "deltas": self.bbox_pred(boxes).view(-1, self.num_classes + 1, 4),
         }
 
     def pool_regions(
@@ -266,20 +291,14 @@ class MultiPathNet(nn.Module):
         for stride in sorted({stride for _, stride in looks}):
             factors = sorted(factor for factor, own in looks if own == stride)
             regions = torch.cat([foveal_regions(rois, factor) for factor in factors])
-            blocks = self.pool(layers[stride], regions, 1 / stride)
+            blocks = self.roi_pool(layers[stride], regions, self.pooled_size, 1 / stride)
             each = blocks.unflatten(0, (len(factors), len(rois)))
             pooled |= {(f, stride): block for f, block in zip(factors, each, strict=True)}
         return pooled
 
-    def pool(self, layer: Tensor, rois: Tensor, scale: float) -> Tensor:
-        """Blocks (R, C_l, s, s) of a layer."""
-        if self.roi_bins == "rounded":
-            return roi_pool_rounded(layer, rois, self.pooled_size, scale)
-        return roi_pool_overlapping(layer, rois, self.pooled_size, scale)
-
-    def normalize_deltas(self, targets: Tensor) -> Tensor:
-        """Regression targets (R, 4) as the regressor is trained on them."""
-        return (targets - self.delta_mean) / self.delta_std
+    def delta_targets(self, rois: Tensor, boxes: Tensor) -> Tensor:
+        """What the regressor is trained to give for RoIs (R, 4) that belong on boxes (R, 4)."""
+        return (encode_boxes(rois, boxes) - self.delta_mean) / self.delta_std
 
     def decode(self, outputs: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities and boxes of RoIs.
@@ -293,3 +312,38 @@ class MultiPathNet(nn.Module):
         probabilities = outputs["class_logits"].float().softmax(-1).mean(dim=1)
         deltas = outputs["deltas"][:, 1:].float() * self.delta_std + self.delta_mean
         return probabilities, decode_boxes(boxes, deltas)
+
+
+def truncate_linear(layer: nn.Linear, rank: int) -> nn.Sequential:
+    """The best approximation of a layer by two of the given rank, the first without bias.
+
+    Truncated SVD (Girshick, ICCV 2015, section 3.1): W (u x v) becomes U_t (u x t) and S_t V_t^T
+    (t x v), so u v multiplications for each RoI become t (u + v).
+    """
+    rank = min(rank, *layer.weight.shape)
+    first = nn.Linear(layer.in_features, rank, bias=False)
+    second = nn.Linear(rank, layer.out_features)
+    u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    with torch.no_grad():
+        first.weight.copy_(s[:rank, None] * v[:rank])
+        second.weight.copy_(u[:, :rank])
+        second.bias.copy_(layer.bias)
+    return nn.Sequential(first, second)
+
+
+def compress_towers(model: MultiPathNet, rank: int) -> None:
+    """Replaces fc6 and fc7 of every tower in place, where that saves work.
+
+    Raises:
+        ValueError: the network has no such layers.
+    """
+    towers = [*model.towers, *([model.box_tower] if model.box_tower is not None else [])]
+    heads = [tower.head for tower in towers if hasattr(tower.head, "fc6")]
+    if not heads:
+        raise ValueError("this network has no fully connected layers to compress (head layer4)")
+    for head in heads:
+        for name in ("fc6", "fc7"):
+            layer = getattr(head, name)
+            rows, columns = layer.weight.shape
+            if rank * (rows + columns) < rows * columns:
+                setattr(head, name, truncate_linear(layer, rank))

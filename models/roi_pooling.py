@@ -41,8 +41,8 @@ class _OverlappingPool(torch.autograd.Function):
         )
 
 
-def roi_pool_overlapping(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-    """The largest value of each bin; arguments and result as `roi_pool_rounded`."""
+def roi_pool_caffe(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """The largest value of each bin; arguments and result as `roi_pool_lua`."""
     features = features.to(rois.dtype)  # for AMP
     differentiable = torch.is_grad_enabled() and features.requires_grad
     if features.is_cpu and not differentiable and features[0].numel() >= LARGE:
@@ -51,7 +51,7 @@ def roi_pool_overlapping(features: Tensor, rois: Tensor, size: int, scale: float
 
 
 def _pool_by_axes(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-    """`roi_pool_overlapping` without a gradient: maxima down the rows of bins, then across.
+    """`roi_pool_caffe` without a gradient: maxima down the rows of bins, then across.
 
     torchvision's operator goes through one channel after the other. Many at once, as the memory has
     them, are a third of the time on a CPU for the detector of published size; on small features the
@@ -89,7 +89,7 @@ def _overlapping_bins(
     return low, high
 
 
-def roi_pool_rounded(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+def roi_pool_lua(features: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     """The largest value of each bin, 0 for an empty one.
 
     Args:

@@ -13,7 +13,8 @@ Letters: B patches, N proposals, E embedding width, P patch size in pixels, F = 
 Module i = 1..4 works at stride 2^(5 - i), on windows of F 2^(i - 1) cells.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,39 @@ from torch import Tensor, nn
 from models.deepmask import DeepMask, convolve_rows
 from models.trunk import STRIDES, TrunkConv2d, symmetric_pad
 
-WIDTHS = ("halving", "constant")  # schedules of km and ks over the modules
-ARRANGEMENTS = ("sum", "concat")
 CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
-HORIZONTAL_WIDTHS = (64, 64, 64, 32)  # of the first layer of H_1 to H_4, as released
+
+
+@dataclass(frozen=True)
+class SharpMaskConfig:
+    """The refinement; the defaults are the released models'. Patch and context are DeepMask's."""
+
+    km: int = 32  # channels of the mask encoding M^1
+    ks: int = 32  # channels of the skip features S^1
+    widths: str = "halving"  # of km and ks: halving (at each module) | constant (paper, section 4)
+    merge: str = "sum"  # sum (released) | concat (paper): the same function, see RefinementModule
+    num_modules: int = 4  # with fewer than 4 the last mask is upsampled bilinearly
+    horizontal_widths: tuple[int, int, int, int] = (64, 64, 64, 32)  # first layer of H_1 to H_4
+
+    def __post_init__(self) -> None:
+        for name, choices in (("widths", ("halving", "constant")), ("merge", ("sum", "concat"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if not 1 <= self.num_modules <= len(STRIDES):
+            raise ValueError(
+                f"num_modules must be from 1 to {len(STRIDES)}, got {self.num_modules}"
+            )
+        divisor = 2**self.num_modules if self.widths == "halving" else 1
+        for name in ("km", "ks"):
+            if getattr(self, name) < 1 or getattr(self, name) % divisor:
+                raise ValueError(
+                    f"{name} must be a positive multiple of {divisor} "
+                    f"({self.num_modules} modules), got {getattr(self, name)}"
+                )
+        if min(self.horizontal_widths) < 1:
+            raise ValueError(f"horizontal_widths must be widths > 0, got {self.horizontal_widths}")
 
 
 class RefinementModule(nn.Module):
@@ -89,60 +119,33 @@ class RefinementModule(nn.Module):
 class SharpMask(nn.Module):
     """A frozen DeepMask and the refinement modules on top of it."""
 
-    def __init__(
-        self,
-        deepmask: DeepMask,
-        *,
-        km: int = 32,
-        ks: int = 32,
-        widths: str = "halving",
-        merge: str = "sum",
-        num_modules: int = 4,
-        horizontal_widths: Sequence[int] = HORIZONTAL_WIDTHS,
-    ):
+    def __init__(self, deepmask: DeepMask, **settings: Any):
         """
         Args:
             deepmask: gives trunk, embedding and score; its parameters are frozen here.
-            km, ks: channels of the mask encoding M^1 and of the skip features S^1.
-            widths: "halving" (km / 2^(i-1) at module i) or "constant" (ECCV 2016, section 4).
-            merge: "sum" or "concat", see `RefinementModule`.
-            num_modules: 1 to 4; with fewer than 4 the last mask is upsampled bilinearly.
-            horizontal_widths: of the first layer of H_1 to H_4.
+            settings: fields of `SharpMaskConfig`.
 
         Raises:
-            ValueError: channels that do not halve evenly, or an unknown choice.
+            ValueError: a setting that cannot be.
         """
         super().__init__()
-        if widths not in WIDTHS or merge not in ARRANGEMENTS:
-            raise ValueError(
-                f"widths must be one of {WIDTHS} and merge one of {ARRANGEMENTS}, "
-                f"got {widths!r} and {merge!r}"
-            )
-        if not 1 <= num_modules <= len(STRIDES):
-            raise ValueError(f"num_modules must be from 1 to {len(STRIDES)}, got {num_modules}")
-        halvings = 2**num_modules if widths == "halving" else 1
-        if km % halvings or ks % halvings:
-            raise ValueError(f"km {km} and ks {ks} must be multiples of {halvings}")
+        c = SharpMaskConfig(**settings)
         self.deepmask = deepmask.eval().requires_grad_(False)
-        self.patch_size, self.context, self.cells = (
-            deepmask.patch_size,
-            deepmask.context,
-            deepmask.cells,
-        )
-        self.km = km
-        shrink = [2**i if widths == "halving" else 1 for i in range(num_modules + 1)]
-        self.encode = nn.Linear(deepmask.mask_head.in_channels, km * self.cells**2)
+        self.patch_size, self.context = deepmask.patch_size, deepmask.context
+        self.cells, self.km = deepmask.cells, c.km
+        shrink = [2**i if c.widths == "halving" else 1 for i in range(c.num_modules + 1)]
+        self.encode = nn.Linear(deepmask.mask_head.in_channels, c.km * self.cells**2)
         self.refinements = nn.ModuleList(
             RefinementModule(
                 deepmask.trunk.channels[-1 - i],
-                horizontal_widths[i],
-                ks=(ks // shrink[i], ks // shrink[i + 1]),
-                km=(km // shrink[i], km // shrink[i + 1]),
-                merge=merge,
+                c.horizontal_widths[i],
+                ks=(c.ks // shrink[i], c.ks // shrink[i + 1]),
+                km=(c.km // shrink[i], c.km // shrink[i + 1]),
+                merge=c.merge,
             )
-            for i in range(num_modules)
+            for i in range(c.num_modules)
         )
-        self.predict = TrunkConv2d(km // shrink[-1], 1, 3)
+        self.predict = TrunkConv2d(c.km // shrink[-1], 1, 3)
         # PyTorch's own start shrinks the signal at every layer; these nets have twelve in a row.
         for layer in self.refinements.modules():
             if isinstance(layer, nn.Conv2d):
@@ -181,15 +184,12 @@ class SharpMask(nn.Module):
         self.deepmask.eval()
         return self
 
-    def forward(
-        self, patches: Tensor, *, head: str = "both", keys: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, patches: Tensor, *, head: str = "both") -> dict[str, Tensor]:
         """Refined logits for patches, in the form of `DeepMask.forward`.
 
         Args:
             patches: (B, 3, S, S), normalized.
             head: "mask", "score" or "both".
-            keys: not used, since the frozen score head has no dropout.
 
         Returns:
             "mask_logits" (B, P, P) and "score_logits" (B,), as far as asked for.
@@ -285,3 +285,31 @@ def _copy_channel(layer: nn.Conv2d, source: int) -> None:
     layer.weight[0] = 0
     layer.weight[0, source, 1, 1] = 1
     layer.bias[0] = 0
+
+
+class DenseNetwork(nn.Module):
+    """Trunk, embeddings and scores of all cells, and the horizontal nets if there are any.
+
+    No mask is decoded here (ECCV 2016, section 3.4: top-down only for chosen cells).
+    """
+
+    def __init__(self, deepmask: DeepMask, refinement: SharpMask | None):
+        super().__init__()
+        self.deepmask, self.refinement = deepmask, refinement
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """
+        Args:
+            pixels: (1, 3, H, W), normalized.
+
+        Returns:
+            Embeddings (1, E, h, w), score logits (1, h, w), and of each refinement module its
+            horizontal map (1, c, h', w').
+        """
+        features = self.deepmask.trunk(pixels)
+        embeddings = self.deepmask.embed(features[-1])
+        # In full precision under autocast, too: eight bits would rank many cells as equals.
+        with torch.autocast(pixels.device.type, enabled=False):
+            scores = self.deepmask.score(embeddings.float())
+        horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
+        return embeddings, scores, *horizontal

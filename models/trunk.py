@@ -10,7 +10,9 @@ Shapes: N images, (H, W) their size; level i gives (N, channels[i], ~H / 2^(i+1)
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,31 @@ CONV_NORM_PAIRS = (
     ("0", "1"),                                            # ResNet: shortcut
     ("conv0", "norm0"), ("conv1", "norm2"),                # DenseNet: stem and layers
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A trunk; see `build_trunk`."""
+
+    name: str = "resnet50"  # one of TRUNKS
+    weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    width: int = STEM_WIDTH  # of a ResNet's first convolution; the others are in proportion
+    frozen_levels: int = 0  # how many of the four levels are not trained
+    padding: str = "symmetric"  # symmetric | zero (detectors of the released code)
+    ceil_pooling: bool = False  # pools round sizes up, as Caffe's do
+
+    def __post_init__(self) -> None:
+        for name, choices in (("name", TRUNKS), ("padding", PADDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.width < 1:
+            raise ValueError(f"width must be greater than 0, got {self.width}")
+        if not 0 <= self.frozen_levels <= len(STRIDES):
+            raise ValueError(
+                f"frozen_levels must be from 0 to {len(STRIDES)}, got {self.frozen_levels}"
+            )
 
 
 def symmetric_pad(x: Tensor, pad: int) -> Tensor:
@@ -159,43 +186,35 @@ def _output_channels(levels: nn.ModuleList) -> list[int]:
     return channels
 
 
-def build_trunk(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    width: int = STEM_WIDTH,
-    padding: str = "symmetric",
-    ceil_pooling: bool = False,
-) -> Trunk:
+def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any) -> Trunk:
     """A trunk by name.
 
     Args:
         name: one of `TRUNKS`.
         weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of
             a state dict with torchvision's key names, or None for random weights.
-        width: of a ResNet, the channels of its first convolution; all others are in proportion.
-        padding: one of `PADDINGS`.
-        ceil_pooling: sizes that a pool halves are rounded up, as Caffe's networks do.
+        settings: the other fields of `TrunkConfig`; which levels are trained is for the caller.
 
     Raises:
-        ValueError: an unknown name, or weights of another network (the keys and shapes that differ
-            are listed).
+        ValueError: a setting that cannot be, or weights of another network (the keys and shapes
+            that differ are listed).
     """
+    c = TrunkConfig(name=name, **settings)
     if name == "tiny":
         if weights is not None:
             raise ValueError(
                 f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null"
             )
-        _refuse_width(name, width)
+        _refuse_width(name, c.width)
         levels = tiny_levels()
     else:
-        network = load_backbone(name, weights=weights, width=width)
+        network = load_backbone(name, weights=weights, width=c.width)
         levels = _CUTS[name.rstrip("0123456789")](network)
     for level in levels:
-        to_trunk_layers(level, padding=padding)
+        to_trunk_layers(level, padding=c.padding)
         for layer in level.modules():
             if isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode |= ceil_pooling
+                layer.ceil_mode |= c.ceil_pooling
     return Trunk(name, levels)
 
 
@@ -206,7 +225,7 @@ def load_backbone(
     whole: bool = False,
     width: int = STEM_WIDTH,
 ) -> nn.Module:
-    """torchvision's whole network, with the layers that a trunk uses loaded from `weights`.
+    """Torchvision's whole network, with the layers that a trunk uses loaded from `weights`.
 
     See `build_trunk`.
 
@@ -305,6 +324,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict (tensors by name)")
     return dict(state)
+
+
+def upgrade_trunk_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a trunk, or of a network with trunks in it, under the names of today."""
+    return state
 
 
 def describe_mismatch(

@@ -1,17 +1,25 @@
 """Checkpoints: one file of tensors and plain types that loads with `weights_only=True`."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.files import atomic_path
-from models.trunk import describe_mismatch
+from models.trunk import describe_mismatch, upgrade_trunk_weights
 
 LAST, BEST = "last.pt", "best.pt"  # in a run directory's checkpoints/
 KEYS = ("stage", "config", "model")  # what inference and the next stage need; training adds more
+# Names of weights in the first checkpoints, and those of today.
+RENAMED_WEIGHTS = (
+    (re.compile(r"^classify\."), "cls_score."),
+    (re.compile(r"^regress\."), "bbox_pred."),
+    (re.compile(r"\.pooling\.mix\."), ".pooling.reduce."),
+)
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -26,6 +34,7 @@ def load_checkpoint(
     """Reads a checkpoint of this project.
 
     Args:
+        path: the file.
         stage: the stages that the caller can use; None for any.
 
     Raises:
@@ -48,10 +57,19 @@ def load_checkpoint(
         raise ValueError(
             f"{path} is a {checkpoint['stage']} checkpoint, needed is {' or '.join(stages)}"
         )
-    return checkpoint
+    return {**checkpoint, "model": _with_new_names(checkpoint["model"])}
 
 
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str) -> None:
+def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        for pattern, new in RENAMED_WEIGHTS:
+            name = pattern.sub(new, name)
+        renamed[name] = value
+    return upgrade_trunk_weights(renamed)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copies a state dict into a model.
 
     Raises:
@@ -61,3 +79,9 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
     if difference:
         raise ValueError(f"{source} does not fit the configured model: {difference}")
     model.load_state_dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's content: tells checkpoints apart that have the same name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,16 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.training.engine import Interrupted
-
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's main function and exits.
 
     The exit code is 0, what the function returns, or 2 after one line on a user's mistake.
-    Functions below raise ValueError or OSError for bad input, FloatingPointError for a loss that is
-    not finite; MASKPATH_TRACEBACK=1 shows where
-    from.
+    Functions below raise ValueError or OSError for bad input and FloatingPointError for a loss that
+    is not finite; MASKPATH_TRACEBACK=1 shows where from.
     """
     try:
         sys.exit(main() or 0)
@@ -25,7 +22,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
             raise
         print("error: " + " ".join(_message(error).split()), file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         sys.exit(130)
 
 

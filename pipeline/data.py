@@ -1,31 +1,51 @@
-"""Training and validation data of a config: annotations, image folders, files that fail."""
+"""Training and validation data of a config: files, samples, minibatches on the device."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from datasets.coco import CocoInstances
+from datasets.images import ImageError
+from datasets.loading import batch_loader
+from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
+from datasets.patches import PatchDataset
+from datasets.proposal_boxes import ProposalBoxes
+from datasets.roi_sampler import RoiSampler
+from datasets.rois import RoiDataset
 from datasets.shapes import write_shapes
+from models.boxes import encode_boxes
 from pipeline import distributed
-from pipeline.config import Config, SplitConfig, find_path
+from pipeline.config import (
+    ROOT,
+    Config,
+    DeepMaskStageConfig,
+    MultiPathNetStageConfig,
+    ShapesConfig,
+    SplitConfig,
+)
+from pipeline.recipe import find_path
 
 
 def prepare_data(config: Config) -> None:
-    """Writes the synthetic dataset when the config asks for it, and points train and val to it."""
+    """Writes the synthetic dataset when the config asks for it and it is not there yet."""
     shapes = config.data.shapes
-    if shapes is None:
-        return
-    for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
-        if distributed.is_main():
-            write_shapes(shapes.directory, num_images=count, seed=shapes.seed, split=split)
-        directory = Path(shapes.directory)
-        setattr(
-            config.data,
-            split,
-            SplitConfig(
-                annotations=str(directory / "annotations" / f"instances_{split}.json"),
-                images=str(directory / "images" / split),
-            ),
-        )
+    if shapes is not None and distributed.is_main():
+        for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
+            directory = _shapes_directory(shapes)
+            write_shapes(directory, num_images=count, seed=shapes.seed, split=split)
     distributed.barrier()
+
+
+def _shapes_directory(shapes: ShapesConfig) -> Path:
+    """Looked for as other paths of a config are; where it is not yet, below the cwd."""
+    found = [
+        base / shapes.directory for base in (Path(), ROOT) if (base / shapes.directory).is_dir()
+    ]
+    return found[0] if found else Path(shapes.directory)
 
 
 def split_files(config: Config, split: str) -> tuple[Path, Path]:
@@ -35,6 +55,12 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
         ValueError or FileNotFoundError: they are not named, or not there.
     """
     paths: SplitConfig = getattr(config.data, split)
+    if config.data.shapes is not None:
+        directory = _shapes_directory(config.data.shapes)
+        paths = SplitConfig(
+            annotations=str(directory / "annotations" / f"instances_{split}.json"),
+            images=str(directory / "images" / split),
+        )
     if not paths.annotations or not paths.images:
         raise ValueError(
             f"the config names no {split} data: "
@@ -51,31 +77,149 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     """Annotations and image folder of "train" or "val"; says what they hold."""
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
-    if distributed.is_main():
-        print(f"{split}: {coco.summary()}", flush=True)
+    distributed.say(f"{split}: {coco.summary()}")
     return coco, images
+
+
+def patch_dataset(
+    c: DeepMaskStageConfig,
+    coco: CocoInstances,
+    images: str | Path,
+    *,
+    sampling: PatchSamplingConfig,
+    target_size: int,
+    seed: int,
+) -> PatchDataset:
+    """Patches of annotated images, for a DeepMask and as a stage draws them."""
+    sampler = PatchSampler(coco, patch_size=c.patch_size, config=sampling, seed=seed)
+    return PatchDataset(
+        coco,
+        images,
+        sampler,
+        patch_size=c.patch_size,
+        context=c.context,
+        target_size=target_size,
+    )
+
+
+def roi_dataset(
+    c: MultiPathNetStageConfig,
+    coco: CocoInstances,
+    images: str | Path,
+    proposals: ProposalBoxes,
+    *,
+    seed: int,
+    all_images: bool = False,
+) -> RoiDataset:
+    """RoIs of annotated images.
+
+    Args:
+        c: the detector's section.
+        coco: the annotations.
+        images: the folder of the files.
+        proposals: of these images.
+        seed: of the draws.
+        all_images: whatever `max_images` says.
+
+    Raises:
+        ValueError: no proposal is of these images.
+    """
+    if not set(proposals.image_ids.tolist()) & set(coco.image_ids.tolist()):
+        raise ValueError(f"the proposals are of other images than {coco.path}: no id is in both")
+    sampling = replace(c.sampling, max_images=None) if all_images else c.sampling
+    sampler = RoiSampler(
+        coco, proposals, config=sampling, iou_thresholds=c.iou_thresholds, seed=seed
+    )
+    return RoiDataset(
+        coco,
+        images,
+        sampler,
+        pixels=c.pixels,
+        align_corners=c.align_corners,
+        inclusive_boxes=c.inclusive_boxes,
+    )
+
+
+def delta_statistics(
+    data: RoiDataset, *, images: int = 1000, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the box deltas, over what training draws as foreground.
+
+    Args:
+        data: the training RoIs; no pixel is read.
+        images: how many to measure on, chosen by `seed` among those with an object (all of them if
+            there are fewer).
+        seed: see above.
+
+    Returns:
+        Two tensors (4,) float32. A deviation is 1 where the deltas are all the same, as they are
+        when no proposal but the ground-truth boxes is foreground.
+
+    Raises:
+        ValueError: no image of the dataset has an object.
+    """
+    sampler, rng = data.sampler, np.random.default_rng(seed)
+    if len(sampler.object_images) == 0:
+        raise ValueError(f"{data.coco.path}: no image has an object (not a crowd)")
+    rows = rng.permutation(sampler.object_images)[:images].tolist()
+    deltas = []
+    for sample in (sampler.sample(row, rng) for row in rows):
+        foreground = sample.labels.max(axis=0) > 0
+        rois, boxes = data.corners(sample.rois), data.corners(sample.boxes)
+        deltas.append(encode_boxes(*map(torch.from_numpy, (rois[foreground], boxes[foreground]))))
+    values = torch.cat(deltas).double()
+    mean, std = values.mean(0), values.std(0, unbiased=False)
+    return mean.float(), torch.where(std > 0, std, 1.0).float()
+
+
+def device_batches(
+    data: PatchDataset | RoiDataset,
+    indices: Iterable[list],
+    device: torch.device,
+    *,
+    workers: int,
+) -> Iterator[dict]:
+    """Minibatches of the given indices on the device, their pixels channels-last.
+
+    Raises:
+        ImageError: too many images in a row cannot be read.
+    """
+    cuda = device.type == "cuda"
+    try:
+        for batch in batch_loader(data, indices, data.collate, workers=workers, pin_memory=cuda):
+            for name, value in batch.items():
+                if isinstance(value, Tensor):
+                    value = value.to(device, non_blocking=cuda)
+                    if value.dim() == 4:
+                        value = value.contiguous(memory_format=torch.channels_last)
+                    batch[name] = value
+            yield batch
+    except ImageError as error:
+        # From a worker process it comes with that process's traceback before it.
+        raise ImageError(str(error).rpartition(f"{ImageError.__name__}: ")[2]) from None
 
 
 class BrokenFiles:
     """Names each unreadable image once, and stops the run when there are too many."""
 
-    def __init__(self, images: int, max_share: float):
-        self.images, self.max_share, self.messages = images, max_share, {}
+    def __init__(self, images: int, max_fraction: float):
+        self.images, self.max_fraction = images, max_fraction
+        self.messages: dict[str, None] = {}
 
     def note(self, messages: list[str]) -> None:
         """Notes the images of a minibatch that could not be read.
 
         Raises:
-            ValueError: more than the configured share of the images is unreadable; has the list.
+            ValueError: more than the configured fraction of the images is unreadable; has the list.
         """
         for message in messages:
             if message not in self.messages:
-                self.messages[message] = True
+                self.messages[message] = None
                 print(f"skipped ({len(self.messages)} so far): {message}", flush=True)
-        # Every process meets its share of the images.
-        images = self.images / distributed.share()[1]
-        if len(self.messages) > self.max_share * images:
+        # Every process meets its part of the images.
+        images = self.images / distributed.world_size()
+        if len(self.messages) > self.max_fraction * images:
             raise ValueError(
                 f"{len(self.messages)} of {images:.0f} images cannot be read, more than "
-                f"data.max_broken_share {self.max_share:g}: " + "; ".join(self.messages)
+                f"data.max_broken_fraction {self.max_fraction:g}: " + "; ".join(self.messages)
             )

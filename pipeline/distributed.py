@@ -27,14 +27,25 @@ def process_group(device: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def share() -> tuple[int, int]:
-    """(index, count) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank() -> int:
+    """Index of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
     """Whether this process writes files and prints."""
-    return share()[0] == 0
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """A line on stdout, from the main process."""
+    if is_main():
+        print(message, flush=True)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

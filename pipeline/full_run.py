@@ -6,27 +6,29 @@ A run that was interrupted continues where it stopped; what is done is not done 
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from datasets.files import write_json
 from pipeline import distributed
-from pipeline.config import Config, find_path, load_config, save_config
-from pipeline.data import prepare_data
+from pipeline.config import Config
+from pipeline.data import prepare_data, split_files
 from pipeline.evaluation.detection_scores import score_detections
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.recall import load_ground_truth
 from pipeline.evaluation.scores import score_patches, score_proposals
-from pipeline.inference.detect import Detector
+from pipeline.inference.detect import Detector, load_detector
 from pipeline.inference.detect_run import RESULTS, detect_images, with_images
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_run import propose_images
-from pipeline.load import load_detector, load_proposer
+from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.training.engine import fit
-from pipeline.training.stages import build_stage
+from pipeline.training.prepare import build_stage, prepare_stage
 
 SUMMARY = "summary.json"
 PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)
@@ -53,10 +55,12 @@ def run_pipeline(
         start = time.monotonic()
         if distributed.is_main():
             print(f"\n== {name} ==", flush=True)
-        own = load_config(config_path, overrides)
-        if name == "multipathnet":
-            own.init.val_proposals = str(output / "sharpmask" / "proposals")
-        stage = build_stage(name, own, output / name, device)
+        own = config
+        if name == "multipathnet":  # SharpMask's proposals have been made for its own scores
+            val_proposals = str(output / "sharpmask" / "proposals")
+            own = replace(config, init=replace(config.init, val_proposals=val_proposals))
+        inputs = prepare_stage(name, own, output / name, device)
+        stage = build_stage(name, own, inputs)
         checkpoint = fit(stage, own, output / name, device=device, resume=True)
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds = summary["seconds"].get(name, 0) + time.monotonic() - start
@@ -154,11 +158,8 @@ def _drop_stale(store: ProposalStore, settings: dict) -> None:
 
 
 def _validation_files(config: Config) -> dict[str, Path]:
-    val = config.data.val
-    return {
-        "annotations": find_path(val.annotations, key="data.val.annotations"),
-        "images": find_path(val.images, key="data.val.images"),
-    }
+    annotations, images = split_files(config, "val")
+    return {"annotations": annotations, "images": images}
 
 
 def _read_summary(path: Path) -> dict:

@@ -1,54 +1,45 @@
-"""The networks of a config."""
+"""The networks of a config, and trained ones from checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import nn
 
-from models.deepmask import DeepMask
-from models.multipathnet import (
-    FullyConnectedHead,
-    MultiPathNet,
-    ResidualHead,
-    box_tower,
-    foveal_towers,
-)
-from models.sharpmask import SharpMask
-from models.trunk import RESNETS, STRIDES, Trunk, build_trunk, load_backbone, to_trunk_layers
-from pipeline.checkpoint import load_weights
-from pipeline.config import DEEPMASK_SIZES, Config, TrunkConfig, find_path
+from models.build import build_deepmask, build_multipathnet, build_sharpmask
+from models.deepmask import DeepMask, DeepMaskConfig
+from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
+from models.sharpmask import SharpMask, SharpMaskConfig
+from models.trunk import TrunkConfig
+from pipeline.checkpoint import load_checkpoint, load_weights
+from pipeline.config import Config
+from pipeline.recipe import config_from_dict, find_path, settings_of
+
+# Settings of a network that weights of other values fit as well.
+FREE = ("weights", "frozen_levels", "dropout")
 
 
-def build_deepmask(config: Config, *, pretrained: bool = True) -> DeepMask:
+def make_deepmask(config: Config, *, pretrained: bool = False) -> DeepMask:
     """The DeepMask of a config.
 
     Args:
         pretrained: False leaves the trunk random, for weights that come from a checkpoint.
     """
-    weights = _find_weights(config.trunk.weights, key="trunk.weights") if pretrained else None
-    c = config.deepmask
-    sizes = {name: getattr(c, name) for name in DEEPMASK_SIZES}
-    trunk = _build_trunk(config.trunk, weights)
-    if trunk.strides != STRIDES:
-        raise ValueError(f"trunk.name {trunk.name} is of detectors only")
-    return DeepMask(trunk, dropout=c.dropout, **sizes)
+    trunk = _trunk(config.trunk, pretrained, key="trunk.weights")
+    return build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
 
 
-def build_sharpmask(config: Config) -> SharpMask:
+def make_sharpmask(config: Config) -> SharpMask:
     """The SharpMask of a config, its weights random: they come from checkpoints or training."""
-    c = config.sharpmask
-    return SharpMask(
-        build_deepmask(config, pretrained=False),
-        km=c.km,
-        ks=c.ks,
-        widths=c.widths,
-        merge=c.merge,
-        num_modules=c.num_modules,
-        horizontal_widths=c.horizontal_widths,
+    return build_sharpmask(
+        _trunk(config.trunk, False, key="trunk.weights"),
+        deepmask=settings_of(DeepMaskConfig, config.deepmask),
+        **settings_of(SharpMaskConfig, config.sharpmask),
     )
 
 
-def build_multipathnet(
-    config: Config, *, num_classes: int, pretrained: bool = True
+def make_multipathnet(
+    config: Config, *, num_classes: int, pretrained: bool = False
 ) -> MultiPathNet:
     """The detector of a config.
 
@@ -59,75 +50,93 @@ def build_multipathnet(
     Raises:
         ValueError: a head that the trunk does not have.
     """
-    c = config.multipathnet
-    weights = c.trunk.weights if pretrained and c.trunk.weights != "deepmask" else None
-    weights = _find_weights(weights, key="multipathnet.trunk.weights")
-    trunk = _build_trunk(c.trunk, weights)
-    regions = foveal_towers(foveal=c.foveal, skip=c.skip)
-    if c.head == "layer4":
-        head, width = _layer4_head(c.trunk, weights), trunk.channels[-1]
-    else:
-        head = FullyConnectedHead(c.width, c.pooled_size, c.features, dropout=c.dropout, stream=0)
-        width = c.width
-        if weights is not None:
-            _copy_vgg_layers(head, c.trunk.name, weights)
-    return MultiPathNet(
-        trunk,
-        head,
-        num_classes=num_classes,
-        num_thresholds=len(c.thresholds),
-        regions=regions,
-        box_region=box_tower(skip=c.skip) if c.box_tower else None,
-        pooled_size=c.pooled_size,
-        width=width,
-        normalize=c.normalize,
-        scale=c.scale,
-        roi_bins=c.roi_bins,
-    )
+    trunk = _trunk(config.multipathnet.trunk, pretrained, key="multipathnet.trunk.weights")
+    settings = settings_of(MultiPathNetConfig, config.multipathnet)
+    return build_multipathnet(trunk, num_classes=num_classes, **settings)
 
 
-def _build_trunk(c: TrunkConfig, weights: str | Path | None) -> Trunk:
-    return build_trunk(
-        c.name, weights=weights, width=c.width, padding=c.padding, ceil_pooling=c.ceil_pooling
-    )
+def _trunk(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
+    """A trunk's settings with the path of its weights resolved."""
+    weights = trunk.weights if pretrained and trunk.weights != "deepmask" else None
+    if weights not in (None, "imagenet"):
+        weights = str(find_path(weights, key=key))
+    return replace(trunk, weights=weights)
 
 
-def _layer4_head(c: TrunkConfig, weights: str | Path | None) -> ResidualHead:
-    """The released ResNet detector's: the stage behind the trunk, its batch norm frozen."""
-    if c.name not in RESNETS:
-        raise ValueError(
-            f"multipathnet.head layer4 is the last stage of a ResNet, and {c.name} is none; "
-            "use head fc"
-        )
-    network = load_backbone(c.name, weights=weights, whole=True, width=c.width)
-    layer4 = to_trunk_layers(network.layer4, padding=c.padding)
-    return ResidualHead(layer4, network.fc.in_features)
+def load_network(
+    path: str | Path, *, stage: str | tuple[str, ...] | None = None
+) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The trained network of a checkpoint, its config and the checkpoint's other content.
 
-
-def _copy_vgg_layers(head: FullyConnectedHead, name: str, weights: str | Path) -> None:
-    """fc6 and fc7 of an ImageNet VGG or CaffeNet, where they fit."""
-    if not name.startswith(("vgg", "caffenet")):
-        return
-    classifier = load_backbone(name, weights=weights, whole=True).classifier
-    for own, theirs in ((head.fc6, classifier[0]), (head.fc7, classifier[3])):
-        if own.weight.shape != theirs.weight.shape:
-            return  # a narrower or differently pooled head is trained from the start
-        own.load_state_dict(theirs.state_dict())
-
-
-def _find_weights(weights: str | None, *, key: str) -> str | Path | None:
-    return weights if weights in (None, "imagenet") else find_path(weights, key=key)
-
-
-def load_trunk(trunk: Trunk, state: dict[str, torch.Tensor], *, source: str) -> None:
-    """Copies the trunk of a DeepMask or SharpMask checkpoint's weights into a trunk.
+    Args:
+        stage: the stages that the caller can use; None for any.
 
     Raises:
-        ValueError: it is another trunk.
+        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
+            do not fit.
     """
-    parts = {
-        key.removeprefix("deepmask.").removeprefix("trunk."): value
-        for key, value in state.items()
-        if key.removeprefix("deepmask.").startswith("trunk.")
-    }
-    load_weights(trunk, parts, source=f"the trunk of {source}")
+    checkpoint = load_checkpoint(path, stage=stage)
+    config = config_from_dict(checkpoint["config"], source=str(path))
+    model = make_network(checkpoint, config, source=str(path))
+    load_weights(model, checkpoint.pop("model"), source=str(path))
+    return model.eval(), config, checkpoint
+
+
+def make_network(checkpoint: dict[str, Any], config: Config, *, source: str) -> nn.Module:
+    """The network, with random weights, that a checkpoint's weights are of.
+
+    Raises:
+        ValueError: a detector that does not say what it detects.
+    """
+    if checkpoint["stage"] == "deepmask":
+        return make_deepmask(config)
+    if checkpoint["stage"] == "sharpmask":
+        return make_sharpmask(config)
+    if "categories" not in checkpoint:
+        raise ValueError(f"{source} does not say which categories it detects; train it anew")
+    model = make_multipathnet(config, num_classes=len(checkpoint["categories"]))
+    if rank := checkpoint.get("compressed_fc"):
+        compress_towers(model, rank)
+    return model
+
+
+def network_settings(stage: str, config: Config) -> dict[str, Any]:
+    """What shapes the weights of a stage, or what the network computes with them, by dotted key."""
+    settings: dict[str, Any] = {}
+
+    def add(prefix: str, schema: type, section: Any) -> None:
+        values = settings_of(schema, section)
+        settings.update({f"{prefix}.{k}": v for k, v in values.items() if k not in FREE})
+
+    if stage == "multipathnet":
+        c = config.multipathnet
+        add("multipathnet.trunk", TrunkConfig, c.trunk)
+        add("multipathnet", MultiPathNetConfig, c)
+        for name in ("align_corners", "inclusive_boxes", "pixels"):
+            settings[f"multipathnet.{name}"] = getattr(c, name)
+        return settings
+    add("trunk", TrunkConfig, config.trunk)
+    add("deepmask", DeepMaskConfig, config.deepmask)
+    if stage == "sharpmask":
+        add("sharpmask", SharpMaskConfig, config.sharpmask)
+    return settings
+
+
+def check_same_network(
+    checkpoint: dict[str, Any], config: Config, stage: str, *, source: str
+) -> None:
+    """Compares the settings of a checkpoint's network with a config's.
+
+    Weights mean the same only in the same network, and not all of it shows in their shapes: a
+    trunk may pad otherwise, RoIs be pooled otherwise.
+
+    Raises:
+        ValueError: they differ; each that does is named with both values.
+    """
+    own = network_settings(stage, config)
+    theirs = network_settings(stage, config_from_dict(checkpoint["config"], source=source))
+    differences = [f"{k} {theirs[k]} instead of {v}" for k, v in own.items() if theirs[k] != v]
+    if differences:
+        raise ValueError(
+            f"{source} is a {checkpoint['stage']} of another network: {', '.join(differences)}"
+        )

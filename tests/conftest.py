@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pipeline.training.patch_stages import DeepMaskStage, SharpMaskStage
 
 from datasets.shapes import write_shapes
 from pipeline.command import run_tool
-from pipeline.config import load_config
+from pipeline.recipe import load_config
 from pipeline.training.engine import fit
-from pipeline.training.patch_stages import DeepMaskStage, SharpMaskStage
 from pipeline.training.stages import build_stage
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,12 +11,12 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 import yaml
-
-from pipeline.config import config_from_dict
-from pipeline.inference.propose import Proposer
 from pipeline.load import load_mask_network
-from pipeline.training.engine import fit
 from pipeline.training.patch_stages import DeepMaskStage, evaluate_patches, validation_kinds
+
+from pipeline.inference.propose import Proposer
+from pipeline.recipe import config_from_dict
+from pipeline.training.engine import fit
 
 
 def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(

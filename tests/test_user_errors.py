@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-
-from pipeline.config import TrunkConfig, config_from_dict, config_to_dict
-from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.load import compress_checkpoint
+
+from pipeline.config import TrunkConfig
+from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.networks import build_multipathnet
+from pipeline.recipe import config_from_dict, config_to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
+from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.detect_run import detect_images, image_folder
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_run import propose_images
-from pipeline.load import compress_checkpoint, load_detector, load_proposer
 
 
 def main() -> int:
@@ -47,8 +48,20 @@ def main() -> int:
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
-    parser.add_argument("--vote", type=float, metavar="IOU", help="box voting above this overlap")
-    parser.add_argument("--localizations", type=int, help="feed detections back so many times")
+    parser.add_argument(
+        "--box-voting-iou",
+        "--vote",
+        type=float,
+        metavar="IOU",
+        help="box voting above this overlap",
+    )
+    parser.add_argument(
+        "--box-refinement-iters",
+        "--localisations",
+        type=int,
+        metavar="N",
+        help="feed detections back as RoIs so many times",
+    )
     parser.add_argument("--flip", action="store_true", default=None, help="and the mirrored image")
     parser.add_argument("--short-sides", type=int, nargs="+", metavar="PX", help="image scales")
     parser.add_argument("--draw", type=int, default=0, metavar="K", help="draw the best K")
@@ -62,7 +75,7 @@ def main() -> int:
         raise ValueError("--proposal-checkpoint needs --images")
     if args.proposals and args.annotations:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
-    names = ("num_proposals", "vote", "localizations", "flip", "short_sides")
+    names = ("num_proposals", "box_voting_iou", "box_refinement_iters", "flip", "short_sides")
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:

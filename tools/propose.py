@@ -18,8 +18,8 @@ from pipeline import distributed
 from pipeline.command import add_device, run_tool
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
+from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_run import propose_images
-from pipeline.load import load_proposer
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
         type=float,
         nargs=3,
         metavar=("MIN", "MAX", "STEP"),
-        help="octaves (default: the checkpoint's config, -2.5 .5 .5 as published)",
+        help="log2 of the scales (default: the checkpoint's config, -2.5 .5 .5 as published)",
     )
     parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
     parser.add_argument(
@@ -78,7 +78,7 @@ def main() -> int:
             args.checkpoint,
             device,
             num_proposals=args.num_proposals,
-            scales=args.scales,
+            log2_scales=args.scales,
             zoom=args.zoom,
             refine=args.refine,
             nms=args.nms,

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 r"""Scores results against COCO annotations.
 
-    python tools/score_coco.py proposals --annotations instances_val.json \
+python tools/score_coco.py proposals --annotations instances_val.json \
         --results runs/photos --output runs/photos/scores
-    python tools/score_coco.py detections --annotations instances_val.json \
+python tools/score_coco.py detections --annotations instances_val.json \
         --results runs/photos/detections.json --output runs/photos/scores
-    python tools/score_coco.py patches --annotations instances_val.json \
+python tools/score_coco.py patches --annotations instances_val.json \
         --images val --checkpoint best.pt --output runs/patches
 """
 

@@ -15,11 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command import run_tool
-from pipeline.config import load_config
-from pipeline.data import load_split, prepare_data
+from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
 from pipeline.inference.visualize import save_png
-from pipeline.training.patch_stages import patch_dataset
+from pipeline.recipe import load_config
 
 
 def main() -> None:

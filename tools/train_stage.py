@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 r"""Trains one stage of the pipeline.
 
-    python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
+python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
         --output runs/coco/deepmask
-    python tools/train_stage.py --stage sharpmask --config configs/coco.yaml \
+python tools/train_stage.py --stage sharpmask --config configs/coco.yaml \
         --output runs/coco/sharpmask
-    torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
+torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
         --config configs/coco.yaml --output runs/coco/deepmask
 """
 
@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_device, run_tool
-from pipeline.config import STAGES, load_config
+from pipeline.config import STAGES
+from pipeline.recipe import load_config
 from pipeline.training.engine import fit
-from pipeline.training.stages import build_stage
+from pipeline.training.prepare import build_stage, prepare_stage
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
 
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device:
-        stage = build_stage(args.stage, config, args.output, device)
+        inputs = prepare_stage(args.stage, config, args.output, device)
+        stage = build_stage(args.stage, config, inputs)
         best = fit(stage, config, args.output, device=device, resume=args.resume)
         if distributed.is_main():
             print(f"best checkpoint: {best}")

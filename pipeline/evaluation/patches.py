@@ -1,19 +1,67 @@
-"""Patch metrics: how good masks and scores are on single patches.
-
-NIPS 2015, section 5; the released code.
-"""
+"""Patch metrics: how good masks and scores are on single patches (NIPS 2015, section 5)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from datasets.loading import rank_samples
+from datasets.patch_sampler import MASK, SCORE
+from datasets.patches import PatchDataset
 from models.deepmask import resize_mask_logits
+from pipeline import distributed
+from pipeline.data import device_batches
+
+VALIDATION_SEED = 20151207  # validation patches are the same in every run
+
+
+@torch.inference_mode()
+def evaluate_patches(
+    model: nn.Module,
+    data: PatchDataset,
+    device: torch.device,
+    *,
+    heads: list[str],
+    batch_size: int,
+    workers: int,
+) -> dict[str, float]:
+    """Patch metrics over the first minibatches of a dataset.
+
+    The processes share the minibatches and all get the result.
+
+    Args:
+        model: a DeepMask or SharpMask.
+        data: the patches.
+        device: where the model is.
+        heads: of each minibatch, "mask" or "score".
+        batch_size: patches of a minibatch.
+        workers: data-loading processes.
+    """
+    model.eval()
+    groups = max(1, batch_size // data.patches_per_image)
+    mine = range(distributed.rank(), len(heads), distributed.world_size())
+    indices = [[(heads[b], 0, group) for group in rank_samples(b, groups)] for b in mine]
+    ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    for batch in device_batches(data, indices, device, workers=workers):
+        if "targets" in batch:
+            logits = model(batch["patches"], head=MASK)["mask_logits"]
+            ious.append(mask_ious(logits, batch["targets"]).cpu())
+        else:
+            logits = model(batch["patches"], head=SCORE)["score_logits"]
+            hits.append(score_hits(logits, batch["labels"]).cpu())
+    parts = distributed.gather((torch.cat(ious), torch.cat(hits)))
+    return patch_metrics(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def validation_heads(batches: int, mask_batch_prob: float = 0.5) -> list[str]:
+    """What validation minibatches are of: mask and score in turn; all mask if no score trains."""
+    return [MASK if mask_batch_prob == 1 or b % 2 == 0 else SCORE for b in range(batches)]
 
 
 def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
     """IoU of each predicted mask, binarized at probability .5, with its target.
 
     Args:
-        mask_logits: (B, M, M). targets: (B, G, G) in {-1, 1}.
+        mask_logits: (B, M, M).
+        targets: (B, G, G) in {-1, 1}.
 
     Returns:
         (B,); 1 where both are empty.
@@ -30,7 +78,7 @@ def score_hits(score_logits: Tensor, labels: Tensor) -> Tensor:
     return (score_logits > 0) == (labels > 0)
 
 
-def summarize(ious: Tensor, hits: Tensor) -> dict[str, float]:
+def patch_metrics(ious: Tensor, hits: Tensor) -> dict[str, float]:
     """The table's row; a metric without a patch to measure it on is left out."""
     row = {}
     if len(ious):

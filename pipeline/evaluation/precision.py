@@ -47,7 +47,7 @@ class DetectionScores:
     voc_ap50: np.ndarray
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
-        """pycocotools' summary of each kind, by the names in `METRICS`; None if undefined."""
+        """Pycocotools' summary of each kind, by the names in `METRICS`; None if undefined."""
         return {kind: self._metrics_of(kind) for kind in self.precision}
 
     def _metrics_of(self, kind: str) -> dict[str, float | None]:

@@ -10,6 +10,8 @@ from pycocotools.coco import COCO
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
+from pipeline.data import patch_dataset
+from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
 from pipeline.evaluation.recall import (
     ProposalScores,
     evaluate_proposals,
@@ -17,13 +19,7 @@ from pipeline.evaluation.recall import (
     rank_by_overlap,
 )
 from pipeline.inference.coco_results import read_results
-from pipeline.load import load_mask_network
-from pipeline.training.patch_stages import (
-    VALIDATION_SEED,
-    evaluate_patches,
-    patch_dataset,
-    validation_kinds,
-)
+from pipeline.networks import load_network
 
 KINDS = ("box", "mask")
 
@@ -133,7 +129,7 @@ def score_patches(
         raise ValueError(f"--batches must be at least 2, one of each kind, got {batches}")
     if not Path(images).is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
-    model, config = load_mask_network(checkpoint)
+    model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c = config.deepmask
     coco = CocoInstances.load(annotations)
     data = patch_dataset(
@@ -149,7 +145,7 @@ def score_patches(
         model,
         data,
         device,
-        kinds=validation_kinds(batches),
+        heads=validation_heads(batches),
         batch_size=c.optim.batch_size,
         workers=workers,
     )

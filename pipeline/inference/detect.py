@@ -7,7 +7,8 @@ Letters: R RoIs, C classes without background, N detections.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from datasets.resize import resize_sides
-from datasets.transforms import IMAGENET, PixelRules, normalize
-from models.multipathnet import MultiPathNet
+from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
+from models.multipathnet import MultiPathNet, compress_towers
+from pipeline.checkpoint import file_sha256, load_checkpoint, save_checkpoint
 from pipeline.config import DetectConfig
 from pipeline.inference.box_selection import Selection, select_boxes
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals
+from pipeline.networks import load_network
 
 
 @dataclass
@@ -49,11 +51,11 @@ class Detector:
         categories: list[dict],
         *,
         device: torch.device,
-        short_sides: list[int],
+        short_sides: Sequence[int],
         long_side: int,
         options: DetectConfig,
-        pixels: PixelRules = IMAGENET,
-        resampling: str = "area",
+        pixels: PixelConfig = IMAGENET,
+        align_corners: bool = False,
         inclusive_boxes: bool = False,
     ):
         """
@@ -61,7 +63,7 @@ class Detector:
             categories: {"id", "name"} of each class, in the order of the network's.
             short_sides: of the resized image in pixels, one for each scale.
             long_side: at most, at the first scale; in proportion at the others.
-            resampling: of the images, see `resize_sides`.
+            align_corners: see `resize_sides`.
             inclusive_boxes: the network's boxes have their first and last pixel for corners
                 (released code), not their edges; those that come and go have edges.
         """
@@ -69,7 +71,7 @@ class Detector:
         self.categories, self.device, self.options = categories, device, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         self.short_sides, self.long_side = short_sides, long_side
-        self.pixels, self.resampling = pixels, resampling
+        self.pixels, self.align_corners = pixels, align_corners
         # From a box's last corner in the network to its edge.
         self.margin = 1 if inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
@@ -123,14 +125,14 @@ class Detector:
             score_threshold=self.options.score_threshold,
             nms_iou=self.options.nms,
             max_detections=self.options.max_detections,
-            vote_iou=self.options.vote,
+            vote_iou=self.options.box_voting_iou,
         )
 
     def _localize(
         self, views: list[View], selection: Selection, size: tuple[int, int]
     ) -> Selection:
         """Feeds the selected boxes back as RoIs, as often as the options say."""
-        for _ in range(self.options.localizations):
+        for _ in range(self.options.box_refinement_iters):
             *_, boxes, sources = selection
             scores, labels, found, rows = self._select(*self._classify(views, boxes, size))
             selection = scores, labels, found, sources[rows]
@@ -141,7 +143,7 @@ class Detector:
         for side in self.short_sides:
             limit = round(self.long_side * side / self.short_sides[0])
             scaled, factors = resize_sides(
-                image, short_side=side, long_side=limit, resampling=self.resampling
+                image, short_side=side, long_side=limit, align_corners=self.align_corners
             )
             for flip in (False, True) if self.options.flip else (False,):
                 pixels = cv2.flip(scaled, 1) if flip else scaled
@@ -195,3 +197,65 @@ def mirrored(boxes: Tensor, view: View) -> Tensor:
         return boxes
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack([view.last_x - x1, y0, view.last_x - x0, y1], dim=-1)
+
+
+def load_detector(
+    checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
+) -> tuple[Detector, dict]:
+    """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
+
+    Args:
+        overrides: values for the config's `detect` section.
+
+    Raises:
+        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
+            do not fit; an override that cannot be.
+    """
+    model, config, content = load_network(checkpoint, stage="multipathnet")
+    try:
+        options = replace(config.detect, **(overrides or {}))
+    except ValueError as error:  # it starts with the name
+        name, problem = str(error).split(" ", 1)
+        raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
+    c = config.multipathnet
+    detector = Detector(
+        model,
+        content["categories"],
+        device=device,
+        short_sides=options.short_sides or (c.sampling.short_side,),
+        long_side=c.sampling.long_side,
+        options=options,
+        pixels=c.pixels,
+        align_corners=c.align_corners,
+        inclusive_boxes=c.inclusive_boxes,
+    )
+    settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}
+    del settings["chunk"]  # changes the memory only
+    return detector, settings
+
+
+def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
+    """Writes a detector's checkpoint again, its fc6 and fc7 truncated to a rank.
+
+    Returns:
+        A line that says what it has become.
+
+    Raises:
+        ValueError: a rank below 1, another checkpoint, or one without such layers.
+    """
+    if rank < 1:
+        raise ValueError(f"--compress-fc must be at least 1, got {rank}")
+    content = load_checkpoint(checkpoint, stage="multipathnet")
+    if content.get("compressed_fc"):
+        raise ValueError(f"{checkpoint} is compressed already; take the one it was made from")
+    detector, _ = load_detector(checkpoint, torch.device("cpu"))
+    before = sum(p.numel() for p in detector.model.parameters())
+    try:
+        compress_towers(detector.model, rank)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
+    after = sum(p.numel() for p in detector.model.parameters())
+    kept = {name: content[name] for name in ("stage", "config", "categories")}
+    path = output / f"rank{rank}.pt"
+    save_checkpoint(path, kept | {"model": detector.model.state_dict(), "compressed_fc": rank})
+    return f"{path}: {before / 1e6:.2f} M parameters before, {after / 1e6:.2f} M after"

@@ -85,8 +85,7 @@ def detect_images(
         own = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
         parts.open_for(settings | own)
     distributed.barrier()
-    index, count = distributed.share()
-    mine = parts.missing(shards)[index::count]
+    mine = parts.missing(shards)[distributed.rank() :: distributed.world_size()]
     distributed.barrier()  # everyone has seen the same parts before anyone adds to them
     for shard in tqdm(mine, unit="shard", disable=None if distributed.is_main() else True):
         parts.write(shard, *_detect_shard(detector, store, shard, images, output / "drawn", draw))

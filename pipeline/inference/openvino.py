@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.dense import DenseNetwork
+from models.sharpmask import DenseNetwork
 from pipeline.inference.memory import NUM_PRIMITIVES
 
 BACKENDS = ("torch", "openvino-int8")

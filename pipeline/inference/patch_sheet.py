@@ -5,7 +5,7 @@ import numpy as np
 
 from datasets.patch_sampler import MASK, SCORE, Patch
 from datasets.patches import PatchDataset
-from datasets.transforms import denormalize
+from datasets.resize import denormalize
 from pipeline.inference.visualize import contact_sheet, put_label
 
 COLUMNS = 8
@@ -21,11 +21,11 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     tiles = []
-    for kind in (MASK, SCORE):
+    for head in (MASK, SCORE):
         made = [
             tile
             for group in range(-(-count // data.patches_per_image))
-            for tile in _tiles(data, kind, group)
+            for tile in _tiles(data, head, group)
         ]
         tiles += made[:count]
         tiles += [np.full_like(tiles[0], 255)] * (
@@ -34,8 +34,8 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
     return contact_sheet(tiles, COLUMNS)
 
 
-def _tiles(data: PatchDataset, kind: str, group: int) -> list[np.ndarray]:
-    item, patches = data.load(kind, 0, group)
+def _tiles(data: PatchDataset, head: str, group: int) -> list[np.ndarray]:
+    item, patches = data.load(head, 0, group)
     targets = item.get("targets")
     return [
         _tile(

@@ -8,21 +8,22 @@ Letters: (h, w) cells of a scale, E embedding width, M mask size, F cells of a p
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from datasets.resize import RESAMPLINGS, resize_between_corners
-from datasets.transforms import GRAY, MEAN, STD
+from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
 from models.deepmask import STRIDE, DeepMask
-from models.dense import DenseNetwork
-from models.sharpmask import SharpMask
+from models.sharpmask import DenseNetwork, SharpMask
+from models.trunk import fold_norms
+from pipeline.checkpoint import file_sha256
 from pipeline.inference.mask_nms import suppress_duplicates
 from pipeline.inference.paste import NOTHING, Pasted, Placement, paste
 from pipeline.inference.proposals import Proposals
+from pipeline.networks import load_network
 
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 
@@ -53,35 +54,34 @@ class Proposer:
         *,
         device: torch.device,
         num_proposals: int = 1000,
-        octaves: list[float] | None = None,
+        log2_scales: list[float] | None = None,
         mask_threshold: float = 0.2,
         nms: float | None = None,
-        resampling: str = "area",
+        align_corners: bool = False,
         amp: bool = True,
     ):
         """
         Args:
-            octaves: log2 of the pyramid's factors; None for -2.5 to .5 in steps of .5.
+            log2_scales: log2 of the pyramid's factors; None for -2.5 to .5 in steps of .5.
             mask_threshold: probability from which on a pixel belongs to a mask.
             nms: see `suppress_duplicates`; None keeps all.
-            resampling: of the image to the scales, and of masks to the image. "area": pixels have
-                an area, of which a smaller one's is the average, and masks lie where their cells
-                are. "corners", as the released code: corner pixels lie on corner pixels, with no
-                average, and masks lie on whole pixels.
+            align_corners: how the image is resized to the scales, and masks to the image. False:
+                pixels have an area, of which a smaller one's is the average, and masks lie where
+                their cells are. True, as the released code: corner pixels lie on corner pixels,
+                with no average, and masks lie on whole pixels.
             amp: bfloat16 autocast, on CUDA only; scores stay in full precision.
 
         Attributes:
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
-        assert resampling in RESAMPLINGS, resampling
         model = model.eval().to(device, memory_format=torch.channels_last)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.num_proposals = device, num_proposals
-        self._place = place_patches if resampling == "area" else place_patches_on_pixels
-        self.octaves = octave_range(-2.5, 0.5, 0.5) if octaves is None else octaves
-        self.mask_threshold, self.nms, self.resampling = mask_threshold, nms, resampling
+        self._place = place_patches_on_pixels if align_corners else place_patches
+        self.log2_scales = log2_range(-2.5, 0.5, 0.5) if log2_scales is None else log2_scales
+        self.mask_threshold, self.nms, self.align_corners = mask_threshold, nms, align_corners
         self.amp = amp
 
     @torch.inference_mode()
@@ -95,7 +95,9 @@ class Proposer:
             At most `num_proposals`, best first; masks without a pixel in the image are left out.
         """
         # The largest first: what it needs and frees then suffices for the others.
-        levels = [self.run_level(image, octave) for octave in reversed(self.octaves)][::-1]
+        levels = [self.run_level(image, log2_scale) for log2_scale in reversed(self.log2_scales)][
+            ::-1
+        ]
         scores, chosen = best_cells([level.score_logits for level in levels], self.num_proposals)
         height, width = image.shape[:2]
         masks = self._masks(levels, chosen, (height, width))
@@ -104,19 +106,19 @@ class Proposer:
         return proposals if self.nms is None else suppress_duplicates(proposals, self.nms)
 
     @torch.inference_mode()
-    def run_level(self, image: np.ndarray, octave: float) -> Level:
+    def run_level(self, image: np.ndarray, log2_scale: float) -> Level:
         """What depends on the image alone, at one scale."""
-        pixels, factors = self.scale(image, octave)
+        pixels, factors = self.scale(image, log2_scale)
         with self._autocast():
             embeddings, scores, *horizontal = self.dense(pixels)
         return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
 
-    def scale(self, image: np.ndarray, octave: float) -> tuple[Tensor, tuple[float, float]]:
+    def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
         """The network's input (1, 3, H, W) at one scale of the pyramid, and the level's factors."""
-        if self.resampling == "corners":
-            scaled, factors = resize_released(image, 2.0**octave), (2.0**octave,) * 2
+        if self.align_corners:
+            scaled, factors = resize_align_corners(image, 2.0**log2_scale), (2.0**log2_scale,) * 2
         else:
-            scaled = resize_image(image, 2.0**octave)
+            scaled = resize_image(image, 2.0**log2_scale)
             factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         pixels = torch.from_numpy(scaled)
         if self.device.type == "cuda":  # copied while the scale before is still computed
@@ -213,7 +215,7 @@ def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> 
     return windows[cells[:, 0], cells[:, 1]].permute(0, 3, 1, 2)
 
 
-def octave_range(low: float, high: float, step: float) -> list[float]:
+def log2_range(low: float, high: float, step: float) -> list[float]:
     """low, low + step, ... up to high.
 
     Raises:
@@ -225,38 +227,6 @@ def octave_range(low: float, high: float, step: float) -> list[float]:
             f"got {low:g} {high:g} {step:g}"
         )
     return [low + n * step for n in range(math.floor((high - low) / step + 1e-6) + 1)]
-
-
-def resize_image(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) uint8 resized by a factor, averaging areas when it shrinks; at least one pixel."""
-    size = tuple(max(1, round(side * factor)) for side in (image.shape[1], image.shape[0]))
-    if size == (image.shape[1], image.shape[0]):
-        return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
-
-
-def resize_released(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) uint8 resized by a factor; float32, not rounded to integers.
-
-    As nnx's SpatialReSamplingEx (bilinear) of the released code does it, without averaging.
-    """
-    height, width = (max(1, math.floor(side * factor + 0.5)) for side in image.shape[:2])
-    return resize_between_corners(image, (height, width))
-
-
-def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
-    """(H, W, 3), values 0 to 255, to (1, 3, H + 2 border, W + 2 border) float32.
-
-    Normalized, gray all around, channels last.
-    """
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
-    height, width = pixels.shape[:2]
-    canvas = (
-        ((float(GRAY) - mean) / std).expand(height + 2 * border, width + 2 * border, 3).contiguous()
-    )
-    canvas[border : border + height, border : border + width] = (pixels.float() / 255 - mean) / std
-    return canvas.permute(2, 0, 1)[None]
 
 
 def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -299,3 +269,44 @@ def place_patches_on_pixels(cells: np.ndarray, factors: np.ndarray, patch_size: 
     return Placement(
         *map(np.floor, (place.left, place.top, place.width, place.height)), corners=True
     )
+
+
+def load_proposer(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    num_proposals: int | None = None,
+    log2_scales: tuple[float, float, float] | None = None,
+    zoom: bool = False,
+    refine: bool = True,
+    nms: float | None = None,
+) -> tuple[Proposer, dict]:
+    """A proposer, and the settings that its proposals depend on.
+
+    Args:
+        num_proposals, log2_scales, nms: None for the values of the checkpoint's config.
+        zoom: adds the scale 2^1.
+        refine: False gives the coarse masks of the DeepMask that a SharpMask is built on.
+    """
+    model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
+    count = config.propose.num_proposals if num_proposals is None else num_proposals
+    if count < 1:
+        raise ValueError(f"--num-proposals must be at least 1, got {count}")
+    low_high_step = config.propose.log2_scales if log2_scales is None else log2_scales
+    pyramid = sorted({*log2_range(*low_high_step), *([1.0] if zoom else [])})
+    nms = config.propose.nms if nms is None else nms
+    if nms is not None and not 0 < nms <= 1:
+        raise ValueError(f"--nms must be above 0 and at most 1, got {nms:g}")
+    if isinstance(model, SharpMask) and not refine:
+        model = model.deepmask
+    options = {
+        "num_proposals": count,
+        "log2_scales": pyramid,
+        "mask_threshold": config.propose.mask_threshold,
+        "nms": nms,
+        "align_corners": config.propose.align_corners,
+    }
+    refined = isinstance(model, SharpMask)
+    settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
+    fold_norms(model)
+    return Proposer(model, device=device, amp=config.propose.amp, **options), settings

@@ -86,15 +86,15 @@ def propose_images(
     distributed.barrier()  # everyone has seen the same store before anyone adds to it
     if left and backend == "openvino-int8":
         _quantize(proposer, files, Path(output) / "quantized" / "dense.xml")
-    index, count = distributed.share()
-    shares = distributed.gather(_propose_share(proposer, left[index::count], store))
+    mine = left[distributed.rank() :: distributed.world_size()]
+    parts = distributed.gather(_propose_rank(proposer, mine, store))
     summary = Summary(
-        sum(s[0] for s in shares), len(files) - len(left), 0, [m for s in shares for m in s[1]]
+        sum(p[0] for p in parts), len(files) - len(left), 0, [m for p in parts for m in p[1]]
     )
     if distributed.is_main():
         _finish(store, summary, Path(output))
     if draw:
-        _draw_share(store, files, Path(output) / "drawn", draw)
+        _draw_rank(store, files, Path(output) / "drawn", draw)
     distributed.barrier()
     return summary
 
@@ -117,19 +117,19 @@ def _quantize(proposer: Proposer, files: list[ImageFile], path: Path) -> None:
 def _calibration_samples(proposer: Proposer, files: list[ImageFile]) -> Iterator[Tensor]:
     rng = np.random.default_rng(0)
     for number in np.linspace(0, len(files) - 1, CALIBRATION_IMAGES).astype(int):
-        octave = float(rng.choice(proposer.octaves))
+        log2_scale = float(rng.choice(proposer.log2_scales))
         with suppress(ImageError):
             image = read_image(files[number].path)
             largest = math.log2(CALIBRATION_PIXELS / (image.shape[0] * image.shape[1])) / 2
-            yield proposer.scale(image, min(octave, largest))[0]
+            yield proposer.scale(image, min(log2_scale, largest))[0]
 
 
-def _propose_share(
+def _propose_rank(
     proposer: Proposer, files: list[ImageFile], store: ProposalStore
 ) -> tuple[int, list[str]]:
     pending: list[Proposals] = []
     made, broken = 0, []
-    writer = distributed.share()[0]
+    writer = distributed.rank()
     images = release_between_sizes(read_ahead(files))
     progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
     try:
@@ -162,14 +162,13 @@ def _propose_one(proposer: Proposer, file: ImageFile, image: np.ndarray | ImageE
         raise ImageError(f"{file.path}: {problem}") from error
 
 
-def _draw_share(store: ProposalStore, files: list[ImageFile], directory: Path, count: int) -> None:
+def _draw_rank(store: ProposalStore, files: list[ImageFile], directory: Path, count: int) -> None:
     """Pictures of this process's share of what the store holds on the files.
 
     Also of what it holds from earlier runs.
     """
     paths = {file.file_name: file.path for file in files}
-    index, processes = distributed.share()
-    for proposals in itertools.islice(store, index, None, processes):
+    for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
         if proposals.file_name not in paths:
             continue
         with suppress(ImageError):  # the file has gone since its proposals were made

@@ -154,9 +154,7 @@ def draw_example(
         return Example(name, ious, error=str(error))
     truth = [Mark(coco.rle(a), color(n), tint=0) for n, a in enumerate(objects)]
     matches = [
-        Mark(
-            proposals.rle(numbers[n]), color(n), FULL if iou >= FOUND_IOU else FAINT, f"{iou:.2f}"
-        )
+        Mark(proposals.rle(numbers[n]), color(n), FULL if iou >= FOUND_IOU else FAINT, f"{iou:.2f}")
         for n, iou in enumerate(ious)
         if iou > 0
     ]

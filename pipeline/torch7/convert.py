@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import save_checkpoint
-from pipeline.config import config_from_dict, save_config
+from pipeline.recipe import config_from_dict, save_config
 from pipeline.torch7.caffe import convert_caffe_network, is_caffe_network
 from pipeline.torch7.detector import convert_detector, is_detector
 from pipeline.torch7.imagenet import imagenet_state, is_imagenet_resnet

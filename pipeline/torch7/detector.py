@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.category_names import known_categories
 from models.multipathnet import MultiPathNet
-from models.trunk import describe_mismatch
+from models.trunk import TrunkConfig, describe_mismatch
 from pipeline.config import (
     Config,
     DetectConfig,
     MultiPathNetConfig,
     PixelConfig,
     RoiSamplingConfig,
-    TrunkConfig,
-    config_to_dict,
 )
 from pipeline.networks import build_multipathnet
+from pipeline.recipe import config_to_dict
 from pipeline.torch7 import caffe
+from pipeline.torch7.category_names import known_categories
 from pipeline.torch7.imagenet import (
     Layers,
     is_stage,

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from models.deepmask import STRIDE, DeepMask
 from models.trunk import describe_mismatch
-from pipeline.config import (
-    Config,
-    DeepMaskConfig,
-    ProposeConfig,
-    SharpMaskConfig,
-    TrunkConfig,
-    config_to_dict,
-)
+from pipeline.config import Config, DeepMaskConfig, ProposeConfig, SharpMaskConfig, TrunkConfig
 from pipeline.networks import build_deepmask, build_sharpmask
+from pipeline.recipe import config_to_dict
 from pipeline.torch7.imagenet import (
     Layers,
     problems,

@@ -1,64 +1,34 @@
 """The training loop of all stages: step, validate, keep the best, resume to the bit.
 
-A run is a function of its config and data: every random number comes from (seed, epoch, index), the
-learning rate from the step, so a checkpoint's weights, optimizer state and step are all that a
-resumed run needs.
+A run is a function of its config and data: samples are drawn by (seed, epoch, index), dropout by
+(seed, step, rank), and the learning rate follows from the step. So a checkpoint's weights,
+optimizer state and step are all that a resumed run needs.
 """
 
-import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datasets.files import atomic_path
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
-from pipeline.config import Config, OptimConfig, config_to_dict, save_config
+from pipeline.config import Config, OptimConfig
+from pipeline.recipe import config_from_dict, config_to_dict, save_config
 from pipeline.training.run_log import RunLog
+from pipeline.training.stages import Stage
 
 FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is resumed
 
 
-class Stage(Protocol):
-    """What the loop needs to know of a stage; `pipeline/training/stages.py` has them."""
-
-    name: str
-    samples: str  # what a minibatch is made of, for its rate: patches, images
-    optim: OptimConfig
-    model: nn.Module
-    best_metric: str
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters to train; each group has its factor on the learning rate as "lr_factor"."""
-
-    # Steps at which other parameters begin to be trained, and facts to keep in checkpoints.
-    phase_starts: tuple[int, ...]
-    facts: dict[str, Any]
-
-    def start_phase(self, step: int) -> None:
-        """Marks the parameters that are trained from this step on."""
-
-    def train_mode(self) -> None:
-        """Puts the parts that are trained into training mode."""
-
-    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
-        """This process's share of the minibatches of the given steps."""
-
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """Scalars of a minibatch; "loss" is what is minimized."""
-
-    def validate(self, device: torch.device) -> dict[str, float]:
-        """Metrics over the validation patches of all processes."""
-
-
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state has been saved."""
 
 
@@ -115,7 +85,7 @@ class TrainingRun:
         )
         self.log.say(
             f"{self.stage.name}: step {self.step} of {self.total}, "
-            f"{_count(self.stage.model)}, on {self.device}"
+            f"{_count_parameters(self.stage.model)}, on {self.device}"
         )
 
     def train(self, stop: dict[str, bool]) -> None:
@@ -123,7 +93,7 @@ class TrainingRun:
         self._start_phase()
         meter, saved = Meter(self.optim.batch_size, self.stage.samples), time.monotonic()
         self._validate_if_due()  # a run that was stopped between its last step and its validation
-        self.stage.train_mode()
+        self.stage.model.train()  # batch norm is frozen by construction
         for batch in self.stage.training_batches(range(self.step, self.total), self.device):
             losses = self.train_step(batch)
             meter.add(losses, seconds_left=self._seconds_left)
@@ -153,6 +123,7 @@ class TrainingRun:
 
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         """Learns from one minibatch; returns its losses."""
+        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
         rate = learning_rate(self.optim, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -173,7 +144,7 @@ class TrainingRun:
 
     def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
         values = {name: float(loss.detach()) for name, loss in losses.items()}
-        path = self.output / f"non_finite_batch_{self.step}_rank{distributed.share()[0]}.pt"
+        path = self.output / f"non_finite_batch_{self.step}_rank{distributed.rank()}.pt"
         with atomic_path(path) as temporary:
             torch.save({"step": self.step, "batch": batch, "losses": values}, temporary)
         words = ", ".join(f"{name} {value:g}" for name, value in values.items())
@@ -194,7 +165,7 @@ class TrainingRun:
         if not due or self.validated == self.step:
             return False
         metrics = self.stage.validate(self.device)
-        self.stage.train_mode()
+        self.stage.model.train()
         self.log.write("val", step=self.step, epoch=self._epoch(), **metrics)
         self.validated = self.step
         # A metric that does not exist (no mask patch in the validation set) must not lose the run.
@@ -211,27 +182,21 @@ class TrainingRun:
         distributed.barrier()
 
     def _state(self) -> dict[str, Any]:
-        epoch, batch = divmod(self.step, self.optim.batches_per_epoch)
         return {
-            "format": 1,
             "stage": self.stage.name,
             "config": config_to_dict(self.config),
             "model": self.stage.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"step": self.step, "lr": self._rate()},
-            "sampler": {"seed": self.config.seed, "epoch": epoch, "batch": batch},
-            "rng": {"torch": torch.get_rng_state()},
             "step": self.step,
-            "epoch": epoch,
             "validated": self.validated,
             "best": self.best,
-            **self.stage.facts,
+            **self.stage.metadata,
         }
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
         self._check_same_run(state["config"], source)
         load_weights(self.stage.model, state["model"], source=source)
-        own = [
+        current = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
         ]
@@ -240,16 +205,19 @@ class TrainingRun:
         except ValueError as error:
             raise ValueError(f"{source}: optimizer state of other frozen layers") from error
         # The state is the old run's; rates, decay and momentum are what the config says now.
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+        for group, values in zip(self.optimizer.param_groups, current, strict=True):
             group.update(values)
-        torch.set_rng_state(state["rng"]["torch"])
         self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
 
-    def _check_same_run(self, old: dict[str, Any], source: str) -> None:
+    def _check_same_run(self, values: dict[str, Any], source: str) -> None:
         """What decides which samples a step sees, and what the optimizer's state means."""
-        own = config_to_dict(self.config)
-        for key in ("seed", *(f"{self.stage.name}.optim.{name}" for name in FIXED)):
-            was, now = (functools.reduce(dict.get, key.split("."), c) for c in (old, own))
+        old = config_from_dict(values, source=source)
+        pairs = {"seed": (old.seed, self.config.seed)}
+        for name in FIXED:
+            optims = (getattr(config, self.stage.name).optim for config in (old, self.config))
+            was, now = (getattr(optim, name) for optim in optims)
+            pairs[f"{self.stage.name}.optim.{name}"] = was, now
+        for key, (was, now) in pairs.items():
             if was != now:
                 raise ValueError(
                     f"{source} was trained with {key} {was}, not {now}; a run is resumed with the "
@@ -267,6 +235,11 @@ class TrainingRun:
 
     def _seconds_left(self, seconds_per_step: float) -> float:
         return seconds_per_step * (self.total - self.step)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout: a resumed run draws what an uninterrupted one does."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -300,7 +273,7 @@ class Meter:
         self.batch_size, self.samples = batch_size, samples
         self.restart()
 
-    def add(self, losses: dict[str, Tensor], *, seconds_left: Any) -> None:
+    def add(self, losses: dict[str, Tensor], *, seconds_left: Callable[[float], float]) -> None:
         """Adds a minibatch without waiting for the device."""
         for name, value in losses.items():
             total, count = self.sums.get(name, (0.0, 0))
@@ -330,20 +303,20 @@ def _stop_signals() -> Iterator[dict[str, bool]]:
     stop = {"now": False}
     previous = {}
 
-    def handle(number: int, _: Any) -> None:
+    def handle(signum: int, _: Any) -> None:
         stop["now"] = True
-        signal.signal(number, previous[number])
+        signal.signal(signum, previous[signum])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, handle)
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
-def _count(model: nn.Module) -> str:
+def _count_parameters(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained"

@@ -1,137 +1,306 @@
-"""The stages by name, each on what the stages before it have left beside its run directory."""
+"""The three stages: network, samples and losses, put together from a config.
 
-from pathlib import Path
+Reading the data and building the network is all that happens here; what a stage starts from is made
+or found by `pipeline/training/prepare.py`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from datasets.coco import CocoInstances
-from pipeline.checkpoint import BEST, LAST
-from pipeline.config import Config, find_path
-from pipeline.data import prepare_data, split_files
-from pipeline.inference.proposals import ProposalStore
-from pipeline.inference.propose_run import propose_images
-from pipeline.initial_weights import read_initial_weights, start_from
-from pipeline.load import load_proposer
-from pipeline.training.engine import Stage
-from pipeline.training.patch_stages import DeepMaskStage, SharpMaskStage
-from pipeline.training.roi_stage import MultiPathNetStage
+from datasets.patches import PatchBatchSampler, PatchDataset
+from datasets.proposal_boxes import ProposalBoxes
+from datasets.rois import RoiBatchSampler
+from models.deepmask import DeepMask
+from models.losses import box_loss, integral_loss, mask_loss, score_loss
+from models.multipathnet import MultiPathNet
+from models.sharpmask import SharpMask
+from pipeline import distributed
+from pipeline.config import Config, OptimConfig
+from pipeline.data import (
+    BrokenFiles,
+    delta_statistics,
+    device_batches,
+    load_split,
+    patch_dataset,
+    roi_dataset,
+)
+from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
+from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois
+from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 
 
-def build_stage(name: str, config: Config, output: Path, device: torch.device) -> Stage:
-    """A stage by its name, on what the stages before it have left beside `output`.
+class Stage:
+    """What the training loop needs to know of a stage.
 
-    Args:
-        output: the stage's run directory.
+    Attributes:
+        name: "deepmask", "sharpmask" or "multipathnet".
+        samples: what a minibatch is made of, for its rate: patches, images.
+        best_metric: of `validate`; decides which checkpoint is the best.
+        model: the network that is trained.
+        metadata: what its checkpoints say beside weights and config.
+        phase_starts: steps at which other parameters begin to be trained.
+    """
+
+    name: str
+    samples: str
+    best_metric: str
+    model: nn.Module
+    metadata: dict[str, Any] = {}
+    phase_starts: tuple[int, ...] = ()
+
+    def __init__(self, config: Config):
+        """
+        Raises:
+            ValueError: a batch size that the processes cannot share.
+        """
+        self.config = config
+        self.optim: OptimConfig = getattr(config, self.name).optim
+        torch.manual_seed(config.seed)  # for the weights that are drawn
+        check_batch(config, self.name)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters to train; each group has its factor on the learning rate as "lr_factor".
+
+        The trunk has a factor of its own.
+        """
+        trunk = getattr(self.model, "trunk", None)
+        trunk_ids = {id(p) for p in trunk.parameters()} if trunk is not None else set()
+        groups: tuple[list, list] = ([], [])
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in trunk_ids].append(parameter)
+        factors = (1.0, self.optim.trunk_lr_factor)
+        return [
+            {"params": params, "lr_factor": factor}
+            for params, factor in zip(groups, factors, strict=True)
+            if params
+        ]
+
+    def start_phase(self, step: int) -> None:
+        """Marks the parameters that are trained from this step on."""
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """This process's part of the minibatches of the given steps, on the device."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """Scalars of a minibatch; "loss" is what is minimized."""
+        raise NotImplementedError
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        """Metrics over the validation samples of all processes."""
+        raise NotImplementedError
+
+
+def check_batch(config: Config, stage: str) -> None:
+    """Makes sure that the processes can share a stage's minibatches.
 
     Raises:
-        ValueError or FileNotFoundError: what it needs is not there or does not fit.
+        ValueError: they cannot.
     """
-    begun = (output / "checkpoints" / LAST).exists()
-    content = None if begun else read_initial_weights(name, config)
-    stage = _build(name, config, output, device, filled=begun or content is not None)
-    if content is not None:
-        start_from(stage, content, source=config.init.weights)
-    return stage
-
-
-def _build(name: str, config: Config, output: Path, device: torch.device, *, filled: bool) -> Stage:
-    """`filled`: a checkpoint of the stage is going to fill the whole network."""
-    if name == DeepMaskStage.name:
-        return DeepMaskStage(config)
-    if name == SharpMaskStage.name:  # its own checkpoint holds the DeepMask, too
-        return SharpMaskStage(config, None if filled else find_deepmask(config, output))
-    stores = {split: find_proposals(config, split, output, device) for split in ("train", "val")}
-    trunk = None
-    if config.multipathnet.trunk.weights == "deepmask" and not filled:
-        trunk = find_proposer(config, output)
-    proposals = {split: store.boxes() for split, store in stores.items()}
-    stage = MultiPathNetStage(config, proposals, trunk_checkpoint=trunk)
-    for split, data in (("train", stage.train_data), ("val", stage.val_data)):
-        check_images(stores[split], data.coco)
-    return stage
-
-
-def find_deepmask(config: Config, output: Path) -> Path:
-    """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it.
-
-    Raises:
-        FileNotFoundError: there is none; says how to get one.
-    """
-    if config.init.deepmask:
-        return find_path(config.init.deepmask, key="init.deepmask")
-    beside = output.parent / "deepmask"
-    if not (beside / "checkpoints" / BEST).is_file():
-        raise FileNotFoundError(
-            f"no trained DeepMask: {beside / 'checkpoints' / BEST} does not exist; name one by "
-            "--set init.deepmask=CHECKPOINT, or train it first: tools/train_stage.py "
-            f"--stage deepmask --output {beside}"
+    section = getattr(config, stage)
+    size, processes = section.optim.batch_size, distributed.world_size()
+    group = 1 if stage == "multipathnet" else section.sampling.patches_per_image
+    if size % (group * processes):
+        per_image = f"sampling.patches_per_image {group} times " if group > 1 else ""
+        raise ValueError(
+            f"{stage}.optim.batch_size {size} must be a multiple of {per_image}"
+            f"the number of processes {processes}"
         )
-    return beside / "checkpoints" / BEST
 
 
-def find_proposer(config: Config, output: Path) -> Path:
-    """The network that proposes for a detector: `init.proposer`, or of the runs beside it.
+class PatchStage(Stage):
+    """What DeepMask's and SharpMask's training have in common: patches in, masks out."""
 
-    Raises:
-        FileNotFoundError: there is none; says how to get one.
-    """
-    if config.init.proposer:
-        return find_path(config.init.proposer, key="init.proposer")
-    for name in (SharpMaskStage.name, DeepMaskStage.name):
-        path = output.parent / name / "checkpoints" / BEST
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"no proposals and no network to make them: {output.parent} holds no sharpmask or deepmask "
-        "run; name proposal stores by --set init.train_proposals=DIR init.val_proposals=DIR, or a "
-        "checkpoint by --set init.proposer=CHECKPOINT"
-    )
+    samples, best_metric = "patches", "iou_above_0.7"
 
+    def __init__(self, config: Config, *, target_size: int):
+        """
+        Args:
+            target_size: side of the mask targets.
 
-def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalStore:
-    """A split's proposals: `init.{split}_proposals`, or made in the run directory.
+        Raises:
+            ValueError or FileNotFoundError: data that is not there or does not fit.
+        """
+        super().__init__(config)
+        self.sampling = getattr(config, self.name).sampling
 
-    Raises:
-        FileNotFoundError: a store that is not there; see `find_proposer`.
-    """
-    key = f"{split}_proposals"
-    if given := getattr(config.init, key):
-        return ProposalStore(find_path(given, key=f"init.{key}"))
-    prepare_data(config)
-    annotations, images = split_files(config, split)
-    sampling = config.multipathnet.sampling
-    proposer, settings = load_proposer(
-        find_proposer(config, output),
-        device,
-        num_proposals=sampling.max_proposals,
-        scales=sampling.proposal_scales,
-        refine=sampling.refine_proposals,
-    )
-    store = output / "proposals" / split
-    propose_images(
-        proposer,
-        images,
-        store,
-        settings=settings,
-        annotations=annotations,
-        max_images=sampling.max_images if split == "train" else None,
-    )
-    return ProposalStore(store)
-
-
-def check_images(store: ProposalStore, coco: CocoInstances) -> None:
-    """Makes sure that a store's images are the annotated ones.
-
-    Two splits, or two datasets, may well count their images from 1.
-
-    Raises:
-        ValueError: an image of the same id has another size.
-    """
-    sizes = dict(zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True))
-    for image in store.images().values():
-        here, there = [image["height"], image["width"]], sizes.get(image["id"])
-        if there not in (None, here):
-            raise ValueError(
-                f"{store.directory} is of other images than {coco.path}: image_id {image['id']} "
-                f"has {here[1]}x{here[0]} pixels there, and {there[1]}x{there[0]} here"
+        def patches(split: str, seed: int) -> PatchDataset:
+            return patch_dataset(
+                config.deepmask,
+                *load_split(config, split),
+                sampling=self.sampling,
+                target_size=target_size,
+                seed=seed,
             )
+
+        self.train_data = patches("train", config.seed)
+        self.val_data = patches("val", VALIDATION_SEED)
+        self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_fraction)
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        indices = PatchBatchSampler(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            groups_per_batch=self.optim.batch_size // self.sampling.patches_per_image,
+            seed=self.config.seed,
+            mask_batch_prob=self.sampling.mask_batch_prob,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        workers = self.config.data.workers
+        for batch in device_batches(self.train_data, indices, device, workers=workers):
+            self.broken.note(batch["broken"])
+            yield batch
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        return evaluate_patches(
+            self.model,
+            self.val_data,
+            device,
+            heads=validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob),
+            batch_size=self.optim.batch_size,
+            workers=self.config.data.workers,
+        )
+
+
+class DeepMaskStage(PatchStage):
+    """Trains trunk, tail and both heads."""
+
+    name = "deepmask"
+    model: DeepMask
+
+    def __init__(self, config: Config):
+        """
+        Raises:
+            ValueError or FileNotFoundError: data or weights that are not there or do not fit.
+        """
+        super().__init__(config, target_size=config.deepmask.target_size)
+        self.model = make_deepmask(config, pretrained=config.init.weights is None)
+        for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
+            level.requires_grad_(False)
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """The mask loss on a mask minibatch, the score loss on a score minibatch, weighted."""
+        c = self.config.deepmask
+        if "targets" in batch:
+            loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+            return {"loss": c.mask_weight * loss, "mask_loss": loss}
+        loss = score_loss(model(batch["patches"], head="score")["score_logits"], batch["labels"])
+        return {"loss": c.score_weight * loss, "score_loss": loss}
+
+
+class SharpMaskStage(PatchStage):
+    """Trains the refinement on top of a trained DeepMask, which stays as it is.
+
+    ECCV 2016, section 3.3: targets have the full resolution of the patch, and all minibatches are
+    of mask patches.
+    """
+
+    name = "sharpmask"
+    model: SharpMask
+
+    def __init__(self, config: Config):
+        """
+        Raises:
+            ValueError or FileNotFoundError: data that is not there or does not fit.
+        """
+        super().__init__(config, target_size=config.deepmask.patch_size)
+        self.model = make_sharpmask(config)
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """The mask loss at the resolution of the patch."""
+        loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+        return {"loss": self.config.sharpmask.mask_weight * loss, "mask_loss": loss}
+
+
+class MultiPathNetStage(Stage):
+    """Trains the detector on RoIs of proposals."""
+
+    name = "multipathnet"
+    samples, best_metric = "images", "roi_accuracy"
+    model: MultiPathNet
+
+    def __init__(self, config: Config, proposals: dict[str, ProposalBoxes]):
+        """
+        Args:
+            proposals: of the "train" and "val" images.
+
+        Raises:
+            ValueError or FileNotFoundError: data or weights that are not there or do not fit.
+        """
+        super().__init__(config)
+        c = config.multipathnet
+        self.train_data = roi_dataset(
+            c, *load_split(config, "train"), proposals["train"], seed=config.seed
+        )
+        self.val_data = roi_dataset(
+            c,
+            *load_split(config, "val"),
+            proposals["val"],
+            seed=ROI_VALIDATION_SEED,
+            all_images=True,
+        )
+        coco = self.train_data.coco
+        self.broken = BrokenFiles(len(coco), config.data.max_broken_fraction)
+        self.metadata = {
+            "categories": [
+                {"id": int(category_id), "name": str(name)}
+                for category_id, name in zip(coco.category_ids, coco.category_names, strict=True)
+            ]
+        }
+        torch.manual_seed(config.seed)
+        self.model = make_multipathnet(
+            config, num_classes=len(coco.category_ids), pretrained=config.init.weights is None
+        )
+        mean, std = delta_statistics(self.train_data, seed=config.seed)
+        self.model.delta_mean.copy_(mean)
+        self.model.delta_std.copy_(std)
+        for level in self.model.trunk.levels[: c.trunk.frozen_levels]:
+            level.requires_grad_(False)
+        self.phase_starts = (c.frozen_epochs * self.optim.batches_per_epoch,)
+
+    def start_phase(self, step: int) -> None:
+        """Phase 1 trains the heads alone; phase 2 the levels that are not frozen, too."""
+        in_phase_2 = step >= self.phase_starts[0]
+        for i, level in enumerate(self.model.trunk.levels):
+            trained = in_phase_2 and i >= self.config.multipathnet.trunk.frozen_levels
+            level.requires_grad_(trained)
+
+    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        c = self.config.multipathnet
+        indices = RoiBatchSampler(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            images_per_batch=self.optim.batch_size,
+            num_thresholds=len(c.iou_thresholds) if c.sampling.draw_threshold else None,
+            seed=self.config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        workers = self.config.data.workers
+        for batch in device_batches(self.train_data, indices, device, workers=workers):
+            self.broken.note(batch["broken"])
+            yield batch
+
+    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """Integral loss plus the box regressor's."""
+        outputs = model(batch["images"], batch["rois"])
+        targets = self.model.delta_targets(batch["rois"][:, 1:], batch["boxes"])
+        classes = integral_loss(outputs["class_logits"], batch["labels"])
+        boxes = box_loss(outputs["deltas"], targets, batch["labels"])
+        loss = classes + self.config.multipathnet.box_weight * boxes
+        return {"loss": loss, "class_loss": classes, "box_loss": boxes}
+
+    def validate(self, device: torch.device) -> dict[str, float]:
+        return evaluate_rois(
+            self.model,
+            self.val_data,
+            device,
+            batches=self.optim.validation_batches,
+            batch_size=self.optim.batch_size,
+            workers=self.config.data.workers,
+        )

@@ -163,7 +163,7 @@ def test_area_is_that_of_the_polygon(tmp_path_factory, ring):
 
 
 def test_empty_runs_are_joined(load):
-    """pycocotools' merge and toBbox go wrong on them."""
+    """Pycocotools' merge and toBbox go wrong on them."""
     runs = [0, 5, 0, 5, 0, 0, HEIGHT * WIDTH - 10]
     for counts in (runs, compress(runs)):
         coco = load(minimal(segmentation=rle(counts)))

@@ -10,6 +10,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
+from datasets.transforms import denormalize, normalize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from datasets.patches import (
     patch_loader,
     rasterize,
 )
-from datasets.transforms import denormalize, normalize
 
 SIZE = 64
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from datasets.transforms import PixelRules, denormalize, normalize
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
@@ -22,7 +23,6 @@ from datasets.rois import (
     roi_loader,
     target_statistics,
 )
-from datasets.transforms import PixelRules, denormalize, normalize
 
 RULES = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
 
@@ -67,7 +67,7 @@ def make_dataset(folder, *, count=6, sizes=((120, 160),), seed=0, **rules):
 
 
 def red_rectangle(image, green):
-    """xyxy of what is painted red in a (3, h, w) normalized image, to the sub-pixel."""
+    """Xyxy of what is painted red in a (3, h, w) normalized image, to the sub-pixel."""
     pixels = denormalize(image.numpy()).astype(np.float64)
     # From the texture's color to the rectangle's; on an outline, the share that is covered.
     share = ((pixels[..., 0] - 120) / 130).clip(0, 1)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.dropout import KeyedDropout
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import box_targets
 from models import multipathnet
-from models.dropout import KeyedDropout
 from models.multipathnet import (
     FullyConnectedHead,
     MultiPathNet,

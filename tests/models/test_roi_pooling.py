@@ -1,5 +1,6 @@
 """Rounded RoI pooling against the released kernel's loops, written again in plain Python; Fast
-R-CNN's against torchvision's."""
+R-CNN's against torchvision's.
+"""
 
 import math
 

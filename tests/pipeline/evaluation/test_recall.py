@@ -245,7 +245,7 @@ def test_images_without_proposals_count_as_missed(tmp_path):
 
 
 def test_neither_category_nor_id_decides_whether_an_object_is_found(tmp_path):
-    """pycocotools drops results of an unlisted category and takes a match with id 0 for none."""
+    """Pycocotools drops results of an unlisted category and takes a match with id 0 for none."""
     objects = [annotation(0, (10, 10, 50, 50), category_id=90)]
     path = write_dataset(tmp_path / "truth.json", objects, category_ids=(90,))
     results = [result((10, 10, 50, 50), 0.5)]

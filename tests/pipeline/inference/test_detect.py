@@ -8,6 +8,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
+from pipeline.load import compress_checkpoint, load_detector
 from torch import nn
 
 from datasets.coco import CocoInstances
@@ -19,7 +20,6 @@ from pipeline.evaluation.recall import load_ground_truth
 from pipeline.inference.detect import Detector
 from pipeline.inference.detect_run import detect_images
 from pipeline.inference.proposals import Proposals, ProposalStore
-from pipeline.load import compress_checkpoint, load_detector
 
 CPU = torch.device("cpu")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.load import load_proposer
 
 from datasets.images import read_image
 from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import Proposer
 from pipeline.inference.propose_run import propose_images
-from pipeline.load import load_proposer
 
 CPU = torch.device("cpu")
 INT8 = "openvino-int8"

@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pipeline.load import load_proposer
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.images import read_image
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose_run import propose_images
-from pipeline.load import load_proposer
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {"num_proposals": 3}

@@ -15,11 +15,11 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 import torch.nn.functional as F
+from pipeline.load import load_mask_network
 
 from models.trunk import symmetric_pad
 from pipeline.inference.paste import Pasted
 from pipeline.inference.propose import Proposer, best_cells, resize_released
-from pipeline.load import load_mask_network
 from pipeline.torch7.convert import convert_file
 from tests.real_data import TORCH7
 

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets.transforms import PixelRules, normalize
+from pipeline.load import load_detector
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import mirror
-from datasets.transforms import PixelRules, normalize
 from models.multipathnet import MultiPathNet
 from models.roi_pooling import roi_pool_rounded
 from models.trunk import build_trunk, load_backbone
 from pipeline.checkpoint import save_checkpoint
-from pipeline.config import config_from_dict
 from pipeline.inference.box_selection import select_boxes
 from pipeline.inference.detect import Detector
 from pipeline.inference.proposals import Proposals
-from pipeline.load import load_detector
 from pipeline.networks import build_multipathnet
+from pipeline.recipe import config_from_dict
 from pipeline.torch7.caffe import convert_caffe_network, is_caffe_network
 from pipeline.torch7.convert import convert_file
 from pipeline.torch7.detector import convert_detector, is_detector

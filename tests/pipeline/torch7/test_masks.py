@@ -14,9 +14,9 @@ import torchvision
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline.load import load_mask_network
 
 from models.trunk import build_trunk, load_backbone
-from pipeline.load import load_mask_network
 from pipeline.torch7.convert import convert_file
 from pipeline.torch7.imagenet import imagenet_state
 from pipeline.torch7.masks import convert_deepmask, convert_sharpmask

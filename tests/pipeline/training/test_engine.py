@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pipeline.training.patch_stages import DeepMaskStage
 
-from pipeline.config import OptimConfig, config_from_dict, load_config
+from pipeline.config import OptimConfig
+from pipeline.recipe import config_from_dict, load_config
 from pipeline.training import engine
 from pipeline.training.engine import Interrupted, fit, learning_rate
-from pipeline.training.patch_stages import DeepMaskStage
 from pipeline.training.run_log import RunLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,7 +10,7 @@ import torch
 
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.config import config_from_dict, load_config
+from pipeline.recipe import config_from_dict, load_config
 from pipeline.torch7.convert import convert_file
 from pipeline.training.engine import fit
 from pipeline.training.stages import build_stage

@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pipeline.training.roi_stage import roi_dataset
 
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import load_config
 from pipeline.inference.proposals import ProposalStore
+from pipeline.recipe import load_config
 from pipeline.training import engine
 from pipeline.training.engine import Interrupted, fit
-from pipeline.training.roi_stage import roi_dataset
 from pipeline.training.stages import build_stage, find_proposals
 
 CPU = torch.device("cpu")

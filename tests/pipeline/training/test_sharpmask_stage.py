@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pipeline.load import load_mask_network, load_proposer
+from pipeline.training.patch_stages import SharpMaskStage
 
 from datasets.images import read_image
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import load_config
-from pipeline.load import load_mask_network, load_proposer
+from pipeline.recipe import load_config
 from pipeline.training import engine
 from pipeline.training.engine import Interrupted, fit
-from pipeline.training.patch_stages import SharpMaskStage
 from pipeline.training.run_log import read_metrics
 from pipeline.training.stages import build_stage
 

@@ -1,0 +1,62 @@
+"""RoI metrics: how many sampled proposals get the right class."""
+
+import torch
+from torch import Tensor
+
+from datasets.rois import RoiBatchSampler, RoiDataset
+from models.multipathnet import MultiPathNet
+from pipeline import distributed
+from pipeline.data import device_batches
+
+ROI_VALIDATION_SEED = 20160914  # validation RoIs are the same in every run
+
+
+@torch.inference_mode()
+def evaluate_rois(
+    model: MultiPathNet,
+    data: RoiDataset,
+    device: torch.device,
+    *,
+    batches: int,
+    batch_size: int,
+    workers: int,
+) -> dict[str, float]:
+    """RoI metrics over the first minibatches of a dataset, which the processes share.
+
+    "roi_accuracy" is the mean of the accuracies on foreground (IoU >= the lowest threshold) and
+    background: guessing background for all RoIs gives 0.5.
+    """
+    model.eval()
+    sampler, sampling = data.sampler, data.sampler.config
+    indices = RoiBatchSampler(
+        range(batches),
+        batches_per_epoch=batches,
+        images_per_batch=batch_size,
+        num_thresholds=len(sampler.iou_thresholds) if sampling.draw_threshold else None,
+        seed=ROI_VALIDATION_SEED,
+    )
+    hits = [torch.empty(0, 2, dtype=torch.bool)]
+    mine = list(indices)[distributed.rank() :: distributed.world_size()]
+    for batch in device_batches(data, mine, device, workers=workers):
+        logits = model(batch["images"], batch["rois"])["class_logits"]
+        predicted = logits.softmax(-1).mean(1).argmax(-1)
+        labels = batch["labels"].amax(0)
+        known = labels >= 0
+        hits.append(torch.stack([predicted == labels, labels > 0], 1)[known].cpu())
+    return roi_metrics(torch.cat([h for part in distributed.gather(hits) for h in part]))
+
+
+def roi_metrics(hits: Tensor) -> dict[str, float]:
+    """From (n, 2) bool: right, foreground. What cannot be measured is left out."""
+    right, foreground = hits.unbind(1)
+    accuracies = {
+        name: float(right[rows].float().mean())
+        for name, rows in (
+            ("foreground_accuracy", foreground),
+            ("background_accuracy", ~foreground),
+        )
+        if rows.any()
+    }
+    if not accuracies:
+        return {}
+    return {"roi_accuracy": sum(accuracies.values()) / len(accuracies), **accuracies}

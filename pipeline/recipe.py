@@ -1,0 +1,237 @@
+"""Recipes: the settings of `pipeline/config.py` from YAML files, the command line and checkpoints.
+
+A file holds only what it changes. Unknown keys, at any depth, and values of a wrong type are
+errors.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from datasets.files import atomic_path
+from pipeline.config import ROOT, Config
+
+# Settings that got another name, or another place: files and checkpoints from before still load.
+RENAMED = {
+    "data.max_broken_share": "data.max_broken_fraction",
+    "deepmask.sampling.mask_share": "deepmask.sampling.mask_batch_prob",
+    "deepmask.sampling.score_scales": "deepmask.sampling.score_log2_scales",
+    "deepmask.sampling.negative_octaves": "deepmask.sampling.negative_log2_scale",
+    "deepmask.optim.optimiser": "deepmask.optim.optimizer",
+    "sharpmask.sampling.mask_share": "sharpmask.sampling.mask_batch_prob",
+    "sharpmask.sampling.score_scales": "sharpmask.sampling.score_log2_scales",
+    "sharpmask.sampling.negative_octaves": "sharpmask.sampling.negative_log2_scale",
+    "sharpmask.optim.optimiser": "sharpmask.optim.optimizer",
+    "multipathnet.box_tower": "multipathnet.use_box_tower",
+    "multipathnet.thresholds": "multipathnet.iou_thresholds",
+    "multipathnet.draw_threshold": "multipathnet.sampling.draw_threshold",
+    "multipathnet.normalise": "multipathnet.normalize",
+    "multipathnet.scale": "multipathnet.norm_scale",
+    "multipathnet.roi_bins": "multipathnet.roi_pool",
+    "multipathnet.resampling": "multipathnet.align_corners",
+    "multipathnet.sampling.foreground_share": "multipathnet.sampling.fg_fraction",
+    "multipathnet.sampling.background_low": "multipathnet.sampling.bg_iou_low",
+    "multipathnet.sampling.proposal_scales": "multipathnet.sampling.proposal_log2_scales",
+    "multipathnet.optim.optimiser": "multipathnet.optim.optimizer",
+    "propose.scales": "propose.log2_scales",
+    "propose.resampling": "propose.align_corners",
+    "detect.vote": "detect.box_voting_iou",
+    "detect.localisations": "detect.box_refinement_iters",
+}
+RENAMED_VALUES = {"area": False, "corners": True, "overlapping": "caffe", "rounded": "lua"}
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A recipe: the defaults, changed by a YAML file, changed by dotted overrides.
+
+    Args:
+        path: the YAML file, below the working directory or the project's root.
+        overrides: such as `deepmask.optim.lr=1e-4`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key or value that the schema does not have, in one line.
+    """
+    path = Path(path)
+    if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
+        path = ROOT / path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config {path} does not exist; recipes that come with the project are in configs/"
+        )
+    try:
+        layer = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"config {path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(layer, DictConfig):
+        raise ValueError(f"config {path} must be a mapping of keys to values")
+    layers = {f"config {path}": layer}
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(
+                f"--set {override}: write key=value, for example deepmask.optim.lr=1e-4"
+            )
+        try:
+            layers[f"--set {override}"] = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"--set {override}: {_one_line(error)}") from error
+    return _resolve(layers)
+
+
+def config_from_dict(values: dict, *, source: str) -> Config:
+    """The config that a checkpoint carries.
+
+    Raises:
+        ValueError: it is of another schema; names `source`.
+    """
+    return _resolve({source: OmegaConf.create(values)})
+
+
+def config_to_dict(config: Config) -> dict:
+    """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return {str(key): _plain(value) for key, value in values.items()}
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved config as YAML."""
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.create(config_to_dict(config)), temporary)
+
+
+def find_path(path: str, *, key: str) -> Path:
+    """A path of a config: as it is below the working directory, else below the project's root.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    if not path:
+        raise ValueError(f"{key} is empty; give a path")
+    for candidate in (Path(path), ROOT / path):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"{key}: {path} does not exist, neither here nor below {ROOT}")
+
+
+def settings_of(schema: type, config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, by name, from a config that has them too."""
+    return {f.name: getattr(config, f.name) for f in fields(schema)}
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, which checkpoints and YAML do not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _resolve(layers: dict[str, DictConfig]) -> Config:
+    """The defaults, changed by one layer after the other, each by the name of its source."""
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers.items():
+        try:
+            layers[source] = _with_new_names(OmegaConf.to_container(layer))
+            _check_keys(layers[source], Config, prefix="", source=source)
+            merged = OmegaConf.merge(merged, layers[source])
+        except OmegaConfBaseException as error:
+            place = f"{error.full_key}: " if error.full_key else ""
+            raise ValueError(f"{source}: {place}{_one_line(error)}") from error
+    try:
+        return _instantiate(Config, merged)
+    except ValueError as error:  # it starts with the key
+        key = str(error).split(" ")[0]
+        named = [source for source, layer in layers.items() if _has(layer, key)]
+        raise ValueError(f"{[*layers, *named][-1]}: {error}") from None
+
+
+def _has(layer: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(layer, dict) or part not in layer:
+            return False
+        layer = layer[part]
+    return True
+
+
+def _with_new_names(values: Any) -> Any:
+    """The same with the settings of `RENAMED` under their new names."""
+    for old, new in RENAMED.items():
+        *sections, name = old.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or name not in section:
+            continue
+        value = section.pop(name)
+        if isinstance(value, str):
+            value = RENAMED_VALUES.get(value, value)
+        *sections, name = new.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return values
+
+
+def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:
+    """The dataclass of a node; an error of its own checks starts with the dotted key."""
+    values = {}
+    for f in fields(schema):
+        section, value = _dataclass_of(f.type), node[f.name]
+        if section and value is not None:
+            value = _instantiate(section, value, prefix=f"{prefix}{f.name}.")
+        elif OmegaConf.is_config(value):
+            value = OmegaConf.to_object(value)
+        values[f.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return schema(**values)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
+    """An unknown key is an error that says what was probably meant.
+
+    So is a section or list of a wrong form.
+    """
+    known = {f.name: f for f in fields(schema)}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = (
+                f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            )
+            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
+        annotation: Any = known[key].type
+        section = _dataclass_of(annotation)
+        if section and isinstance(value, dict):
+            _check_keys(value, section, prefix=f"{prefix}{key}.", source=source)
+        elif section and not isinstance(value, annotation):  # None where it is allowed
+            raise ValueError(
+                f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}"
+            )
+        length = len(get_args(annotation))
+        is_list = isinstance(value, list | tuple)
+        if get_origin(annotation) is not tuple:
+            continue
+        if Ellipsis in get_args(annotation):
+            if not is_list:
+                raise ValueError(f"{source}: {prefix}{key} must be a list, got {value!r}")
+        elif not is_list or len(value) != length:
+            raise ValueError(
+                f"{source}: {prefix}{key} must be a list of {length} values, got {value!r}"
+            )
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    candidates = getattr(annotation, "__args__", (annotation,))
+    return next((c for c in candidates if is_dataclass(c)), None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    ")[0].split())

@@ -1,0 +1,248 @@
+"""What a stage starts from: found beside its run directory or named by the config, or made.
+
+`prepare_stage` may take long, since it makes the proposals that a detector is trained on;
+`build_stage` reads data and weights and nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets.coco import CocoInstances
+from pipeline import distributed
+from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from pipeline.config import Config
+from pipeline.data import prepare_data, split_files
+from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_run import propose_images
+from pipeline.networks import check_same_network
+from pipeline.recipe import find_path
+from pipeline.training.stages import (
+    DeepMaskStage,
+    MultiPathNetStage,
+    SharpMaskStage,
+    Stage,
+    check_batch,
+)
+
+# Of a detector: what belongs to its categories, with the mean and deviation of its box deltas.
+CATEGORY_WEIGHTS = ("cls_score.", "bbox_pred.", "delta_")
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage starts from.
+
+    Attributes:
+        weights: checkpoint that fills the whole network.
+        deepmask: checkpoint of the DeepMask that a SharpMask is built on.
+        trunk: checkpoint of the mask network whose trunk a detector starts from.
+        proposals: stores of the "train" and "val" images, for a detector.
+    """
+
+    weights: Path | None = None
+    deepmask: Path | None = None
+    trunk: Path | None = None
+    proposals: dict[str, ProposalStore] = field(default_factory=dict)
+
+
+def prepare_stage(name: str, config: Config, output: Path, device: torch.device) -> StageInputs:
+    """Finds or makes what a stage starts from: data, checkpoints, proposals.
+
+    Args:
+        name: the stage.
+        config: its recipe.
+        output: the stage's run directory; what the stages before it have left is beside it.
+        device: where proposals are made.
+
+    Raises:
+        ValueError or FileNotFoundError: what it needs is not there or does not fit.
+    """
+    check_batch(config, name)
+    prepare_data(config)
+    weights = deepmask = trunk = None
+    begun = (output / "checkpoints" / LAST).exists()  # its checkpoint fills the whole network
+    if config.init.weights is not None and not begun:
+        if name == "sharpmask" and config.init.deepmask:
+            raise ValueError(
+                "init.weights and init.deepmask are both set, and a SharpMask checkpoint holds its "
+                "DeepMask; set only one of them"
+            )
+        weights = find_path(config.init.weights, key="init.weights")
+        check_same_network(load_checkpoint(weights, stage=name), config, name, source=str(weights))
+    filled = begun or weights is not None
+    if name == "sharpmask" and not filled:
+        deepmask = find_deepmask(config, output)
+    proposals = {}
+    if name == "multipathnet":
+        proposals = {s: find_proposals(config, s, output, device) for s in ("train", "val")}
+        if config.multipathnet.trunk.weights == "deepmask" and not filled:
+            trunk = find_proposer(config, output)
+    return StageInputs(weights, deepmask, trunk, proposals)
+
+
+def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
+    """A stage with its data, its network filled from what it starts from.
+
+    Raises:
+        ValueError or FileNotFoundError: data or weights that do not fit.
+    """
+    stage = BUILDERS[name](config, inputs)
+    if inputs.weights is not None:
+        start_from(stage, load_checkpoint(inputs.weights), source=str(inputs.weights))
+    return stage
+
+
+def _build_deepmask(config: Config, inputs: StageInputs) -> DeepMaskStage:
+    return DeepMaskStage(config)
+
+
+def _build_sharpmask(config: Config, inputs: StageInputs) -> SharpMaskStage:
+    stage = SharpMaskStage(config)
+    if inputs.deepmask is not None:
+        checkpoint, source = load_checkpoint(inputs.deepmask, stage="deepmask"), inputs.deepmask
+        check_same_network(checkpoint, config, "deepmask", source=str(source))
+        load_weights(stage.model.deepmask, checkpoint["model"], source=str(source))
+        stage.model.start_from_deepmask()
+        distributed.say(f"DeepMask from {source}")
+    return stage
+
+
+def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStage:
+    stores = inputs.proposals
+    stage = MultiPathNetStage(config, {split: store.boxes() for split, store in stores.items()})
+    for split, data in (("train", stage.train_data), ("val", stage.val_data)):
+        check_images(stores[split], data.coco)
+    if inputs.trunk is not None:
+        checkpoint = load_checkpoint(inputs.trunk, stage=("deepmask", "sharpmask"))
+        prefix = "deepmask.trunk." if checkpoint["stage"] == "sharpmask" else "trunk."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in checkpoint["model"].items()
+            if name.startswith(prefix)
+        }
+        load_weights(stage.model.trunk, weights, source=f"the trunk of {inputs.trunk}")
+    return stage
+
+
+BUILDERS: dict[str, Callable[[Config, StageInputs], Stage]] = {
+    "deepmask": _build_deepmask,
+    "sharpmask": _build_sharpmask,
+    "multipathnet": _build_multipathnet,
+}
+
+
+def start_from(stage: Stage, checkpoint: dict[str, Any], *, source: str) -> None:
+    """Fills a stage's network from a checkpoint of the same stage.
+
+    The classifier and box regressor of a detector stay as they are, random, if it is for other
+    categories than the dataset's.
+
+    Raises:
+        ValueError: weights that do not fit, all of them listed.
+    """
+    state, lines = checkpoint["model"], [f"weights from {source}"]
+    own, theirs = (_category_names(each) for each in (stage.metadata, checkpoint))
+    if own != theirs:
+        kept = stage.model.state_dict()
+        state = {k: v for k, v in state.items() if not k.startswith(CATEGORY_WEIGHTS)}
+        state |= {k: v for k, v in kept.items() if k.startswith(CATEGORY_WEIGHTS)}
+        lines.append(
+            f"its {len(theirs)} categories are not the dataset's {len(own)}, so classifier and "
+            "box regressor start from random weights"
+        )
+    load_weights(stage.model, state, source=source)
+    distributed.say("\n".join(lines))
+
+
+def _category_names(metadata: dict[str, Any]) -> list[str]:
+    return [category["name"] for category in metadata.get("categories", ())]
+
+
+def find_deepmask(config: Config, output: Path) -> Path:
+    """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it.
+
+    Raises:
+        FileNotFoundError: there is none; says how to get one.
+    """
+    if config.init.deepmask:
+        return find_path(config.init.deepmask, key="init.deepmask")
+    beside = output.parent / "deepmask"
+    if not (beside / "checkpoints" / BEST).is_file():
+        raise FileNotFoundError(
+            f"no trained DeepMask: {beside / 'checkpoints' / BEST} does not exist; name one by "
+            "--set init.deepmask=CHECKPOINT, or train it first: tools/train_stage.py "
+            f"--stage deepmask --output {beside}"
+        )
+    return beside / "checkpoints" / BEST
+
+
+def find_proposer(config: Config, output: Path) -> Path:
+    """The network that proposes for a detector: `init.proposer`, or of the runs beside it.
+
+    Raises:
+        FileNotFoundError: there is none; says how to get one.
+    """
+    if config.init.proposer:
+        return find_path(config.init.proposer, key="init.proposer")
+    for name in ("sharpmask", "deepmask"):
+        path = output.parent / name / "checkpoints" / BEST
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no proposals and no network to make them: {output.parent} holds no sharpmask or deepmask "
+        "run; name proposal stores by --set init.train_proposals=DIR init.val_proposals=DIR, or a "
+        "checkpoint by --set init.proposer=CHECKPOINT"
+    )
+
+
+def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalStore:
+    """A split's proposals: `init.{split}_proposals`, or made in the run directory.
+
+    Raises:
+        FileNotFoundError: a store that is not there; see `find_proposer`.
+    """
+    key = f"{split}_proposals"
+    if given := getattr(config.init, key):
+        return ProposalStore(find_path(given, key=f"init.{key}"))
+    annotations, images = split_files(config, split)
+    sampling = config.multipathnet.sampling
+    proposer, settings = load_proposer(
+        find_proposer(config, output),
+        device,
+        num_proposals=sampling.max_proposals,
+        log2_scales=sampling.proposal_log2_scales,
+        refine=sampling.refine_proposals,
+    )
+    store = output / "proposals" / split
+    propose_images(
+        proposer,
+        images,
+        store,
+        settings=settings,
+        annotations=annotations,
+        max_images=sampling.max_images if split == "train" else None,
+    )
+    return ProposalStore(store)
+
+
+def check_images(store: ProposalStore, coco: CocoInstances) -> None:
+    """Makes sure that a store's images are the annotated ones.
+
+    Two splits, or two datasets, may well count their images from 1.
+
+    Raises:
+        ValueError: an image of the same id has another size.
+    """
+    sizes = dict(zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True))
+    for image in store.images().values():
+        here, there = [image["height"], image["width"]], sizes.get(image["id"])
+        if there not in (None, here):
+            raise ValueError(
+                f"{store.directory} is of other images than {coco.path}: image_id {image['id']} "
+                f"has {here[1]}x{here[0]} pixels there, and {there[1]}x{there[0]} here"
+            )
