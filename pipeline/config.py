@@ -17,7 +17,7 @@ from datasets.roi_sampler import RoiSamplingConfig
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.sharpmask import SharpMaskConfig
-from models.trunk import TrunkConfig
+from models.trunk import RESNETS, TrunkConfig
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +175,11 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
+        if self.head == "layer4" and self.trunk.name not in RESNETS:
+            raise ValueError(
+                f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "
+                "use head fc"
+            )
         if self.sampling.bg_iou_low >= self.iou_thresholds[0]:
             raise ValueError(
                 f"sampling.bg_iou_low must be below the lowest of iou_thresholds, "
@@ -258,6 +263,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
+        if self.trunk.name == "caffenet":  # it has no level at stride 2
+            raise ValueError("trunk.name caffenet can only be a detector's trunk")
         _require(
             self,
             f"a prefix of {', '.join(STAGES)}",

@@ -134,14 +134,16 @@ def _plain(value: Any) -> Any:
 def _resolve(layers: dict[str, DictConfig]) -> Config:
     """The defaults, changed by one layer after the other, each by the name of its source."""
     merged = OmegaConf.structured(Config)
-    for source, layer in layers.items():
-        try:
+    source = ""
+    try:
+        for source, layer in layers.items():
             layers[source] = _with_new_names(OmegaConf.to_container(layer))
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, layers[source])
-        except OmegaConfBaseException as error:
-            place = f"{error.full_key}: " if error.full_key else ""
-            raise ValueError(f"{source}: {place}{_one_line(error)}") from error
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        place = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{source}: {place}{_one_line(error)}") from error
     try:
         return _instantiate(Config, merged)
     except ValueError as error:  # it starts with the key
