@@ -196,7 +196,7 @@ class RoiSampler:
         overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does
         # have it, in a crowd or not.
-        usable = (overlaps[:, crowd] <= config.crowd_overlap).all(axis=1)
+        usable: np.ndarray = np.all(overlaps[:, crowd] <= config.crowd_overlap, axis=1)
         usable[len(proposals) :] = True
         boxes, overlaps = boxes[usable], overlaps[usable][:, ~crowd]
         if crowd.all():  # or no annotation at all

@@ -95,7 +95,7 @@ def config_from_dict(values: dict, *, source: str) -> Config:
 
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     return {str(key): _plain(value) for key, value in values.items()}
 
 
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 def _resolve(layers: dict[str, DictConfig]) -> Config:
     """The defaults, changed by one layer after the other, each by the name of its source."""
-    merged = OmegaConf.structured(Config)
+    merged: Any = OmegaConf.structured(Config)
     source = ""
     try:
         for source, layer in layers.items():
@@ -230,7 +230,7 @@ def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
             )
 
 
-def _dataclass_of(annotation: Any) -> type | None:
+def _dataclass_of(annotation: Any) -> Any:
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((c for c in candidates if is_dataclass(c)), None)
 

@@ -1,4 +1,4 @@
-"""The training loop: schedules, resuming, several processes, signals, losses that are not finite."""
+"""The training loop: schedules, resuming, several processes, signals, non-finite losses."""
 
 import copy
 import json
