@@ -23,8 +23,8 @@ GRAY = 0.5  # what lies outside an image, before normalization
 class PixelConfig:
     """How images come to a network: RGB in [0, 1] less the mean, divided by the deviation."""
 
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    mean: tuple[float, float, float] = MEAN  # of each channel, ImageNet's
+    std: tuple[float, float, float] = STD  # of each channel
     bgr: bool = False  # the channels are then reversed, as Caffe's networks take them
 
     def __post_init__(self) -> None:
