@@ -105,9 +105,7 @@ def test_a_picture_is_a_data_uri():
     picture = np.zeros((8, 16, 3), np.uint8)
     picture[..., 0] = 200
     scheme, data = jpeg_uri(picture).split(",")
-    decoded = cv2.imdecode(
-        np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB
-    )
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
     assert scheme == "data:image/jpeg;base64" and np.abs(decoded.astype(int) - picture).max() < 5
 
 
