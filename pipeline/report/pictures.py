@@ -134,9 +134,12 @@ def detection_gallery(path: Path, *, coco: CocoInstances, images: Path) -> Galle
 
 
 def first(found: Found, count: int) -> Found:
-    """The `count` proposals or detections with the highest scores."""
-    columns = (np.ndarray, list)
-    best: dict[str, Any] = {k: v[:count] for k, v in vars(found).items() if isinstance(v, columns)}
+    """The `count` proposals or detections with the highest scores, as copies."""
+    best: dict[str, Any] = {
+        name: column[:count].copy()
+        for name, column in vars(found).items()
+        if isinstance(column, np.ndarray | list)
+    }
     return replace(found, **best)
 
 

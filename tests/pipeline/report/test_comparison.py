@@ -168,7 +168,8 @@ def test_section_shows_differences_and_objects(page):
         assert f"<td>{cell}</td>" in section
     assert section.count('src="data:image/jpeg;base64,') == 4 and section.count("<svg>") == 2
     assert section.index("found.png") < section.index("half.png"), "ordered by gain"
-    assert section.count("SharpMask <b>1.00</b>") == 2 and "DeepMask <b>0.50</b>" in section
+    assert "IoU <b>1.00 → 1.00</b>, +0.00" in section
+    assert "IoU <b>0.50 → 1.00</b>, +0.50" in section
     assert "Of the 5 that were looked at" in section and "5 are in both stores" in section
     assert "2 objects have one" in section and "Of all 2, 1 (50 %) gained" in section
 

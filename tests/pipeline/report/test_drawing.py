@@ -23,7 +23,7 @@ from pipeline.report.drawing import (
     jpeg_uri,
     scale_image,
 )
-from pipeline.report.pictures import FAINT, FULL, detection_mark
+from pipeline.report.pictures import FULL, detection_mark
 from tests.pipeline.report.small_run import SIDE, SQUARE, detections_of, rle_of
 
 sides = st.integers(1, 200)
@@ -63,23 +63,6 @@ def test_label_stands_at_the_top_left_of_its_mask():
     unlabeled = draw_marks(image, [replace(marks[0], label="")])
     rows, columns = np.nonzero((draw_marks(image, marks) != unlabeled).any(axis=-1))
     assert (rows.max(), columns.min()) == pytest.approx((40, 80), abs=6)
-
-
-def test_labels_of_masks_at_one_place_do_not_cover_each_other():
-    image = np.full((200, 200, 3), 255, np.uint8)
-    marks = [Mark(rle_of((0, 0, 200, 200), 200, 200), (9, 9, 9), FAINT, "0.12") for _ in range(4)]
-    dark = [
-        (draw_marks(image, marks[:n])[4:190, 4:190].sum(axis=-1) < 250).any(axis=1).sum()
-        for n in (1, 2, 4)
-    ]
-    assert dark[1] == pytest.approx(2 * dark[0], abs=6)
-    assert dark[2] == pytest.approx(4 * dark[0], abs=12)
-
-
-def test_labels_at_fractions_of_a_pixel_find_a_place():
-    """At y = 63 * 480 / 500, where y + 17 - y is rounded to less than 17, the height of a label."""
-    image = np.zeros((300, 480, 3), np.uint8)
-    draw_marks(image, [Mark(rle_of((9, 63, 99, 99), 300, 500), (9, 9, 9), 0, "0.12")] * 2)
 
 
 @pytest.mark.parametrize(
