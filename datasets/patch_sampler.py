@@ -231,7 +231,7 @@ class PatchSampler:
     def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
         low, high = self.config.score_log2_scales
         height, width = self.coco.image_sizes[image].tolist()
-        farthest, best = -1.0, None
+        farthest, best = -1.0, (0.0, 0.0, 0)
         for _ in range(MAX_NEGATIVE_DRAWS):
             quarter = int(rng.integers(round(low * 4), round(high * 4) + 1))
             x, y = rng.random() * width, rng.random() * height
