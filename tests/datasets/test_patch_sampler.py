@@ -197,13 +197,15 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
 def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
     only = rectangle(1, 1, 3, 2, 2, 16, 16)
     coco = write_coco(tmp_path / "small.json", [only], images=(1,), width=20, height=20)
-    sampler = PatchSampler(coco)
+    config = PatchSamplingConfig(negative_distance=1000, negative_log2_scale=5)
+    sampler = PatchSampler(coco, config=config)
     patches = [p for group in range(50) for p in sampler.draw(SCORE, 0, group)]
     negatives = [p for p in patches if p.label < 0]
     assert 0 < len(negatives) < 50
-    # The corners are the farthest from the center; each is the best of 100 draws.
-    distances = [math.hypot(p.x - 10, p.y - 10) / math.hypot(10, 10) for p in negatives]
-    assert min(distances) > 0.5 and np.mean(distances) > 0.75
+    # A corner at the largest scale, 4, is the farthest from the object in the middle.
+    farthest = math.hypot(10, 10) * 4
+    distances = [math.hypot(p.x - 10, p.y - 10) * p.scale for p in negatives]
+    assert farthest / 2 < min(distances) <= max(distances) <= farthest
 
 
 def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_path):
