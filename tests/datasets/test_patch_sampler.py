@@ -205,7 +205,7 @@ def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
     # A corner at the largest scale, 4, is the farthest from the object in the middle.
     farthest = math.hypot(10, 10) * 4
     distances = [math.hypot(p.x - 10, p.y - 10) * p.scale for p in negatives]
-    assert farthest / 2 < min(distances) <= max(distances) <= farthest
+    assert 0.4 * farthest < min(distances) <= max(distances) <= farthest
 
 
 def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_path):
