@@ -222,7 +222,7 @@ class _Scene:
 
     def paint_object(self, side: float) -> None:
         """Paints an object, if a place is found where it and those before it stay visible."""
-        category = self._random_category()
+        category = str(self.rng.choice(list(OUTLINES)))
         for _ in range(PLACEMENT_TRIES):
             outline = posed_outline(self.rng, category, side) + self._random_center(side)
             stencil = _cut_stencil(outline, *self.shown.shape)
@@ -233,7 +233,7 @@ class _Scene:
 
     def paint_crowd(self) -> None:
         """Paints a dense swarm of small shapes of similar colors, which counts as one object."""
-        category = self._random_category()
+        category = str(self.rng.choice(list(OUTLINES)))
         height, width = self.shown.shape
         radius = self.rng.uniform(30, 60)
         center = self.rng.uniform(0.2, 0.8, 2) * [width, height]
@@ -249,9 +249,6 @@ class _Scene:
             base = self._contrasting_color(swarm)
             for stencil in stencils:
                 self._paint(stencil, base + self.rng.uniform(-25, 25, 3))
-
-    def _random_category(self) -> str:
-        return str(self.rng.choice(list(OUTLINES)))
 
     def _random_center(self, side: float) -> np.ndarray:
         """(x, y), mostly where `side` px fit in, else anywhere in the image."""
