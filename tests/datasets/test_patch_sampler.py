@@ -1,6 +1,5 @@
 """The draws of the patch sampler against the published procedure, 20,000 draws each."""
 
-import json
 import math
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.patch_sampler import (
     MASK,
     NO_SCALE,
@@ -18,28 +16,15 @@ from datasets.patch_sampler import (
     canonical_quarter,
     canonical_size,
 )
+from tests.coco_json import rectangle, write_coco
 
 DRAWS = 20_000
 CANONICAL = 92
 WIDTH, HEIGHT = 640, 480
 
 
-def rectangle(annotation_id, image, category, x, y, w, h, **more):
-    ids = {"id": annotation_id, "image_id": image, "category_id": category}
-    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    shape = {"bbox": [x, y, w, h], "area": w * h, "segmentation": [polygon], "iscrowd": 0}
-    return ids | shape | more
-
-
-def write_coco(path, annotations, images=(1, 2, 3, 4), *, width=WIDTH, height=HEIGHT):
-    size = {"width": width, "height": height}
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.jpg", **size} for i in images],
-        "categories": [{"id": c, "name": f"c{c}"} for c in (3, 7, 20, 90)],
-        "annotations": annotations,
-    }
-    path.write_text(json.dumps(content))
-    return CocoInstances.load(path)
+def load(path, annotations, images=(1, 2, 3, 4), size=(HEIGHT, WIDTH)):
+    return write_coco(path, dict.fromkeys(images, size), annotations, (3, 7, 20, 90))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +43,7 @@ def coco(tmp_path_factory):
         rectangle(7, 3, 3, 200, 150, 21, 33),
         rectangle(8, 3, 20, 400, 300, 9, 9),  # area below 100: no mask patch
     ]
-    return write_coco(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
+    return load(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
 
 
 def make_sampler(coco, per_group=1, **options):
@@ -135,7 +120,7 @@ def test_score_patches_are_balanced_and_empty_images_give_negatives(coco, per_gr
 
 
 def test_without_empty_images_every_score_patch_is_from_an_image_with_an_object(tmp_path):
-    coco = write_coco(
+    coco = load(
         tmp_path / "a.json",
         [rectangle(1, 1, 3, 30, 40, 100, 50), rectangle(2, 2, 3, 9, 9, 50, 50)],
         images=(1, 2),
@@ -166,7 +151,7 @@ def test_positives_draw_a_scale_of_the_image_then_an_object_at_it(tmp_path):
         rectangle(2, 1, 3, 200, 0, 50, 100),
         rectangle(3, 1, 3, 0, 200, 400, 200),
     ]
-    coco = write_coco(tmp_path / "a.json", annotations, images=(1,))
+    coco = load(tmp_path / "a.json", annotations, images=(1,))
     drawn = [coco.annotation_ids[p.annotation] for p in draw_many(coco, SCORE) if p.label > 0]
     for annotation, probability in {1: 0.25, 2: 0.25, 3: 0.5}.items():
         assert_frequency(frequencies(drawn)[annotation], probability, DRAWS / 2)
@@ -196,7 +181,7 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
 
 def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
     only = rectangle(1, 1, 3, 2, 2, 16, 16)
-    coco = write_coco(tmp_path / "small.json", [only], images=(1,), width=20, height=20)
+    coco = load(tmp_path / "small.json", [only], images=(1,), size=(20, 20))
     config = PatchSamplingConfig(negative_distance=1000, negative_log2_scale=5)
     sampler = PatchSampler(coco, config=config)
     patches = [p for group in range(50) for p in sampler.draw(SCORE, 0, group)]
@@ -210,7 +195,7 @@ def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
 
 def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_path):
     broken = rectangle(9, 4, 3, 10, 10, 50, 50, segmentation=[[1, 2, 3]])
-    coco = write_coco(tmp_path / "a.json", [rectangle(1, 1, 3, 30, 40, 100, 50), broken])
+    coco = load(tmp_path / "a.json", [rectangle(1, 1, 3, 30, 40, 100, 50), broken])
     assert coco.image_ids[PatchSampler(coco).empty_images].tolist() == [2, 3]
 
 
@@ -220,13 +205,13 @@ def test_categories_without_a_usable_annotation_are_never_drawn(tmp_path):
         rectangle(2, 1, 7, 0, 0, 4, 60),
         rectangle(3, 1, 20, 5, 5, 99, 99, iscrowd=1),
     ]
-    coco = write_coco(tmp_path / "a.json", annotations)
+    coco = load(tmp_path / "a.json", annotations)
     drawn = {p.annotation for p in draw_many(coco, MASK)[:500]}
     assert coco.annotation_ids[list(drawn)].tolist() == [1]
 
 
 def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
-    coco = write_coco(tmp_path / "a.json", [rectangle(1, 1, 3, 0, 0, 4, 4)])
+    coco = load(tmp_path / "a.json", [rectangle(1, 1, 3, 0, 0, 4, 4)])
     with pytest.raises(ValueError, match="a.json.*mask patch"):
         PatchSampler(coco)
 

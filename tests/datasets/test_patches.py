@@ -1,7 +1,5 @@
 """Pixels and targets of patches: right to the sub-pixel, whatever the workers and bad files."""
 
-import json
-
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -10,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.images import ImageError
 from datasets.loading import batch_loader, read_annotated_image
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler, PatchSamplingConfig
 from datasets.patches import PatchBatchSampler, PatchDataset, crop_patch, mask_target, rasterize
 from datasets.resize import denormalize
+from tests.coco_json import rectangle, write_coco
 
 SIZE = 64
 
@@ -85,7 +83,7 @@ def make_dataset(folder, *, rle=False, count=6, **sampling):
     """Images with one polygon (or RLE) each; image n's object differs."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    images, annotations = [], []
+    annotations = []
     for n in range(1, count + 1):
         noise = rng.integers(0, 255, (12, 16, 3), np.uint8)
         pixels = cv2.resize(noise, (160, 120), interpolation=cv2.INTER_CUBIC)
@@ -94,18 +92,12 @@ def make_dataset(folder, *, rle=False, count=6, **sampling):
         encoded = coco_mask.frPyObjects(segmentation, 120, 160)[0]
         pixels[coco_mask.decode(encoded).astype(bool)] = (250, 20 * n, 5)
         cv2.imwrite(str(folder / f"{n}.png"), pixels[..., ::-1])
-        images.append({"id": n, "file_name": f"{n}.png", "width": 160, "height": 120})
         if rle:
             segmentation = encoded | {"counts": encoded["counts"].decode()}
         bbox = [*ring.min(0), *(ring.max(0) - ring.min(0))]
-        annotation = {"id": n, "image_id": n, "category_id": 1, "iscrowd": 0, "area": 5000.0}
-        annotations.append(annotation | {"bbox": bbox, "segmentation": segmentation})
-    path = folder / "instances.json"
-    categories = [{"id": 1, "name": "a"}]
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    coco = CocoInstances.load(path)
+        annotations.append(rectangle(n, n, 1, *bbox, segmentation=segmentation))
+    sizes = dict.fromkeys(range(1, count + 1), (120, 160))
+    coco = write_coco(folder / "instances.json", sizes, annotations, categories=[1])
     sampler = PatchSampler(coco, patch_size=SIZE, config=PatchSamplingConfig(**sampling))
     return PatchDataset(coco, folder, sampler, patch_size=SIZE, context=32, target_size=48)
 

@@ -1,6 +1,5 @@
 """Drawn RoIs against the rules spelled out pair by pair, and how often what is drawn."""
 
-import json
 import math
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.roi_sampler import RoiSampler, RoiSamplingConfig, box_overlaps, mirror
+from tests.coco_json import rectangle, write_coco
 
 WIDTH, HEIGHT = 640, 480
 CATEGORIES = (3, 7, 20)
@@ -20,30 +19,12 @@ OBJECT = (100.0, 100.0, 200.0, 200.0)
 
 def load(path, annotations, images=4, flag="iscrowd"):
     """Images 1 ... `images`; annotations are (image, category, xyxy box, whether `flag` is set)."""
-    content = {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT}
-            for i in range(1, images + 1)
-        ],
-        "categories": [{"id": c, "name": f"c{c}"} for c in CATEGORIES],
-        "annotations": [
-            {
-                "id": annotation_id,
-                "image_id": image,
-                "category_id": category,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-                "iscrowd": 0,
-                flag: int(flagged),
-            }
-            for annotation_id, (image, category, (x1, y1, x2, y2), flagged) in enumerate(
-                annotations, 1
-            )
-        ],
-    }
-    path.write_text(json.dumps(content))
-    return CocoInstances.load(path)
+    rectangles = [
+        rectangle(i, image, category, x1, y1, x2 - x1, y2 - y1, **{flag: int(flagged)})
+        for i, (image, category, (x1, y1, x2, y2), flagged) in enumerate(annotations, 1)
+    ]
+    sizes = dict.fromkeys(range(1, images + 1), (HEIGHT, WIDTH))
+    return write_coco(path, sizes, rectangles, CATEGORIES)
 
 
 def proposals_of(boxes_by_image):

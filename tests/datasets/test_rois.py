@@ -1,19 +1,17 @@
 """Pixels and boxes of RoI minibatches: aligned, the same whatever the workers and bad files."""
 
-import json
-
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
 from datasets.loading import batch_loader
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.resize import PixelConfig, denormalize, normalize, resize_sides
 from datasets.roi_sampler import RoiSampler, RoiSamplingConfig
 from datasets.rois import RoiBatchSampler, RoiDataset
+from tests.coco_json import rectangle, write_coco
 
 SAMPLING = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
 
@@ -25,25 +23,16 @@ def make_dataset(folder, *, count=6, sizes=((120, 160),), sampling=None, **optio
         sizes: heights and widths, in turn.
     """
     rng = np.random.default_rng(0)
-    images, annotations, boxes = [], [], []
-    for n in range(1, count + 1):
-        height, width = sizes[n % len(sizes)]
+    sizes = {n: sizes[n % len(sizes)] for n in range(1, count + 1)}
+    annotations, boxes = [], []
+    for n, (height, width) in sizes.items():
         x, y, w, h = 20 + 5 * n, 10 + 3 * n, 60, 50
         pixels = rng.integers(100, 140, (height, width, 3), np.uint8)
         pixels[y : y + h, x : x + w] = (250, 20 * n, 5)
         cv2.imwrite(str(folder / f"{n}.png"), pixels[..., ::-1])
-        images.append({"id": n, "file_name": f"{n}.png", "width": width, "height": height})
-        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-        annotation = {"id": n, "image_id": n, "category_id": n % 2 + 1, "iscrowd": 0}
-        shape = {"area": w * h, "bbox": [x, y, w, h], "segmentation": [polygon]}
-        annotations.append(annotation | shape)
+        annotations.append(rectangle(n, n, n % 2 + 1, x, y, w, h))
         boxes.append(np.array([x, y, x + w, y + h]) + rng.normal(0, 12, (40, 4)))
-    path = folder / "instances.json"
-    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    coco = CocoInstances.load(path)
+    coco = write_coco(folder / "instances.json", sizes, annotations, categories=[1, 2])
     ids = np.arange(1, count + 1).repeat(40)
     proposals = ProposalBoxes.from_rows(ids, np.concatenate(boxes), rng.random(len(ids)))
     config = RoiSamplingConfig(**SAMPLING | (sampling or {}))

@@ -1,38 +1,26 @@
 """Mean and deviation of the box deltas that a detector is trained on."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.roi_sampler import RoiSampler, RoiSamplingConfig
 from datasets.rois import RoiDataset
 from models.boxes import encode_boxes
 from pipeline.data import delta_statistics
+from tests.coco_json import rectangle, write_coco
 
 
 def make_dataset(folder, *, objects=True, offset=0.0, **sampling):
     """Six images, each with one object and proposals `offset` px off; there are no image files."""
     rng = np.random.default_rng(0)
-    ids, box = range(1, 7), np.array([30, 20, 90, 70])
-    x1, y1, x2, y2 = box.tolist()
-    polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
-    shape = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": 3000, "segmentation": [polygon]}
-    annotations = [{"id": n, "image_id": n, "category_id": 1, "iscrowd": 0, **shape} for n in ids]
-    content = {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": 160, "height": 120} for n in ids],
-        "categories": [{"id": 1, "name": "a"}],
-        "annotations": annotations if objects else [],
-    }
-    path = folder / "a.json"
-    path.write_text(json.dumps(content))
-    boxes = box + offset + rng.normal(0, 8, (6 * 40, 4))
+    ids = range(1, 7)
+    annotations = [rectangle(n, n, 1, 30, 20, 60, 50) for n in ids] if objects else []
+    coco = write_coco(folder / "a.json", dict.fromkeys(ids, (120, 160)), annotations, [1])
+    boxes = np.array([30, 20, 90, 70]) + offset + rng.normal(0, 8, (6 * 40, 4))
     proposals = ProposalBoxes.from_rows(np.repeat(ids, 40), boxes, rng.random(len(boxes)))
     config = RoiSamplingConfig(**sampling)
-    coco = CocoInstances.load(path)
     return RoiDataset(coco, folder, RoiSampler(coco, proposals, config=config))
 
 
