@@ -8,6 +8,8 @@ r"""Runs the benchmarks, each in a process of its own, and gathers their figures
 Writes what each measured, its seconds and peak memory, and the machine. With --compare each figure
 is printed beside that of an earlier run. Machines drift: what counts are the ratios within a run.
 The ablations run on request only: they need the demo's run and take half an hour each.
+
+PyTorch is not imported here: a process's peak memory starts with that of its parent.
 """
 
 import datetime
@@ -24,7 +26,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.files import write_json
-from pipeline.command import run_tool
 from tools.benchmarks.timing import Rows, format_table, make_parser
 
 SCRIPTS = Path(__file__).parent
@@ -121,4 +122,4 @@ def flatten(figures: dict, prefix: str = "") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())
