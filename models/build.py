@@ -44,8 +44,8 @@ def _layer4(trunk: TrunkConfig) -> ResidualHead:
             f"head layer4 is the last stage of a ResNet, and {trunk.name} is none; use head fc"
         )
     network = load_backbone(trunk.name, weights=trunk.weights, whole=True, width=trunk.width)
-    stage = to_trunk_layers(network.layer4, padding=trunk.padding)
-    return ResidualHead(stage, network.fc.in_features)
+    to_trunk_layers(network.layer4, padding=trunk.padding)
+    return ResidualHead(network.layer4, network.fc.in_features)
 
 
 def _copy_classifier(network: MultiPathNet, name: str, weights: str | Path) -> None:

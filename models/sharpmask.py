@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deepmask import DeepMask, convolve_rows
-from models.trunk import STRIDES, TrunkConv2d, symmetric_pad
+from models.trunk import STRIDES
 
 CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
 
@@ -58,6 +58,11 @@ class SharpMaskConfig:
             raise ValueError(f"horizontal_widths must be widths > 0, got {self.horizontal_widths}")
 
 
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution that pads with the mirror of its input."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
+
+
 class RefinementModule(nn.Module):
     """One step up: horizontal and vertical net, merged (ECCV 2016, section 3.2).
 
@@ -85,14 +90,14 @@ class RefinementModule(nn.Module):
         """
         super().__init__()
         relu = nn.ReLU(inplace=True)  # nothing else reads a convolution's output
-        skip = [TrunkConv2d(skip_channels, width, 3), relu, TrunkConv2d(width, ks[0], 3)]
-        mask = [TrunkConv2d(km[0], km[0], 3)]
+        skip = [conv3x3(skip_channels, width), relu, conv3x3(width, ks[0])]
+        mask = [conv3x3(km[0], km[0])]
         if merge == "sum":
-            skip += [relu, TrunkConv2d(ks[0], km[1], 3)]
-            mask += [relu, TrunkConv2d(km[0], km[1], 3)]
+            skip += [relu, conv3x3(ks[0], km[1])]
+            mask += [relu, conv3x3(km[0], km[1])]
             self.merge = None
         else:
-            self.merge = TrunkConv2d(ks[0] + km[0], km[1], 3)
+            self.merge = conv3x3(ks[0] + km[0], km[1])
         self.horizontal, self.vertical = nn.Sequential(*skip), nn.Sequential(*mask)
 
     def forward(self, skip: Tensor, mask: Tensor, *, double: bool = False) -> Tensor:
@@ -145,7 +150,7 @@ class SharpMask(nn.Module):
             )
             for i in range(c.num_modules)
         )
-        self.predict = TrunkConv2d(c.km // shrink[-1], 1, 3)
+        self.predict = conv3x3(c.km // shrink[-1], 1)
         # PyTorch's own start shrinks the signal at every layer; these nets have twelve in a row.
         for layer in self.refinements.modules():
             if isinstance(layer, nn.Conv2d):
@@ -254,7 +259,7 @@ class SharpMask(nn.Module):
         return logits[:, 0]
 
 
-def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
+def convolve_doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What a 3x3 layer gives on `x` doubled by nearest neighbor, without doubling it.
 
     Each of the four pixels that come from one sees only 2x2 different ones, so they are four times
@@ -272,7 +277,9 @@ def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
         [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
     )  # for an even and an odd pixel: which of three neighbors its three taps fall on
     weight = torch.einsum("oiuv,aru,bsv->aboirs", layer.weight, taps, taps).flatten(0, 2)
-    four = F.conv2d(symmetric_pad(x, 1), weight, layer.bias.repeat(4))  # (N, 4 C_out, h, w)
+    four = F.conv2d(
+        F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, layer.bias.repeat(4)
+    )  # (N, 4 C_out, h, w)
     # The two pixels of a row lie together already and are moved as one: a third of the time of
     # `pixel_shuffle`.
     count, _, height, width = four.shape
