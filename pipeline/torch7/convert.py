@@ -6,32 +6,42 @@ from typing import Any
 
 from pipeline.checkpoint import save_checkpoint
 from pipeline.recipe import config_to_dict, save_config
-from pipeline.torch7.detector import convert_detector, is_detector
-from pipeline.torch7.imagenet import (
-    convert_caffe_network,
-    convert_resnet,
-    is_caffe_network,
-    is_resnet,
+from pipeline.torch7.detector import convert_detector
+from pipeline.torch7.imagenet import convert_caffe_network, convert_resnet
+from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
+from pipeline.torch7.modules import (
+    Used,
+    is_stage,
+    submodules,
+    typename,
+    unpacked,
+    unused_parameters,
 )
-from pipeline.torch7.masks import (
-    convert_deepmask,
-    convert_sharpmask,
-    is_deepmask,
-    is_sharpmask,
-)
-from pipeline.torch7.modules import Used, unused_parameters
 from pipeline.torch7.proposals import convert_proposals, is_proposals
 from pipeline.torch7.reader import read_torch7
 
-# (recognizer, converter) pairs, tried in order. A converter returns a description and either a
-# checkpoint, its config as a Config, or a state dict of torchvision's names for `trunk.weights`.
-NETWORKS: list[tuple[Callable[[Any], bool], Callable[[Any, Used], tuple[str, dict]]]] = [
-    (is_deepmask, convert_deepmask),
-    (is_sharpmask, convert_sharpmask),
-    (is_resnet, convert_resnet),
-    (is_detector, convert_detector),
-    (is_caffe_network, convert_caffe_network),
-]
+# A converter returns a description and either a checkpoint, its config as a Config, or a state dict
+# of torchvision's names for `trunk.weights`.
+Converter = Callable[[Any, Used], tuple[str, dict]]
+
+
+def find_converter(value: Any) -> Converter | None:
+    """The converter of a network that `read_torch7` gave; None for anything else."""
+    network = unpacked(value)  # DeepMask and SharpMask are saved as {model, config}
+    parts = submodules(network)
+    if typename(network) == "DeepMask":
+        return convert_deepmask
+    if typename(network) == "SharpMask":
+        return convert_sharpmask
+    if typename(network) == "Sequential" and "ROIPooling" in map(typename, parts):
+        return convert_detector
+    if len(parts) == 11 and sum(map(is_stage, parts)) == 4:
+        return convert_resnet
+    if isinstance(value, dict) and all(
+        typename(unpacked(value.get(name))) == "Sequential" for name in ("features", "top")
+    ):
+        return convert_caffe_network
+    return None
 
 
 def convert_file(
@@ -72,7 +82,7 @@ def convert_file(
 
 
 def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str]:
-    convert = next((convert for recognize, convert in NETWORKS if recognize(value)), None)
+    convert = find_converter(value)
     if convert is None:
         raise ValueError(
             "expected DeepMask, SharpMask, an ImageNet ResNet of fb.resnet.torch, an ImageNet VGG "

@@ -27,8 +27,7 @@ from pipeline.torch7.modules import (
     expect,
     is_stage,
     steps,
-    submodules,
-    typename,
+    unpacked,
 )
 
 # "ImagenetTransformer" of the released code (models/model_utils.lua).
@@ -64,12 +63,6 @@ class Parts:
         return any(is_stage(part.value) for part in self.features)
 
 
-def is_detector(value: Any) -> bool:
-    """Whether this is a Sequential, as it is or as {unpack, model}, that pools RoIs."""
-    network = imagenet.unpacked(value)
-    return typename(network) == "Sequential" and "ROIPooling" in map(typename, submodules(network))
-
-
 def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
     """Words for a detector, and its checkpoint with the config as it is.
 
@@ -77,7 +70,7 @@ def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
         ValueError: another structure, or layers that do not fit: all are listed.
     """
     path = "model" if isinstance(value, dict) else ""
-    parts, weights = _parts(Module(imagenet.unpacked(value), path, used)), Weights()
+    parts, weights = _parts(Module(unpacked(value), path, used)), Weights()
     size = _pooled_size(parts.pooling)
     _read_outputs(parts, weights)
     read = _read_residual if parts.residual else _read_plain

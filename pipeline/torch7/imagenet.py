@@ -23,10 +23,8 @@ from pipeline.torch7.modules import (
     Weights,
     convolutions,
     expect,
-    is_stage,
     steps,
-    submodules,
-    typename,
+    unpacked,
 )
 
 # Convolutions in a block and blocks in each stage, by torchvision's name.
@@ -57,19 +55,13 @@ CAFFE_PIXELS = PixelConfig(
 )
 
 
-def is_resnet(value: Any) -> bool:
-    """Whether this is a Sequential of four stages of residual blocks and a classifier."""
-    parts = submodules(value)
-    return len(parts) == 11 and sum(map(is_stage, parts)) == 4 and typename(parts[-1]) == "Linear"
-
-
 def convert_resnet(value: Any, used: Used) -> tuple[str, dict]:
     """Words for an ImageNet ResNet, and its state dict with torchvision's names.
 
     Raises:
         ValueError: another structure, or layers of other shapes or padding: all are listed.
     """
-    *trunk, pool, view, classifier = Module(value, "", used).modules
+    *trunk, pool, view, classifier = Module(unpacked(value), "", used).modules
     expect([pool, view, classifier], "SpatialAveragePooling", "View", "Linear", where="the end")
     name, width, convs = read_resnet(trunk, stages=4)
     weights = Weights()
@@ -152,18 +144,6 @@ def trunk_key(name: str) -> str:
     """A ResNet's layer in `models.trunk.Trunk`, by torchvision's name."""
     top = name.partition(".")[0]
     return f"levels.{next(i for i, names in enumerate(RESNET_LEVELS) if top in names)}.{name}"
-
-
-def unpacked(value: Any) -> Any:
-    """The network of {unpack, model}, whose function `unpack` would add gradients to it."""
-    return value.get("model") if isinstance(value, dict) else value
-
-
-def is_caffe_network(value: Any) -> bool:
-    """Whether this is {features, top} of an ImageNet network."""
-    return isinstance(value, dict) and all(
-        typename(unpacked(value.get(name))) == "Sequential" for name in ("features", "top")
-    )
 
 
 def convert_caffe_network(value: dict, used: Used) -> tuple[str, dict]:

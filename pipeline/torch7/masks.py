@@ -24,7 +24,7 @@ from pipeline.torch7.modules import (
     convolutions,
     expect,
     steps,
-    typename,
+    unpacked,
 )
 from pipeline.torch7.reader import short
 
@@ -34,23 +34,13 @@ STEP = ("ParallelTable", "CAddTable", RELUS, "SpatialUpSamplingNearest")
 PROPOSE = ProposeConfig(align_corners=True)  # as the released code does
 
 
-def is_deepmask(value: Any) -> bool:
-    """Whether this is what DeepMask's training saves: {model = nn.DeepMask, config}."""
-    return isinstance(value, dict) and typename(value.get("model")) == "DeepMask"
-
-
-def is_sharpmask(value: Any) -> bool:
-    """Whether this is what SharpMask's training saves: {model = nn.SharpMask, config}."""
-    return isinstance(value, dict) and typename(value.get("model")) == "SharpMask"
-
-
 def convert_deepmask(value: dict, used: Used) -> tuple[str, dict]:
     """Words for a DeepMask, and its checkpoint with the config as it is.
 
     Raises:
         ValueError: another structure, or layers of other shapes or padding: all are listed.
     """
-    file, weights = Module(value["model"], "", used), Weights()
+    file, weights = Module(unpacked(value), "", used), Weights()
     trunk, deepmask = _read_deepmask(file, weights, prefix="", mask_branch="maskBranch")
     config = Config(trunk=trunk, deepmask=deepmask, propose=PROPOSE)
     with torch.device("meta"):
@@ -60,7 +50,7 @@ def convert_deepmask(value: dict, used: Used) -> tuple[str, dict]:
 
 def convert_sharpmask(value: dict, used: Used) -> tuple[str, dict]:
     """Words for a SharpMask, and its checkpoint. See `convert_deepmask`."""
-    file, weights = Module(value["model"], "", used), Weights()
+    file, weights = Module(unpacked(value), "", used), Weights()
     trunk, deepmask = _read_deepmask(file, weights, prefix="deepmask.", mask_branch="maskBranchDM")
     sharpmask = _read_refinement(file, weights, cells=deepmask.patch_size // STRIDE)
     config = Config(trunk=trunk, deepmask=deepmask, sharpmask=sharpmask, propose=PROPOSE)
@@ -158,7 +148,7 @@ def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMask
     count = len(neths)
     for i in range(1, count + 1):
         _read_module(file, weights, i, is_last=i == count)
-    widths = [_width(weights, f"refinements.{i}.horizontal.0") for i in range(count)]
+    widths: Any = [_width(weights, f"refinements.{i}.horizontal.0") for i in range(count)]
     km = _width(weights, "encode") // cells**2
     return SharpMaskStageConfig(
         km=km,
@@ -166,7 +156,7 @@ def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMask
         widths="constant" if _width(weights, "refinements.0.vertical.2") == km else "halving",
         merge="sum",
         num_modules=count,
-        horizontal_widths=tuple(widths + widths[-1:] * (4 - count)),
+        horizontal_widths=(*widths, *widths[-1:] * (4 - count)),
     )
 
 

@@ -48,6 +48,11 @@ def is_stage(value: Any) -> bool:
     return bool(blocks) and all(b and typename(b[0]) == "ConcatTable" for b in blocks)
 
 
+def unpacked(value: Any) -> Any:
+    """The network of {unpack, model}, whose function `unpack` would add gradients to it."""
+    return value.get("model") if isinstance(value, dict) else value
+
+
 class Module:
     """A module at its path in a file."""
 
@@ -230,13 +235,12 @@ class Convolution:
 
     def norm_state(self) -> State:
         """The state dict of the batch norm after it, the convolution's bias in it."""
-        bias = None
-        if self.norm is None or self.module.has("bias"):
-            bias = self.module.take("bias", dimensions=1)
         if self.norm is None:  # folded into the convolution, it has left its shift as the bias
-            return frozen_norm_state(torch.ones_like(bias), bias)
+            shift = self.module.take("bias", dimensions=1)
+            return frozen_norm_state(torch.ones_like(shift), shift)
         state = _norm_state(self.norm)
-        if bias is not None:
+        if self.module.has("bias"):
+            bias = self.module.take("bias", dimensions=1)
             if bias.shape != state["running_mean"].shape:
                 raise ValueError(f"{self.module.path}: a bias of another length than its norm")
             state["running_mean"] = state["running_mean"] - bias

@@ -3,7 +3,7 @@
 A file has no masks, and a store has a mask for each proposal: here it is the box, filled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,17 @@ def convert_proposals(
     return [*lines, f"{written} written to {output}"]
 
 
-def _entries(table: Any, field: str) -> Sequence:
-    """A table by its numbers; an empty one is read as a dict."""
+def _entries(table: Any, field: str) -> list:
+    """The entries of a table or the rows of a tensor; an empty table is read as a dict."""
     if isinstance(table, list) or (isinstance(table, Tensor) and table.dim() >= 2):
-        return table
+        return list(table)
     if table == {}:
         return []
     raise ValueError(f"{field}: expected a table with an entry for each image")
 
 
 def _sizes(
-    names: Sequence[Any], annotations: str | Path | None, images: str | Path | None
+    names: list, annotations: str | Path | None, images: str | Path | None
 ) -> dict[str, Size]:
     for i, name in enumerate(names, 1):
         if not isinstance(name, str):
@@ -118,7 +118,7 @@ def _listed_sizes(annotations: Path) -> dict[str, Size]:
 
 
 def _shards(
-    names: Sequence, boxes: Sequence, scores: Sequence, sizes: dict[str, Size]
+    names: list, boxes: list, scores: list, sizes: dict[str, Size]
 ) -> Iterator[list[Proposals]]:
     shard: list[Proposals] = []
     for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):

@@ -14,8 +14,9 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,9 +109,8 @@ def read_torch7(path: str | Path) -> Any:
             try:
                 return reader.read()
             except FormatError as error:  # as text: its traceback keeps what was read so far
-                failures.append((reader.num_elements, reader.input.offset, str(error)))
-    # With the wrong size of longs the first storage is not found.
-    *_, reason = max(failures, key=lambda failure: failure[:2])
+                failures.append((reader.input.offset, str(error)))
+    _, reason = max(failures)  # with the wrong size of longs the first tensor does not fit
     raise ValueError(f"{path}: not a Torch7 file, or a damaged one: {reason}")
 
 
@@ -121,7 +121,7 @@ class _Input:
     storage that lies elsewhere is read into new memory, past the mapping: it is in memory once.
     """
 
-    def __init__(self, data: mmap.mmap, file: BinaryIO, long_bytes: int):
+    def __init__(self, data: mmap.mmap, file: BufferedReader, long_bytes: int):
         self.data, self.file, self.long_bytes, self.offset = data, file, long_bytes, 0
 
     @property
@@ -165,11 +165,11 @@ class _Input:
             return torch.empty(0, dtype=dtype)
         if start % dtype.itemsize == 0:
             return torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
-        values = torch.empty(count, dtype=dtype)
+        memory = bytearray(count * dtype.itemsize)
         self.file.seek(start)
-        if self.file.readinto(values.numpy()) != count * dtype.itemsize:
+        if self.file.readinto(memory) != len(memory):
             raise FormatError(start, "the file has become shorter while it was read")
-        return values
+        return torch.frombuffer(memory, dtype=dtype)
 
 
 class _Reader:
@@ -181,7 +181,6 @@ class _Reader:
         self.tables: list[dict] = []
         self.field_tables: set[int] = set()  # ids of the tables that are an instance's fields
         self.storages: set[int] = set()  # ids of the tensors that are storages
-        self.num_elements = 0  # of all storages
         self.depth = 0
 
     def read(self) -> Any:
@@ -196,8 +195,9 @@ class _Reader:
         if type_ == NIL:
             return None
         if type_ == NUMBER:
-            value = self.input.read_double()
-            return int(value) if value.is_integer() and abs(value) <= EXACT_INTEGERS else value
+            number = self.input.read_double()
+            is_exact = number.is_integer() and abs(number) <= EXACT_INTEGERS
+            return int(number) if is_exact else number
         if type_ == STRING:
             return self.input.read_text()
         if type_ == BOOLEAN:
@@ -261,7 +261,6 @@ class _Reader:
         if typename in _STORAGES:
             value = self.input.read_storage(_STORAGES[typename])
             self.storages.add(id(value))
-            self.num_elements += len(value)
         elif typename in _TENSORS:
             value = self._tensor(_TENSORS[typename])
         else:
