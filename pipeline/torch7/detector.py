@@ -75,7 +75,7 @@ def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
     _read_outputs(parts, weights)
     read = _read_residual if parts.residual else _read_plain
     config = _config(parts, pooled_size=size, settings=read(parts, weights, size))
-    num_classes = len(weights.state["bbox_pred.bias"]) // 4 - 1
+    num_classes = weights.outputs("bbox_pred") // 4 - 1
     if num_classes < 1:
         raise ValueError(f"{parts.boxes.path}: expected 4 outputs for background and each class")
     with torch.device("meta"):
@@ -224,7 +224,7 @@ def _read_plain(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, A
     weights.add_linear("towers.0.head.fc7", fc7)
     return {
         "trunk": trunk,
-        "features": len(weights.state["towers.0.head.fc7.bias"]),
+        "features": weights.outputs("towers.0.head.fc7"),
         # As many channels as the trunk has: no convolution between pooling and fc6.
         "width": weights.state["towers.0.head.fc6.weight"].shape[1] // pooled_size**2,
     }

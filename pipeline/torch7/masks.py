@@ -94,7 +94,8 @@ def _read_deepmask(
     classes = ("Linear", "SpatialReSamplingEx")  # to the size of the loss, if that is another
     mask, *resize = expect(layers, *classes[: max(1, len(layers))], where=mask_branch)
     weights.add_linear(f"{prefix}mask_head", mask, window=1)
-    mask_size = math.isqrt(outputs := len(weights.state[f"{prefix}mask_head.bias"]))
+    outputs = weights.outputs(f"{prefix}mask_head")
+    mask_size = math.isqrt(outputs)
     if mask_size**2 != outputs:
         raise ValueError(f"{mask.path}: {outputs} outputs are no square mask")
 
@@ -108,17 +109,11 @@ def _read_deepmask(
         context=2 * STRIDE * _crop(crop),
         mask_size=mask_size,
         target_size=resize[0].integer("oheight") if resize else mask_size,
-        reduction=_width(weights, f"{prefix}tail.0"),
-        embedding=_width(weights, f"{prefix}tail.2"),
-        score_hidden=_width(weights, f"{prefix}score_head.1"),
+        reduction=weights.outputs(f"{prefix}tail.0"),
+        embedding=weights.outputs(f"{prefix}tail.2"),
+        score_hidden=weights.outputs(f"{prefix}score_head.1"),
         dropout=max(map(_dropout, dropouts), default=0.0),
     )
-
-
-def _width(weights: Weights, name: str) -> int:
-    if f"{name}.bias" not in weights.state:
-        raise ValueError(f"{name}: there is no such convolution")
-    return len(weights.state[f"{name}.bias"])
 
 
 def _crop(module: Module) -> int:
@@ -148,12 +143,12 @@ def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMask
     count = len(neths)
     for i in range(1, count + 1):
         _read_module(file, weights, i, is_last=i == count)
-    widths: Any = [_width(weights, f"refinements.{i}.horizontal.0") for i in range(count)]
-    km = _width(weights, "encode") // cells**2
+    widths: Any = [weights.outputs(f"refinements.{i}.horizontal.0") for i in range(count)]
+    km = weights.outputs("encode") // cells**2
     return SharpMaskStageConfig(
         km=km,
-        ks=_width(weights, "refinements.0.horizontal.2"),
-        widths="constant" if _width(weights, "refinements.0.vertical.2") == km else "halving",
+        ks=weights.outputs("refinements.0.horizontal.2"),
+        widths="constant" if weights.outputs("refinements.0.vertical.2") == km else "halving",
         merge="sum",
         num_modules=count,
         horizontal_widths=(*widths, *widths[-1:] * (4 - count)),

@@ -363,6 +363,16 @@ class Weights:
         self.state[f"{name}.weight"] = weight
         self.state[f"{name}.bias"] = linear.take("bias", dimensions=1)
 
+    def outputs(self, name: str) -> int:
+        """How many outputs a layer has.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if f"{name}.weight" not in self.state:
+            raise ValueError(f"{name}: there is no such layer in the file")
+        return len(self.state[f"{name}.weight"])
+
     def check(self, network: nn.Module, *, expected: State | None = None) -> None:
         """Compares everything with our network.
 

@@ -52,7 +52,9 @@ def test_trees_are_those_of_an_independent_reader(file, tree):
     described = describe(read_torch7(TORCH7 / f"{file}.t7")).splitlines()
     expected = [line.split(" [V")[0].split()[-1] for line in text if " [V " in line]
     headings = [line.split(": ", 1)[-1].split(" (")[0] for line in described]
-    assert sorted(h for h in headings if h.startswith(("nn.", "cudnn.", "inn."))) == sorted(expected)
+    assert sorted(h for h in headings if h.startswith(("nn.", "cudnn.", "inn."))) == sorted(
+        expected
+    )
     weights = [
         line.split("size=[")[1].split("]")[0].replace(", ", "x")
         for line in text

@@ -1,11 +1,11 @@
 """Parity: converted networks against what the original Lua code computed, layer by layer.
 
+The reference networks are narrow and random, of the released structure. Errors are relative to the
+largest value of a layer's output.
+
 The original's index slip in its list of the best cells is in this file only (`released_top`): it
 makes all ten masks those of a neighboring cell (score .32 on average, where the list says .75; IoU
 with the mask meant .39 to .49, SharpMask .67 to .80).
-
-The reference networks are narrow and random, of the released structure. Errors are relative to the
-largest value of a layer's output.
 """
 
 import copy
@@ -15,31 +15,32 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline.load import load_mask_network
 
-from models.trunk import symmetric_pad
-from pipeline.inference.paste import Pasted
-from pipeline.inference.propose import Proposer, best_cells, resize_released
+from datasets.resize import resize_align_corners
+from models.trunk import fold_norms
+from pipeline.inference import propose
+from pipeline.inference.propose import Proposer, best_cells
+from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
 from tests.real_data import TORCH7
 
 DATA = TORCH7 / "deepmask_sharpmask"
 if not DATA.is_dir():
-    pytest.skip("data/torch7, files of the original code, is not here", allow_module_level=True)
+    pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
 
+CPU = torch.device("cpu")
 TOLERANCE = 1e-4
-OCTAVES = [-1.0, -0.5, 0.0]
-IMAGE_SIZE = (256, 192)
+LOG2_SCALES = [-1.0, -0.5, 0.0]
 
 
 def reference(name: str) -> torch.Tensor:
     return torch.from_numpy(np.load(DATA / f"{name}.npy").astype(np.float32))
 
 
-def check(own: torch.Tensor, name: str) -> None:
+def check(ours: torch.Tensor, name: str) -> None:
     """Our output, reshaped as the original's, is the original's."""
     theirs = reference(name)
-    error = float((own.reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max())
+    error = float((ours.reshape(theirs.shape) - theirs).abs().max() / theirs.abs().max())
     assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
@@ -50,9 +51,15 @@ def networks(tmp_path_factory):
     found = {}
     for name in ("deepmask", "sharpmask"):
         convert_file(DATA / f"{name}.t7", folder / f"{name}.pt")
-        found[name], config = load_mask_network(folder / f"{name}.pt")
-        assert config.propose.resampling == "corners"
+        found[name], config, _ = load_network(folder / f"{name}.pt")
+        assert config.propose.align_corners
     return found
+
+
+@pytest.fixture(scope="module")
+def folded(networks):
+    """The networks as inference runs them: batch norm is in the convolutions."""
+    return {name: fold_norms(copy.deepcopy(network)) for name, network in networks.items()}
 
 
 class Comparison:
@@ -72,9 +79,9 @@ class Comparison:
     def input(self, name: str) -> torch.Tensor:
         return reference(name).to(self.dtype)
 
-    def __call__(self, own: torch.Tensor, name: str) -> torch.Tensor:
-        check(own, name)
-        return own if self.chain else self.input(name).view(-1, *own.shape[1:])
+    def __call__(self, ours: torch.Tensor, name: str) -> torch.Tensor:
+        check(ours, name)
+        return ours if self.chain else self.input(name).view(-1, *ours.shape[1:])
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["chain", "layer by layer"])
@@ -86,12 +93,8 @@ def compare(request, networks):
 def test_trunk_module_by_module(compare):
     model, x = compare.deepmask, compare.input("patch_input")[:1]
     stem, one, two, three = model.trunk.levels
-    # Our convolution has the batch norm in it; its own weight gives the output before.
-    raw = F.conv2d(symmetric_pad(x, 3), stem.conv1.weight, stride=2)
-    raw = compare(raw, "dm_patch_trunk_01")
-    scale, shift = (values[:, None, None] for values in (stem.conv1.scale, stem.conv1.shift))
-    compare(raw * scale + shift, "dm_patch_trunk_02")
-    x = compare(stem.conv1(x), "dm_patch_trunk_02")
+    x = compare(stem.conv1(x), "dm_patch_trunk_01")
+    x = compare(stem.bn1(x), "dm_patch_trunk_02")
     x = compare(x.relu(), "dm_patch_trunk_03")
     compare(one.maxpool(x), "dm_patch_trunk_04")
     for level, name in ((one, "05"), (two, "06"), (three, "07")):
@@ -127,20 +130,20 @@ def test_refinement_step_by_step(compare):
     horizontal = model.horizontal_maps([level[:1] for level in model.crop_windows(features)])
     mask = model.encode(code).view(1, model.km, model.cells, model.cells)
     mask = compare(mask, "sm_patch_ref_0")
-    for number, (module, skip) in enumerate(zip(model.refinements, horizontal, strict=True), 1):
-        skip = compare(skip, f"sm_patch_neth_{number}")
-        compare(module.vertical(mask), f"sm_patch_netv_{number}")
+    for i, (module, skip) in enumerate(zip(model.refinements, horizontal, strict=True), 1):
+        skip = compare(skip, f"sm_patch_neth_{i}")
+        compare(module.vertical(mask), f"sm_patch_netv_{i}")
         mask = F.interpolate(module(skip, mask), size=2 * skip.shape[-1], mode="nearest")
-        if number < 4:  # the original's last step predicts the mask, too
-            mask = compare(mask, f"sm_patch_ref_{number}")
+        if i < 4:  # the original's last step predicts the mask, too
+            mask = compare(mask, f"sm_patch_ref_{i}")
     compare(model.predict(mask), "sm_patch_ref_4")
 
 
 @torch.no_grad()
-def test_whole_patch_forward(networks):
+def test_whole_patch_forward(folded):
     patch = reference("patch_input")
-    check(networks["deepmask"](patch, head="mask")["mask_logits"], "dm_patch_mask56")
-    check(networks["sharpmask"](patch, head="mask")["mask_logits"], "sm_patch_mask")
+    check(folded["deepmask"](patch, head="mask")["mask_logits"], "dm_patch_mask56")
+    check(folded["sharpmask"](patch, head="mask")["mask_logits"], "sm_patch_mask")
 
 
 @pytest.fixture(scope="module")
@@ -150,30 +153,28 @@ def image() -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=["dm", "sm", "smdm"])
-def whole_image(request, networks, image):
-    """Prefix of the references, proposer, its levels."""
-    model = networks["deepmask" if request.param == "dm" else "sharpmask"]
+def whole_image(request, folded, image):
+    """Prefix of the references, proposer, its pyramid."""
+    model = folded["deepmask" if request.param == "dm" else "sharpmask"]
     model = model.deepmask if request.param == "smdm" else model
-    proposer = Proposer(
-        model, device=torch.device("cpu"), octaves=OCTAVES, resampling="corners", num_proposals=10
-    )
-    return request.param, proposer, [proposer.run_level(image, octave) for octave in OCTAVES]
+    settings = {"log2_scales": LOG2_SCALES, "align_corners": True, "num_proposals": 10}
+    proposer = Proposer(model, device=CPU, **settings)
+    return request.param, proposer, [proposer.run_level(image, scale) for scale in LOG2_SCALES]
 
 
 def test_pyramid(image):
-    assert np.allclose(np.load(DATA / "scales.npy"), [2.0**octave for octave in OCTAVES])
-    for number, octave in enumerate(OCTAVES, 1):
-        scaled = torch.from_numpy(resize_released(image, 2.0**octave)) / 255
-        theirs = reference(f"dm_pyr_{number}")
-        assert scaled.permute(2, 0, 1).shape == theirs.shape
-        check(scaled.permute(2, 0, 1), f"dm_pyr_{number}")
+    assert np.allclose(np.load(DATA / "scales.npy"), np.exp2(LOG2_SCALES))
+    for i, log2_scale in enumerate(LOG2_SCALES, 1):
+        scaled = torch.from_numpy(resize_align_corners(image, 2.0**log2_scale)) / 255
+        assert scaled.permute(2, 0, 1).shape == reference(f"dm_pyr_{i}").shape
+        check(scaled.permute(2, 0, 1), f"dm_pyr_{i}")
 
 
 def test_dense_scores(whole_image):
-    prefix, _, levels = whole_image
-    for number, level in enumerate(levels, 1):
-        assert level.score_logits.shape == reference(f"{prefix}_scores_{number}").shape
-        check(level.score_logits, f"{prefix}_scores_{number}")
+    prefix, _, pyramid = whole_image
+    for i, scale in enumerate(pyramid, 1):
+        assert scale.score_logits.shape == reference(f"{prefix}_scores_{i}").shape
+        check(scale.score_logits, f"{prefix}_scores_{i}")
 
 
 def released_top(score_logits: list[torch.Tensor], count: int) -> np.ndarray:
@@ -183,42 +184,39 @@ def released_top(score_logits: list[torch.Tensor], count: int) -> np.ndarray:
     the flat index t, from 1 on, it takes row floor(t / w) and column t mod w + 1.
     """
     flat = [logits.flatten().sigmoid() for logits in score_logits]
-    orders = [scores.argsort(descending=True) for scores in flat]
-    rows, next_of = [], [0] * len(flat)
-    for _ in range(min(count, len(flat[-1]))):
-        scale = max(
-            range(len(flat)),
-            key=lambda s: (
-                float(flat[s][orders[s][next_of[s]]]) if next_of[s] < len(flat[s]) else -1
-            ),
-        )
-        t = int(orders[scale][next_of[scale]]) + 1
-        width = score_logits[scale].shape[1]
-        score = float(flat[scale][t - 1])
-        rows.append([score, scale + 1, max(t // width, 1), t % width + 1])
-        next_of[scale] += 1
-    return np.array(rows)
+    ranked = [
+        (-float(scores[t]), scale, rank, int(t) + 1)
+        for scale, scores in enumerate(flat)
+        for rank, t in enumerate(scores.argsort(descending=True))
+    ]
+    widths = [logits.shape[1] for logits in score_logits]
+    return np.array(
+        [
+            [-score, scale + 1, max(t // widths[scale], 1), t % widths[scale] + 1]
+            for score, scale, _, t in sorted(ranked)[: min(count, len(flat[-1]))]
+        ]
+    )
 
 
-def theirs_as_chosen(prefix: str) -> torch.Tensor:
-    """The original's top list as (N, 3) level, row, column from 0 on."""
+def their_cells(prefix: str) -> torch.Tensor:
+    """The original's top list as (N, 3) scale, row, column from 0 on."""
     return (reference(f"{prefix}_top_scores")[:, 1:] - 1).long()
 
 
 def test_top_list_with_the_originals_slip(whole_image):
-    prefix, _, levels = whole_image
-    own = released_top([level.score_logits for level in levels], 10)
+    prefix, _, pyramid = whole_image
+    ours = released_top([scale.score_logits for scale in pyramid], 10)
     theirs = reference(f"{prefix}_top_scores").numpy()
-    assert np.array_equal(own[:, 1:], theirs[:, 1:])
-    np.testing.assert_allclose(own[:, 0], theirs[:, 0], rtol=TOLERANCE)
+    assert np.array_equal(ours[:, 1:], theirs[:, 1:])
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=TOLERANCE)
 
 
 def test_product_takes_the_cells_that_have_the_scores(whole_image):
     """What the slip does: the scores are the best cells', the masks those of their neighbors."""
-    prefix, _, levels = whole_image
-    maps = [level.score_logits for level in levels]
+    prefix, _, pyramid = whole_image
+    maps = [scale.score_logits for scale in pyramid]
     probs, chosen = best_cells(maps, 10)
-    theirs = theirs_as_chosen(prefix)
+    theirs = their_cells(prefix)
     at_ours, at_theirs = (
         torch.stack([maps[s][r, c].sigmoid() for s, r, c in cells.tolist()])
         for cells in (chosen, theirs)
@@ -227,39 +225,35 @@ def test_product_takes_the_cells_that_have_the_scores(whole_image):
     torch.testing.assert_close(at_ours, probs)
     assert torch.equal(chosen[:, 0], theirs[:, 0])
     assert not (chosen == theirs).all(1).any()  # not one of the ten is the cell of its score
-    moved = (theirs - chosen)[:, 1:]
-    assert set(map(tuple, moved.tolist())) <= {
-        (-1, 1),
-        (0, 1),
-    }  # up and to the right; no further up
+    moved = set(map(tuple, (theirs - chosen)[:, 1:].tolist()))
+    assert moved <= {(-1, 1), (0, 1)}  # up and to the right; no further up
     assert at_theirs.mean() < at_ours.mean() - 0.1
 
 
-def ious(own: Pasted, theirs: np.ndarray) -> list[float]:
-    assert own.numbers.tolist() == list(range(len(theirs)))
-    rles = [{"size": list(IMAGE_SIZE), "counts": counts} for counts in own.counts]
-    masks = [coco_mask.decode(rle).astype(bool) for rle in rles]
+def ious_of_masks(proposer: Proposer, prefix: str, image: np.ndarray, monkeypatch) -> list[float]:
+    """IoU with the original's masks, proposed at the original's cells."""
+    cells = their_cells(prefix)
+    monkeypatch.setattr(propose, "best_cells", lambda *_: (torch.linspace(1, 0, 10), cells))
+    proposals = proposer(image)
+    theirs = np.load(DATA / f"{prefix}_top_masks.npy") > 0
+    assert len(proposals) == len(theirs)
+    masks = [coco_mask.decode(proposals.rle(i)).astype(bool) for i in range(len(theirs))]
     return [(a & b).sum() / (a | b).sum() for a, b in zip(masks, theirs, strict=True)]
 
 
-def test_masks_of_the_originals_cells(whole_image):
-    prefix, proposer, levels = whole_image
-    chosen = theirs_as_chosen(prefix)
-    logits = proposer.decode(levels, chosen)
-    for n in range(10):
-        theirs = reference(f"{prefix}_top_logits")[n]
-        error = float((logits[n] - theirs).abs().max() / theirs.abs().max())
-        assert error <= TOLERANCE, f"{n}: {error:.1e}"
-    masks = np.load(DATA / f"{prefix}_top_masks.npy") > 0
-    found = ious(proposer._masks(levels, chosen, IMAGE_SIZE), masks)
-    assert min(found) >= 0.99, found
+def test_masks_of_the_originals_cells(whole_image, image, monkeypatch):
+    prefix, proposer, pyramid = whole_image
+    logits = proposer.decode(pyramid, their_cells(prefix))
+    for i, theirs in enumerate(reference(f"{prefix}_top_logits")):
+        error = float((logits[i] - theirs).abs().max() / theirs.abs().max())
+        assert error <= TOLERANCE, f"{i}: {error:.1e}"
+    assert min(ious_of_masks(proposer, prefix, image, monkeypatch)) >= 0.99
 
 
-def test_masks_by_area_lie_elsewhere(whole_image):
-    """Why the released placing is a choice of `propose.resampling`, and not left away."""
-    prefix, proposer, levels = whole_image
+def test_masks_by_area_lie_elsewhere(whole_image, image, monkeypatch):
+    """What `propose.align_corners` is for."""
+    prefix, proposer, _ = whole_image
     model = proposer.refinement or proposer.deepmask
-    other = Proposer(model, device=torch.device("cpu"), octaves=OCTAVES)
-    masks = np.load(DATA / f"{prefix}_top_masks.npy") > 0
-    own = other._masks(levels, theirs_as_chosen(prefix), IMAGE_SIZE)
-    assert 0.8 < min(ious(own, masks)) < 0.96
+    other = Proposer(model, device=CPU, log2_scales=LOG2_SCALES)
+    monkeypatch.setattr(other, "run_level", proposer.run_level)  # so only the placing differs
+    assert 0.8 < min(ious_of_masks(other, prefix, image, monkeypatch)) < 0.96
