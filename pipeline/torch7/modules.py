@@ -146,7 +146,7 @@ class Module:
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def unused_parameters(root: Any, used: Used) -> list[str]:

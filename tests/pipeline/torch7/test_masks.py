@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
 from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
@@ -257,7 +258,7 @@ def test_converted_checkpoints_propose_and_start_the_next_stage(
         output = tmp_path / checkpoint.stem
         options = ("--images", tmp_path / "images", "--output", output, "--num-proposals", 5)
         assert call_tool("propose", "--checkpoint", checkpoint, *options, "--device", "cpu") == 0
-        assert len(list(output.glob("proposals*.parquet")) + list(output.glob("*.json"))) > 0
+        assert len(list(ProposalStore(output))) == 1
 
 
 MEMORY = """
