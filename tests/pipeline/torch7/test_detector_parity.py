@@ -111,29 +111,6 @@ def test_kept_boxes_are_the_originals(scores, outputs):
     assert_near(kept[:, 4], reference("nms_0.3")[:, 4])
 
 
-def original_detections(detector: Detector, image: np.ndarray, boxes: Tensor) -> list[tuple]:
-    """Class, score and 1-based box of what the Lua test keeps, without a resize.
-
-    Coordinates, clamp and NMS written as there.
-    """
-    model, (height, width) = detector.model, image.shape[:2]
-    pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (detector.pixels.mean, detector.pixels.std)
-    )
-    layers = model.layers(((pixels - mean) / std)[None])
-    rois = torch.cat([torch.zeros(len(boxes), 1), boxes - 1], 1)
-    found = model.classify_rois(layers, rois)
-    probabilities = found["class_logits"].softmax(-1).mean(1)
-    deltas = found["deltas"] * model.delta_std + model.delta_mean
-    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-    dx, dy, dw, dh = deltas.permute(2, 1, 0)  # (C + 1, R) each
-    cx, cy, half_w, half_h = x + dx * w, y + dy * h, w * dw.exp() / 2, h * dh.exp() / 2
-    decoded = torch.stack([cx - half_w, cy - half_h, cx + half_w, cy + half_h], 2)
-    return original_selection(probabilities, decoded.transpose(0, 1), (height, width))
-
-
 def original_selection(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[tuple]:
     """The Lua test's clamp and NMS of each class, best first: (R, C + 1), (R, C + 1, 4) 1-based."""
     kept, limits = [], torch.tensor([size[1], size[0]] * 2)
@@ -151,22 +128,6 @@ def overlap(a: list[float], b: list[float]) -> float:
     w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1))
     areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
     return 0 if w <= 0 or h <= 0 else w * h / (sum(areas) - w * h)
-
-
-def test_detections_of_an_image_are_those_of_the_lua_test(checkpoint):
-    """Boxes that come and go have edges; in between they are the original's."""
-    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
-    boxes = torch.tensor([[1, 1, 128, 96], [20, 30, 60, 80], [22, 28, 64, 85], [90, 3, 127, 40.0]])
-    options = {"short_sides": [96], "score_threshold": 0.0, "max_detections": 1000}
-    detector, _ = load_detector(checkpoint, CPU, overrides=options)
-    found = detector(image, proposals_of((boxes - 1 + CORNER).numpy(), 96, 128))
-    with torch.inference_mode():
-        theirs = original_detections(detector, image, boxes)
-    assert len(found) == len(theirs) > 80
-    np.testing.assert_allclose(found.scores, [row[1] for row in theirs], rtol=TOLERANCE)
-    found_boxes = found.boxes + 1 - CORNER.numpy()
-    np.testing.assert_allclose(found_boxes, [row[2] for row in theirs], atol=TOLERANCE * 128)
-    assert found.labels.tolist() == [detector.categories[row[0] - 1]["id"] for row in theirs]
 
 
 def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):

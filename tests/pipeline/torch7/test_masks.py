@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -237,28 +236,15 @@ def test_describe_prints_the_tree(call_tool, capsys):
     assert "nn.SpatialSymmetricPadding (pad_b=3" in capsys.readouterr().out
 
 
-def test_converted_checkpoints_propose_and_start_the_next_stage(
-    call_tool, tiny_recipe, tmp_path, capsys
-):
-    deepmask, recipe = tmp_path / "deepmask.pt", copy.deepcopy(tiny_recipe)
-    assert call_tool("convert_t7", DATA / "deepmask.t7", "--output", deepmask) == 0
-    assert "139 parameters used" in capsys.readouterr().out
-    recipe["trunk"] = {"name": "resnet50", "weights": None, "width": 4}
-    recipe["deepmask"] |= {"patch_size": 160, "mask_size": 56, "score_hidden": 64}
-    recipe["sharpmask"]["optim"]["batch_size"] = 2
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run = tmp_path / "run" / "sharpmask"
-    start = ("--stage", "sharpmask", "--config", tmp_path / "recipe.yaml", "--device", "cpu")
-    start += ("--output", run, "--set", f"init.deepmask={deepmask}")
-    assert call_tool("train_stage", *start) == 0
+def test_converted_checkpoints_propose(call_tool, tmp_path, capsys):
+    assert call_tool("convert_t7", DATA / "sharpmask.t7", "--output", tmp_path / "mask.pt") == 0
+    assert "183 parameters used" in capsys.readouterr().out
     (tmp_path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (100, 140, 3)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "images" / "1.png"), pixels)
-    for checkpoint in (deepmask, run / "checkpoints" / "best.pt"):
-        output = tmp_path / checkpoint.stem
-        options = ("--images", tmp_path / "images", "--output", output, "--num-proposals", 5)
-        assert call_tool("propose", "--checkpoint", checkpoint, *options, "--device", "cpu") == 0
-        assert len(list(ProposalStore(output))) == 1
+    options = ("--images", tmp_path / "images", "--output", tmp_path / "out", "--device", "cpu")
+    assert call_tool("propose", "--checkpoint", tmp_path / "mask.pt", *options) == 0
+    assert len(list(ProposalStore(tmp_path / "out"))) == 1
 
 
 MEMORY = """

@@ -23,9 +23,8 @@ SMALL = [f"reader/{name}.t7" for name in ("closure", "misc", "number", "string",
 SMALL += ["reader/unreferenced.t7", "multipathnet/transformer.t7"]
 needs_originals = pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
 
-DTYPES = {"Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32}
-DTYPES |= {"Long": torch.int64, "Half": torch.float16, "Float": torch.float32}
-DTYPES |= {"Double": torch.float64}
+DTYPES = dict(zip(CODES, (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+                          torch.float16, torch.float32, torch.float64), strict=True))  # fmt: skip
 HUGE = 2**31 - 1
 
 
@@ -75,9 +74,9 @@ def test_tables_are_lists_if_their_keys_count_from_one(store):
 def test_every_element_type(store, element, cuda):
     dtype = DTYPES[element]
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    values = [3, limits.max, limits.min, 10, 32, 0]
-    if element == "Long":
-        values = [3, 2**31 - 1, -(2**31), 0, 1, 2]  # what 4 bytes hold
+    # Of longs, what 4 bytes hold.
+    high, low = (2**31 - 1, -(2**31)) if element == "Long" else (limits.max, limits.min)
+    values = [3, high, low, 10, 32, 0]
     storage = Storage("Cuda" if cuda and element == "Float" else cuda + element, values)
     tensor, alone = store([Tensor(storage, (2, 3), (3, 1)), storage])
     assert tensor.dtype == alone.dtype == dtype and tensor.shape == (2, 3)
@@ -180,19 +179,15 @@ def test_every_truncation_is_refused(load, long_bytes):
     ("value", "reason"),
     [
         (Tensor(Storage("Float", [1, 2]), (3,), (1,)), "outside its storage of 2"),
-        (Tensor(Storage("Float", [1, 2]), (2,), (1,), 2), "outside its storage"),
         (Tensor(Storage("Float", [1, 2]), (2,), (1,), 0), "outside its storage"),
         (Tensor(Storage("Float", [1, 2]), (2,), (-1,), 2), "impossible"),
         (Tensor(Storage("Float", [1, 2]), (-2,), (1,)), "impossible"),
-        (Tensor(Storage("Float", [1, 2]), (2, 2), (HUGE, HUGE)), "outside its storage"),
         (Tensor(Storage("Float", [1]), (HUGE,), (0,)), "impossible"),
-        (Tensor(Storage("Float", [1]), (HUGE,) * 60, (0,) * 60), "impossible"),
         (Tensor(Storage("Float", [1]), (HUGE,) * 5 + (0,), (1,) * 6), "impossible"),
         (Tensor(None, (2,), (1,)), "outside its storage of 0"),
         (Tensor(Storage("Float", [1]), (1,) * 65, (1,) * 65), "65 dimensions"),
         (Torch7Object("nn.Linear", 3), "nn.Linear is not stored as a table"),
         (Torch7Object("not a name", {}), "expected the name of a class, got 'not a name'"),
-        (Torch7Object("", {}), "expected the name of a class"),
         ({float("nan"): "b"}, "a key must be text or a number, got nan"),
         ({None: 1}, "a key must be text or a number, got None"),
     ],
@@ -217,18 +212,13 @@ def named(name: str) -> bytes:
         (b"", "empty"),
         (b"PK\x03\x04 a zip file", "the type of an object is 0 to 8, got 67324752"),
         (binary(9), "0 to 8, got 9"),
-        (binary(-1), "0 to 8, got -1"),
         (binary(2, HUGE), "expected 2147483647 bytes, and 0 are left"),
-        (binary(2, -1), "-1 bytes"),
         (binary(5, 2), "a boolean is 0 or 1, got 2"),
         (binary(3, 1, HUGE), "a table of 2147483647 entries"),
-        (binary(3, 1, -1), "a table of -1 entries"),
         (binary(3, 0, 0), "the index of an object is at least 1, got 0"),
         (binary(3, 1, 1, 3, 1, 5, 0), "a key must be text or a number, got dict"),
         (binary(3, 1, 2, 5, 1, 5, 0, 5, 1, 5, 0), "True is twice"),
-        (binary(3, 1, 2, 2, 0, 5, 1, 2, 0, 5, 1), "'' is twice"),
         (binary(3, 1, 1, 2, 0, 4, 1), "object 1 is a table, not a class"),
-        (binary(8, 1, HUGE), "expected 2147483647 bytes"),
         (named("torch.FloatStorage") + struct.pack("<q", 2**62), "expected .* bytes"),
         (named("torch.FloatStorage") + struct.pack("<q", -1), "a storage of -1 elements"),
         (named("torch.FloatTensor") + binary(HUGE), "a tensor of 2147483647 dimensions"),
@@ -236,6 +226,10 @@ def named(name: str) -> bytes:
         (
             named("torch.FloatTensor") + struct.pack("<iqii", 0, 1, 3, 2) + bytes(4),
             "the storage of a torch.float32 tensor is not one",
+        ),
+        (
+            written(Tensor(Storage("Float", [1, 2]), (2,), (1,))).replace(b"FloatT", b"ShortT"),
+            "the storage of a torch.int16 tensor is not one",
         ),
         (b"4\n1\n3\nV 1\n18\ntorch.ShortStorage\n1\n4\n", "Torch7's ascii mode is not supported"),
         (b"1\n3.25\n", "ascii mode is not supported; in Lua, load the file and save it again"),
@@ -245,27 +239,21 @@ def test_hostile_bytes_are_refused(load, content, reason):
     refused(load, content, reason)
 
 
-def test_a_storage_of_another_type_is_refused(load):
-    content = written(Tensor(Storage("Float", [1, 2]), (2,), (1,)))
-    refused(load, content.replace(b"FloatTensor", b"ShortTensor"), "the storage of a torch.int16")
+def nested(depth: int, *, in_keys: bool = False) -> bytes:
+    """The start of a table in a table in a table, of one entry each."""
+    return b"".join(binary(3, n, 1, *([] if in_keys else [5, 1])) for n in range(1, depth + 1))
 
 
-@pytest.mark.parametrize("key_nests", [False, True])
-def test_depth_has_a_limit_that_is_not_pythons(load, key_nests):
-    def nested(depth: int) -> bytes:
-        levels = (binary(3, n + 1, 1) + (b"" if key_nests else binary(5, 1)) for n in range(depth))
-        return b"".join(levels)
-
-    if not key_nests:
-        content = nested(MAX_DEPTH) + binary(5, 0)
-        value, depth = load(content), 0
-        while value is not False:
-            value, depth = value[True], depth + 1
-        assert depth == MAX_DEPTH
-        assert len(describe(load(content)).splitlines()) == MAX_DEPTH + 1
-    started = time.process_time()
-    refused(load, nested(100_000), "nested deeper than")
-    assert time.process_time() - started < 5
+def test_depth_has_a_limit_that_is_not_pythons(load):
+    value, depth = load(nested(MAX_DEPTH) + binary(5, 0)), 0
+    assert len(describe(value).splitlines()) == MAX_DEPTH + 1
+    while value is not False:
+        value, depth = value[True], depth + 1
+    assert depth == MAX_DEPTH
+    for in_keys in (True, False):
+        started = time.process_time()
+        refused(load, nested(100_000, in_keys=in_keys), "nested deeper than")
+        assert time.process_time() - started < 5
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
