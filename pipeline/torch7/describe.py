@@ -29,7 +29,7 @@ def describe(value: Any) -> str:
         lines.append(f"{indent}{name}{_heading(item)}")
         entries = _entries(item)
         for key, value in entries[:MAX_ENTRIES]:
-            name = cut(key) if isinstance(key, str) and key.isidentifier() else f"[{short(key)}]"
+            name = _name(key)
             show(value, f"{name}: ", path + ("" if name[0] == "[" else ".") + name, indent + "  ")
         if len(entries) > MAX_ENTRIES:
             lines.append(f"{indent}  ... {len(entries) - MAX_ENTRIES} more")
@@ -42,7 +42,7 @@ def _heading(item: Any) -> str:
     if isinstance(item, Torch7Object):
         # "_type" is that of the module's buffers; each tensor is shown with its own.
         fields = [(k, v) for k, v in _sorted(item.fields) if _is_plain(v) and k != "_type"]
-        words = ", ".join(f"{k if isinstance(k, str) else [k]}={short(v)}" for k, v in fields)
+        words = ", ".join(f"{_name(k)}={short(v)}" for k, v in fields)
         return f"{item.typename} ({cut(words, MAX_FIELDS)})" if words else item.typename
     if isinstance(item, Tensor):
         sizes = "x".join(map(str, item.shape)) if item.numel() else "empty"
@@ -68,6 +68,10 @@ def _entries(item: Any) -> list[tuple[Any, Any]]:
 def _sorted(table: dict) -> list[tuple[Any, Any]]:
     """By key, numbers first: the order in the file is arbitrary."""
     return sorted(table.items(), key=lambda entry: (isinstance(entry[0], str), entry[0]))
+
+
+def _name(key: Any) -> str:
+    return cut(key) if isinstance(key, str) and key.isidentifier() else f"[{short(key)}]"
 
 
 def _is_plain(item: Any) -> bool:

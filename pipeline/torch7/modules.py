@@ -134,7 +134,7 @@ class Module:
         return value.float()
 
     def differences(self, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-        """In what plain settings of this module differ from ours."""
+        """The settings of this module, of plain values, that are not as expected, in words."""
         return [
             f"{self.path}: {name} {_words(found[name])} instead of {_words(value)}"
             for name, value in expected.items()
@@ -212,8 +212,9 @@ class Convolution:
     """A convolution, its padding, and the batch norm after it.
 
     Attributes:
-        padding: pixels on each side. mirrored: of a module for symmetric padding before the
-            convolution, not of zeros of its own.
+        padding: pixels on each side.
+        mirrored: they are a mirror of the input, made by a module before the convolution; otherwise
+            zeros.
     """
 
     module: Module
@@ -231,7 +232,7 @@ class Convolution:
             raise ValueError(
                 f"{self.module.path}: expected {math.prod(size)} inputs, got {weight.shape[1]}"
             )
-        return weight.view(-1, *size)
+        return weight.reshape(-1, *size)
 
     def norm_state(self) -> State:
         """The state dict of the batch norm after it, the convolution's bias in it."""
@@ -247,7 +248,7 @@ class Convolution:
         return state
 
     def differences_from(self, ours: nn.Conv2d) -> list[str]:
-        """In what its arithmetic differs from that of our convolution."""
+        """Differences between its arithmetic and that of our convolution, in words."""
         m = self.module
         found = {
             "kernel": (m.plain("kH"), m.plain("kW")),

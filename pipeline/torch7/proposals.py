@@ -139,7 +139,7 @@ def _proposals(name: str, table: Any, scores: Any, size: Size) -> Proposals:
     if not np.isfinite(scores).all():
         raise ValueError(f"{name}: a score that is not finite")
     limits = np.array([width, height, width, height])
-    pixels = _covered_pixels(boxes).clip(0, limits)
+    pixels = np.ceil(boxes - 0.5).clip(0, limits)  # those whose centers lie in the box
     order = np.argsort(-scores, kind="stable")
     order = order[(pixels[order, 2:] > pixels[order, :2]).all(1)]
     rles = _filled_boxes(pixels[order], height, width)
@@ -156,11 +156,6 @@ def _boxes(table: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name}: expected boxes of four finite numbers each")
     y1, x1, y2, x2 = values.T
     return np.stack([x1 - 1, y1 - 1, x2, y2], axis=1)
-
-
-def _covered_pixels(boxes: np.ndarray) -> np.ndarray:
-    """(N, 4) xyxy edges of the pixels whose centers lie in boxes."""
-    return np.ceil(boxes - 0.5)
 
 
 def _filled_boxes(boxes: np.ndarray, height: int, width: int) -> list[bytes]:
