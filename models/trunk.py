@@ -21,7 +21,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, load_backbone
-from models.backbone import describe_mismatch as describe_mismatch
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
