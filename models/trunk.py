@@ -170,7 +170,7 @@ class SymmetricConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W') as nn.Conv2d."""
-        x = symmetric_pad(x, self.padding[0])
+        x = symmetric_pad(x, int(self.padding[0]))
         return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
 
 
@@ -201,9 +201,9 @@ def _symmetric(conv: nn.Conv2d) -> SymmetricConv2d:
     new = SymmetricConv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]  # a pair
-        conv.stride,
-        conv.padding,
+        conv.kernel_size[0],
+        conv.stride[0],
+        int(conv.padding[0]),
         groups=conv.groups,
         bias=conv.bias is not None,
     )
