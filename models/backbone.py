@@ -1,4 +1,4 @@
-"""ImageNet networks that trunks are cut from: torchvision's and CaffeNet, and files of weights."""
+"""The ImageNet networks that trunks are cut from, and files of their weights."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -104,9 +104,9 @@ def _set_width(network: Any, width: int) -> None:
                 conv = (NarrowShortcut if shortcut and width < STEM_WIDTH else nn.Conv2d)(
                     scaled(layer.in_channels),
                     scaled(layer.out_channels),
-                    layer.kernel_size,
-                    layer.stride,
-                    layer.padding,
+                    layer.kernel_size[0],
+                    layer.stride[0],
+                    int(layer.padding[0]),
                     bias=False,
                 )
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out")  # as torchvision's

@@ -16,7 +16,7 @@ def tiny_levels() -> list[nn.Module]:
     for inputs, width, depth in zip((3, *WIDTHS), WIDTHS, BLOCKS, strict=False):
         entrance = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
         nn.init.kaiming_normal_(entrance.weight, nonlinearity="relu")
-        nn.init.zeros_(entrance.bias)
+        nn.init.zeros_(entrance.get_parameter("bias"))
         blocks = [ResidualBlock(width) for _ in range(depth)]
         levels.append(nn.Sequential(entrance, nn.ReLU(inplace=True), *blocks))
     return levels

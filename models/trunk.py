@@ -21,7 +21,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, load_backbone
-from models.backbone import describe_mismatch as describe_mismatch
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
@@ -171,7 +170,7 @@ class SymmetricConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W') as nn.Conv2d."""
-        x = symmetric_pad(x, self.padding[0])
+        x = symmetric_pad(x, int(self.padding[0]))
         return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
 
 
@@ -186,7 +185,7 @@ def to_trunk_layers(
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.BatchNorm2d):
-                frozen = FrozenBatchNorm2d(layer.num_features, layer.eps)
+                frozen = FrozenNorm(layer.num_features, layer.eps)
                 frozen.load_state_dict(layer.state_dict())
                 setattr(parent, name, frozen)
             elif isinstance(layer, nn.MaxPool2d):
@@ -202,9 +201,9 @@ def _symmetric(conv: nn.Conv2d) -> SymmetricConv2d:
     new = SymmetricConv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]  # a pair
-        conv.stride,
-        conv.padding,
+        conv.kernel_size[0],
+        conv.stride[0],
+        int(conv.padding[0]),
         groups=conv.groups,
         bias=conv.bias is not None,
     )
@@ -213,6 +212,20 @@ def _symmetric(conv: nn.Conv2d) -> SymmetricConv2d:
 
 
 # --- frozen batch norm ----------------------------------------------------------------------------
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's, in one pass over the activations, and under autocast in their own type.
+
+    torchvision's result is float32 there, which would more than double the memory of training.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape and type."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        scale, shift = (values.to(x.dtype)[:, None, None] for values in (scale, shift))
+        return torch.addcmul(shift, x, scale)
 
 
 def norm_name(conv_name: str) -> str:
@@ -228,8 +241,8 @@ def norm_name(conv_name: str) -> str:
 
 
 def frozen_norm_state(scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """The state dict of the FrozenBatchNorm2d that computes scale * x + shift, (C,) each."""
-    eps = FrozenBatchNorm2d(1).eps
+    """The state dict of the frozen batch norm that computes scale * x + shift, (C,) each."""
+    eps = FrozenNorm(1).eps
     return {
         "weight": scale,
         "bias": shift,
@@ -264,7 +277,7 @@ def fold_norms(module: nn.Module) -> nn.Module:
     layers = dict(module.named_modules())
     for name, conv in layers.items():
         norm = layers.get(norm_name(name))
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenNorm):
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
                 norm.weight, norm.bias,
