@@ -24,6 +24,7 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -33,4 +34,4 @@ bench: setup
 	$(BIN)/python tools/benchmarks/run_all.py
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -57,11 +57,11 @@ class PatchSamplingConfig:
     jitter_shift: float = 16.0  # pixels of the patch, mask patches only
     jitter_scale: float = 0.25  # log2, mask patches only
     min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
-    min_side: float = 5.0
+    min_side: float = 5.0  # pixels of the original, of the shorter side
     score_log2_scales: tuple[float, float] = (-3.0, 2.0)  # lowest, highest; in steps of a quarter
     negative_distance: float = 48.0  # pixels of the resized image
     negative_log2_scale: float = 2.5  # objects further off in scale do not reject a negative
-    flip: bool = True
+    flip: bool = True  # mirror half of the patches
 
     def __post_init__(self) -> None:
         low, high = self.score_log2_scales
@@ -231,7 +231,7 @@ class PatchSampler:
     def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
         low, high = self.config.score_log2_scales
         height, width = self.coco.image_sizes[image].tolist()
-        farthest, best = -1.0, None
+        farthest, best = -1.0, (0.0, 0.0, 0)
         for _ in range(MAX_NEGATIVE_DRAWS):
             quarter = int(rng.integers(round(low * 4), round(high * 4) + 1))
             x, y = rng.random() * width, rng.random() * height

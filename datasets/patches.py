@@ -9,6 +9,7 @@ Letters: m patches of a group (one decoded image), B batch, S input size P + C, 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -179,7 +180,7 @@ class PatchDataset(Dataset):
             lambda patches: read_annotated_image(self.coco, self.images, patches[0].image),
         )
         pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
-        item = {"patches": torch.from_numpy(pixels), "broken": broken}
+        item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
         if head == MASK:
             sizes = {"patch_size": self.patch_size, "target_size": self.target_size}
             targets = np.stack([mask_target(self.coco, p, **sizes) for p in patches])
@@ -191,7 +192,8 @@ class PatchDataset(Dataset):
     @staticmethod
     def collate(items: list[dict]) -> dict:
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
-        batch = {name: torch.cat([i[name] for i in items]) for name in items[0] if name != "broken"}
+        names = [name for name in items[0] if name != "broken"]
+        batch: dict[str, Any] = {name: torch.cat([item[name] for item in items]) for name in names}
         batch["broken"] = [message for item in items for message in item["broken"]]
         return batch
 

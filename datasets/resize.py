@@ -23,8 +23,8 @@ GRAY = 0.5  # what lies outside an image, before normalization
 class PixelConfig:
     """How images come to a network: RGB in [0, 1] less the mean, divided by the deviation."""
 
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    mean: tuple[float, float, float] = MEAN  # of each channel, ImageNet's
+    std: tuple[float, float, float] = STD  # of each channel
     bgr: bool = False  # the channels are then reversed, as Caffe's networks take them
 
     def __post_init__(self) -> None:
@@ -94,14 +94,14 @@ def normalize(pixels: np.ndarray, config: PixelConfig = IMAGENET) -> np.ndarray:
     """(H, W, 3) float32 RGB in [0, 1] to (3, H, W) float32 with mean 0 and deviation 1."""
     # Planes first: arithmetic on them is several times as fast as on triples.
     planes = np.array(pixels.transpose(2, 0, 1), np.float32, order="C")
-    planes -= np.float32(config.mean)[:, None, None]
-    planes /= np.float32(config.std)[:, None, None]
+    planes -= np.array(config.mean, np.float32)[:, None, None]
+    planes /= np.array(config.std, np.float32)[:, None, None]
     return np.ascontiguousarray(planes[::-1]) if config.bgr else planes
 
 
 def denormalize(pixels: np.ndarray) -> np.ndarray:
     """The inverse of `normalize`, as uint8: (3, H, W) float32 to (H, W, 3) uint8."""
-    values = pixels.transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)
+    values = pixels.transpose(1, 2, 0) * np.array(STD, np.float32) + np.array(MEAN, np.float32)
     return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 

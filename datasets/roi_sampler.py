@@ -30,7 +30,7 @@ IOU_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75)  # of the integral loss
 class RoiSamplingConfig:
     """How RoIs are drawn (BMVC 2016, section 4; Fast R-CNN, section 2.3; the released code)."""
 
-    rois_per_image: int = 64
+    rois_per_image: int = 64  # R
     fg_fraction: float = 0.25  # at most
     bg_iou_low: float = 0.1  # what lies below is background of second choice
     crowd_overlap: float = 0.7  # of a proposal's own area; one deeper in a crowd is ignored
@@ -38,12 +38,12 @@ class RoiSamplingConfig:
     max_proposals: int = 1000  # the best of each image
     # How proposals are made where no store of them is given; null: the scales of `propose`.
     proposal_log2_scales: tuple[float, float, float] | None = None
-    refine_proposals: bool = True
+    refine_proposals: bool = True  # with SharpMask, where the proposer is one
     # Only the first so many training images: making proposals takes longer than training on them.
     max_images: int | None = None
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000  # at most; then the short side is shorter
-    flip: bool = True
+    flip: bool = True  # mirror half of the images
 
     def __post_init__(self) -> None:
         for name in ("rois_per_image", "max_proposals", "max_images", "short_side", "long_side"):
@@ -196,7 +196,7 @@ class RoiSampler:
         overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does
         # have it, in a crowd or not.
-        usable = (overlaps[:, crowd] <= config.crowd_overlap).all(axis=1)
+        usable: np.ndarray = np.all(overlaps[:, crowd] <= config.crowd_overlap, axis=1)
         usable[len(proposals) :] = True
         boxes, overlaps = boxes[usable], overlaps[usable][:, ~crowd]
         if crowd.all():  # or no annotation at all

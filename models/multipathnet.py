@@ -190,6 +190,9 @@ class Tower(nn.Module):
 class MultiPathNet(nn.Module):
     """Trunk, towers, K classifiers and the box regressor (BMVC 2016, figure 1)."""
 
+    delta_mean: Tensor
+    delta_std: Tensor
+
     def __init__(
         self, trunk: Trunk, *, num_classes: int, layer4: ResidualHead | None = None, **settings: Any
     ):
@@ -295,6 +298,11 @@ class MultiPathNet(nn.Module):
             each = blocks.unflatten(0, (len(factors), len(rois)))
             pooled |= {(f, stride): block for f, block in zip(factors, each, strict=True)}
         return pooled
+
+    def set_delta_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Mean and deviation (4,) of the deltas, by which the regressor's are normalized."""
+        self.delta_mean.copy_(mean)
+        self.delta_std.copy_(std)
 
     def delta_targets(self, rois: Tensor, boxes: Tensor) -> Tensor:
         """What the regressor is trained to give for RoIs (R, 4) that belong on boxes (R, 4)."""

@@ -17,7 +17,7 @@ from datasets.roi_sampler import RoiSamplingConfig
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.sharpmask import SharpMaskConfig
-from models.trunk import TrunkConfig
+from models.trunk import RESNETS, TrunkConfig
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,10 +46,10 @@ class SplitConfig:
 class ShapesConfig:
     """The synthetic dataset, written where `directory` says when it is not there yet."""
 
-    directory: str = "runs/shapes"
-    train_images: int = 1200
-    val_images: int = 200
-    seed: int = 0
+    directory: str = "runs/shapes"  # gets annotations/ and images/
+    train_images: int = 1200  # how many
+    val_images: int = 200  # how many
+    seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
         _require(self, "greater than 0", lambda v: v > 0, "train_images", "val_images")
@@ -77,12 +77,12 @@ class OptimConfig:
     """How a stage is optimized. An epoch is a number of minibatches, as in the released code."""
 
     batch_size: int = 32  # of the whole step, over all processes
-    batches_per_epoch: int = 4000
-    epochs: int = 300
+    batches_per_epoch: int = 4000  # training steps
+    epochs: int = 300  # of the whole run
     optimizer: str = "sgd"  # sgd | adamw
     momentum: float = 0.9  # sgd only
-    weight_decay: float = 5e-4
-    lr: float = 1e-3
+    weight_decay: float = 5e-4  # of all parameters
+    lr: float = 1e-3  # highest learning rate
     lr_drops: dict[int, float] = field(default_factory=dict)  # epoch: factor on lr from there on
     schedule: str = "steps"  # steps (lr_drops) | cosine (to zero at the end)
     warmup_batches: int = 0  # linear from zero
@@ -90,8 +90,8 @@ class OptimConfig:
     clip_gradient: float | None = None  # largest norm
     amp: bool = True  # bfloat16 autocast, on CUDA only
     validate_every: int = 2  # epochs
-    validation_batches: int = 500
-    save_every_minutes: float = 10.0
+    validation_batches: int = 500  # minibatches of a validation
+    save_every_minutes: float = 10.0  # between two writes of last.pt
     log_every: int = 20  # minibatches
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class DeepMaskStageConfig(DeepMaskConfig):
     target_size: int = 112  # G, the side of the targets that the coarse mask is resized to
     # The mask loss is summed over the batch of 32 and the score loss averaged: lambda = 1/32.
     mask_weight: float = 32.0
-    score_weight: float = 1.0
+    score_weight: float = 1.0  # of the score loss
     sampling: PatchSamplingConfig = field(default_factory=PatchSamplingConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr_drops={50: 0.5, 120: 0.1}))
 
@@ -157,7 +157,7 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
     # Corners of a box are its first and last pixel (released code), not its edges.
     inclusive_boxes: bool = False
     pixels: PixelConfig = field(default_factory=PixelConfig)
-    box_weight: float = 1.0
+    box_weight: float = 1.0  # of the box regressor's loss
     frozen_epochs: int = 0  # phase 1: the whole trunk is frozen for so many epochs
     sampling: RoiSamplingConfig = field(default_factory=RoiSamplingConfig)
     optim: OptimConfig = field(
@@ -175,6 +175,11 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
+        if self.head == "layer4" and self.trunk.name not in RESNETS:
+            raise ValueError(
+                f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "
+                "use head fc"
+            )
         if self.sampling.bg_iou_low >= self.iou_thresholds[0]:
             raise ValueError(
                 f"sampling.bg_iou_low must be below the lowest of iou_thresholds, "
@@ -190,8 +195,8 @@ class InitConfig:
     weights: str | None = None
     deepmask: str | None = None  # checkpoint, for SharpMask
     proposer: str | None = None  # DeepMask or SharpMask checkpoint, to make proposals with
-    train_proposals: str | None = None  # proposal stores
-    val_proposals: str | None = None
+    train_proposals: str | None = None  # proposal store of the training images
+    val_proposals: str | None = None  # proposal store of the validation images
 
 
 def _scale_range(value: tuple[float, float, float]) -> bool:
@@ -202,7 +207,7 @@ def _scale_range(value: tuple[float, float, float]) -> bool:
 class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
-    num_proposals: int = 1000
+    num_proposals: int = 1000  # the best of each image
     log2_scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does
@@ -223,7 +228,7 @@ class DetectConfig:
     """Detection in whole images (BMVC 2016, section 4)."""
 
     num_proposals: int = 400  # the best of each image
-    score_threshold: float = 0.001
+    score_threshold: float = 0.001  # detections score higher
     nms: float = 0.3  # IoU of boxes of one class
     max_detections: int = 100  # per image
     box_voting_iou: float | None = None  # boxes of a class that overlap more vote for their place
@@ -245,7 +250,7 @@ class DetectConfig:
 class Config:
     """A recipe: data, trunk, and a section for each step of the pipeline."""
 
-    seed: int = 0
+    seed: int = 0  # of weights, samples and dropout
     stages: tuple[str, ...] = STAGES  # what tools/run_pipeline.py runs, in this order
     data: DataConfig = field(default_factory=DataConfig)
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
@@ -258,6 +263,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
+        if self.trunk.name == "caffenet":  # it has no level at stride 2
+            raise ValueError("trunk.name caffenet can only be a detector's trunk")
         _require(
             self,
             f"a prefix of {', '.join(STAGES)}",

@@ -78,7 +78,7 @@ def gather(value: object) -> list:
     """`value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

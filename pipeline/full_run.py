@@ -59,15 +59,14 @@ def run_pipeline(
     summary = _read_summary(output / SUMMARY)
     for name in config.stages:
         start = time.monotonic()
-        if distributed.is_main():
-            print(f"\n== {name} ==", flush=True)
-        own = config
+        distributed.say(f"\n== {name} ==")
+        stage_config = config
         if name == "multipathnet":  # SharpMask's proposals have been made for its own scores
             val_proposals = str(output / "sharpmask" / "proposals")
-            own = replace(config, init=replace(config.init, val_proposals=val_proposals))
-        inputs = prepare_stage(name, own, output / name, device)
-        stage = build_stage(name, own, inputs)
-        checkpoint = fit(stage, own, output / name, device=device, resume=True)
+            stage_config = replace(config, init=replace(config.init, val_proposals=val_proposals))
+        inputs = prepare_stage(name, stage_config, output / name, device)
+        stage = build_stage(name, stage_config, inputs)
+        checkpoint = fit(stage, stage_config, output / name, device=device, resume=True)
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds = summary["seconds"].get(name, 0) + time.monotonic() - start
         summary["seconds"][name] = round(seconds, 1)
@@ -75,7 +74,8 @@ def run_pipeline(
             write_json(output / SUMMARY, summary)
     if distributed.is_main():
         save_config(config, output / "config.yaml")
-        report = write_report(output, **_validation_files(config))
+        annotations, images = split_files(config, "val")
+        report = write_report(output, annotations=annotations, images=images)
         print(f"\nsummary in {output / SUMMARY}, report in {report}")
     return summary
 
@@ -85,69 +85,66 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
 
     All processes work on it; the main one scores the proposals and writes.
     """
-    files = _validation_files(config)
+    annotations, images = split_files(config, "val")
     patches = score_patches(
-        **files,
-        checkpoint=checkpoint,
-        output=output / "patches",
+        annotations,
+        images,
+        checkpoint,
+        output / "patches",
         workers=config.data.workers,
         device=device,
     )
     proposer, settings = load_proposer(checkpoint, device)
+    store = output / "proposals"
     if distributed.is_main():
-        _drop_stale(ProposalStore(output / "proposals"), settings)
+        _drop_stale(ProposalStore(store), settings)
     distributed.barrier()
-    propose_images(
-        proposer,
-        files["images"],
-        output / "proposals",
-        settings=settings,
-        annotations=files["annotations"],
-    )
+    propose_images(proposer, images, store, settings=settings, annotations=annotations)
     scores = {}
     if distributed.is_main():
-        scores = score_proposals(files["annotations"], output / "proposals", output / "scores")
+        scores = score_proposals(annotations, store, output / "scores")
     distributed.barrier()
     return {"patches": patches, "proposals": scores}
 
 
 def score_detector(config: Config, checkpoint: Path, output: Path, device: torch.device) -> dict:
     """Detections in the validation images from SharpMask's proposals, and their AP."""
-    files = _validation_files(config)
+    annotations, images = split_files(config, "val")
     store = ProposalStore(output.parent / "sharpmask" / "proposals")
     detector, settings = load_detector(checkpoint, device)
-    detect_images(detector, store, files["images"], output, settings=settings)
+    detect_images(detector, store, images, output, settings=settings)
     scores = {}
     if distributed.is_main():
-        scores = score_detections(files["annotations"], output / DETECTIONS, output / "scores")
+        scores = score_detections(annotations, output / DETECTIONS, output / "scores")
         if len(store.images()) <= FEW_IMAGES:
-            _score_by_proposals(detector, store, files, output / "scores")
+            by_count = score_by_proposals(detector, store, annotations, images)
+            write_json(output / "scores" / "by_proposals.json", by_count)
     distributed.barrier()
     return {"detections": scores}
 
 
-def _score_by_proposals(
-    detector: Detector, store: ProposalStore, files: dict[str, Path], output: Path
-) -> None:
-    """AP for growing numbers of proposals, into by_proposals.json: where more stop to help."""
+def score_by_proposals(
+    detector: Detector, store: ProposalStore, annotations: Path, images: Path
+) -> dict[str, list]:
+    """AP for growing numbers of proposals: where more stop to help."""
     found: list[list[Detections]] = [[] for _ in PROPOSAL_COUNTS]
-    named: list[str] = []  # images left out, as they were before
+    broken: list[str] = []  # images left out, named before
 
     def detect(image: np.ndarray, proposals: Proposals) -> list[Detections]:
         return detector.detect_by_count(image, proposals, PROPOSAL_COUNTS)
 
     for shard in store.shards():
-        for _, by_count in detect_in_shard(detect, store, shard, files["images"], named):
+        for _, by_count in detect_in_shard(detect, store, shard, images, broken):
             for detections, one in zip(found, by_count, strict=True):
                 detections.append(one)
-    ground_truth = load_ground_truth(files["annotations"])
-    content = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
+    ground_truth = load_ground_truth(annotations)
+    content: dict[str, list] = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
     for detections in found:
         results = [result for one in detections for result in results_of(one)]
         metrics = evaluate_detections(ground_truth, results).metrics()
-        for kind in ("box", "mask"):
-            content[kind].append(metrics[kind]["AP"] if kind in metrics else None)
-    write_json(output / "by_proposals.json", content)
+        for iou_type in ("box", "mask"):
+            content[iou_type].append(metrics[iou_type]["AP"] if iou_type in metrics else None)
+    return content
 
 
 SCORERS = {
@@ -165,11 +162,6 @@ def _drop_stale(store: ProposalStore, settings: dict) -> None:
         shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed right here
         store.directory.rename(stale)  # at once: half a store would pass for a whole one
         shutil.rmtree(stale)
-
-
-def _validation_files(config: Config) -> dict[str, Path]:
-    annotations, images = split_files(config, "val")
-    return {"annotations": annotations, "images": images}
 
 
 def _read_summary(path: Path) -> dict:

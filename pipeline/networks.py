@@ -65,8 +65,8 @@ def _trunk(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
 
 def load_network(
     path: str | Path, *, stage: str | tuple[str, ...] | None = None
-) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """The trained network of a checkpoint, its config and the checkpoint's other content.
+) -> tuple[Any, Config, dict[str, Any]]:
+    """The trained network of a checkpoint, its config, and what else the checkpoint says.
 
     Args:
         stage: the stages that the caller can use; None for any.

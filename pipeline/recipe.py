@@ -95,7 +95,7 @@ def config_from_dict(values: dict, *, source: str) -> Config:
 
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     return {str(key): _plain(value) for key, value in values.items()}
 
 
@@ -133,15 +133,17 @@ def _plain(value: Any) -> Any:
 
 def _resolve(layers: dict[str, DictConfig]) -> Config:
     """The defaults, changed by one layer after the other, each by the name of its source."""
-    merged = OmegaConf.structured(Config)
-    for source, layer in layers.items():
-        try:
+    merged: Any = OmegaConf.structured(Config)
+    source = ""
+    try:
+        for source, layer in layers.items():
             layers[source] = _with_new_names(OmegaConf.to_container(layer))
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, layers[source])
-        except OmegaConfBaseException as error:
-            place = f"{error.full_key}: " if error.full_key else ""
-            raise ValueError(f"{source}: {place}{_one_line(error)}") from error
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        place = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{source}: {place}{_one_line(error)}") from error
     try:
         return _instantiate(Config, merged)
     except ValueError as error:  # it starts with the key
@@ -228,7 +230,7 @@ def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
             )
 
 
-def _dataclass_of(annotation: Any) -> type | None:
+def _dataclass_of(annotation: Any) -> Any:
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((c for c in candidates if is_dataclass(c)), None)
 

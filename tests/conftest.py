@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from pipeline.training.patch_stages import DeepMaskStage, SharpMaskStage
 
 from datasets.shapes import write_shapes
 from pipeline.command import run_tool
 from pipeline.recipe import load_config
-from pipeline.training.engine import fit
-from pipeline.training.stages import build_stage
+from tests.pipeline.training.runs import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
@@ -84,7 +81,7 @@ def tiny_recipe(shapes_directory) -> dict:
                 "log_every": 1,
             },
         },
-        "propose": {"num_proposals": 50, "scales": [-1.0, 0.0, 0.5]},
+        "propose": {"num_proposals": 50, "log2_scales": [-1.0, 0.0, 0.5]},
     }
 
 
@@ -99,9 +96,8 @@ def tiny_config(tiny_recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config, tmp_path_factory) -> Path:
     """The run directory of `tiny_config`; read it, do not change it."""
-    config = load_config(tiny_config)
     output = tmp_path_factory.mktemp("run") / "deepmask"
-    fit(DeepMaskStage(config), config, output, device=torch.device("cpu"))
+    train("deepmask", load_config(tiny_config), output)
     return output
 
 
@@ -114,18 +110,22 @@ def tiny_checkpoint(tiny_run) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sharpmask(tiny_config, tiny_checkpoint, tmp_path_factory) -> Path:
     """The checkpoint of a SharpMask on `tiny_checkpoint`; read it, do not change it."""
-    config = load_config(tiny_config)
-    output = tmp_path_factory.mktemp("run") / "sharpmask"
-    return fit(SharpMaskStage(config, tiny_checkpoint), config, output, device=torch.device("cpu"))
+    config = load_config(tiny_config, [f"init.deepmask={tiny_checkpoint}"])
+    return train("sharpmask", config, tmp_path_factory.mktemp("run") / "sharpmask")
 
 
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_config, tiny_sharpmask, tmp_path_factory) -> Path:
     """The checkpoint of a MultiPathNet, in a run directory with its proposals; as above."""
-    output = tmp_path_factory.mktemp("run") / "multipathnet"
     config = load_config(tiny_config, [f"init.proposer={tiny_sharpmask}"])
-    device = torch.device("cpu")
-    return fit(build_stage("multipathnet", config, output, device), config, output, device=device)
+    return train("multipathnet", config, tmp_path_factory.mktemp("run") / "multipathnet")
+
+
+@pytest.fixture
+def stores(tiny_detector) -> list[str]:
+    """Overrides that name the proposals which `tiny_detector` was trained on."""
+    folder = tiny_detector.parents[1] / "proposals"
+    return [f"init.{split}_proposals={folder / split}" for split in ("train", "val")]
 
 
 @pytest.fixture

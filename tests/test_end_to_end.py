@@ -9,14 +9,13 @@ import json
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
-import torch
 import yaml
-from pipeline.load import load_mask_network
-from pipeline.training.patch_stages import DeepMaskStage, evaluate_patches, validation_kinds
 
+from pipeline.evaluation.patches import evaluate_patches, validation_heads
 from pipeline.inference.propose import Proposer
+from pipeline.networks import load_network
 from pipeline.recipe import config_from_dict
-from pipeline.training.engine import fit
+from tests.pipeline.training.runs import CPU, make_stage, train
 
 
 def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
@@ -113,20 +112,19 @@ def test_a_network_that_learned_one_object_proposes_it_first(tiny_recipe, tmp_pa
         "validation_batches": 8,
     }
     config = config_from_dict(recipe, source="test")
-    best = fit(DeepMaskStage(config), config, tmp_path / "run", device=torch.device("cpu"))
-    model, _ = load_mask_network(best)
+    model, _, _ = load_network(train("deepmask", config, tmp_path / "run"))
     metrics = evaluate_patches(
         model,
-        DeepMaskStage(config).val_data,
-        torch.device("cpu"),
-        kinds=validation_kinds(8),
+        make_stage("deepmask", config, tmp_path / "new").val_data,
+        CPU,
+        heads=validation_heads(8),
         batch_size=16,
         workers=0,
     )
     assert metrics["mean_iou"] > 0.8 and metrics["score_accuracy"] > 0.9
-    octaves = [-0.5, -0.25, 0.0, 0.25, 0.5]
+    log2_scales = [-0.5, -0.25, 0.0, 0.25, 0.5]
     proposals = Proposer(
-        model, device=torch.device("cpu"), num_proposals=5, octaves=octaves, mask_threshold=0.5
+        model, device=CPU, num_proposals=5, log2_scales=log2_scales, mask_threshold=0.5
     )(image)
     square = np.zeros(image.shape[:2], np.uint8, order="F")
     square[40:88, 50:102] = 1

@@ -8,7 +8,7 @@ optimizer state and step are all that a resumed run needs.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class TrainingRun:
     def __init__(self, stage: Stage, config: Config, output: Path, device: torch.device):
         self.stage, self.config, self.device = stage, config, device
         self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
-        stage.model.to(device, memory_format=torch.channels_last)
+        stage.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.optim, stage.parameter_groups())
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
@@ -96,10 +96,14 @@ class TrainingRun:
         self.stage.model.train()  # batch norm is frozen by construction
         for batch in self.stage.training_batches(range(self.step, self.total), self.device):
             losses = self.train_step(batch)
-            meter.add(losses, seconds_left=self._seconds_left)
+            meter.add(losses)
             if self.step % self.optim.log_every == 0:
                 self.log.write(
-                    "train", step=self.step, epoch=self._epoch(), lr=self._rate(), **meter.flush()
+                    "train",
+                    step=self.step,
+                    epoch=self._epoch(),
+                    lr=self._rate(),
+                    **meter.flush(self.total - self.step),
                 )
             halt, save = distributed.any_process(
                 stop["now"], self._save_due(saved), device=self.device
@@ -233,9 +237,6 @@ class TrainingRun:
     def _rate(self) -> float:
         return learning_rate(self.optim, max(self.step - 1, 0))
 
-    def _seconds_left(self, seconds_per_step: float) -> float:
-        return seconds_per_step * (self.total - self.step)
-
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of a step's dropout: a resumed run draws what an uninterrupted one does."""
@@ -273,26 +274,24 @@ class Meter:
         self.batch_size, self.samples = batch_size, samples
         self.restart()
 
-    def add(self, losses: dict[str, Tensor], *, seconds_left: Callable[[float], float]) -> None:
+    def add(self, losses: dict[str, Tensor]) -> None:
         """Adds a minibatch without waiting for the device."""
         for name, value in losses.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, count + 1)
-        self.steps, self.seconds_left = self.steps + 1, seconds_left
+        self.steps += 1
 
-    def flush(self) -> dict[str, float]:
+    def flush(self, steps_left: int) -> dict[str, float]:
         """Means of the losses, samples a second, and minutes left."""
         seconds = (time.monotonic() - self.start) / max(self.steps, 1)
         values = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        values |= {
-            f"{self.samples}_per_second": self.batch_size / seconds,
-            "minutes_left": self.seconds_left(seconds) / 60,
-        }
+        values[f"{self.samples}_per_second"] = self.batch_size / seconds
+        values["minutes_left"] = seconds * steps_left / 60
         self.restart()
         return values
 
     def restart(self) -> None:
-        """Forgets what was added and starts the clock anew."""
+        """Forgets what was added and restarts the clock."""
         self.sums: dict[str, tuple[Any, int]] = {}
         self.steps, self.start = 0, time.monotonic()
 
@@ -301,7 +300,7 @@ class Meter:
 def _stop_signals() -> Iterator[dict[str, bool]]:
     """SIGINT and SIGTERM set a flag; a second one ends the process as usual."""
     stop = {"now": False}
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def handle(signum: int, _: Any) -> None:
         stop["now"] = True
@@ -312,8 +311,8 @@ def _stop_signals() -> Iterator[dict[str, bool]]:
     try:
         yield stop
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _count_parameters(model: nn.Module) -> str:

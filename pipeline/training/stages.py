@@ -142,6 +142,7 @@ class PatchStage(Stage):
         self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_fraction)
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """Mask and score minibatches, as `mask_batch_prob` draws them."""
         indices = PatchBatchSampler(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
@@ -157,6 +158,7 @@ class PatchStage(Stage):
             yield batch
 
     def validate(self, device: torch.device) -> dict[str, float]:
+        """Patch metrics on `validation_batches` minibatches."""
         return evaluate_patches(
             self.model,
             self.val_data,
@@ -257,8 +259,7 @@ class MultiPathNetStage(Stage):
             config, num_classes=len(coco.category_ids), pretrained=config.init.weights is None
         )
         mean, std = delta_statistics(self.train_data, seed=config.seed)
-        self.model.delta_mean.copy_(mean)
-        self.model.delta_std.copy_(std)
+        self.model.set_delta_statistics(mean, std)
         for level in self.model.trunk.levels[: c.trunk.frozen_levels]:
             level.requires_grad_(False)
         self.phase_starts = (c.frozen_epochs * self.optim.batches_per_epoch,)
@@ -271,6 +272,7 @@ class MultiPathNetStage(Stage):
             level.requires_grad_(trained)
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+        """Images with their RoIs."""
         c = self.config.multipathnet
         indices = RoiBatchSampler(
             steps,
@@ -296,6 +298,7 @@ class MultiPathNetStage(Stage):
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 
     def validate(self, device: torch.device) -> dict[str, float]:
+        """RoI metrics on `validation_batches` minibatches."""
         return evaluate_rois(
             self.model,
             self.val_data,

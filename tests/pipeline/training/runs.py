@@ -1,0 +1,49 @@
+"""Training a stage in a test, whole or interrupted."""
+
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.training import engine
+from pipeline.training.engine import Interrupted, fit
+from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.stages import Stage
+
+CPU = torch.device("cpu")
+
+
+def make_stage(name: str, config: Config, output: Path) -> Stage:
+    return build_stage(name, config, prepare_stage(name, config, output, CPU))
+
+
+def train(name: str, config: Config, output: Path, *, resume: bool = False) -> Path:
+    """Trains a stage; returns its best checkpoint."""
+    return fit(make_stage(name, config, output), config, output, device=CPU, resume=resume)
+
+
+def interrupt(name: str, config: Config, output: Path, *, steps: int, resume: bool = False) -> None:
+    """Trains a stage and stops it after some steps, as a signal does."""
+    stop = _StopAfter(steps)
+    with (
+        mock.patch.object(engine, "_stop_signals", lambda: contextlib.nullcontext(stop)),
+        pytest.raises(Interrupted),
+    ):
+        train(name, config, output, resume=resume)
+
+
+def last_checkpoint(output: Path) -> dict:
+    return torch.load(output / "checkpoints" / "last.pt", weights_only=True)
+
+
+class _StopAfter(dict):
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps = steps
+
+    def __getitem__(self, key):
+        self.steps -= 1
+        return self.steps <= 0

@@ -1,0 +1,315 @@
+"""The stages: what each trains and keeps, and what it starts from.
+
+Mistakes of the command line are in tests/test_user_errors.py.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.images import read_image
+from datasets.shapes import CATEGORY_IDS
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.data import roi_dataset
+from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.propose import load_proposer
+from pipeline.networks import load_network
+from pipeline.recipe import config_from_dict, load_config
+from pipeline.torch7.convert import convert_file
+from pipeline.training.engine import fit
+from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals
+from pipeline.training.run_log import read_metrics
+from tests.pipeline.training.runs import CPU, make_stage, train
+from tests.real_data import TORCH7
+
+STAGES = ("deepmask", "sharpmask", "multipathnet")
+TORCH7_FILES = {
+    "deepmask": "deepmask_sharpmask/deepmask.t7",
+    "sharpmask": "deepmask_sharpmask/sharpmask.t7",
+    "multipathnet": "multipathnet/model.t7",
+}
+
+
+@pytest.fixture
+def checkpoints(tiny_checkpoint, tiny_sharpmask, tiny_detector) -> dict[str, Path]:
+    return dict(zip(STAGES, (tiny_checkpoint, tiny_sharpmask, tiny_detector), strict=True))
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal_names(one: dict, other: dict) -> set[str]:
+    return {name for name in one if torch.equal(one[name], other[name])}
+
+
+# What is trained.
+
+
+def test_frozen_levels_do_not_change_and_the_trunk_has_its_own_rate(tiny_recipe, tmp_path):
+    values = copy.deepcopy(tiny_recipe)
+    values["trunk"]["frozen_levels"] = 2
+    values["deepmask"]["optim"] |= {"trunk_lr_factor": 0.1}
+    config = config_from_dict(values, source="test")
+    stage = make_stage("deepmask", config, tmp_path)
+    assert [group["lr_factor"] for group in stage.parameter_groups()] == [1.0, 0.1]
+    before = weights_of(stage.model)
+    fit(stage, config, tmp_path, device=CPU)
+    same = equal_names(before, stage.model.state_dict())
+    assert {n for n in before if n.startswith(("trunk.levels.0.", "trunk.levels.1."))} <= same
+    assert not any(name.startswith("trunk.levels.3.0") for name in same)
+
+
+def test_deepmask_is_bit_identical_after_training_and_the_refinement_is_not(
+    tiny_config, tiny_checkpoint, tmp_path
+):
+    overrides = ["sharpmask.optim.batches_per_epoch=4", f"init.deepmask={tiny_checkpoint}"]
+    config = load_config(tiny_config, overrides)
+    stage = make_stage("sharpmask", config, tmp_path)
+    start = weights_of(stage.model)
+    trained = load_checkpoint(fit(stage, config, tmp_path, device=CPU))["model"]
+    frozen = {k.removeprefix("deepmask."): v for k, v in trained.items() if k[:9] == "deepmask."}
+    original = load_checkpoint(tiny_checkpoint)["model"]
+    assert frozen.keys() == original.keys() == equal_names(frozen, original)
+    for part in ("encode.", "predict.", *(f"refinements.{i}." for i in range(4))):
+        names = [name for name in trained if name.startswith(part)]
+        assert any(not torch.equal(trained[name], start[name]) for name in names), part
+
+
+def test_trunk_is_frozen_in_phase_1_and_its_first_levels_always(tiny_config, stores, tmp_path):
+    overrides = [*stores, "multipathnet.frozen_epochs=1", "multipathnet.optim.epochs=2"]
+    config = load_config(tiny_config, overrides)
+    stage = make_stage("multipathnet", config, tmp_path)
+    start = [[p.clone() for p in level.parameters()] for level in stage.model.trunk.levels]
+
+    def unchanged() -> list[bool]:
+        return [
+            all(torch.equal(a, b) for a, b in zip(old, level.parameters(), strict=True))
+            for old, level in zip(start, stage.model.trunk.levels, strict=True)
+        ]
+
+    states = {}
+    start_phase = stage.start_phase
+
+    def spy(step: int) -> None:
+        states[step] = unchanged()
+        start_phase(step)
+
+    stage.start_phase = spy
+    fit(stage, config, tmp_path, device=CPU)
+    assert states[2] == [True] * 4  # nothing of the trunk has changed before phase 2
+    assert unchanged() == [True, False, False, False]  # frozen_levels is 1
+
+
+def test_sharpmask_validates_on_mask_patches_only(tiny_sharpmask):
+    records = read_metrics(tiny_sharpmask.parents[1] / "metrics.jsonl")
+    metrics = next(record for record in records if record["split"] == "val")
+    assert "mean_iou" in metrics and "score_accuracy" not in metrics
+
+
+# What a checkpoint is good for.
+
+
+def test_a_sharpmask_checkpoint_stands_alone_and_gives_deepmasks_masks_unrefined(
+    tiny_sharpmask, tiny_checkpoint, shapes_directory, tmp_path
+):
+    moved = tmp_path / "alone.pt"
+    shutil.copy(tiny_sharpmask, moved)
+    image = read_image(next((shapes_directory / "images" / "val").iterdir()))
+    coarse = load_proposer(moved, CPU, refine=False)[0](image)
+    deepmask = load_proposer(tiny_checkpoint, CPU)[0](image)
+    assert coarse.rles == deepmask.rles
+    assert load_proposer(moved, CPU)[0].refinement is not None
+    np.testing.assert_array_equal(coarse.scores, deepmask.scores)
+
+
+def test_settings_tell_refined_from_coarse_and_zoomed_from_not(tiny_sharpmask):
+    settings = [
+        load_proposer(tiny_sharpmask, CPU, **options)[1]
+        for options in ({}, {"refine": False}, {"zoom": True}, {"nms": 0.5})
+    ]
+    assert all(a != b for n, a in enumerate(settings) for b in settings[:n])
+    assert settings[2]["log2_scales"] == [*settings[0]["log2_scales"], 1.0]
+
+
+def test_a_detectors_checkpoint_knows_its_categories(tiny_detector):
+    categories = load_checkpoint(tiny_detector)["categories"]
+    assert [(c["name"], c["id"]) for c in categories] == list(CATEGORY_IDS.items())
+
+
+# What a stage starts from.
+
+
+def test_the_deepmask_run_beside_the_output_is_found(tiny_config, tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "deepmask")
+    stage = make_stage("sharpmask", load_config(tiny_config), tmp_path / "sharpmask")
+    expected = load_network(tiny_run / "checkpoints" / "best.pt")[0].state_dict()
+    assert equal_names(expected, stage.model.deepmask.state_dict()) == expected.keys()
+
+
+def test_without_a_deepmask_it_says_how_to_get_one(tiny_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="init.deepmask=.*--stage deepmask --output"):
+        make_stage("sharpmask", load_config(tiny_config), tmp_path / "sharpmask")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trunk.name=resnet18", "trunk.name tiny instead of resnet18"),
+        ("deepmask.patch_size=64", "deepmask.patch_size 96 instead of 64"),
+    ],
+)
+def test_a_deepmask_of_another_network_is_described(
+    tiny_config, tiny_checkpoint, tmp_path, override, words
+):
+    config = load_config(tiny_config, [override, f"init.deepmask={tiny_checkpoint}"])
+    with pytest.raises(ValueError, match=words):
+        make_stage("sharpmask", config, tmp_path)
+
+
+@pytest.mark.parametrize("proposer", ["deepmask", "sharpmask"])
+def test_a_detectors_trunk_starts_from_the_mask_network(
+    proposer, checkpoints, tiny_config, stores, tmp_path
+):
+    trunk = ["multipathnet.trunk.weights=deepmask", f"init.proposer={checkpoints[proposer]}"]
+    stage = make_stage("multipathnet", load_config(tiny_config, [*stores, *trunk]), tmp_path)
+    state = load_checkpoint(checkpoints["deepmask"])["model"]
+    for name, value in stage.model.trunk.state_dict().items():
+        assert torch.equal(value, state[f"trunk.{name}"]), name
+
+
+def test_proposals_are_made_once_with_the_network_beside(tiny_config, tiny_sharpmask, tmp_path):
+    shutil.copytree(tiny_sharpmask.parents[1], tmp_path / "sharpmask")
+    config = load_config(tiny_config, ["multipathnet.sampling.max_proposals=7"])
+    output = tmp_path / "multipathnet"
+    boxes = find_proposals(config, "val", output, CPU).boxes()
+    store = ProposalStore(output / "proposals" / "val")
+    expected = {p.image_id: p for p in store}
+    assert len(expected) == 8 and max(map(len, expected.values())) <= 7
+    for image_id, proposals in expected.items():
+        found, scores = boxes.of(image_id)
+        np.testing.assert_array_equal(found, proposals.boxes)
+        np.testing.assert_array_equal(scores, proposals.scores)
+    assert not (store.directory / "proposals.json").exists()  # nobody reads those of training
+    shards = store.shards()
+    find_proposals(config, "val", output, CPU)
+    assert store.shards() == shards
+
+
+def test_without_proposals_it_says_how_to_get_them(tiny_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="init.train_proposals=DIR.*init.proposer"):
+        make_stage("multipathnet", load_config(tiny_config), tmp_path / "multipathnet")
+
+
+def test_proposals_of_other_images_are_refused(tiny_config, stores, tmp_path):
+    train_store = stores[0].split("=")[1]
+    config = load_config(tiny_config, [*stores, f"init.val_proposals={train_store}"])
+    with pytest.raises(ValueError, match="other images than .*val.*: image_id 1 has"):
+        make_stage("multipathnet", config, tmp_path)  # ids 1 to 8 are in both
+    coco = make_stage("multipathnet", load_config(tiny_config, stores), tmp_path).val_data.coco
+    coco.image_ids[:] += 1000
+    boxes = ProposalStore(train_store).boxes()
+    with pytest.raises(ValueError, match="no id is in both"):
+        roi_dataset(config.multipathnet, coco, tmp_path, boxes, seed=0)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_fine_tuning_starts_from_a_checkpoint_of_the_stage(
+    name, checkpoints, tiny_config, stores, tmp_path, capsys
+):
+    """With a new optimizer; resumed, the run continues with its own weights."""
+    start = tmp_path / "start.pt"
+    start.write_bytes(checkpoints[name].read_bytes())
+    config = load_config(tiny_config, [*stores, "seed=3", f"init.weights={start}"])
+    stage = make_stage(name, config, tmp_path / name)
+    weights = load_checkpoint(start)["model"]
+    assert equal_names(stage.model.state_dict(), weights) == weights.keys()
+    assert capsys.readouterr().out.splitlines()[-1] == f"weights from {start}"
+    fit(stage, config, tmp_path / name, device=CPU)
+    trained = load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")
+    assert trained["step"] == 2
+    assert equal_names(trained["model"], weights) < weights.keys()
+    start.unlink()  # what it started from may be gone by then
+    train(name, config, tmp_path / name, resume=True)
+    again = load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"]
+    assert equal_names(again, trained["model"]) == again.keys()
+
+
+def test_a_detector_of_other_categories_gets_new_outputs(
+    tiny_detector, tiny_config, stores, tmp_path, capsys
+):
+    content = load_checkpoint(tiny_detector)
+    content["categories"][0]["name"] = "of another dataset"
+    save_checkpoint(tmp_path / "other.pt", content)
+    config = load_config(tiny_config, [*stores, "seed=3", f"init.weights={tmp_path / 'other.pt'}"])
+    stage = make_stage("multipathnet", config, tmp_path / "run")
+    count = len(content["categories"])
+    line = f"its {count} categories are not the dataset's {count}"
+    assert sum(line in printed for printed in capsys.readouterr().out.splitlines()) == 1
+    changed = set(content["model"]) - equal_names(weights_of(stage.model), content["model"])
+    assert {"cls_score.weight", "bbox_pred.weight"} <= changed
+    assert all(name.startswith(CATEGORY_WEIGHTS) for name in changed)
+
+
+def test_no_other_weights_are_looked_for_beside_those(checkpoints, tiny_config, stores, tmp_path):
+    """Neither ImageNet's nor a DeepMask's nor a proposer's trunk."""
+    overrides = ["multipathnet.trunk.weights=deepmask", *stores]
+    config = load_config(tiny_config, [*overrides, f"init.weights={checkpoints['multipathnet']}"])
+    make_stage("multipathnet", config, tmp_path / "run")
+    overrides = ["trunk.weights=nowhere.pt", f"init.weights={checkpoints['deepmask']}"]
+    make_stage("deepmask", load_config(tiny_config, overrides), tmp_path / "run")
+
+
+# The originals' files.
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A folder of the reference networks as checkpoints, with their recipes."""
+    if not TORCH7.is_dir():
+        pytest.skip(f"{TORCH7} is not there")
+    folder = tmp_path_factory.mktemp("converted")
+    for name, file in TORCH7_FILES.items():
+        lines = convert_file(TORCH7 / file, folder / f"{name}.pt")
+        assert any(line.endswith(f"{name}.pt.yaml") for line in lines)
+    return folder
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_training_starts_from_a_converted_file(
+    name, converted, tiny_recipe, stores, tmp_path, call_tool, capsys
+):
+    data = [f"data.{s}.{k}={tiny_recipe['data'][s][k]}" for s in ("train", "val")
+            for k in ("annotations", "images")]  # fmt: skip
+    # The rate is for random weights, on which losses are large.
+    small = [f"{name}.optim.{setting}" for setting in (
+        "lr=1e-7", "batch_size=2", "batches_per_epoch=2", "epochs=1", "validation_batches=1"
+    )]  # fmt: skip
+    if name == "multipathnet":
+        small += [*stores, "multipathnet.sampling.short_side=160"]
+    status = call_tool(
+        "train_stage", "--stage", name, "--config", converted / f"{name}.pt.yaml",
+        "--output", tmp_path / name, "--device", "cpu",
+        "--set", *data, "data.workers=0", *small, f"init.weights={converted / f'{name}.pt'}",
+    )  # fmt: skip
+    assert status in (0, None)
+    new_outputs = f"its 80 categories are not the dataset's {len(CATEGORY_IDS)}"
+    assert (new_outputs in capsys.readouterr().out) == (name == "multipathnet")
+    start = load_checkpoint(converted / f"{name}.pt")["model"]
+    trained = load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")
+    assert trained["step"] == 2 and trained["model"].keys() == start.keys()
+    start = {k: v for k, v in start.items() if not k.startswith(CATEGORY_WEIGHTS)}
+    assert equal_names(start, trained["model"]) < start.keys()
+    for key, value in start.items():
+        torch.testing.assert_close(trained["model"][key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_converted_files_recipe_is_its_networks_settings(converted):
+    for name in TORCH7_FILES:
+        content = load_checkpoint(converted / f"{name}.pt")
+        recipe = load_config(converted / f"{name}.pt.yaml")
+        assert recipe == config_from_dict(content["config"], source="the test")
