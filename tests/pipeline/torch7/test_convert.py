@@ -236,8 +236,8 @@ def test_product_takes_the_cells_that_have_the_scores(whole_image):
 
 
 def ious(own: Pasted, theirs: np.ndarray) -> list[float]:
-    assert own.numbers.tolist() == list(range(len(theirs)))
-    rles = [{"size": list(IMAGE_SIZE), "counts": counts} for counts in own.counts]
+    assert own.indices.tolist() == list(range(len(theirs)))
+    rles = [{"size": list(IMAGE_SIZE), "counts": counts} for counts in own.rles]
     masks = [coco_mask.decode(rle).astype(bool) for rle in rles]
     return [(a & b).sum() / (a | b).sum() for a, b in zip(masks, theirs, strict=True)]
 

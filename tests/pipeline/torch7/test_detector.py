@@ -21,8 +21,7 @@ from models.multipathnet import MultiPathNet
 from models.roi_pooling import roi_pool_rounded
 from models.trunk import build_trunk, load_backbone
 from pipeline.checkpoint import save_checkpoint
-from pipeline.inference.box_selection import select_boxes
-from pipeline.inference.detect import Detector
+from pipeline.inference.detect import Detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import build_multipathnet
 from pipeline.recipe import config_from_dict
