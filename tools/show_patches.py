@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.command import run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
-from pipeline.inference.visualize import save_png
+from pipeline.inference.visualize import save_picture
 from pipeline.recipe import load_config
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         target_size=c.target_size,
         seed=config.seed,
     )
-    save_png(patch_sheet(data, count=args.count), args.output)
+    save_picture(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 
 

@@ -181,7 +181,7 @@ def _first(proposals: Proposals) -> Proposals:
         proposals,
         scores=proposals.scores[:TOP],
         boxes=proposals.boxes[:TOP],
-        counts=proposals.counts[:TOP],
+        rles=proposals.rles[:TOP],
     )
 
 

@@ -11,7 +11,8 @@ from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
-from pipeline.inference.detections import Detections, read_detections
+from pipeline.inference.coco_json import read_detections
+from pipeline.inference.detections import Detections
 from pipeline.inference.visualize import color
 from pipeline.report.pictures import (
     FAINT,
@@ -98,7 +99,7 @@ def above(found: Detections, score: float) -> Detections:
         scores=found.scores[:count],
         boxes=found.boxes[:count],
         labels=found.labels[:count],
-        counts=found.counts and found.counts[:count],
+        rles=found.rles and found.rles[:count],
     )
 
 
@@ -109,7 +110,7 @@ def right_overlaps(found: Detections, coco: CocoInstances, objects: list[int]) -
     """
     if not len(found):
         return np.zeros((0, len(objects)))
-    if found.counts is None:
+    if found.rles is None:
         sides = _xywh(found.boxes), _xywh(coco.boxes[objects])
     else:
         sides = [found.rle(n) for n in range(len(found))], [coco.rle(a) for a in objects]
@@ -158,7 +159,7 @@ def detection_mark(found: Detections, n: int, names: dict[int, str], tint: float
         names: of the categories, by id.
     """
     box, label = found.boxes[n], int(found.labels[n])
-    if found.counts is None:
+    if found.rles is None:
         [rle] = coco_mask.frPyObjects(_xywh(box[None]), found.height, found.width)
     else:
         rle = found.rle(n)

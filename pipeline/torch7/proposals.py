@@ -12,6 +12,7 @@ import pycocotools.mask as coco_mask
 from torch import Tensor
 
 from datasets.images import read_image
+from pipeline.inference.coco_json import write_proposals
 from pipeline.inference.image_files import find_images, read_image_list
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
@@ -59,7 +60,7 @@ def convert_proposals(
     for shard in _shards(names, boxes, scores, sizes):
         store.write_shard(shard)
         written += sum(map(len, shard))
-    store.write_results()
+    write_proposals(store)
     total = sum(len(_boxes(each, name)) for each, name in zip(boxes, names, strict=True))
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",

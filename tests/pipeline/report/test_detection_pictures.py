@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
-from pipeline.inference.detections import write_detections
+from pipeline.inference.coco_json import results_of, write_results
 from pipeline.report import detection_pictures as report_detection_pictures
 from pipeline.report import pictures as report_pictures
 from pipeline.report.detection_pictures import (
@@ -47,7 +47,8 @@ def dataset(tmp_path):
 
 
 def examples_of(tmp_path, dataset, detections):
-    write_detections(tmp_path / "detections.json", detections)
+    results = (result for found in detections for result in results_of(found))
+    write_results(tmp_path / "detections.json", results)
     coco = CocoInstances.load(dataset[0])
     return read_detection_examples(tmp_path / "detections.json", coco=coco, images=dataset[1])
 
@@ -79,7 +80,7 @@ def test_above_keeps_what_has_the_score(scores, limit, masks):
     kept = above(detections_of(1, "a.png", found, masks=masks), limit)
     assert len(kept) == sum(score >= limit for score in scores)
     assert kept.labels.tolist() == list(range(len(kept)))
-    assert kept.counts is None if not masks else len(kept.counts) == len(kept)
+    assert kept.rles is None if not masks else len(kept.rles) == len(kept)
 
 
 # Which images are shown.

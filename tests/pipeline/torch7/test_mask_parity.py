@@ -155,7 +155,7 @@ def whole_image(request, folded, image):
     model = model.deepmask if request.param == "smdm" else model
     settings = {"log2_scales": LOG2_SCALES, "align_corners": True, "num_proposals": 10}
     proposer = Proposer(model, device=CPU, **settings)
-    return request.param, proposer, [proposer.run_level(image, scale) for scale in LOG2_SCALES]
+    return request.param, proposer, [proposer.run_scale(image, scale) for scale in LOG2_SCALES]
 
 
 def test_pyramid(image):
@@ -217,5 +217,5 @@ def test_masks_by_area_lie_elsewhere(whole_image, image, monkeypatch):
     prefix, proposer, _ = whole_image
     model = proposer.refinement or proposer.deepmask
     other = Proposer(model, device=CPU, log2_scales=LOG2_SCALES)
-    monkeypatch.setattr(other, "run_level", proposer.run_level)  # so only the placing differs
+    monkeypatch.setattr(other, "run_scale", proposer.run_scale)  # so only the placing differs
     assert 0.8 < min(ious_of_masks(other, prefix, image, monkeypatch)) < 0.96
