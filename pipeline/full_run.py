@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datasets.files import write_json
@@ -19,12 +20,17 @@ from pipeline.evaluation.detection_scores import score_detections
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.recall import load_ground_truth
 from pipeline.evaluation.scores import score_patches, score_proposals
+from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, load_detector
-from pipeline.inference.detect_run import RESULTS, detect_images, with_images
 from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.folders import (
+    DETECTIONS,
+    detect_images,
+    detect_in_shard,
+    propose_images,
+)
+from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose import load_proposer
-from pipeline.inference.propose_run import propose_images
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.training.engine import fit
@@ -109,7 +115,7 @@ def score_detector(config: Config, checkpoint: Path, output: Path, device: torch
     detect_images(detector, store, images, output, settings=settings)
     scores = {}
     if distributed.is_main():
-        scores = score_detections(annotations, output / RESULTS, output / "scores")
+        scores = score_detections(annotations, output / DETECTIONS, output / "scores")
         if len(store.images()) <= FEW_IMAGES:
             by_count = score_by_proposals(detector, store, annotations, images)
             write_json(output / "scores" / "by_proposals.json", by_count)
@@ -123,14 +129,18 @@ def score_by_proposals(
     """AP for growing numbers of proposals: where more stop to help."""
     found: list[list[Detections]] = [[] for _ in PROPOSAL_COUNTS]
     broken: list[str] = []  # images left out, named before
-    for image, proposals in with_images(store, store.shards(), images, broken):
-        by_count = detector.detect_by_count(image, proposals, PROPOSAL_COUNTS)
-        for detections, one in zip(found, by_count, strict=True):
-            detections.append(one)
+
+    def detect(image: np.ndarray, proposals: Proposals) -> list[Detections]:
+        return detector.detect_by_count(image, proposals, PROPOSAL_COUNTS)
+
+    for shard in store.shards():
+        for _, by_count in detect_in_shard(detect, store, shard, images, broken):
+            for detections, one in zip(found, by_count, strict=True):
+                detections.append(one)
     ground_truth = load_ground_truth(annotations)
     content: dict[str, list] = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
     for detections in found:
-        results = [result for one in detections for result in one.results()]
+        results = [result for one in detections for result in results_of(one)]
         metrics = evaluate_detections(ground_truth, results).metrics()
         for iou_type in ("box", "mask"):
             content[iou_type].append(metrics[iou_type]["AP"] if iou_type in metrics else None)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command import make_parser, run_tool
 from pipeline.torch7.convert import convert_file
+from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import read_torch7
-from pipeline.torch7.tree import describe
 
 
 def main() -> None:

@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
-from pipeline.inference.detect_run import detect_images, image_folder
+from pipeline.inference.folders import detect_images, image_folder, propose_images
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
-from pipeline.inference.propose_run import propose_images
 
 
 def main() -> int:
@@ -106,7 +105,7 @@ def main() -> int:
         summary = detect_images(
             detector, store, folder, args.output, settings=settings, draw=args.draw
         )
-    return 0 if summary.images else 2
+    return 2 if summary.none_readable else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.command import add_config, make_parser, run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
-from pipeline.inference.visualize import save_png
+from pipeline.inference.visualize import save_picture
 from pipeline.recipe import load_config
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         target_size=config.deepmask.target_size,
         seed=config.seed,
     )
-    save_png(patch_sheet(data, count=args.count), args.output)
+    save_picture(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.precision import (
     evaluate_detections,
 )
 from pipeline.evaluation.recall import IOU_THRESHOLDS, load_ground_truth
-from pipeline.inference.detection_results import load_results
+from pipeline.inference.coco_json import load_results
 
 
 def score_detections(annotations: str | Path, results: str | Path, output: str | Path) -> dict:

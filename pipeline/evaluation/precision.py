@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.evaluation.recall import AREAS, IOU_THRESHOLDS, IOU_TYPES
 from pipeline.evaluation.voc import all_point_ap
-from pipeline.inference.detection_results import box_of, check_results
+from pipeline.inference.coco_json import box_of, check_results
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100")
 RECALL_POINTS = Params(iouType="bbox").recThrs  # (P,)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from datasets.coco import CocoInstances
 from pipeline.evaluation.greedy_matching import find_hits
-from pipeline.inference.coco_results import results_by_image
+from pipeline.inference.coco_json import results_by_image
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,)

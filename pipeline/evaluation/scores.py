@@ -18,7 +18,7 @@ from pipeline.evaluation.recall import (
     load_ground_truth,
     rank_by_overlap,
 )
-from pipeline.inference.coco_results import read_results
+from pipeline.inference.coco_json import read_results
 from pipeline.networks import load_network
 
 KINDS = ("box", "mask")

@@ -3,27 +3,29 @@
 image -> trunk once (per scale and flip) -> RoIs in chunks -> mean of the softmaxes -> boxes decoded
 and clipped -> per-class NMS, box voting -> each detection with its proposal's mask.
 
-Letters: R RoIs, C classes without background, N detections.
+Letters: R RoIs, C classes without background, N candidates (an RoI for a class), D detections.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
 from models.multipathnet import MultiPathNet, compress_towers
-from pipeline.checkpoint import file_sha256, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import file_sha256, save_checkpoint
 from pipeline.config import DetectConfig
-from pipeline.inference.box_selection import Selection, select_boxes
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals
+from pipeline.inference.propose import override
 from pipeline.networks import load_network
+
+Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # what `select_boxes` returns
 
 
 @dataclass
@@ -32,12 +34,13 @@ class View:
 
     Attributes:
         layers: the trunk's features by stride.
-        factors: (4,) from the original's pixels to this version's, xyxy.
-        last_x: of this version, where the mirror puts what is at 0. flip: mirrored left-right.
+        scale: (4,) from the original's pixels to this version's, xyxy.
+        last_x: of this version, where the mirror puts what is at 0.
+        flip: mirrored left-right.
     """
 
     layers: dict[int, Tensor]
-    factors: Tensor
+    scale: Tensor
     last_x: float
     flip: bool
 
@@ -64,10 +67,10 @@ class Detector:
             short_sides: of the resized image in pixels, one for each scale.
             long_side: at most, at the first scale; in proportion at the others.
             align_corners: see `resize_sides`.
-            inclusive_boxes: the network's boxes have their first and last pixel for corners
-                (released code), not their edges; those that come and go have edges.
+            inclusive_boxes: in the network, boxes go from their first to their last pixel, as in
+                the released code, not from edge to edge; outside of it they have edges.
         """
-        self.model = model.eval().to(device, memory_format=torch.channels_last)
+        self.model = model.eval().to(device).to(memory_format=torch.channels_last)
         self.categories, self.device, self.options = categories, device, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         self.short_sides, self.long_side = short_sides, long_side
@@ -80,43 +83,51 @@ class Detector:
         """The detections of an image, at most `max_detections`.
 
         Args:
-            image: (H, W, 3) uint8 RGB. proposals: of this image; the best `num_proposals` are used.
+            image: (H, W, 3) uint8 RGB.
+            proposals: of this image; the best `num_proposals` are used.
         """
         [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
         return detections
 
     @torch.inference_mode()
     def detect_by_count(
-        self, image: np.ndarray, proposals: Proposals, counts: Sequence[int]
+        self, image: np.ndarray, proposals: Proposals, num_proposals: Sequence[int]
     ) -> list[Detections]:
         """The detections from the best proposals only, for several numbers of them.
 
-        The trunk and the RoIs of the largest number are run once: what the network says of a RoI
-        does not depend on the others, only the selection does (and what is fed back after it).
+        The trunk and the RoIs of the largest number run once: what the network says of an RoI does
+        not depend on the others, only the selection does (and what is fed back after it).
 
         Args:
-            image, proposals: as in a call. counts: how many proposals to use.
+            image, proposals: as in a call.
+            num_proposals: how many proposals to use, one number for each result.
         """
         size = image.shape[:2]
-        boxes = torch.tensor(proposals.boxes[: max(counts)], device=self.device)
+        boxes = torch.tensor(proposals.boxes[: max(num_proposals)], device=self.device)
+        # Run the trunk on every scale of the image and its mirror image.
         views = self._views(image) if len(boxes) else []
+        # Classify all RoIs; decode and clip their boxes.
         probabilities, decoded = self._classify(views, boxes, size)
-        selections = (
-            self._localize(views, self._select(probabilities[:count], decoded[:count]), size)
-            for count in counts
-        )
-        return [
-            Detections(
-                proposals.image_id,
-                proposals.file_name,
-                *size,
-                scores=scores.cpu().numpy(),
-                boxes=found.cpu().numpy(),
-                labels=self.category_ids[labels.cpu().numpy()],
-                counts=[proposals.counts[row] for row in rows.tolist()],
+        results = []
+        for count in num_proposals:
+            # NMS within each class, the best over all classes, box voting.
+            selection = self._select(probabilities[:count], decoded[:count])
+            # Feed the selected boxes back as RoIs.
+            scores, labels, found, rows = self._refine(views, selection, size)
+            # Give each detection the mask of the proposal that it comes from.
+            results.append(
+                Detections(
+                    proposals.image_id,
+                    proposals.file_name,
+                    height=size[0],
+                    width=size[1],
+                    scores=scores.cpu().numpy(),
+                    boxes=found.cpu().numpy(),
+                    labels=self.category_ids[labels.cpu().numpy()],
+                    rles=[proposals.rles[row] for row in rows.tolist()],
+                )
             )
-            for scores, labels, found, rows in selections
-        ]
+        return results
 
     def _select(self, probabilities: Tensor, boxes: Tensor) -> Selection:
         return select_boxes(
@@ -128,10 +139,7 @@ class Detector:
             vote_iou=self.options.box_voting_iou,
         )
 
-    def _localize(
-        self, views: list[View], selection: Selection, size: tuple[int, int]
-    ) -> Selection:
-        """Feeds the selected boxes back as RoIs, as often as the options say."""
+    def _refine(self, views: list[View], selection: Selection, size: tuple[int, int]) -> Selection:
         for _ in range(self.options.box_refinement_iters):
             *_, boxes, sources = selection
             scores, labels, found, rows = self._select(*self._classify(views, boxes, size))
@@ -141,23 +149,21 @@ class Detector:
     def _views(self, image: np.ndarray) -> list[View]:
         views = []
         for side in self.short_sides:
-            limit = round(self.long_side * side / self.short_sides[0])
-            scaled, factors = resize_sides(
-                image, short_side=side, long_side=limit, align_corners=self.align_corners
+            scaled, scale = resize_sides(
+                image,
+                short_side=side,
+                long_side=round(self.long_side * side / self.short_sides[0]),
+                align_corners=self.align_corners,
             )
+            last_x = (image.shape[1] - self.margin) * scale[0]
             for flip in (False, True) if self.options.flip else (False,):
-                pixels = cv2.flip(scaled, 1) if flip else scaled
-                views.append(self._view(pixels, factors, image.shape[1], flip))
+                pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255
+                planes = torch.from_numpy(normalize(pixels, self.pixels))[None].to(self.device)
+                layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
+                views.append(
+                    View(layers, torch.tensor(scale * 2, device=self.device), last_x, flip)
+                )
         return views
-
-    def _view(
-        self, pixels: np.ndarray, factors: tuple[float, float], width: int, flip: bool
-    ) -> View:
-        normal = normalize(pixels.astype(np.float32) / 255, self.pixels)
-        planes = torch.from_numpy(normal)[None].to(self.device)
-        layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
-        last_x = (width - self.margin) * factors[0]
-        return View(layers, torch.tensor(factors * 2, device=self.device), last_x, flip)
 
     def _classify(
         self, views: list[View], boxes: Tensor, size: tuple[int, int]
@@ -165,30 +171,26 @@ class Detector:
         """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks.
 
         Args:
-            boxes: (R, 4). size: height and width of the image, to which boxes are clipped.
+            boxes: (R, 4).
+            size: height and width of the image, to which boxes are clipped.
         """
         if len(boxes) == 0:
             classes = len(self.categories)
             return boxes.new_zeros(0, classes + 1), boxes.new_zeros(0, classes, 4)
-        chunks = (boxes - self.margins).split(self.options.chunk)
-        parts = [self._classify_chunk(views, chunk) for chunk in chunks]
+        parts = []
+        for chunk in (boxes - self.margins).split(self.options.chunk):
+            seen = [self._classify_in(view, chunk) for view in views]
+            parts.append([torch.stack(values).mean(0) for values in zip(*seen, strict=True)])
         probabilities, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
         last = size[0] - self.margin, size[1] - self.margin
         return probabilities, clip_boxes_to_image(decoded, last) + self.margins
 
-    def _classify_chunk(self, views: list[View], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        seen = [self._classify_in(view, boxes) for view in views]
-        return (
-            torch.stack([probabilities for probabilities, _ in seen]).mean(0),
-            torch.stack([decoded for _, decoded in seen]).mean(0),
-        )
-
     def _classify_in(self, view: View, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        rois = mirrored(boxes * view.factors, view)
+        rois = mirrored(boxes * view.scale, view)
         batch = torch.cat([rois.new_zeros(len(rois), 1), rois], dim=1)
         outputs = self.model.classify_rois(view.layers, batch)
         probabilities, decoded = self.model.decode(outputs, rois)
-        return probabilities, mirrored(decoded, view) / view.factors
+        return probabilities, mirrored(decoded, view) / view.scale
 
 
 def mirrored(boxes: Tensor, view: View) -> Tensor:
@@ -199,24 +201,100 @@ def mirrored(boxes: Tensor, view: View) -> Tensor:
     return torch.stack([view.last_x - x1, y0, view.last_x - x0, y1], dim=-1)
 
 
+def select_boxes(
+    probabilities: Tensor,
+    boxes: Tensor,
+    *,
+    score_threshold: float,
+    nms_iou: float = 0.3,
+    max_detections: int = 100,
+    vote_iou: float | None = None,
+) -> Selection:
+    """Greedy NMS within each class, the best over all classes, box voting.
+
+    Boxes without an area (clipped ones that lay outside of the image) are no candidates. Equal
+    scores are ordered by class, then by RoI.
+
+    Args:
+        probabilities: (R, C + 1) class probabilities; column 0 is the background.
+        boxes: (R, C, 4) each RoI's box for each class: decoded, clipped, xyxy in pixels.
+        score_threshold: candidates have a higher probability; at least 0.
+        nms_iou: a box is dropped if a better one of its class overlaps it by more.
+        max_detections: how many to return at most.
+        vote_iou: a detection's box becomes the mean, weighted by score, of its class's candidates
+            that overlap it by more, those that NMS dropped included; None for no voting.
+
+    Returns:
+        scores (D,), best first; labels (D,) int64, 0 for column 1; boxes (D, 4);
+        roi_index (D,) int64: the row of the RoI, whose proposal's mask is the detection's.
+    """
+    assert probabilities.shape[1] == boxes.shape[1] + 1 and score_threshold >= 0
+    class_scores = probabilities[:, 1:]
+    areas = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)  # (R, C)
+    is_candidate = (class_scores > score_threshold) & (areas > 0)
+    labels, roi_index = is_candidate.T.nonzero(as_tuple=True)  # (N,) by class, then by RoI
+    scores, candidates = class_scores[roi_index, labels], boxes[roi_index, labels]
+
+    kept = _nms_by_class(candidates, scores, labels, nms_iou)
+    kept = kept[scores[kept].argsort(descending=True, stable=True)[:max_detections]]  # (D,)
+    selected = candidates[kept]
+    if vote_iou is not None:
+        selected = _vote(selected, labels[kept], candidates, scores, labels, vote_iou)
+    return scores[kept], labels[kept], selected, roi_index[kept]
+
+
+def _nms_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_iou: float) -> Tensor:
+    """Rows of the boxes that stay: by class, best first.
+
+    Not torchvision's `batched_nms`: up to 1000 boxes it moves the classes apart by a multiple of
+    the image's size, where float32 has steps of .01 pixels, and overlaps at the limit change
+    sides; above that it does the same loop.
+    """
+    kept = [labels.new_empty(0)]
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().squeeze(1)
+        rows = rows[scores[rows].argsort(descending=True, stable=True)]
+        kept.append(rows[nms(boxes[rows], scores[rows], max_iou)])
+    return torch.cat(kept)
+
+
+def _vote(
+    boxes: Tensor,
+    box_labels: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    min_iou: float,
+) -> Tensor:
+    """Weighted means of the candidates that overlap each box, (D, 4)."""
+    voted = boxes.clone()
+    for label in box_labels.unique().tolist():
+        rows, voters = box_labels == label, labels == label
+        overlaps = box_iou(boxes[rows], candidates[voters]) > min_iou
+        # In float64: the mean of equal corners is that corner to the bit, within the image.
+        weights = overlaps * scores[voters].double()
+        means = weights @ candidates[voters].double() / weights.sum(dim=1, keepdim=True)
+        voted[rows] = means.to(boxes.dtype)
+    return voted
+
+
 def load_detector(
     checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
 ) -> tuple[Detector, dict]:
     """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
     Args:
+        checkpoint: of a MultiPathNet.
+        device: to run on.
         overrides: values for the config's `detect` section.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
-            do not fit; an override that cannot be.
+            do not fit; an override that is out of range.
     """
     model, config, content = load_network(checkpoint, stage="multipathnet")
-    try:
-        options = replace(config.detect, **(overrides or {}))
-    except ValueError as error:  # it starts with the name
-        name, problem = str(error).split(" ", 1)
-        raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
+    assert isinstance(model, MultiPathNet)
+    options = override(config.detect, **(overrides or {}))
     c = config.multipathnet
     detector = Detector(
         model,
@@ -238,24 +316,24 @@ def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
     """Writes a detector's checkpoint again, its fc6 and fc7 truncated to a rank.
 
     Returns:
-        A line that says what it has become.
+        A line with the number of parameters before and after.
 
     Raises:
         ValueError: a rank below 1, another checkpoint, or one without such layers.
     """
     if rank < 1:
         raise ValueError(f"--compress-fc must be at least 1, got {rank}")
-    content = load_checkpoint(checkpoint, stage="multipathnet")
+    model, _, content = load_network(checkpoint, stage="multipathnet")
+    assert isinstance(model, MultiPathNet)
     if content.get("compressed_fc"):
         raise ValueError(f"{checkpoint} is compressed already; take the one it was made from")
-    detector, _ = load_detector(checkpoint, torch.device("cpu"))
-    before = sum(p.numel() for p in detector.model.parameters())
+    before = sum(p.numel() for p in model.parameters())
     try:
-        compress_towers(detector.model, rank)
+        compress_towers(model, rank)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    after = sum(p.numel() for p in detector.model.parameters())
+    after = sum(p.numel() for p in model.parameters())
     kept = {name: content[name] for name in ("stage", "config", "categories")}
     path = output / f"rank{rank}.pt"
-    save_checkpoint(path, kept | {"model": detector.model.state_dict(), "compressed_fc": rank})
+    save_checkpoint(path, kept | {"model": model.state_dict(), "compressed_fc": rank})
     return f"{path}: {before / 1e6:.2f} M parameters before, {after / 1e6:.2f} M after"

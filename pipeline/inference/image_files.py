@@ -1,9 +1,9 @@
-"""Image files for inference: which they are, their ids, and reading them one ahead."""
+"""Image files for inference: which there are, their ids, and reading them one ahead."""
 
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image to propose for: its id, its name in results, and where it is."""
+    """An image: its id, its name in results, and where it is."""
 
     image_id: int
     file_name: str
@@ -27,12 +27,14 @@ class ImageFile:
 def find_images(
     source: str | Path, annotations: str | Path | None, known: dict[str, int]
 ) -> list[ImageFile]:
-    """The images to propose for, with ids.
+    """The images of a folder, file or glob, with ids.
 
-    Ids come from the annotations, else from the file names when all of them are distinct numbers
-    (as COCO's are), else they count from 1. Names are relative to the folder that was given.
+    Ids come from the annotations, else from the file names if all of them are distinct numbers (as
+    COCO's are), else they count from 1. Names are relative to the folder that was given.
 
     Args:
+        source: with annotations, those images of it that they list.
+        annotations: a COCO json; None for none.
         known: ids by file name that an earlier run has given; they stay, whatever has come into the
             folder since.
 
@@ -41,12 +43,18 @@ def find_images(
     """
     if annotations is not None:
         files = _annotated_images(source, Path(annotations))
-        _refuse_other_ids(files, known, annotations)
+        for file in files:
+            if known.get(file.file_name, file.image_id) != file.image_id:
+                raise ValueError(
+                    f"{file.file_name} has the id {file.image_id} in {annotations}, "
+                    f"but the output holds its proposals under {known[file.file_name]}; "
+                    "choose another --output or delete it"
+                )
         return files
     paths = list_images(source)
-    root = Path(source) if Path(source).is_dir() else _common_parent(paths)
+    root = source if Path(source).is_dir() else os.path.commonpath([p.parent for p in paths])
     names = [path.relative_to(root).as_posix() for path in paths]
-    numbers = _own_numbers(paths) or range(1, len(paths) + 1)
+    numbers = _numeric_names(paths) or list(range(1, len(paths) + 1))
     taken = set(known.values())
     unused = itertools.count(max([*numbers, *taken]) + 1)
     ids = [
@@ -56,51 +64,28 @@ def find_images(
     return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
 
 
-def _own_numbers(paths: list[Path]) -> list[int] | None:
-    """The numbers that the files are named; None unless all have one of their own."""
+def _numeric_names(paths: list[Path]) -> list[int] | None:
+    """The numbers that the files are named by; None unless all names are different numbers."""
     if not all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
         return None
     numbers = [int(path.stem) for path in paths]
     return numbers if len(set(numbers)) == len(numbers) else None
 
 
-def _refuse_other_ids(
-    files: list[ImageFile], known: dict[str, int], annotations: str | Path
-) -> None:
-    for file in files:
-        if known.get(file.file_name, file.image_id) != file.image_id:
-            raise ValueError(
-                f"{file.file_name} has the id {file.image_id} in {annotations}, "
-                f"but the output holds its proposals under {known[file.file_name]}; "
-                "choose another --output or delete it"
-            )
-
-
-def _common_parent(paths: list[Path]) -> Path:
-    parent = paths[0].parent
-    while not all(path.is_relative_to(parent) for path in paths):
-        parent = parent.parent
-    return parent
-
-
 def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
-    """With a folder, all images that the annotations list.
-
-    With a file or glob, those of them that match it.
-    """
-    listed = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
+    """Of a folder, all images that the annotations list; else those that match file or glob."""
+    ids = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
     if Path(source).is_dir():
-        files = [
-            ImageFile(image_id, name, Path(source) / name) for name, image_id in listed.items()
-        ]
+        files = [ImageFile(i, name, Path(source) / name) for name, i in ids.items()]
         if not any(file.path.is_file() for file in files):
-            raise ValueError(
-                f"{source}: none of the {len(files)} images that {annotations} lists is there"
-            )
+            raise ValueError(f"{source}: none of the {len(ids)} images of {annotations} is there")
         return files
-    found = {}
+    found: dict[str, Path] = {}
     for path in list_images(source):
-        name = _listed_name(path, listed)
+        # The longest listed name that the path ends in: several folders may have files of one name.
+        parts = path.absolute().parts
+        endings = ("/".join(parts[i:]) for i in range(len(parts)))
+        name = next((ending for ending in endings if ending in ids), None)
         if name in found:
             raise ValueError(
                 f"{source}: {found[name]} and {path} are both {name} of {annotations}; "
@@ -110,23 +95,15 @@ def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
             found[name] = path
     if not found:
         raise ValueError(f"{source}: none of these images is listed in {annotations}")
-    return [ImageFile(listed[name], name, path) for name, path in found.items()]
-
-
-def _listed_name(path: Path, listed: Collection[str]) -> str | None:
-    """The listed name that a path ends in.
-
-    The longest, since several folders may have files of one name.
-    """
-    parts = path.absolute().parts
-    return next((name for n in range(len(parts)) if (name := "/".join(parts[n:])) in listed), None)
+    return [ImageFile(ids[name], name, path) for name, path in found.items()]
 
 
 def read_image_list(annotations: Path) -> list[dict]:
     """The "images" of a COCO json (test sets have no annotations).
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not COCO.
+        FileNotFoundError: no such file.
+        ValueError: not COCO.
     """
     if not annotations.is_file():
         raise FileNotFoundError(f"annotations {annotations} do not exist")
@@ -143,15 +120,13 @@ def read_image_list(annotations: Path) -> list[dict]:
 
 
 def _names_image(image: object) -> bool:
-    return (
-        isinstance(image, dict)
-        and isinstance(image.get("id"), int)
-        and isinstance(image.get("file_name"), str)
-    )
+    if not isinstance(image, dict):
+        return False
+    return isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
 
 
 def common_folder(files: list[ImageFile]) -> Path:
-    """The folder that the names of all files are relative to, whatever way the files were given."""
+    """The folder that all names are relative to, the same however the files were given."""
     folders = {
         Path(*file.path.absolute().parts[: -len(Path(file.file_name).parts)]) for file in files
     }
@@ -172,13 +147,13 @@ def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray |
         except MemoryError:
             return ImageError(f"{file.path}: out of memory")
 
-    reader, following = ThreadPoolExecutor(1), None
+    reader, upcoming = ThreadPoolExecutor(1), None
     try:
-        for n, file in enumerate(files):
-            image = following.result() if following else read(file)
-            following = reader.submit(read, files[n + 1]) if n + 1 < len(files) else None
+        for file, following in itertools.zip_longest(files, files[1:]):
+            image = upcoming.result() if upcoming else read(file)
+            upcoming = reader.submit(read, following) if following else None
             yield file, image
     finally:
-        # Not awaited: a generator that is given up is closed by whatever thread collects garbage,
-        # even one that is just starting, and would wait there forever.
+        # Without waiting: a generator that is given up is closed by whatever thread collects
+        # garbage, even one that is just starting, and would wait there forever.
         reader.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Memory that does not grow with the number of images, and images that it does not suffice for."""
+"""Keeps host memory flat over many images, and reports images that do not fit in memory."""
 
 import ctypes
 import os
@@ -12,26 +12,25 @@ import cv2
 import numpy as np
 import torch
 
-# Of glibc's malloc.h: from which size on a block is a mapping of its own, and how much free memory
-# the heap's end may hold.
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 NEVER = 1 << 30  # bytes
-MOST_KEPT = 8  # images of one size between which freed memory stays
+MAX_KEPT = 8  # images of one size between which freed memory is kept
 NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
-# What a network raises on an image that is too large. PyTorch on a CPU and OpenCV have no exception
-# of their own for it.
+# What a network raises on an image that is too large: PyTorch on a CPU and OpenCV have no special
+# exception for it.
 NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
-T = TypeVar("T")
 NO_MEMORY = re.compile("(can't allocate|not enough|insufficient|out of) memory", re.IGNORECASE)
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 def keep_freed_blocks() -> None:
     """Has glibc keep the memory of freed blocks, however large, for the next ones.
 
-    By itself it maps large blocks anew each time, and the system clears every page of them: up to
-    half of the time of a network's layers. Elsewhere than on Linux nothing is done.
-
-    To be called before a network runs: oneDNN, too, reads its setting only once.
+    By default it returns large blocks to the system, which clears every page of them at the next
+    allocation: up to half of the time of a network's layers. The settings hold for the process;
+    call this before a network runs, since oneDNN reads its setting only once. Does nothing on other
+    systems than Linux.
     """
     # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
     # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
@@ -42,21 +41,21 @@ def keep_freed_blocks() -> None:
 
 
 def release_between_sizes(
-    images: Iterable[tuple[T, np.ndarray | Exception]],
-) -> Iterator[tuple[T, np.ndarray | Exception]]:
+    images: Iterable[tuple[T, np.ndarray | E]],
+) -> Iterator[tuple[T, np.ndarray | E]]:
     """The same images; before one of another size, freed memory goes back to the system.
 
     Blocks of ever other sizes leave gaps that no later one fits, so a process that keeps them grows
-    from image to image. Images of one size need the same blocks again, and what is left to lie
-    between them goes after a while.
+    from image to image. Images of one size reuse the same blocks, and are interrupted only now and
+    then, for what is left between these.
 
     Args:
-        images: with something of their own; an image that could not be read is an exception.
+        images: (anything, the image or the error that reading it gave).
     """
     size, kept = None, 0
     for item, image in images:
         if isinstance(image, np.ndarray):
-            if kept == MOST_KEPT or size not in (None, image.shape):
+            if kept == MAX_KEPT or size not in (None, image.shape):
                 _call_libc("malloc_trim", 0)
                 kept = 0
             size, kept = image.shape, kept + 1
@@ -69,15 +68,15 @@ def _call_libc(name: str, *arguments: int) -> None:
             getattr(ctypes.CDLL(None), name)(*arguments)
 
 
-def describe_failure(error: Exception, image: np.ndarray, *, advice: str) -> str:
-    """Why a network failed on an image (H, W, 3), in one line.
+def describe_failure(error: Exception, shape: tuple[int, ...], *, advice: str) -> str:
+    """Why a network failed on an image, in one line.
 
     Args:
         error: one of `NETWORK_ERRORS`.
+        shape: height and width of the image.
         advice: what helps if memory ran out.
     """
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
-        height, width = image.shape[:2]
-        return f"out of memory at {width} x {height} px; {advice}"
+        return f"out of memory at {shape[1]} x {shape[0]} px; {advice}"
     return f"{type(error).__name__}: {text}"

@@ -1,61 +1,66 @@
-"""From mask logits in patches to RLE masks in the image, without an array of its pixels.
+"""From mask logits of patches to RLE masks in the image, without ever making its pixels.
 
 A mask's logits are interpolated across, to the columns of pixels that its foreground can reach.
-Down a column they are then straight lines from cell to cell, so where the column passes the
-threshold is computed rather than looked for: those edges are the run lengths.
+Down a column they are then straight lines from cell to cell, so where the column crosses the
+threshold is computed, not searched for. These edges give the run lengths of COCO's encoding, which
+goes down the columns of the image, its runs alternately background and foreground.
 
-Letters: n masks, M their cells, T columns of pixels of all masks, e edges.
+Letters: H, W the image, n masks, M cells on a side, T columns of pixels of all masks, e edges.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.inference.rle import boxes_of_runs, cancel_pairs, compress, run_lengths
+BLOCK = 1 << 18  # logits interpolated at once: 1 MiB, which stays in a core's cache
 
-BLOCK = 1 << 18  # interpolated logits at once: 1 MiB, which stays in a core's cache
+# COCO writes a number as characters of five bits, each with a flag that more follow.
+BITS = 5
+MORE = 1 << BITS
+FIRST_CHARACTER = np.uint8(ord("0"))
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where the patches of masks lie in the original image.
 
-    Top-left corners and sizes, in pixels, each (n,) float64.
+    Top-left corners and sizes in pixels, each (n,) float64.
 
     Attributes:
-        corners: how the cells of a mask lie over its patch. False: they share its area evenly.
-            True: the first and last cell are its first and last pixel (whole numbers then), as in
-            the released code.
+        align_corners: how the cells of a mask lie over its patch. False: they divide its area
+            evenly. True: the first and last cell are its first and last pixel, as in the released
+            code; positions and sizes are then whole numbers.
     """
 
     left: np.ndarray
     top: np.ndarray
     width: np.ndarray
     height: np.ndarray
-    corners: bool = False
+    align_corners: bool = False
 
-    def part(self, chosen: np.ndarray) -> "Placement":
-        """The places of some of the masks."""
-        *arrays, corners = astuple(self)
-        return Placement(*(array[chosen] for array in arrays), corners)
+    def select(self, indices: np.ndarray) -> "Placement":
+        """The placement of some of the masks."""
+        left, top = self.left[indices], self.top[indices]
+        return Placement(left, top, self.width[indices], self.height[indices], self.align_corners)
 
 
 @dataclass(frozen=True)
 class Pasted:
-    """Masks as objects of the image.
+    """Masks in the image.
 
     Attributes:
-        numbers: (m,) int64, which of the masks have a pixel in the image; ascending.
-        boxes: (m, 4) float32 xyxy. counts: m compressed RLE strings.
+        indices: (m,) int64, which of the n masks have a pixel in the image; ascending.
+        boxes: (m, 4) float32 xyxy.
+        rles: m compressed RLE strings.
     """
 
-    numbers: np.ndarray
+    indices: np.ndarray
     boxes: np.ndarray
-    counts: list[bytes]
+    rles: list[bytes]
 
 
 NOTHING = Pasted(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), [])
@@ -64,20 +69,20 @@ NOTHING = Pasted(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), [])
 def paste(
     logits: Tensor, places: Placement, *, image_size: tuple[int, int], threshold: float
 ) -> Pasted:
-    """Masks of patches as objects of the image.
+    """Pastes masks of patches into the image.
 
     Args:
         logits: (n, M, M) float32, over the patches.
         places: the patches in the image.
         image_size: height and width.
-        threshold: probability from which on a pixel belongs to a mask, in (0, 1).
+        threshold: pixels with a higher probability belong to the mask, in (0, 1).
     """
     limit = math.log(threshold / (1 - threshold))
+    groups = _shrink(logits, places) if places.align_corners else [(np.arange(len(logits)), logits)]
     owners, edges = [], []
-    for chosen, same in _shrink(logits, places) if places.corners else [(None, logits)]:
-        part = places if chosen is None else places.part(chosen)
-        owner, edge = _edges(same, part, image_size, limit)
-        owners.append(owner if chosen is None else chosen[owner])
+    for indices, group in groups:
+        owner, edge = _edges(group, places.select(indices), image_size, limit)
+        owners.append(indices[owner])
         edges.append(edge)
     owner, edge = np.concatenate(owners), np.concatenate(edges)
     order = np.argsort(owner, kind="stable")
@@ -85,87 +90,87 @@ def paste(
 
 
 def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, int]) -> Pasted:
-    """Masks from the edges of their runs.
+    """Encodes masks from the edges of their runs.
 
     Args:
         owner: (e,) int64, the mask of each edge, ascending.
-        edges: (e,) int64 pixels down the columns, ascending within a mask, alternately the first of
-            a run of foreground and the first behind it; empty runs may be among them.
+        edges: (e,) int64, pixels counted down the columns, ascending within a mask; alternately the
+            first pixel of a run of foreground and the first one after it. Runs may be empty.
         image_size: height and width.
     """
     height, width = image_size
-    owner, edges = cancel_pairs(owner, edges)
+    owner, edges = _cancel_pairs(owner, edges)
     if len(edges) == 0:
         return NOTHING
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    boxes = boxes_of_runs(starts // 2, edges.reshape(-1, 2), height)
-    return Pasted(owner[starts], boxes, compress(*run_lengths(starts, edges, height * width)))
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))  # the first edge of each mask
+    boxes = _boxes_of_runs(starts // 2, edges.reshape(-1, 2), height)
+    return Pasted(owner[starts], boxes, _compress(*_run_lengths(starts, edges, height * width)))
 
 
 def _shrink(logits: Tensor, places: Placement) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Masks without more cells than pixels: image.scale of Lua Torch averages areas there.
+    """Masks with no more cells than pixels, since image.scale of Lua Torch averages areas there.
 
     Yields:
-        The numbers of masks that have one size then, and their logits.
+        Indices of the masks that have one size then, and their logits.
     """
     cells = logits.shape[-1]
     sizes = np.stack([places.height, places.width], axis=1).clip(1, cells).astype(int)
     for height, width in np.unique(sizes, axis=0).tolist():
-        chosen = np.flatnonzero((sizes == (height, width)).all(axis=1))
-        part = logits[torch.from_numpy(chosen).to(logits.device)]
+        indices = np.flatnonzero((sizes == (height, width)).all(axis=1))
+        group = logits[torch.from_numpy(indices).to(logits.device)]
         if height < cells:
-            part = _shares(height, cells).to(part) @ part
+            group = _averages(height, cells).to(group) @ group
         if width < cells:
-            part = part @ _shares(width, cells).to(part).T
-        yield chosen, part
+            group = group @ _averages(width, cells).to(group).T
+        yield indices, group
 
 
-def _shares(pixels: int, cells: int) -> Tensor:
-    """What each of `cells` counts in the average over each of fewer pixels: (pixels, cells)."""
+def _averages(pixels: int, cells: int) -> Tensor:
+    """Weights (pixels, cells) of the cells in the average over each of fewer pixels."""
     low, high = np.arange(cells), np.arange(pixels)[:, None] * (cells / pixels)
-    shared = np.minimum(low + 1, high + cells / pixels) - np.maximum(low, high)
-    return torch.from_numpy(np.maximum(0, shared) * (pixels / cells))
+    overlap = np.minimum(low + 1, high + cells / pixels) - np.maximum(low, high)
+    return torch.from_numpy(np.maximum(0, overlap) * (pixels / cells))
 
 
 def _edges(
     logits: Tensor, places: Placement, image_size: tuple[int, int], limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of the runs of masks: owner and edges as `encode_edges` takes them.
+    """The edges of masks: owner and edges as `encode_edges` takes them.
 
     Args:
-        logits: (n, Mv, Mh). limit: the logit that foreground exceeds.
+        logits: (n, rows, columns) of cells.
+        limit: foreground has a higher logit.
     """
-    cells = logits.shape[1]
+    rows = logits.shape[1]
     low, high = _pixels(places.top, places.height, image_size[0])
-    origin, spacing = _centers(places.top, places.height, cells, places.corners)
+    origin, spacing = _centers(places.top, places.height, rows, places.align_corners)
     used = (logits.amax(dim=1) > limit).cpu().numpy() & (low < high)[:, None]
     owner, x, position = _columns(used, places, image_size[1])
     column, cell, before, after = _crossings(logits, owner, position, limit)
     owner, x = owner[column], x[column]
-    # What a column begins or ends with lies at the patch's edge.
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # next to a cell outside of the patch
         y = origin[owner] + (cell - 1 + (limit - before) / (after - before)) * spacing[owner]
     # Foreground is strictly above the limit.
     y = np.where(after > limit, np.floor(y) + 1, np.ceil(y))
-    y[cell == 0], y[cell == cells] = -np.inf, np.inf
+    y[cell == 0], y[cell == rows] = -np.inf, np.inf  # such runs begin or end at the patch's border
     y = y.clip(low[owner], high[owner]).astype(np.int64)
     return owner, x * image_size[0] + y
 
 
 def _pixels(start: np.ndarray, length: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel of patches in the image, and the first behind them.
+    """First pixel of each patch within the image, and the first one after it.
 
-    A pixel belongs to a patch when its center does.
+    A pixel belongs to a patch if its center does.
     """
     low, high = (np.ceil(side - 0.5).astype(np.int64) for side in (start, start + length))
     return low.clip(min=0), high.clip(max=limit)
 
 
 def _centers(
-    start: np.ndarray, length: np.ndarray, cells: int, corners: bool
+    start: np.ndarray, length: np.ndarray, cells: int, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the first cell's center lies and how far apart cells are; 0 is pixel 0's center."""
-    if corners:
+    """Center of the first cell and distance between cells, where pixel 0 has its center at 0."""
+    if align_corners:
         return start, (length - 1) / max(cells - 1, 1)
     return start + length / cells / 2 - 0.5, length / cells
 
@@ -176,16 +181,17 @@ def _columns(
     """The columns of pixels that the foreground of masks can reach by interpolation.
 
     Args:
-        used: (n, Mh) bool, whether a column of cells has foreground. width: of the image.
+        used: (n, columns) bool, whether a column of cells has foreground.
+        width: of the image.
 
     Returns:
-        (T,) int64 masks and x, (T,) float64 positions in cells.
+        (T,) int64 masks, (T,) int64 x in the image, (T,) float64 positions in cells.
     """
     cells = used.shape[1]
     low, high = _pixels(places.left, places.width, width)
-    origin, spacing = _centers(places.left, places.width, cells, places.corners)
-    # From the neighbor before the first to the one behind the last; beyond the outermost centers
-    # the outermost cell's value goes on.
+    origin, spacing = _centers(places.left, places.width, cells, places.align_corners)
+    # From the cell before the first used one to the cell after the last. Beyond the outermost
+    # centers, the outermost cell's value continues.
     first, last = used.argmax(axis=1), cells - 1 - used[:, ::-1].argmax(axis=1)
     reach = np.where(first > 0, origin + (first - 1) * spacing, low)
     low = np.maximum(low, np.ceil(reach).astype(np.int64))
@@ -194,30 +200,31 @@ def _columns(
     counts = np.where(used.any(axis=1), (high - low).clip(min=0), 0)
     owner = np.repeat(np.arange(len(used)), counts)
     x = np.arange(len(owner)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
-    position = (x - origin[owner]) / np.maximum(spacing, 1e-9)[owner]  # 0 where a pixel is all
+    position = (x - origin[owner]) / np.maximum(spacing, 1e-9)[owner]  # 0 if a patch is one pixel
     return owner, x, position.clip(0, cells - 1)
 
 
 def _crossings(
     logits: Tensor, owner: np.ndarray, position: np.ndarray, limit: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """Where columns of pixels switch between background and foreground.
 
     Returns:
-        In order: (e,) column, (e,) the cell in front of which it switches, 0 to Mv, and (e,)
-        float64 the interpolated logits before and after it.
+        In order: (e,) column; (e,) the cell before which it switches, 0 to the number of rows; and
+        (e,) float64 the interpolated logits before and after the switch.
     """
     cells, across = logits.shape[1:]
-    rows = logits.transpose(1, 2).reshape(-1, cells)  # (n Mh, Mv)
-    left = position.astype(np.int64)
-    share = torch.from_numpy((position - left).astype(np.float32)).to(rows.device)
-    right = torch.from_numpy(owner * across + np.minimum(left + 1, across - 1)).to(rows.device)
-    left = torch.from_numpy(owner * across + left).to(rows.device)
+    rows = logits.transpose(1, 2).reshape(-1, cells)  # (n columns, rows)
+    floor = position.astype(np.int64)
+    left = torch.from_numpy(owner * across + floor).to(rows.device)
+    right = torch.from_numpy(owner * across + np.minimum(floor + 1, across - 1)).to(rows.device)
+    weight = torch.from_numpy((position - floor).astype(np.float32)).to(rows.device)
     found = []
-    for first in range(0, len(owner), step := max(1, BLOCK // cells)):
+    step = max(1, BLOCK // cells)
+    for first in range(0, len(owner), step):
         part = slice(first, first + step)
-        sides = (rows.index_select(0, each[part]) for each in (left, right))
-        column, *rest = _switches(torch.lerp(*sides, share[part, None]), limit)
+        sides = rows.index_select(0, left[part]), rows.index_select(0, right[part])
+        column, *rest = _switches(torch.lerp(*sides, weight[part, None]), limit)
         found.append((column + first, *rest))
     if not found:
         return np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0)
@@ -225,18 +232,96 @@ def _crossings(
 
 
 def _switches(values: Tensor, limit: float) -> tuple[np.ndarray, ...]:
-    """As `_crossings`, of interpolated logits (T, Mv)."""
+    """As `_crossings`, of interpolated logits (T, rows)."""
     cells = values.shape[1]
-    # Background before and between the columns closes every run within its own.
+    # Background before and between the columns closes every run within its column.
     flags = torch.zeros(1 + len(values) * (cells + 1), dtype=torch.bool, device=values.device)
     above = flags[1:].view(-1, cells + 1)[:, :cells]
     if values.is_cpu:  # where NumPy compares and searches in a fifth of PyTorch's time
         np.greater(values.numpy(), limit, out=above.numpy())
-        place = torch.from_numpy(np.flatnonzero(flags.numpy()[1:] != flags.numpy()[:-1]))
+        switch = torch.from_numpy(np.flatnonzero(flags.numpy()[1:] != flags.numpy()[:-1]))
     else:
         torch.gt(values, limit, out=above)
-        place = torch.nonzero(flags[1:] ^ flags[:-1]).flatten()
-    column, cell = place // (cells + 1), place % (cells + 1)
-    flat, place = values.flatten(), column * cells + cell
-    before, after = flat[(place - 1).clamp(min=0)], flat[place.clamp(max=len(flat) - 1)]
-    return tuple(each.cpu().numpy() for each in (column, cell, before.double(), after.double()))
+        switch = torch.nonzero(flags[1:] ^ flags[:-1]).flatten()
+    column, cell = switch // (cells + 1), switch % (cells + 1)
+    flat, index = values.flatten(), column * cells + cell
+    before, after = flat[(index - 1).clamp(min=0)], flat[index.clamp(max=len(flat) - 1)]
+    return tuple(v.cpu().numpy() for v in (column, cell, before.double(), after.double()))
+
+
+def _cancel_pairs(owner: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner and edges without those that undo each other.
+
+    An edge switches between background and foreground, so two at one pixel switch nothing: an empty
+    run, or one that ends with a column and continues at the top of the next.
+    """
+    if len(edges) == 0:
+        return owner, edges
+    is_new = np.ones(len(edges), bool)
+    is_new[1:] = (edges[1:] != edges[:-1]) | (owner[1:] != owner[:-1])
+    first = np.flatnonzero(is_new)
+    odd = first[np.diff(first, append=len(edges)) % 2 == 1]
+    return owner[odd], edges[odd]
+
+
+def _boxes_of_runs(starts: np.ndarray, runs: np.ndarray, height: int) -> np.ndarray:
+    """The boxes of masks, (n, 4) float32 xyxy.
+
+    Args:
+        starts: (n,) int64, the first run of each mask.
+        runs: (r, 2) int64, begin and end of all masks' runs of foreground.
+        height: H.
+    """
+    column, row = np.divmod(runs - [0, 1], height)  # of a run's first and last pixel
+    # A run over several columns touches the bottom row and the top row.
+    within = column[:, 0] == column[:, 1]
+    top = np.minimum.reduceat(np.where(within, row[:, 0], 0), starts)
+    bottom = np.maximum.reduceat(np.where(within, row[:, 1], height - 1), starts)
+    last = np.append(starts[1:], len(runs)) - 1
+    boxes = np.stack([column[starts, 0], top, column[last, 1] + 1, bottom + 1], axis=1)
+    return boxes.astype(np.float32)
+
+
+def _run_lengths(
+    starts: np.ndarray, edges: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of the runs of masks, background first.
+
+    Args:
+        starts: (n,) int64, the first edge of each mask; each has some, an even number.
+        edges: (e,) int64.
+        size: H W.
+
+    Returns:
+        Lengths (c,) int64, the first one of each mask (n,), and their indices within a mask (c,).
+    """
+    firsts = starts + np.arange(len(starts))  # every mask has one run more than edges
+    ends = np.insert(edges, np.append(starts[1:], len(edges)), size)
+    lengths = np.diff(ends, prepend=0)
+    lengths[firsts] = ends[firsts]
+    index = np.arange(len(lengths)) - np.repeat(firsts, np.diff(firsts, append=len(lengths)))
+    kept = (lengths > 0) | (index == 0)  # no empty run at the end
+    firsts = firsts - np.cumsum(~kept)[firsts]
+    return lengths[kept], firsts, index[kept]
+
+
+def _compress(lengths: np.ndarray, firsts: np.ndarray, index: np.ndarray) -> list[bytes]:
+    """COCO's strings of what `_run_lengths` returns (rleToString of maskApi.c).
+
+    From a mask's fourth length on, the difference to the length two before is written: five bits a
+    character, the lowest first, the sign in the last.
+    """
+    values = lengths.copy()
+    values[2:] -= np.where(index[2:] > 2, lengths[:-2], 0)
+    magnitude = np.where(values < 0, ~values, values)
+    groups = 1 + int(magnitude.max(initial=0)).bit_length() // BITS  # one more bit for the sign
+    used = np.ones((len(lengths), groups), bool)
+    characters = np.empty((len(lengths), groups), np.uint8)
+    for group in range(groups):
+        follows = magnitude >= 1 << (BITS * group + BITS - 1)
+        characters[:, group] = (values >> (BITS * group) & (MORE - 1)) + MORE * follows
+        used[:, group + 1 : group + 2] = follows[:, None]
+    text = (characters[used] + FIRST_CHARACTER).tobytes()
+    ends = np.cumsum(used.sum(axis=1))
+    stops = ends[np.append(firsts[1:], len(lengths)) - 1].tolist()
+    return [text[a:b] for a, b in zip([0, *stops[:-1]], stops, strict=True)]

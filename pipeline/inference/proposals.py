@@ -1,16 +1,17 @@
-"""Proposals of an image, and their store: Parquet shards and the COCO results JSON made from them.
+"""Proposals of an image, and their store of Parquet shards.
 
-A store is a directory. Every shard is written whole, under a name of its own, and says in its
-metadata which image files it covers; so an interrupted run continues with the files that no shard
+A store is a directory. Every shard is written whole, never over another one, and says in its
+metadata which images it covers. So an interrupted run continues with the images that no shard
 covers, and several processes can write into one store.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +26,13 @@ SCHEMA = pa.schema(
         ("file_name", pa.string()),
         ("score", pa.float32()),
         ("box", pa.list_(pa.float32(), 4)),
-        ("counts", pa.binary()),
+        ("counts", pa.binary()),  # compressed RLE
         ("height", pa.int32()),
         ("width", pa.int32()),
     ]
 )
-SETTINGS, RESULTS, IMAGES = "settings.json", "proposals.json", "images.json"
-# Shard metadata: JSON list of the images it covers, also those without a proposal.
-FILES_KEY = b"images"
+SETTINGS = "settings.json"
+IMAGES_KEY = b"images"  # of a shard's metadata: its images as JSON, also those without a proposal
 MAX_ROWS = 20_000  # of a shard
 
 
@@ -42,8 +42,9 @@ class Proposals:
 
     Attributes:
         image_id, file_name, height, width: the image.
-        scores: (N,) float32 in [0, 1]. boxes: (N, 4) float32 xyxy.
-        counts: N compressed RLE strings of the masks.
+        scores: (N,) float32 in [0, 1].
+        boxes: (N, 4) float32 xyxy in pixels of the image.
+        rles: N compressed RLE strings of the masks.
     """
 
     image_id: int
@@ -52,73 +53,64 @@ class Proposals:
     width: int
     scores: np.ndarray
     boxes: np.ndarray
-    counts: list[bytes]
+    rles: list[bytes]
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.rles)
 
-    def rle(self, n: int) -> dict:
-        """Mask n as COCO's {"size", "counts"}."""
-        return {"size": [self.height, self.width], "counts": self.counts[n]}
-
-    def results(self) -> list[dict]:
-        """COCO results: category 1, boxes as xywh, RLE counts as text."""
-        size = [self.height, self.width]
-        xywh = np.concatenate(
-            [self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1
-        ).tolist()
-        return [
-            {
-                "image_id": self.image_id,
-                "category_id": 1,
-                "score": round(score, 6),
-                "bbox": box,
-                "segmentation": {"size": size, "counts": counts.decode("ascii")},
-            }
-            for score, box, counts in zip(self.scores.tolist(), xywh, self.counts, strict=True)
-        ]
+    def rle(self, index: int) -> dict:
+        """A mask as COCO's {"size", "counts"}."""
+        return {"size": [self.height, self.width], "counts": self.rles[index]}
 
 
-class ProposalStore:
-    """Writes and reads a store."""
+class ResumableDirectory:
+    """A directory of results that an interrupted run continues, and the settings behind them."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
 
-    def open_for(self, settings: dict) -> None:
+    def open_for(self, settings: dict, *, discard: bool = False) -> None:
         """Makes the directory, or makes sure that what it holds was made with the same settings.
 
+        Args:
+            settings: of this run, of JSON's types.
+            discard: delete what was made with other settings instead of refusing to continue.
+
         Raises:
-            ValueError: it was not; the settings that differ are named.
+            ValueError: other settings, each of them named.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / SETTINGS
-        if not path.exists():
-            if self.shards():
-                raise ValueError(f"{self.directory} holds proposals but no {SETTINGS}; delete it")
-            write_json(path, settings)
-        elif changed := self.changed_settings(settings):
+        changed = self.changed_settings(settings)
+        if changed and not discard:
             raise ValueError(
-                f"{self.directory} holds proposals made with other settings "
-                f"({', '.join(changed)}); choose another --output or delete it"
+                f"{self.directory} holds results of other settings ({', '.join(changed)}); "
+                "choose another --output or delete it"
             )
+        if changed:
+            self.remove()
+        if not path.exists():
+            write_json(path, settings)
+
+    def remove(self) -> None:
+        """Deletes the directory."""
+        shutil.rmtree(self.directory)
 
     def changed_settings(self, settings: dict) -> list[str]:
-        """What differs from the settings that the store was made with; none if there is no store.
+        """The settings that differ from those of the directory; none if it is new.
 
         Raises:
-            ValueError: the directory's settings file is not of a store.
+            ValueError: the directory has a settings file of another kind.
         """
         if not (self.directory / SETTINGS).exists():
             return []
-        found = {"backend": "torch"} | self.settings()  # before there was a choice
+        found, settings = self.settings(), json.loads(json.dumps(settings))  # tuples become lists
         return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
 
     def settings(self) -> dict:
-        """What the store was made with; empty if that is not known.
+        """What the results were made with; empty if that is not known.
 
         Raises:
-            ValueError: the directory's settings file is not of a store.
+            ValueError: the directory has a settings file of another kind.
         """
         path = self.directory / SETTINGS
         if not path.exists():
@@ -127,8 +119,18 @@ class ProposalStore:
             return dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(
-                f"{path} is not of a proposal store; choose another --output"
+                f"{path} does not hold settings of ours; choose another --output"
             ) from None
+
+
+class ProposalStore(ResumableDirectory):
+    """Writes and reads a store of proposals."""
+
+    def open_for(self, settings: dict, *, discard: bool = False) -> None:
+        """As `ResumableDirectory.open_for`; shards of unknown settings are refused."""
+        if self.shards() and not (self.directory / SETTINGS).exists():
+            raise ValueError(f"{self.directory} holds proposals but no {SETTINGS}; delete it")
+        super().open_for(settings, discard=discard)
 
     def shards(self) -> list[Path]:
         """The shards, by name."""
@@ -146,38 +148,33 @@ class ProposalStore:
 
     def images(self) -> dict[str, dict]:
         """The images that are done: file name to {"id", "file_name", "height", "width"}."""
-        covered = {}
+        covered: dict[str, dict] = {}
         for shard in self.shards():
-            with _naming(shard):
-                metadata = pq.read_schema(shard).metadata or {}
-            if FILES_KEY not in metadata:
+            metadata = _read(pq.read_schema, shard).metadata or {}
+            if IMAGES_KEY not in metadata:
                 raise ValueError(
                     f"{shard} is not a shard of a proposal store; choose another --output"
                 )
-            covered |= {image["file_name"]: image for image in json.loads(metadata[FILES_KEY])}
+            covered |= {image["file_name"]: image for image in json.loads(metadata[IMAGES_KEY])}
         return covered
+
+    def count(self) -> int:
+        """How many proposals the store holds."""
+        return sum(_read(pq.read_metadata, shard).num_rows for shard in self.shards())
 
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
         """Adds a shard with the proposals of some images.
 
         Args:
-            writer: the process, for a name of its own.
+            proposals: one for each image.
+            writer: rank of the process, so that no two write one file.
         """
-        numbers = [
-            int(p.stem.split("-")[2])
-            for p in self.directory.glob(f"proposals-{writer:03d}-*.parquet")
-        ]
-        path = self.directory / f"proposals-{writer:03d}-{max(numbers, default=-1) + 1:06d}.parquet"
+        earlier = self.directory.glob(f"proposals-{writer:03d}-*.parquet")
+        index = 1 + max((int(path.stem.split("-")[2]) for path in earlier), default=-1)
+        path = self.directory / f"proposals-{writer:03d}-{index:06d}.parquet"
         table = _to_table(proposals)
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-
-    def read(self, columns: tuple[str, ...] = tuple(SCHEMA.names)) -> Iterator[pa.Table]:
-        """One table a shard; name only the columns needed (masks are most of the bytes)."""
-        for shard in self.shards():
-            with _naming(shard):
-                table = pq.read_table(shard, columns=list(columns))
-            yield table
 
     def __iter__(self) -> Iterator[Proposals]:
         """The proposals image by image; images without a proposal are left out."""
@@ -186,8 +183,7 @@ class ProposalStore:
 
     def read_shard(self, shard: Path) -> Iterator[Proposals]:
         """The proposals of one shard, image by image."""
-        with _naming(shard):
-            table = pq.read_table(shard, columns=SCHEMA.names)
+        table = _read(pq.read_table, shard, columns=SCHEMA.names)
         ids = table["image_id"].to_numpy()
         bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(bounds if len(ids) else []):
@@ -199,42 +195,19 @@ class ProposalStore:
         Raises:
             ValueError: the store holds no proposal.
         """
-        tables = list(self.read(("image_id", "score", "box")))
-        rows = pa.concat_tables(tables) if tables else []
-        if len(rows) == 0:
+        columns = ["image_id", "score", "box"]
+        tables = [_read(pq.read_table, shard, columns=columns) for shard in self.shards()]
+        if not any(map(len, tables)):
             raise ValueError(f"{self.directory} holds no proposals")
-        boxes = rows["box"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
-        return ProposalBoxes.from_rows(rows["image_id"].to_numpy(), boxes, rows["score"].to_numpy())
-
-    def write_results(self) -> tuple[Path, int]:
-        """Writes proposals.json (COCO results) and images.json (a COCO file that lists the images).
-
-        Returns:
-            The path of the results and how many proposals they hold.
-        """
-        images = sorted(self.images().values(), key=lambda image: image["id"])
-        categories = [{"id": 1, "name": "object"}]
-        write_json(
-            self.directory / IMAGES, {"images": images, "annotations": [], "categories": categories}
-        )
-        path, count = self.directory / RESULTS, 0
-        with atomic_path(path) as temporary, temporary.open("w") as file:
-            file.write("[")
-            for proposals in self:
-                for result in proposals.results():
-                    file.write(
-                        (",\n" if count else "\n") + json.dumps(result, separators=(",", ":"))
-                    )
-                    count += 1
-            file.write("\n]\n")
-        return path, count
+        rows = pa.concat_tables(tables)
+        ids, scores = rows["image_id"].to_numpy(), rows["score"].to_numpy()
+        return ProposalBoxes.from_rows(ids, _boxes(rows), scores)
 
 
-@contextmanager
-def _naming(shard: Path) -> Iterator[None]:
-    """Arrow's errors on a file that is torn or of another kind, as one that names it."""
+def _read(reader: Callable, shard: Path, **options: Any) -> Any:
+    """Calls a reader of Arrow's; its error on a torn or foreign file becomes one that names it."""
     try:
-        yield
+        return reader(shard, **options)
     except pa.ArrowInvalid:
         raise ValueError(
             f"{shard} is not a whole Parquet file; delete it, and propose again"
@@ -248,7 +221,7 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
         return pa.array([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], type)
 
     boxes = np.concatenate([np.empty((0, 4), np.float32), *(p.boxes for p in proposals)])
-    covered = [
+    images = [
         {"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width}
         for p in proposals
     ]
@@ -258,23 +231,25 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
             column([p.file_name for p in proposals], pa.string()),
             pa.array(np.concatenate([np.empty(0, np.float32), *(p.scores for p in proposals)])),
             pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4),
-            pa.array([c for p in proposals for c in p.counts], pa.binary()),
+            pa.array([rle for p in proposals for rle in p.rles], pa.binary()),
             column([p.height for p in proposals], pa.int32()),
             column([p.width for p in proposals], pa.int32()),
         ],
-        schema=SCHEMA.with_metadata({FILES_KEY: json.dumps(covered)}),
+        schema=SCHEMA.with_metadata({IMAGES_KEY: json.dumps(images)}),
     )
 
 
 def _from_table(table: pa.Table) -> Proposals:
-    boxes = table["box"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
-    first = table.slice(0, 1).to_pylist()[0]
+    names = ("image_id", "file_name", "height", "width")
     return Proposals(
-        first["image_id"],
-        first["file_name"],
-        first["height"],
-        first["width"],
-        table["score"].to_numpy(),
-        boxes,
-        table["counts"].to_pylist(),
+        **{name: table[name][0].as_py() for name in names},
+        scores=table["score"].to_numpy(),
+        boxes=_boxes(table),
+        rles=table["counts"].to_pylist(),
     )
+
+
+def _boxes(table: pa.Table) -> np.ndarray:
+    """(N, 4) float32 xyxy."""
+    boxes = table["box"].combine_chunks().flatten()
+    return boxes.to_numpy(zero_copy_only=False).reshape(-1, 4)

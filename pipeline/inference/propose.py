@@ -1,18 +1,21 @@
-"""Dense proposal inference: image to proposals (ECCV 2016, section 3; spec of the released code).
+"""Dense proposal inference, from an image to proposals (ECCV 2016, section 3; released code).
 
-image -> pyramid -> trunk, tail and horizontal nets once per scale -> scores of all cells of all
-scales ranked together -> masks of the best cells only -> RLE in the image.
+image -> pyramid -> trunk, tail and horizontal nets once per scale -> cells of all scales ranked
+together -> masks of the best cells only -> RLE in the image -> mask NMS, if asked for.
 
-Letters: (h, w) cells of a scale, E embedding width, M mask size, F cells of a patch, N proposals.
+Letters: (h, w) cells of a scale, E embedding width, M mask size, P patch size, N proposals.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import torch
-import torch.nn.functional as nnf
+import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
@@ -20,26 +23,28 @@ from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
-from pipeline.inference.mask_nms import suppress_duplicates
+from pipeline.config import DetectConfig, ProposeConfig
 from pipeline.inference.paste import NOTHING, Pasted, Placement, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
 
+Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 
 
 @dataclass
-class Level:
+class PyramidScale:
     """One scale of the pyramid after the network.
 
     Attributes:
-        factors: (x, y) resize factors that masks are placed by: those that the rounding of the size
-            really gave, or as resampling "corners" has it the scale's own.
-        embeddings: (E, h, w). score_logits: (h, w).
-        horizontal: of each refinement module (c, h', w') at its stride; empty without refinement.
+        scale_xy: scales in x and y by which masks are placed. These are the ones that rounding the
+            size to pixels really gave; with `align_corners`, the exact scale.
+        embeddings: (E, h, w).
+        score_logits: (h, w).
+        horizontal: for each refinement module (c, h', w') at its stride; empty without refinement.
     """
 
-    factors: tuple[float, float]
+    scale_xy: tuple[float, float]
     embeddings: Tensor
     score_logits: Tensor
     horizontal: list[Tensor]
@@ -62,27 +67,27 @@ class Proposer:
     ):
         """
         Args:
-            log2_scales: log2 of the pyramid's factors; None for -2.5 to .5 in steps of .5.
-            mask_threshold: probability from which on a pixel belongs to a mask.
-            nms: see `suppress_duplicates`; None keeps all.
+            log2_scales: of the pyramid, ascending; None for -2.5 to .5 in steps of .5.
+            mask_threshold: pixels with a higher probability belong to a mask.
+            nms: see `mask_nms`; None keeps all.
             align_corners: how the image is resized to the scales, and masks to the image. False:
-                pixels have an area, of which a smaller one's is the average, and masks lie where
-                their cells are. True, as the released code: corner pixels lie on corner pixels,
-                with no average, and masks lie on whole pixels.
+                pixels have an area, smaller images average it, and masks lie where their cells
+                are. True, as the released code: corner pixels lie on corner pixels, nothing is
+                averaged, and masks lie on whole pixels.
             amp: bfloat16 autocast, on CUDA only; scores stay in full precision.
 
         Attributes:
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
-        model = model.eval().to(device, memory_format=torch.channels_last)
+        model = model.eval().to(device).to(memory_format=torch.channels_last)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
+        self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.num_proposals = device, num_proposals
-        self._place = place_patches_on_pixels if align_corners else place_patches
         self.log2_scales = log2_range(-2.5, 0.5, 0.5) if log2_scales is None else log2_scales
-        self.mask_threshold, self.nms, self.align_corners = mask_threshold, nms, align_corners
-        self.amp = amp
+        self.mask_threshold, self.nms = mask_threshold, nms
+        self.align_corners, self.amp = align_corners, amp
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -90,67 +95,74 @@ class Proposer:
 
         Args:
             image: (H, W, 3) uint8 RGB.
+            image_id, file_name: to be noted in the proposals.
 
         Returns:
             At most `num_proposals`, best first; masks without a pixel in the image are left out.
         """
-        # The largest first: what it needs and frees then suffices for the others.
-        levels = [self.run_level(image, log2_scale) for log2_scale in reversed(self.log2_scales)][
-            ::-1
-        ]
-        scores, chosen = best_cells([level.score_logits for level in levels], self.num_proposals)
         height, width = image.shape[:2]
-        masks = self._masks(levels, chosen, (height, width))
-        scores = scores.cpu().numpy()[masks.numbers]
-        proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.counts)
-        return proposals if self.nms is None else suppress_duplicates(proposals, self.nms)
+        # Run the network at every scale; the largest first, so that its freed memory serves all.
+        pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
+        pyramid.reverse()
+        # Rank the cells of all scales together.
+        scores, cells = best_cells([scale.score_logits for scale in pyramid], self.num_proposals)
+        # Decode the masks of the best cells and paste them into the image.
+        masks = self._masks(pyramid, cells, (height, width))
+        # Drop the scores of masks that lie outside of the image.
+        scores = scores.cpu().numpy()[masks.indices]
+        proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
+        # Drop near duplicates.
+        return proposals if self.nms is None else mask_nms(proposals, self.nms)
 
     @torch.inference_mode()
-    def run_level(self, image: np.ndarray, log2_scale: float) -> Level:
-        """What depends on the image alone, at one scale."""
-        pixels, factors = self.scale(image, log2_scale)
+    def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
+        """Runs the part of the network that sees the image alone, at one scale."""
+        pixels, scale_xy = self.scale(image, log2_scale)
         with self._autocast():
             embeddings, scores, *horizontal = self.dense(pixels)
-        return Level(factors, embeddings[0], scores[0], [each[0] for each in horizontal])
+        return PyramidScale(scale_xy, embeddings[0], scores[0], [maps[0] for maps in horizontal])
 
     def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
-        """The network's input (1, 3, H, W) at one scale of the pyramid, and the level's factors."""
+        """The network's input (1, 3, H, W) at one scale, and the scales in x and y."""
+        scale = 2.0**log2_scale
         if self.align_corners:
-            scaled, factors = resize_align_corners(image, 2.0**log2_scale), (2.0**log2_scale,) * 2
+            scaled, scale_xy = resize_align_corners(image, scale), (scale, scale)
         else:
-            scaled = resize_image(image, 2.0**log2_scale)
-            factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
+            scaled = resize_image(image, scale)
+            scale_xy = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
         pixels = torch.from_numpy(scaled)
         if self.device.type == "cuda":  # copied while the scale before is still computed
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return pad_and_normalize(pixels, self.deepmask.patch_size // 2), factors
+        return pad_and_normalize(pixels, self.deepmask.patch_size // 2), scale_xy
 
     @torch.inference_mode()
-    def decode(self, levels: list[Level], chosen: Tensor) -> Tensor:
+    def decode(self, pyramid: list[PyramidScale], cells: Tensor) -> Tensor:
         """Mask logits of chosen cells, refined if there is a refinement.
 
         Args:
-            chosen: (n, 3) int64 level, row, column. Cells of all levels go through the network
-                together: batches of one size cost less than many small ones.
+            pyramid: the scales of the image.
+            cells: (n, 3) int64 of scale, row, column. All go through the network together, since
+                one large batch costs less than many small ones. Those of one scale in a row are
+                gathered together.
 
         Returns:
             (n, M, M), or (n, P, P) when refined.
         """
-        present = chosen[:, 0].unique().tolist()
-        ranks = [torch.nonzero(chosen[:, 0] == number).flatten() for number in present]
-        order = torch.cat(ranks).argsort()
-        own = [(levels[n], chosen[rank, 1:]) for n, rank in zip(present, ranks, strict=True)]
-        embeddings = join([level.embeddings[:, c[:, 0], c[:, 1]].T for level, c in own], order)
+        indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
+        scales = [pyramid[i] for i in indices.tolist()]
+        groups = list(zip(scales, cells[:, 1:].split(counts.tolist()), strict=True))
+        embeddings = _concatenate([scale.embeddings[:, c[:, 0], c[:, 1]].T for scale, c in groups])
         if self.refinement is None:
             with self._autocast():
                 return self.deepmask.decode_masks(embeddings)
         windows = []
         for i in range(len(self.refinement.refinements)):
             size, step = self.deepmask.cells << i, 1 << i
-            parts = [
-                gather_windows(level.horizontal[i], c, size=size, step=step) for level, c in own
-            ]
-            windows.append(join(parts, order))
+            windows.append(
+                _concatenate(
+                    [gather_windows(s.horizontal[i], c, size=size, step=step) for s, c in groups]
+                )
+            )
         with self._autocast():
             return self.refinement.refine(embeddings, windows)
 
@@ -158,86 +170,76 @@ class Proposer:
         on = self.amp and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
-    def _masks(self, levels: list[Level], chosen: Tensor, image_size: tuple[int, int]) -> Pasted:
-        """Pasted masks of the chosen cells; numbers are those of `chosen`.
-
-        Args:
-            chosen: (N, 3) of level, row, column.
-        """
-        factors = np.array([level.factors for level in levels])
-        order = torch.sort(chosen[:, 0], stable=True).indices  # windows of one level are one copy
-        chosen, order = chosen[order], order.cpu().numpy()
+    def _masks(
+        self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
+    ) -> Pasted:
+        """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
+        scale_xy = np.array([scale.scale_xy for scale in pyramid])
+        order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
         parts = [NOTHING]
-        for first in range(0, len(chosen), MASK_CHUNK):
-            part = chosen[first : first + MASK_CHUNK]
-            number, *cells = part.cpu().numpy().T
-            places = self._place(np.stack(cells, axis=1), factors[number], self.deepmask.patch_size)
-            pasted = paste(
-                self.decode(levels, part).float(),
-                places,
-                image_size=image_size,
-                threshold=self.mask_threshold,
+        for indices in order.split(MASK_CHUNK):
+            chunk = cells[indices]
+            logits = self.decode(pyramid, chunk).float()
+            scale, *row_column = chunk.cpu().numpy().T
+            places = place_patches(
+                np.stack(row_column, axis=1),
+                scale_xy[scale],
+                self.deepmask.patch_size,
+                align_corners=self.align_corners,
             )
-            parts.append(replace(pasted, numbers=order[first + pasted.numbers]))
-        numbers = np.concatenate([part.numbers for part in parts])
-        counts = [counts for part in parts for counts in part.counts]
-        order = numbers.argsort()
+            part = paste(logits, places, image_size=image_size, threshold=self.mask_threshold)
+            parts.append(replace(part, indices=indices.cpu().numpy()[part.indices]))
+        # Back to the order of the cells.
+        found = np.concatenate([part.indices for part in parts])
         boxes = np.concatenate([part.boxes for part in parts])
-        return Pasted(numbers[order], boxes[order], [counts[n] for n in order])
+        rles = [rle for part in parts for rle in part.rles]
+        back = found.argsort()
+        return Pasted(found[back], boxes[back], [rles[i] for i in back])
 
 
-def join(parts: list[Tensor], order: Tensor) -> Tensor:
-    """Rows of several tensors in an order of their own, copied only as often as needed."""
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined if bool((order[1:] > order[:-1]).all()) else joined[order]
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
 
 
 def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> Tensor:
-    """The windows of cells in a map of their own or a finer stride.
+    """The windows of cells in a map of the same or a finer stride.
 
     Args:
         features: (c, h, w).
         cells: (n, 2) int64 rows and columns at stride 16.
-        size: side of a window. step: positions of the map in a cell.
+        size: side of a window.
+        step: positions of the map in a cell.
 
     Returns:
         (n, c, size, size), channels last; the window of cell (i, j) begins at (i step, j step).
     """
     # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
-    short = [
+    missing = [
         max(0, int(last) * step + size - side)
         for last, side in zip(cells.amax(0), features.shape[1:], strict=True)
     ]
-    if any(short):
-        features = nnf.pad(features[None], (0, short[1], 0, short[0]), mode="replicate")[0]
+    if any(missing):
+        features = F.pad(features[None], (0, missing[1], 0, missing[0]), mode="replicate")[0]
     windows = features.permute(1, 2, 0).unfold(0, size, step).unfold(1, size, step)  # a view
     windows = windows.permute(0, 1, 3, 4, 2)  # (rows, columns, size, size, c)
     return windows[cells[:, 0], cells[:, 1]].permute(0, 3, 1, 2)
 
 
 def log2_range(low: float, high: float, step: float) -> list[float]:
-    """low, low + step, ... up to high.
-
-    Raises:
-        ValueError: a range that is empty or endless.
-    """
-    if not (math.isfinite(low) and math.isfinite(high) and 0 < step < math.inf and low <= high):
-        raise ValueError(
-            "scales must be MIN MAX STEP with MIN <= MAX and STEP > 0, "
-            f"got {low:g} {high:g} {step:g}"
-        )
-    return [low + n * step for n in range(math.floor((high - low) / step + 1e-6) + 1)]
+    """low, low + step, ... up to high."""
+    return [low + i * step for i in range(math.floor((high - low) / step + 1e-6) + 1)]
 
 
 def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """The highest-scoring cells of all scales together.
 
     Args:
-        score_logits: for each scale (h, w).
+        score_logits: (h, w) for each scale.
+        count: how many cells at most.
 
     Returns:
         Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in
-        order.
+        this order.
     """
     flat = torch.cat([scores.flatten() for scores in score_logits]).float()
     order = torch.sort(flat, descending=True, stable=True).indices[:count]
@@ -250,25 +252,68 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     return flat[order].sigmoid(), cells
 
 
-def place_patches(cells: np.ndarray, factors: np.ndarray, patch_size: int) -> Placement:
+def place_patches(
+    cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
+) -> Placement:
     """Where the patches of cells lie in the original image.
 
-    The center of each is (16 column, 16 row) of the scaled image.
+    The patch of a cell has its center at (16 column, 16 row) of the scaled image.
 
     Args:
-        cells: (n, 2) int64 rows and columns. factors: (n, 2) x and y of each one's scale.
+        cells: (n, 2) int64 rows and columns.
+        scale_xy: (n, 2) scales in x and y of each one's scaled image.
+        patch_size: in pixels of the scaled image.
+        align_corners: places on whole pixels, as the released code does (see `Placement`).
     """
-    corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / factors
-    size = patch_size / factors
-    return Placement(corner[:, 0], corner[:, 1], size[:, 0], size[:, 1])
+    corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
+    size = patch_size / scale_xy
+    if align_corners:
+        corner, size = np.floor(corner), np.floor(size)
+    return Placement(corner[:, 0], corner[:, 1], size[:, 0], size[:, 1], align_corners)
 
 
-def place_patches_on_pixels(cells: np.ndarray, factors: np.ndarray, patch_size: int) -> Placement:
-    """As `place_patches`, on whole pixels as the released code places masks (see `Placement`)."""
-    place = place_patches(cells, factors, patch_size)
-    return Placement(
-        *map(np.floor, (place.left, place.top, place.width, place.height)), corners=True
+def mask_nms(proposals: Proposals, iou: float) -> Proposals:
+    """The proposals without those whose mask overlaps a better one.
+
+    Args:
+        proposals: best first.
+        iou: in (0, 1]; of two masks with at least this IoU, the lower-scored one is dropped.
+    """
+    boxes = proposals.boxes.astype(np.float64)
+    areas = np.array([coco_mask.area(proposals.rle(i)) for i in range(len(proposals))], np.float64)
+    waiting = np.arange(len(proposals))
+    kept = []
+    while len(waiting):
+        best, waiting = waiting[0], waiting[1:]
+        kept.append(int(best))
+        # Masks overlap no more than their boxes, nor more than the area of the smaller one: only
+        # for the masks that may reach the limit the true overlap is computed.
+        sides = np.minimum(boxes[best, 2:], boxes[waiting, 2:])
+        sides -= np.maximum(boxes[best, :2], boxes[waiting, :2])
+        overlap = np.minimum(sides.clip(min=0).prod(axis=1), areas[waiting]).clip(max=areas[best])
+        near = waiting[overlap >= iou * (areas[best] + areas[waiting] - overlap)]
+        if len(near):
+            ious = coco_mask.iou([proposals.rle(i) for i in near], [proposals.rle(best)], [0])
+            waiting = np.setdiff1d(waiting, near[ious[:, 0] >= iou], assume_unique=True)
+    return replace(
+        proposals,
+        scores=proposals.scores[kept],
+        boxes=proposals.boxes[kept],
+        rles=[proposals.rles[i] for i in kept],
     )
+
+
+def override(section: Section, **values: Any) -> Section:
+    """A section of a config with the values that are not None, which come from the command line.
+
+    Raises:
+        ValueError: a value that the section refuses, by the name of its option.
+    """
+    try:
+        return replace(section, **{k: v for k, v in values.items() if v is not None})
+    except ValueError as error:  # it starts with the name
+        name, problem = str(error).removeprefix("log2_").split(" ", 1)
+        raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
 
 
 def load_proposer(
@@ -284,28 +329,27 @@ def load_proposer(
     """A proposer, and the settings that its proposals depend on.
 
     Args:
+        checkpoint: of a DeepMask or SharpMask.
+        device: to run on.
         num_proposals, log2_scales, nms: None for the values of the checkpoint's config.
         zoom: adds the scale 2^1.
         refine: False gives the coarse masks of the DeepMask that a SharpMask is built on.
+
+    Raises:
+        FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
     """
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
-    count = config.propose.num_proposals if num_proposals is None else num_proposals
-    if count < 1:
-        raise ValueError(f"--num-proposals must be at least 1, got {count}")
-    low_high_step = config.propose.log2_scales if log2_scales is None else log2_scales
-    pyramid = sorted({*log2_range(*low_high_step), *([1.0] if zoom else [])})
-    nms = config.propose.nms if nms is None else nms
-    if nms is not None and not 0 < nms <= 1:
-        raise ValueError(f"--nms must be above 0 and at most 1, got {nms:g}")
+    assert isinstance(model, DeepMask | SharpMask)
+    c = override(config.propose, num_proposals=num_proposals, log2_scales=log2_scales, nms=nms)
+    options: dict[str, Any] = {
+        "num_proposals": c.num_proposals,
+        "log2_scales": sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])}),
+        "mask_threshold": c.mask_threshold,
+        "nms": c.nms,
+        "align_corners": c.align_corners,
+    }
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
-    options = {
-        "num_proposals": count,
-        "log2_scales": pyramid,
-        "mask_threshold": config.propose.mask_threshold,
-        "nms": nms,
-        "align_corners": config.propose.align_corners,
-    }
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     fold_norms(model)

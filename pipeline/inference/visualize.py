@@ -9,8 +9,8 @@ import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
 from pipeline.inference.detections import Detections
-from pipeline.inference.mask_nms import suppress_duplicates
 from pipeline.inference.proposals import Proposals
+from pipeline.inference.propose import mask_nms
 
 LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
@@ -26,7 +26,7 @@ def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.nd
 
     Drawn on a copy of the image, the best on top, and the scores on top of all.
     """
-    distinct = suppress_duplicates(proposals, DUPLICATE_IOU)
+    distinct = mask_nms(proposals, DUPLICATE_IOU)
     return _draw_masks(image, distinct, [f"{score:.2f}" for score in distinct.scores[:count]])
 
 
@@ -95,7 +95,7 @@ def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
 
     Those for which there is no place left above the lower edge are not drawn.
     """
-    taken = []
+    taken: list[tuple[int, int, int]] = []  # x, y, width
     for label in labels:
         width = label_width(label.text)
         # Whole pixels: a sum of fractions may round to where the label is still in the way.
@@ -109,8 +109,8 @@ def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
             y = max(in_the_way) + LABEL_HEIGHT
         if y < picture.shape[0]:
             taken.append((x, y, width))
-            pale = tuple((channel + 255) // 2 for channel in label.rgb)
-            put_label(picture, label.text, (x, y), pale, scale=LABEL_SCALE)
+            red, green, blue = ((channel + 255) // 2 for channel in label.rgb)
+            put_label(picture, label.text, (x, y), (red, green, blue), scale=LABEL_SCALE)
 
 
 def label_width(text: str) -> int:
@@ -154,15 +154,8 @@ def picture_path(directory: Path, file_name: str) -> Path:
     return directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg")
 
 
-def save_png(picture: np.ndarray, path: Path) -> None:
-    """Writes (H, W, 3) uint8 RGB as PNG."""
-    ok, data = cv2.imencode(".png", picture[..., ::-1])
-    assert ok
-    write_atomically(path, data.tobytes())
-
-
-def save_jpeg(picture: np.ndarray, path: Path) -> None:
-    """Writes (H, W, 3) uint8 RGB as JPEG."""
-    ok, data = cv2.imencode(".jpg", picture[..., ::-1])
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Writes (H, W, 3) uint8 RGB in the format of the path's suffix."""
+    ok, data = cv2.imencode(path.suffix, picture[..., ::-1])
     assert ok
     write_atomically(path, data.tobytes())

@@ -16,7 +16,8 @@ from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
-from pipeline.inference.detections import Detections, read_detections
+from pipeline.inference.coco_json import read_detections
+from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.visualize import color
 from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
@@ -161,7 +162,7 @@ def overlaps(found: Proposals | Detections, coco: CocoInstances, objects: list[i
 
     0 where a detection is of another category than the object.
     """
-    if found.counts is None:
+    if found.rles is None:
         ious = box_ious(found.boxes, coco.boxes[objects])
     else:
         masks = [found.rle(d) for d in range(len(found))]
@@ -249,7 +250,7 @@ def detection_mark(found: Detections, d: int, names: dict[int, str], tint: float
         names: of the categories, by id.
     """
     box, label = found.boxes[d], int(found.labels[d])
-    if found.counts is None:
+    if found.rles is None:
         xywh = box_convert(torch.from_numpy(box[None].astype(float)), "xyxy", "xywh").numpy()
         [rle] = coco_mask.frPyObjects(xywh, found.height, found.width)
     else:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.evaluation.scores import score_proposals
-from pipeline.inference.coco_results import StoredResults, read_results
+from pipeline.inference.coco_json import StoredResults, read_results
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
     SQUARE,

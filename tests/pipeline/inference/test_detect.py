@@ -1,14 +1,14 @@
 """Detection in images: perfect networks score 1, chunks and views agree, masks stay with boxes."""
 
 import json
-import shutil
 
-import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
-from pipeline.load import compress_checkpoint, load_detector
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from datasets.coco import CocoInstances
@@ -17,9 +17,9 @@ from models.multipathnet import MultiPathNet
 from pipeline.config import DetectConfig
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.recall import load_ground_truth
-from pipeline.inference.detect import Detector
-from pipeline.inference.detect_run import detect_images
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.coco_json import results_of
+from pipeline.inference.detect import Detector, compress_checkpoint, load_detector, select_boxes
+from pipeline.inference.proposals import Proposals
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def truth_as_proposals(coco: CocoInstances, image: int) -> Proposals:
         *coco.image_sizes[image].tolist(),
         scores=np.linspace(1, 0.5, len(rows), dtype=np.float32),
         boxes=coco.boxes[rows],
-        counts=[coco.rle(row)["counts"] for row in rows],
+        rles=[coco.rle(row)["counts"] for row in rows],
     )
 
 
@@ -79,7 +79,7 @@ def test_perfect_proposals_and_classes_score_1(shapes_directory):
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
         model.rows = rows[~coco.is_crowd[rows]]
         pixels = read_image(shapes_directory / "images" / "val" / coco.file_name(image))
-        results += detector(pixels, truth_as_proposals(coco, image)).results()
+        results += results_of(detector(pixels, truth_as_proposals(coco, image)))
     metrics = evaluate_detections(load_ground_truth(path), results).metrics()
     assert metrics["mask"]["AP"] == pytest.approx(1)
     assert metrics["box"]["AP"] == pytest.approx(1)
@@ -98,7 +98,7 @@ def assert_same(one, other, tolerance: float = 1e-3) -> None:
     assert len(one) == len(other) > 0
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
     np.testing.assert_allclose(one.boxes, other.boxes, atol=tolerance)
-    assert one.counts == other.counts and (one.labels == other.labels).all()
+    assert one.rles == other.rles and (one.labels == other.labels).all()
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +111,16 @@ def crowded(scene):
     boxes = boxes.clip(0, [width, height] * 2).astype(np.float32)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
     scores = np.linspace(1, 0.1, 61, dtype=np.float32)
-    counts = [objects.counts[row] for row in rows]
+    counts = [objects.rles[row] for row in rows]
     return pixels, Proposals(1, "crowded", height, width, scores, boxes, counts)
 
 
-EVERY_OPTION = {"localizations": 1, "vote": 0.5, "flip": True, "short_sides": [160, 120]}
+EVERY_OPTION = {
+    "box_refinement_iters": 1,
+    "box_voting_iou": 0.5,
+    "flip": True,
+    "short_sides": [160, 120],
+}
 
 
 @pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
@@ -137,7 +142,7 @@ def test_one_pass_gives_what_each_number_of_proposals_gives(tiny_detector, crowd
     for count, found in zip(counts, together, strict=True):
         overrides = options | {"num_proposals": count}
         assert_same(found, load_detector(tiny_detector, CPU, overrides=overrides)[0](*crowded))
-    assert set(together[1].counts) == {crowded[1].counts[0]}  # the best one's mask only
+    assert set(together[1].rles) == {crowded[1].rles[0]}  # the best one's mask only
 
 
 def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
@@ -148,7 +153,7 @@ def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
     ]
     width = image.shape[1]
     mirrored = Proposals(
-        1, "m", *image.shape[:2], proposals.scores, proposals.boxes.copy(), proposals.counts
+        1, "m", *image.shape[:2], proposals.scores, proposals.boxes.copy(), proposals.rles
     )
     mirrored.boxes[:, [0, 2]] = width - mirrored.boxes[:, [2, 0]]
     there, back = detector(image, proposals), detector(image[:, ::-1].copy(), mirrored)
@@ -164,15 +169,19 @@ def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
 def test_every_detection_has_the_mask_of_its_proposal(tiny_detector, scene):
     image, proposals = scene
     found = load_detector(tiny_detector, CPU)[0](image, proposals)
-    assert set(found.counts) <= set(proposals.counts) and len(found)
-    again = load_detector(tiny_detector, CPU, overrides={"localizations": 2})[0](image, proposals)
-    assert set(again.counts) <= set(proposals.counts) and len(again)
+    assert set(found.rles) <= set(proposals.rles) and len(found)
+    again = load_detector(tiny_detector, CPU, overrides={"box_refinement_iters": 2})[0](
+        image, proposals
+    )
+    assert set(again.rles) <= set(proposals.rles) and len(again)
     assert coco_mask.decode(again.rle(0)).shape == image.shape[:2]
 
 
 def test_boxes_lie_in_the_image_and_at_most_100(tiny_detector, scene):
     image, proposals = scene
-    found = load_detector(tiny_detector, CPU, overrides={"vote": 0.5})[0](image, proposals)
+    found = load_detector(tiny_detector, CPU, overrides={"box_voting_iou": 0.5})[0](
+        image, proposals
+    )
     assert len(found) <= 100 and (np.diff(found.scores) <= 0).all()
     assert (found.boxes >= 0).all()
     assert (found.boxes <= [*image.shape[1::-1], *image.shape[1::-1]]).all()
@@ -199,74 +208,7 @@ def test_full_rank_compression_changes_nothing_and_low_rank_is_smaller(
     ]
     assert sizes[0] < sizes[1]
     found = small(*scene)
-    assert len(found) and set(found.counts) <= set(whole.counts)
-
-
-def test_one_bad_image_loses_no_other(tiny_detector, shapes_directory, tmp_path, capsys):
-    """One too large for the memory, one unreadable, one that has been replaced by another."""
-    images = tmp_path / "images"
-    shutil.copytree(shapes_directory / "images" / "val", images)
-    store = ProposalStore(tiny_detector.parents[1] / "proposals" / "val")
-    large, torn, other, *names = store.images()
-    (images / torn).write_bytes((images / torn).read_bytes()[:500])
-    cv2.imwrite(str(images / other), np.zeros((20, 30, 3), np.uint8))
-    detector, _ = load_detector(tiny_detector, CPU)
-    detect = detector.detect_by_count
-
-    def run_out_of_memory(image, proposals, counts):
-        if proposals.file_name == large:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-        return detect(image, proposals, counts)
-
-    detector.detect_by_count = run_out_of_memory
-    summary = detect_images(detector, store, images, tmp_path / "out", settings={})
-    assert summary.images == len(names) > 0 and len(summary.broken) == 3
-    found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {one["image_id"] for one in found} == {store.images()[name]["id"] for name in names}
-    printed = capsys.readouterr().out
-    reasons = ("out of memory", "truncated", "30x20")
-    for message, name, reason in zip(
-        sorted(summary.broken), (large, torn, other), reasons, strict=True
-    ):
-        assert name in message and reason in message and message in printed
-
-
-def test_an_interrupted_run_goes_on_where_it_was(tiny_detector, shapes_directory, tmp_path):
-    """To the same file; with other settings it starts anew."""
-    images = shapes_directory / "images" / "val"
-    whole = ProposalStore(tiny_detector.parents[1] / "proposals" / "val")
-    store, output = ProposalStore(tmp_path / "store"), tmp_path / "out"
-    store.directory.mkdir()
-    for proposals in whole:  # one image a shard
-        store.write_shard([proposals])
-    detector, settings = load_detector(tiny_detector, CPU)
-    assert "chunk" not in settings and settings["nms"] == 0.3
-    detect, seen = detector.detect_by_count, []
-
-    def noted(image, proposals, counts):
-        if len(seen) == stop:
-            raise KeyboardInterrupt
-        seen.append(proposals.file_name)
-        return detect(image, proposals, counts)
-
-    detector.detect_by_count, stop = noted, 3
-    with pytest.raises(KeyboardInterrupt):
-        detect_images(detector, store, images, output, settings=settings)
-    assert not (output / "detections.json").exists() and len(seen) == stop
-    stop = -1
-    detect_images(detector, store, images, output, settings=settings)
-    assert len(seen) == len(set(seen)) == len(store.shards()) > 3
-    detect_images(detector, whole, images, tmp_path / "at_once", settings=settings)
-    first, second = (tmp_path / d / "detections.json" for d in ("out", "at_once"))
-    assert first.read_text() == second.read_text() and not (output / "parts").exists()
-
-    seen, stop = [], 2
-    with pytest.raises(KeyboardInterrupt):
-        detect_images(detector, store, images, output, settings=settings)
-    assert first.read_text() == second.read_text()  # what there is stays until there is better
-    stop = -1
-    detect_images(detector, store, images, output, settings=settings | {"nms": 0.4})
-    assert len(seen) == 2 + len(store.shards())
+    assert len(found) and set(found.rles) <= set(whole.rles)
 
 
 def test_tool_goes_from_images_to_scored_detections(
@@ -298,3 +240,169 @@ def test_tool_goes_from_images_to_scored_detections(
         == 0
     )
     assert "AP50" in json.loads((scores / "metrics.json").read_text())["mask"]
+
+
+# Selection: NMS within classes and box voting, against slow loops over pairs of boxes.
+
+
+def iou(a, b):
+    """In float32, step by step as torchvision computes it: overlaps may lie on the limit."""
+    a, b = np.float32(a), np.float32(b)
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), np.float32(0))
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), np.float32(0))
+    inter = width * height
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return float(inter / (areas[0] + areas[1] - inter))
+
+
+def slow_selection(probabilities, boxes, *, score_threshold, nms_iou, max_detections, vote_iou):
+    """[(score, label, box, roi)] by the definition: one box and one class after another."""
+    found = []
+    for label in range(boxes.shape[1]):
+        rows = [
+            roi
+            for roi, (x1, y1, x2, y2) in enumerate(boxes[:, label])
+            if probabilities[roi, label + 1] > score_threshold and x2 > x1 and y2 > y1
+        ]
+        waiting = sorted(rows, key=lambda roi: (-probabilities[roi, label + 1], roi))
+        while waiting:
+            best, *others = waiting
+            waiting = [r for r in others if iou(boxes[best, label], boxes[r, label]) <= nms_iou]
+            found.append((probabilities[best, label + 1], label, rows, best))
+    found = sorted(found, key=lambda item: -item[0])[:max_detections]  # stable: class, then RoI
+    return [
+        (score, label, slow_vote(probabilities, boxes, label, rows, roi, vote_iou), roi)
+        for score, label, rows, roi in found
+    ]
+
+
+def slow_vote(probabilities, boxes, label, rows, roi, vote_iou):
+    if vote_iou is None:
+        return boxes[roi, label]
+    total, weight = np.zeros(4), 0.0
+    for voter in rows:
+        if iou(boxes[roi, label], boxes[voter, label]) > vote_iou:
+            total += float(probabilities[voter, label + 1]) * boxes[voter, label].astype(float)
+            weight += float(probabilities[voter, label + 1])
+    return total / weight
+
+
+def arrays(shape, elements):
+    """Each element drawn, not most of them the same."""
+    return hnp.arrays(np.float32, shape, elements=elements, fill=st.nothing())
+
+
+@st.composite
+def scenes(draw):
+    """Few places, sizes and scores, so that equal scores and overlaps on the limit occur.
+
+    Some boxes are empty, as after clipping.
+    """
+    rois, classes = draw(st.integers(0, 10)), draw(st.integers(1, 3))
+    shape = (rois, classes, 2)
+    corners = draw(arrays(shape, st.sampled_from([0, 1, 2, 20])))
+    sides = draw(arrays(shape, st.sampled_from([0, 2, 4, 5, 6, 8, 10])))
+    boxes = np.concatenate([corners, corners + sides], axis=2)
+    scores = st.sampled_from(np.float32([0, 0.05, 0.1, 0.25, 0.5, 0.9]).tolist())
+    pixel = np.float32(draw(st.sampled_from([1, 0.1, 97.3])))
+    return draw(arrays((rois, classes + 1), scores)), boxes * pixel
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    scenes(),
+    st.sampled_from([0.0, 0.05, 0.2]),
+    st.sampled_from([0.0, 0.3, 0.5, 0.7]),
+    st.sampled_from([None, 0.3, 0.5]),
+    st.sampled_from([1, 5, 100]),
+)
+def test_equals_slow_loops(scene, score_threshold, nms_iou, vote_iou, max_detections):
+    settings = dict(
+        score_threshold=score_threshold,
+        nms_iou=nms_iou,
+        max_detections=max_detections,
+        vote_iou=vote_iou,
+    )
+    expected = slow_selection(*scene, **settings)
+    scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
+    assert scores.tolist() == [item[0] for item in expected]
+    assert labels.tolist() == [item[1] for item in expected]
+    assert rois.tolist() == [item[3] for item in expected]
+    expected_boxes = np.array([item[2] for item in expected], np.float32).reshape(-1, 4)
+    np.testing.assert_allclose(boxes.numpy(), expected_boxes, rtol=1e-6)
+
+
+def many_rois(*, rois=120, classes=80, seed=0):
+    rng = np.random.default_rng(seed)
+    centers = rng.uniform(100, 900, (12, 1, 2))[rng.integers(12, size=rois)]
+    centers = centers + rng.normal(0, 8, (rois, classes, 2))
+    sides = rng.uniform(60, 90, (rois, classes, 2))
+    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=2).astype(np.float32)
+    probabilities = rng.dirichlet(np.full(classes + 1, 0.05), size=rois).astype(np.float32)
+    return probabilities, boxes
+
+
+@pytest.mark.parametrize("vote_iou", [None, 0.5])
+def test_eighty_classes_equal_slow_loops(vote_iou):
+    scene = many_rois()
+    settings = dict(score_threshold=0.02, nms_iou=0.3, max_detections=100, vote_iou=vote_iou)
+    expected = slow_selection(*scene, **settings)
+    scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
+    assert len(expected) == 100
+    assert [*zip(labels.tolist(), rois.tolist(), strict=True)] == [(e[1], e[3]) for e in expected]
+    np.testing.assert_allclose(boxes.numpy(), np.float32([e[2] for e in expected]), rtol=1e-6)
+
+
+def test_the_class_does_not_blur_the_boxes():
+    """Moved by 79 times 1001 pixels, in float32, these two would overlap by .3004, not .2999."""
+    probabilities, boxes = torch.zeros(3, 81), torch.zeros(3, 80, 4)
+    boxes[:, 79] = torch.tensor([[0, 0, 10, 10], [5.386, 0, 15.386, 10], [900, 900, 1000, 1000]])
+    probabilities[:, 80] = torch.tensor([0.9, 0.8, 0.7])
+    _, labels, _, rois = select_boxes(probabilities, boxes, score_threshold=0.05, nms_iou=0.3)
+    assert rois.tolist() == [0, 1, 2] and labels.tolist() == [79] * 3
+
+
+def test_the_order_of_rois_matters_only_between_equal_scores():
+    probabilities, boxes = map(torch.tensor, many_rois(rois=60, classes=7))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    settings = dict(score_threshold=0.01, vote_iou=0.5)
+    scores, labels, selected, rois = select_boxes(probabilities, boxes, **settings)
+    shuffled = select_boxes(probabilities[order], boxes[order], **settings)
+    assert torch.equal(scores, shuffled[0]) and torch.equal(labels, shuffled[1])
+    torch.testing.assert_close(selected, shuffled[2])
+    assert torch.equal(rois, order[shuffled[3]])
+
+
+def test_voting_by_hand():
+    """Boxes of scores .6 and .3, IoU 80/120: the better one moves a third of the way."""
+    boxes = torch.tensor([[[0.0, 0, 10, 10]], [[2.0, 0, 12, 10]], [[50.0, 50, 60, 60]]])
+    probabilities = torch.tensor([[0.4, 0.6], [0.7, 0.3], [0.9, 0.1]])
+    _, _, selected, rois = select_boxes(probabilities, boxes, score_threshold=0.05, vote_iou=0.5)
+    assert rois.tolist() == [0, 2]
+    torch.testing.assert_close(
+        selected, torch.tensor([[2 / 3, 0, 10 + 2 / 3, 10], [50, 50, 60, 60]])
+    )
+
+
+def test_voting_never_leaves_the_image():
+    """Clipped boxes share a border; their mean, rounded, must not lie beyond it."""
+    rng = np.random.default_rng(0)
+    boxes = np.zeros((50, 1, 4), np.float32)
+    boxes[:, 0, :2], boxes[:, 0, 2:] = rng.uniform(0, 20, (50, 2)), (333.1, 499.7)
+    scores = rng.uniform(0.1, 1, (50, 1)).astype(np.float32)
+    probabilities = torch.tensor(np.concatenate([1 - scores, scores], axis=1))
+    _, _, selected, _ = select_boxes(
+        probabilities, torch.tensor(boxes), score_threshold=0.05, vote_iou=0.5
+    )
+    assert len(selected) == 1
+    assert torch.equal(selected[0, 2:], torch.tensor([333.1, 499.7]))
+
+
+def test_nothing_is_found():
+    empty = select_boxes(torch.zeros(0, 4), torch.zeros(0, 3, 4), score_threshold=0.05)
+    below = select_boxes(
+        torch.full((5, 4), 0.01), torch.ones(5, 3, 4), score_threshold=0.05, vote_iou=0.5
+    )
+    for scores, labels, boxes, rois in (empty, below):
+        assert scores.shape == labels.shape == rois.shape == (0,) and boxes.shape == (0, 4)
+        assert labels.dtype == rois.dtype == torch.int64

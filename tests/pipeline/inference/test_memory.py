@@ -4,46 +4,27 @@ import numpy as np
 import pytest
 
 from pipeline.inference import memory
-from pipeline.inference.memory import MOST_KEPT, release_between_sizes
+from pipeline.inference.memory import MAX_KEPT, release_between_sizes
+
+UNREADABLE = ValueError("no image")
 
 
-@pytest.fixture
-def releases(monkeypatch):
-    """Counts, for every image that is taken, how often memory had been given back by then."""
-    calls, counted = [], []
+@pytest.mark.parametrize(
+    ("sides", "releases"),
+    [
+        ([4, 4, 5, 5, 4], [0, 0, 1, 1, 2]),
+        ([4, None, 4], [0, 0, 0]),  # an unreadable image is no other size
+        ([4] * (2 * MAX_KEPT + 1), [*[0] * MAX_KEPT, *[1] * MAX_KEPT, 2]),  # now and then
+    ],
+)
+def test_memory_is_given_back_before_another_size(monkeypatch, sides, releases):
+    calls, passed = [], []
     monkeypatch.setattr(memory, "_call_libc", lambda name, *_: calls.append(name))
-
-    def count(images):
-        for _ in release_between_sizes(images):
-            counted.append(calls.count("malloc_trim"))
-        return counted
-
-    return count
-
-
-def _images(*sides: int) -> list:
-    return [(n, np.zeros((side, 8, 3), np.uint8)) for n, side in enumerate(sides)]
-
-
-def test_images_pass_through_as_they_are():
-    images = [*_images(4, 4, 5), ("broken", ValueError("no image")), *_images(5)]
-    passed = list(release_between_sizes(images))
-    assert [item for item, _ in passed] == [item for item, _ in images]
-    assert all(a is b for (_, a), (_, b) in zip(passed, images, strict=True))
-
-
-def test_memory_is_given_back_before_another_size(releases):
-    assert releases(_images(4, 4, 5, 5, 4)) == [0, 0, 1, 1, 2]
-
-
-def test_an_unreadable_image_is_no_other_size(releases):
-    images = [*_images(4), ("broken", ValueError("no image")), *_images(4)]
-    assert releases(images) == [0, 0, 0]
-
-
-def test_memory_is_given_back_now_and_then_between_images_of_one_size(releases):
-    assert releases(_images(*[4] * (2 * MOST_KEPT + 1))) == [
-        *[0] * MOST_KEPT,
-        *[1] * MOST_KEPT,
-        2,
-    ]
+    images = [np.zeros((side, 8, 3), np.uint8) if side else UNREADABLE for side in sides]
+    for (item, image), expected in zip(
+        release_between_sizes(enumerate(images)), releases, strict=True
+    ):
+        assert image is images[item]
+        passed.append(item)
+        assert calls.count("malloc_trim") == expected, f"before image {item}"
+    assert passed == list(range(len(images)))

@@ -13,49 +13,39 @@ from pipeline.inference import paste as paste_module
 from pipeline.inference.paste import Pasted, Placement, encode_edges, paste
 
 
-def place(left, top, width, height, corners=False) -> Placement:
+def place(left, top, width, height, align_corners=False) -> Placement:
     """The places of several patches, or of one."""
     sides = np.broadcast_arrays(*map(np.atleast_1d, (left, top, width, height)))
-    return Placement(*(side.astype(np.float64) for side in sides), corners)
+    return Placement(*(side.astype(np.float64) for side in sides), align_corners)
 
 
 def decode(pasted: Pasted, count: int, size: tuple[int, int]) -> np.ndarray:
     """(count, H, W) of the masks, none where there is none; boxes are checked on the way."""
     masks = np.zeros((count, *size), np.uint8)
-    assert (np.diff(pasted.numbers) > 0).all()
-    for n, box, counts in zip(pasted.numbers, pasted.boxes, pasted.counts, strict=True):
-        masks[n] = coco_mask.decode({"size": list(size), "counts": counts})
-        assert_tight(box, masks[n])
+    assert (np.diff(pasted.indices) > 0).all()
+    for i, box, rle in zip(pasted.indices, pasted.boxes, pasted.rles, strict=True):
+        masks[i] = coco_mask.decode({"size": list(size), "counts": rle})
+        x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(masks[i])))
+        assert box.tolist() == [x, y, x + w, y + h] and box.dtype == np.float32
     return masks
 
 
 def paste_slowly(logits, left, top, width, height, image_size, threshold):
-    """Pixel by pixel.
-
-    Bilinear interpolation of the four nearest cells at every pixel center of the image.
-    """
+    """Pixel by pixel: bilinear interpolation of the four nearest cells at every pixel's center."""
     cells = len(logits)
     mask = np.zeros(image_size, np.uint8)
     limit = math.log(threshold / (1 - threshold))
-    for y in range(image_size[0]):
-        for x in range(image_size[1]):
-            u, v = (x + 0.5 - left) / width, (y + 0.5 - top) / height
-            if not (0 <= u < 1 and 0 <= v < 1):
-                continue
-            column, row = (
-                min(max(u * cells - 0.5, 0), cells - 1),
-                min(max(v * cells - 0.5, 0), cells - 1),
-            )
-            c0, r0 = int(column), int(row)
-            c1, r1 = min(c0 + 1, cells - 1), min(r0 + 1, cells - 1)
-            a, b = column - c0, row - r0
-            value = (
-                (1 - a) * (1 - b) * logits[r0, c0]
-                + a * (1 - b) * logits[r0, c1]
-                + (1 - a) * b * logits[r1, c0]
-                + a * b * logits[r1, c1]
-            )
-            mask[y, x] = value > limit
+    for y, x in np.ndindex(*image_size):
+        u, v = (x + 0.5 - left) / width, (y + 0.5 - top) / height
+        if not (0 <= u < 1 and 0 <= v < 1):
+            continue
+        column, row = (min(max(side * cells - 0.5, 0), cells - 1) for side in (u, v))
+        c0, r0 = int(column), int(row)
+        c1, r1 = min(c0 + 1, cells - 1), min(r0 + 1, cells - 1)
+        a, b = column - c0, row - r0
+        upper = (1 - a) * logits[r0, c0] + a * logits[r0, c1]
+        lower = (1 - a) * logits[r1, c0] + a * logits[r1, c1]
+        mask[y, x] = (1 - b) * upper + b * lower > limit
     return mask
 
 
@@ -120,7 +110,7 @@ def test_corners_on_corners_as_the_released_code(seed, cells, boxes, bias):
     logits = np.random.default_rng(seed).normal(bias, 2, (len(boxes), cells, cells))
     logits = logits.astype(np.float32)
     left, top, side = np.transpose(boxes)
-    places = place(left, top, side, side, corners=True)
+    places = place(left, top, side, side, align_corners=True)
     result = paste(torch.from_numpy(logits), places, image_size=size, threshold=0.2)
     masks = decode(result, len(boxes), size)
     for mask, (x, y, length), found in zip(logits, boxes, masks, strict=True):
@@ -131,11 +121,6 @@ def test_corners_on_corners_as_the_released_code(seed, cells, boxes, bias):
         canvas[100 + y : 100 + y + length, 100 + x : 100 + x + length] = inside
         # A pixel on the very threshold may fall to either side.
         assert (found != canvas[100:137, 100:145]).sum() <= 1
-
-
-def assert_tight(box, mask):
-    x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
-    assert box.tolist() == [x, y, x + w, y + h] and box.dtype == np.float32
 
 
 @given(
@@ -160,9 +145,9 @@ def test_edges_encode_to_what_pycocotools_makes_of_the_pixels(
         owner.append(np.full(len(edges[-1]), n))
     result = encode_edges(np.concatenate(owner), np.concatenate(edges), (height, width))
     assert np.array_equal(decode(result, count, (height, width)), masks)
-    for n, counts in zip(result.numbers, result.counts, strict=True):
-        assert counts == coco_mask.encode(np.asfortranarray(masks[n]))["counts"]
-    assert result.numbers.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
+    for n, rle in zip(result.indices, result.rles, strict=True):
+        assert rle == coco_mask.encode(np.asfortranarray(masks[n]))["counts"]
+    assert result.indices.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
 
 
 @given(st.lists(st.integers(0, 4000), min_size=1, max_size=12))
@@ -173,9 +158,9 @@ def test_long_runs_are_written_as_pycocotools_does(lengths):
     edges = np.cumsum(lengths)[: len(lengths) // 2 * 2] * 2
     result = encode_edges(np.zeros(len(edges), int), edges, tuple(size))
     area = int((edges[1::2] - edges[::2]).sum())
-    assert len(result.counts) == (area > 0)
-    for counts in result.counts:
-        rle = {"size": size, "counts": counts}
+    assert len(result.rles) == (area > 0)
+    for string in result.rles:
+        rle = {"size": size, "counts": string}
         assert coco_mask.area(rle) == area
         assert coco_mask.encode(np.asfortranarray(coco_mask.decode(rle))) == rle
 
@@ -185,9 +170,9 @@ def test_a_mask_outside_the_image_or_empty_is_left_out():
     logits = torch.cat([inside, -inside, inside, inside])
     places = place([100, 10, 10.2, 3], [10, 10, 10.2, 5], [20, 20, 0.2, 9], [20, 20, 0.2, 9])
     result = paste(logits, places, image_size=(50, 50), threshold=0.2)
-    assert result.numbers.tolist() == [3] and len(result.boxes) == len(result.counts) == 1
-    nothing = paste(logits[:3], places.part(slice(3)), image_size=(50, 50), threshold=0.2)
-    assert nothing.numbers.shape == (0,) and nothing.boxes.shape == (0, 4) and not nothing.counts
+    assert result.indices.tolist() == [3] and len(result.boxes) == len(result.rles) == 1
+    nothing = paste(logits[:3], places.select(slice(3)), image_size=(50, 50), threshold=0.2)
+    assert nothing.indices.shape == (0,) and nothing.boxes.shape == (0, 4) and not nothing.rles
 
 
 def test_a_full_patch_covers_its_square_to_the_pixel():
@@ -195,4 +180,4 @@ def test_a_full_patch_covers_its_square_to_the_pixel():
         torch.full((1, 4, 4), 5.0), place(3, 5, 10, 20), image_size=(60, 50), threshold=0.2
     )
     assert result.boxes.tolist() == [[3, 5, 13, 25]]
-    assert coco_mask.area({"size": [60, 50], "counts": result.counts[0]}) == 200
+    assert coco_mask.area({"size": [60, 50], "counts": result.rles[0]}) == 200

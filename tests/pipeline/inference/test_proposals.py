@@ -1,7 +1,6 @@
-"""The proposal store: what is written is read, and COCO's tools read it too."""
+"""The proposal store: what is written is read, nothing is written over, settings are kept to."""
 
 import json
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -11,7 +10,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.coco_json import read_results, results_of, write_proposals
+from pipeline.inference.proposals import Proposals, ProposalStore, ResumableDirectory
+
+SETTINGS = {"log2_scales": (-1.0, 0.5, 0.5), "num_proposals": 5}
 
 
 def random_proposals(image_id: int, count: int, rng: np.random.Generator) -> Proposals:
@@ -23,29 +25,23 @@ def random_proposals(image_id: int, count: int, rng: np.random.Generator) -> Pro
         bottom, right = rng.integers(top + 1, height + 1), rng.integers(left + 1, width + 1)
         masks[top:bottom, left:right, n] = 1
     rles = coco_mask.encode(masks)
-    xywh = np.array([coco_mask.toBbox(rle) for rle in rles], np.float32).reshape(-1, 4)
+    boxes = np.array([coco_mask.toBbox(rle) for rle in rles], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
     return Proposals(
         image_id=image_id,
         file_name=f"folder/é {image_id}.jpg",
         height=height,
         width=width,
         scores=np.sort(rng.random(count, np.float32))[::-1],
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        counts=[rle["counts"] for rle in rles],
+        boxes=boxes,
+        rles=[rle["counts"] for rle in rles],
     )
 
 
-def as_coco_image(p: Proposals) -> dict:
-    return {"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width}
-
-
 def assert_same(found: Proposals, expected: Proposals) -> None:
-    for name in ("image_id", "file_name", "height", "width", "counts"):
-        assert getattr(found, name) == getattr(expected, name)
-    for name in ("scores", "boxes"):
-        value = getattr(found, name)
-        assert value.dtype == np.float32
-        np.testing.assert_array_equal(value, getattr(expected, name))
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), value)
+    assert found.scores.dtype == found.boxes.dtype == np.float32
 
 
 # Shards of images, each with its number of proposals, and the process that writes the shard.
@@ -62,25 +58,24 @@ def test_what_is_written_is_read(shards, seed):
     written = {}
     with TemporaryDirectory() as directory:
         store = ProposalStore(directory)
-        store.open_for({"num_proposals": 5})
+        store.open_for(SETTINGS)
         for counts, writer in shards:
             images = [random_proposals(next(ids), count, rng) for count in counts]
             store.write_shard(images, writer=writer)
             written |= {proposals.file_name: proposals for proposals in images}
-        found = list(ProposalStore(directory))
-        covered = store.images()
-        path, count = store.write_results()
-        results = json.loads(path.read_text())
-        listed = json.loads((Path(directory) / "images.json").read_text())["images"]
-
+        found, covered, count = list(ProposalStore(directory)), store.images(), store.count()
+        results = json.loads(write_proposals(store).read_text())
+        listed = json.loads((store.directory / "images.json").read_text())["images"]
     assert len(found) == sum(len(p) > 0 for p in written.values())
     for proposals in found:
         assert_same(proposals, written[proposals.file_name])
-        assert (np.diff(proposals.scores) <= 0).all()
-    assert covered == {name: as_coco_image(p) for name, p in written.items()}  # the empty ones too
+    assert covered == {  # also those without a proposal
+        name: {"id": p.image_id, "file_name": name, "height": p.height, "width": p.width}
+        for name, p in written.items()
+    }
     assert listed == sorted(covered.values(), key=lambda image: image["id"])
-    expected = [result for proposals in found for result in proposals.results()]
-    assert results == expected and count == len(expected)
+    assert results == [result for proposals in found for result in results_of(proposals)]
+    assert count == len(results)
 
 
 @pytest.fixture
@@ -88,41 +83,37 @@ def store(tmp_path) -> ProposalStore:
     """Two shards of three images and eight proposals."""
     rng = np.random.default_rng(0)
     store = ProposalStore(tmp_path / "store")
-    store.open_for({"scales": [-1.0, 0.5, 0.5], "num_proposals": 5})
+    store.open_for(SETTINGS)
     store.write_shard([random_proposals(7, 3, rng), random_proposals(2, 0, rng)])
     store.write_shard([random_proposals(30, 5, rng)])
     return store
 
 
-def test_results_are_coco_results(store):
-    for proposals in store:
-        for n, result in enumerate(proposals.results()):
-            assert result["image_id"] == proposals.image_id and result["category_id"] == 1
-            assert result["score"] == pytest.approx(proposals.scores[n], abs=1e-6)
-            mask = coco_mask.decode(result["segmentation"])
-            assert mask.shape == (proposals.height, proposals.width)
-            assert result["bbox"] == coco_mask.toBbox(result["segmentation"]).tolist()
-            assert result["segmentation"]["counts"].encode() == proposals.rle(n)["counts"]
-
-
-def test_results_load_with_pycocotools(store, capsys):
-    path, count = store.write_results()
+def test_pycocotools_reads_the_results(store):
+    path = write_proposals(store)
     coco = COCO(str(store.directory / "images.json"))
     results = coco.loadRes(str(path))
-    assert len(results.getAnnIds()) == count == 8
-    assert coco.getImgIds() == [2, 7, 30]
+    assert len(results.anns) == store.count() == 8 and coco.getImgIds() == [2, 7, 30]
+    assert json.loads(path.read_text()) == list(read_results(store.directory))
+    stored = {proposals.image_id: proposals for proposals in store}
+    for result in json.loads(path.read_text()):
+        proposals = stored[result["image_id"]]
+        n = [rle.decode() for rle in proposals.rles].index(result["segmentation"]["counts"])
+        assert result["category_id"] == 1
+        assert abs(result["score"] - proposals.scores).min() < 1e-6
+        assert result["segmentation"]["size"] == proposals.rle(n)["size"]
+        assert result["bbox"] == coco_mask.toBbox(result["segmentation"]).tolist()
 
 
-def test_columns_can_be_read_alone(store):
-    tables = list(store.read(("score", "box")))
-    assert [table.column_names for table in tables] == [["score", "box"]] * 2
-    scores = np.concatenate([table["score"].to_numpy() for table in tables])
-    np.testing.assert_array_equal(scores, np.concatenate([p.scores for p in store]))
-    boxes = [box for table in tables for box in table["box"].to_pylist()]
-    np.testing.assert_array_equal(boxes, np.concatenate([p.boxes for p in store]))
+def test_boxes_are_those_of_all_images(store):
+    boxes = store.boxes()
+    for proposals in store:
+        found, scores = boxes.of(proposals.image_id)
+        np.testing.assert_array_equal(found, proposals.boxes)
+        np.testing.assert_array_equal(scores, proposals.scores)
 
 
-def test_no_shard_is_written_over(store, tmp_path):
+def test_no_shard_is_written_over(store):
     before = {path: path.read_bytes() for path in store.shards()}
     rng = np.random.default_rng(1)
     ProposalStore(store.directory).write_shard([random_proposals(31, 1, rng)])
@@ -135,23 +126,37 @@ def test_no_shard_is_written_over(store, tmp_path):
 def test_a_shard_that_fails_leaves_nothing(store):
     before = sorted(store.directory.iterdir())
     broken = random_proposals(40, 2, np.random.default_rng(0))
-    broken.counts = [b"1", 5]
+    broken.rles = [b"1", 5]
     with pytest.raises(Exception, match="(?i)bytes"):
         store.write_shard([broken])
     assert sorted(store.directory.iterdir()) == before
 
 
 def test_a_store_keeps_to_its_settings(store):
-    store.open_for({"scales": [-1.0, 0.5, 0.5], "num_proposals": 5})
+    store.open_for(SETTINGS)
     with pytest.raises(ValueError) as error:
-        store.open_for({"scales": [-2.0, 0.5, 0.5], "num_proposals": 5})
+        store.open_for(SETTINGS | {"log2_scales": (-2.0, 0.5, 0.5)})
     message = str(error.value)
-    assert "scales [-1.0, 0.5, 0.5] -> [-2.0, 0.5, 0.5]" in message and "\n" not in message
+    assert "log2_scales [-1.0, 0.5, 0.5] -> [-2.0, 0.5, 0.5]" in message and "\n" not in message
     assert "num_proposals" not in message and str(store.directory) in message
+    (store.directory / "settings.json").unlink()
+    with pytest.raises(ValueError, match="no settings.json"):
+        store.open_for(SETTINGS)
+
+
+def test_a_directory_may_be_discarded_with_its_settings(tmp_path):
+    directory = ResumableDirectory(tmp_path / "parts")
+    directory.open_for({"nms": 0.3})
+    (directory.directory / "part").touch()
+    directory.open_for({"nms": 0.3}, discard=True)
+    assert (directory.directory / "part").exists()
+    directory.open_for({"nms": 0.4}, discard=True)
+    assert not (directory.directory / "part").exists() and directory.settings() == {"nms": 0.4}
 
 
 def test_an_empty_store_is_valid(tmp_path):
     store = ProposalStore(tmp_path)
     assert list(store) == [] and store.images() == {} and store.shards() == []
-    path, count = store.write_results()
-    assert json.loads(path.read_text()) == [] and count == 0
+    assert json.loads(write_proposals(store).read_text()) == [] and store.count() == 0
+    with pytest.raises(ValueError, match="holds no proposals"):
+        store.boxes()

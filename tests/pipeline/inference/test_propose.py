@@ -1,48 +1,201 @@
-"""Dense inference over an image against the patch forward, and the ranking of cells."""
+"""Dense inference equals the same steps written plainly and patches on their own; NMS on masks."""
+
+import math
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.resize import pad_and_normalize, resize_image
+from models.build import build_sharpmask
 from models.deepmask import DeepMask
-from models.trunk import build_trunk
-from pipeline.inference.paste import paste
+from models.sharpmask import SharpMask
+from models.trunk import TrunkConfig
+from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import (
     Proposer,
     best_cells,
-    octave_range,
-    pad_and_normalize,
+    gather_windows,
+    log2_range,
+    mask_nms,
     place_patches,
-    resize_image,
 )
 
 CPU = torch.device("cpu")
+LOG2_SCALES = [-1.0, -0.5, 0.0, 0.5]
+SIZES = {"mask_size": 14, "reduction": 8, "embedding": 16, "score_hidden": 8}
+SURROUNDINGS = {"tiny": 5, "vgg11": 6, "resnet18": 12}  # cells that a trunk sees
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(trunk: str = "tiny", patch_size: int = 64) -> SharpMask:
     torch.manual_seed(0)
-    return DeepMask(
-        build_trunk("tiny"), patch_size=96, mask_size=14, reduction=8, embedding=16, score_hidden=8
-    ).eval()
+    config = TrunkConfig(name=trunk, weights=None)
+    return build_sharpmask(config, deepmask={"patch_size": patch_size, **SIZES}).eval()
 
 
 @pytest.fixture(scope="module")
-def image():
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (110, 150, 3)).astype(np.uint8)
+def model() -> SharpMask:
+    return build()
 
 
-def test_octaves():
-    assert octave_range(-2.5, 0.5, 0.5) == [-2.5, -2, -1.5, -1, -0.5, 0, 0.5]
-    assert octave_range(-2.5, 1, 0.5)[-1] == 1 and octave_range(0, 0, 1) == [0]
-    assert len(octave_range(-1, 1, 0.1)) == 21
-    for wrong in ((1, 0, 0.5), (0, 1, 0), (0, 1, -1), (float("nan"), 1, 1)):
-        with pytest.raises(ValueError, match="MIN MAX STEP"):
-            octave_range(*wrong)
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (150, 203, 3), dtype=np.uint8)
+
+
+def in_scale(index: int, cells: torch.Tensor) -> torch.Tensor:
+    """Rows and columns (n, 2) with the index of their scale before them."""
+    return F.pad(cells, (1, 0), value=index)
+
+
+# What makes inference fast changes no proposal.
+
+
+def cut(features: torch.Tensor, row: int, column: int, size: int) -> torch.Tensor:
+    """A window of a map (1, c, h, w); beyond it the edge repeats."""
+    rows = torch.arange(row, row + size).clamp(max=features.shape[2] - 1)
+    columns = torch.arange(column, column + size).clamp(max=features.shape[3] - 1)
+    return features[:, :, rows][:, :, :, columns]
+
+
+def refine_plainly(model: SharpMask, embedding: torch.Tensor, windows: list) -> torch.Tensor:
+    """The vertical path as the paper draws it: (1, E) to (P, P) logits."""
+    cells = model.deepmask.cells
+    mask = model.encode(embedding).view(1, -1, cells, cells)
+    for module, window in zip(model.refinements, windows, strict=True):
+        mask = F.relu(window + module.vertical(mask))
+        mask = F.interpolate(mask, scale_factor=2.0, mode="nearest")
+    return model.predict(mask)[0, 0]
+
+
+def paste_plainly(logits: torch.Tensor, corner, sides, image_size) -> np.ndarray:
+    """On a canvas of the whole image: (H, W) uint8."""
+    (left, top), (width, height) = corner, sides
+    y = (torch.arange(image_size[0], dtype=torch.float64) + 0.5 - top) / height * 2 - 1
+    x = (torch.arange(image_size[1], dtype=torch.float64) + 0.5 - left) / width * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
+    pixels = F.grid_sample(
+        logits[None, None].double(), grid, padding_mode="border", align_corners=False
+    )[0, 0]
+    within = ((y >= -1) & (y < 1))[:, None] & ((x >= -1) & (x < 1))
+    return ((pixels > math.log(0.2 / 0.8)) & within).numpy().astype(np.uint8)
+
+
+def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray, count: int) -> list[tuple]:
+    """Score and mask of the best cells that have a pixel, one cell after the other."""
+    deepmask = getattr(model, "deepmask", model)
+    half, size = deepmask.patch_size // 2, deepmask.cells
+    scored, pyramid = [], []
+    for index, log2_scale in enumerate(LOG2_SCALES):
+        scaled = resize_image(image, 2.0**log2_scale)
+        features = deepmask.trunk(pad_and_normalize(torch.from_numpy(scaled), half))
+        pyramid.append((features, np.divide(scaled.shape[1::-1], image.shape[1::-1])))
+        for row in range(features[-1].shape[2] - size + 1):
+            for column in range(features[-1].shape[3] - size + 1):
+                embedding = deepmask.embed(cut(features[-1], row, column, size))
+                scored.append((deepmask.score(embedding).item(), index, row, column))
+    found = []
+    for score, index, row, column in sorted(scored, key=lambda cell: -cell[0])[:count]:
+        features, scale_xy = pyramid[index]
+        embedding = deepmask.embed(cut(features[-1], row, column, size)).flatten(1)
+        logits = deepmask.decode_masks(embedding)[0]
+        if isinstance(model, SharpMask):
+            maps = model.horizontal_maps(features)
+            windows = [cut(m, row << i, column << i, size << i) for i, m in enumerate(maps)]
+            logits = refine_plainly(model, embedding, windows)
+        corner = (np.array([16 * column, 16 * row]) - half) / scale_xy
+        mask = paste_plainly(logits, corner, 2 * half / scale_xy, image.shape[:2])
+        if mask.any():
+            found.append((1 / (1 + math.exp(-score)), mask))
+    return found
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@torch.inference_mode()
+def test_fast_proposals_are_the_plain_ones(refine):
+    image = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    model, count = build(), 60
+    # Steep edges, as trained masks have: few pixels on the very threshold.
+    model.predict.weight *= 100
+    model.deepmask.mask_head.weight *= 100
+    model = model if refine else model.deepmask
+    expected = propose_plainly(model, image, count)
+    found = Proposer(model, device=CPU, num_proposals=count, log2_scales=LOG2_SCALES)(image)
+    assert len(found) == len(expected) > count // 2
+    np.testing.assert_allclose(found.scores, [score for score, _ in expected], atol=1e-5)
+    for i, (_, mask) in enumerate(expected):
+        theirs = coco_mask.encode(np.asfortranarray(mask))
+        assert coco_mask.iou([found.rle(i)], [theirs], [0])[0, 0] >= 0.999
+
+
+@pytest.mark.parametrize("trunk", SURROUNDINGS)
+@torch.inference_mode()
+def test_dense_refinement_equals_refining_each_patch_on_its_own(trunk):
+    """Every patch cut out with all the surroundings that its features depend on."""
+    model, cells = build(trunk, 32), 2
+    border = 16 * (SURROUNDINGS[trunk] + 3)  # the horizontal nets see three cells more
+    size = 2 * border + 32
+    image = np.random.default_rng(1).integers(0, 256, (size + 32, size + 32, 3), dtype=np.uint8)
+    proposer = Proposer(model, device=CPU)
+    first = border // 16 + 1  # the cell whose patch begins `border` px into the padded image + 1
+    chosen = torch.tensor([[first, first], [first + 2, first + 1]])
+    together = proposer.decode([proposer.run_scale(image, 0.0)], in_scale(0, chosen))
+    padded = pad_and_normalize(torch.from_numpy(image), 16)
+    for (row, column), mask in zip(chosen.tolist(), together, strict=True):
+        top, left = 16 * row - border, 16 * column - border
+        features = model.deepmask.trunk(
+            padded[..., top : top + size, left : left + size].contiguous()
+        )
+        embedding = model.deepmask.embed(model.deepmask.crop_center(features[-1]))
+        windows = [
+            each[..., s : s + (cells << i), s : s + (cells << i)]
+            for i, each in enumerate(model.horizontal_maps(features))
+            for s in [border // 16 << i]
+        ]
+        alone = model.refine(embedding.flatten(1), windows)[0]
+        assert alone.std() > 1e-3
+        torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_masks_of_the_image_are_those_of_each_cell(model, image):
+    """All cells of two scales together, in any order, against one at a time."""
+    proposer = Proposer(model, device=CPU)
+    pyramid = [proposer.run_scale(image, log2_scale) for log2_scale in (-0.5, 0.0)]
+    cells = torch.cat(
+        [
+            in_scale(i, torch.cartesian_prod(*map(torch.arange, scale.score_logits.shape)))
+            for i, scale in enumerate(pyramid)
+        ]
+    )
+    cells = cells[torch.randperm(len(cells))]
+    for cell, mask in zip(cells, proposer.decode(pyramid, cells), strict=True):
+        alone = proposer.decode([pyramid[cell[0]]], in_scale(0, cell[None, 1:]))[0]
+        torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_refinement_changes_the_masks_and_nothing_else(model, image):
+    """Same cells, same scores: this makes the two comparable."""
+    coarse, refined = Proposer(model.deepmask, device=CPU), Proposer(model, device=CPU)
+    first, second = (proposer.run_scale(image, 0.0) for proposer in (coarse, refined))
+    assert torch.equal(first.score_logits, second.score_logits)
+    cells = in_scale(0, torch.tensor([[3, 4], [0, 7]]))
+    expected = model.deepmask.decode_masks(second.embeddings[:, [3, 0], [4, 7]].T)
+    torch.testing.assert_close(coarse.decode([first], cells), expected)
+    assert refined.decode([second], cells).shape == (2, 64, 64)
+
+
+# Steps.
+
+
+def test_log2_range():
+    assert log2_range(-2.5, 0.5, 0.5) == [-2.5, -2, -1.5, -1, -0.5, 0, 0.5]
+    assert log2_range(-2.5, 1, 0.5)[-1] == 1 and log2_range(0, 0, 1) == [0]
+    assert len(log2_range(-1, 1, 0.1)) == 21
 
 
 @given(
@@ -54,93 +207,64 @@ def test_octaves():
 def test_best_cells_equals_sorting_a_list(sizes, count, ties):
     generator = torch.Generator().manual_seed(len(sizes) * 100 + count)
     maps = [torch.randn(h, w, generator=generator) for h, w in sizes]
-    if ties:
-        maps = [m.round() for m in maps]
-    rows = [
-        (-m[i, j].item(), n, i, j)
-        for n, m in enumerate(maps)
-        for i in range(m.shape[0])
-        for j in range(m.shape[1])
-    ]
+    maps = [m.round() if ties else m for m in maps]
+    rows = [(-v, n, *cell) for n, m in enumerate(maps) for cell, v in np.ndenumerate(m.numpy())]
     expected = sorted(rows)[:count]  # equal scores: the earlier scale, then row, then column
     probs, cells = best_cells(maps, count)
     assert cells.tolist() == [list(row[1:]) for row in expected]
     torch.testing.assert_close(probs, torch.tensor([-row[0] for row in expected]).sigmoid())
 
 
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 1, 2, 3]))
+@settings(max_examples=60, deadline=None)
+def test_windows_lie_at_their_cells(height, width, power):
+    """A map of pixel numbers: window (i, j) starts at (i, j) x step; beyond the map it repeats."""
+    step, cells = 1 << power, 2
+    numbers = torch.arange(height * width, dtype=torch.float32).view(1, height, width)
+    rows, columns = (max(1, -(-side // step) - cells + 1) for side in (height, width))
+    chosen = torch.tensor([[rows - 1, columns - 1], [0, 0], [rows // 2, columns // 2]])
+    windows = gather_windows(numbers, chosen, size=cells * step, step=step)
+    for (i, j), window in zip(chosen.tolist(), windows, strict=True):
+        assert torch.equal(window, cut(numbers[None], i * step, j * step, cells * step)[0])
+
+
 def test_border_is_gray_and_pixels_are_normalized():
-    pixels = torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)
-    padded = pad_and_normalize(pixels, 2)
+    padded = pad_and_normalize(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8), 2)
     assert padded.shape == (1, 3, 5, 5)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    np.testing.assert_allclose(
-        padded[0, :, 2, 2], (np.array([0, 128 / 255, 1]) - mean) / std, rtol=1e-5
-    )
+    pixel = (np.array([0, 128 / 255, 1]) - mean) / std
+    np.testing.assert_allclose(padded[0, :, 2, 2], pixel, rtol=1e-5)
     np.testing.assert_allclose(padded[0, :, 0, 0], (0.5 - mean) / std, rtol=1e-5)
 
 
-def test_proposals_equal_patch_by_patch_inference(model, image):
-    """Every cell on its own, as a patch with all its surroundings.
-
-    Same scores, same masks at the same places.
-    """
-    octaves, count = (-0.5, 0.0), 40
-    proposals = Proposer(
-        model, device=CPU, num_proposals=10_000, octaves=octave_range(*octaves, 0.5)
-    )(image)
-    slow = []
-    for octave in octaves:
-        scaled = resize_image(image, 2.0**octave)
-        factors = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
-        half = model.patch_size // 2
-        features = model.trunk(pad_and_normalize(torch.from_numpy(scaled), half))[-1]
-        rows, columns = features.shape[2] - 5, features.shape[3] - 5
-        assert (rows, columns) == tuple(-(-(side + 96) // 16) - 5 for side in scaled.shape[:2])
-        for i in range(rows):
-            for j in range(columns):
-                with torch.inference_mode():
-                    embedding = model.embed(features[..., i : i + 6, j : j + 6])
-                    score = model.score(embedding).item()
-                    logits = model.decode_masks(embedding.flatten(1))
-                pasted = paste(
-                    logits,
-                    place_patches(np.array([[i, j]]), np.array([factors]), 96),
-                    image_size=image.shape[:2],
-                    threshold=0.2,
-                )
-                for counts in pasted.counts:
-                    rle = {"size": list(image.shape[:2]), "counts": counts}
-                    slow.append((1 / (1 + np.exp(-score)), rle))
-    slow.sort(key=lambda row: -row[0])
-    assert len(proposals) == len(slow) > count
-    np.testing.assert_allclose(proposals.scores, [row[0] for row in slow], atol=1e-5)
-    ious = [coco_mask.iou([proposals.rle(n)], [slow[n][1]], [0])[0, 0] for n in range(count)]
-    assert min(ious) > 0.99
-    assert (np.diff(proposals.scores) <= 0).all()
+def test_a_zoomed_scale_sees_the_image_doubled(model, image):
+    scale = Proposer(model, device=CPU).run_scale(image, 1.0)
+    assert scale.scale_xy == (2.0, 2.0)
+    assert scale.score_logits.shape == tuple(-(-(2 * s + 64) // 16) - 3 for s in image.shape[:2])
 
 
 def test_a_patch_lies_around_its_cell():
-    place = place_patches(np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.25]]), 160)
-    assert place.left.tolist() == [-80, (16 * 5 - 80) / 0.5]
-    assert place.top.tolist() == [-80, (16 * 2 - 80) / 0.25]
-    assert place.width.tolist() == [160, 320] and place.height.tolist() == [160, 640]
+    cells, scale_xy = np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.3]])
+    place = place_patches(cells, scale_xy, 160)
+    assert place.left.tolist() == [-80, (16 * 5 - 80) / 0.5] and not place.align_corners
+    assert place.top.tolist() == [-80, (16 * 2 - 80) / 0.3]
+    assert place.width.tolist() == [160, 320] and place.height.tolist() == [160, 160 / 0.3]
+    whole = place_patches(cells, scale_xy, 160, align_corners=True)
+    assert whole.align_corners and whole.top.tolist() == [-80, math.floor(-48 / 0.3)]
+    assert whole.height.tolist() == [160, 533]
 
 
 def test_masks_stay_where_the_object_is():
-    """A network that marks red pixels.
-
-    Proposals over the pyramid outline the red square, not a shifted one.
-    """
+    """A network that marks red pixels: proposals outline the red square, not a shifted one."""
 
     class RedTrunk(torch.nn.Module):
-        name, channels = "red", (1, 1, 1, 3)
+        name, channels, strides = "red", (1, 1, 1, 3), (2, 4, 8, 16)
 
         def forward(self, x):
-            return [torch.nn.functional.avg_pool2d(x, 16)]
+            return [F.avg_pool2d(x, 16)]
 
-    red = DeepMask(
-        RedTrunk(), patch_size=96, context=0, mask_size=6, reduction=3, embedding=36, score_hidden=1
-    )
+    sizes = {"patch_size": 96, "context": 0, "mask_size": 6, "reduction": 3, "embedding": 36}
+    red = DeepMask(RedTrunk(), **sizes, score_hidden=1)
     with torch.no_grad():
         for parameter in red.parameters():
             parameter.zero_()
@@ -151,22 +275,58 @@ def test_masks_stay_where_the_object_is():
         red.mask_head.bias.fill_(-8)
     picture = np.full((192, 240, 3), 110, np.uint8)
     picture[48:128, 64:160] = (255, 0, 0)
-    truth = np.zeros((192, 240), np.uint8)
+    truth = np.zeros((192, 240), np.uint8, order="F")
     truth[48:128, 64:160] = 1
-    proposals = Proposer(
-        red, device=CPU, num_proposals=10_000, octaves=[-1.0, -0.5, 0.0], mask_threshold=0.5
-    )(picture)
-    target = coco_mask.encode(np.asfortranarray(truth))
-    ious = coco_mask.iou([proposals.rle(n) for n in range(len(proposals))], [target], [0])[:, 0]
+    options = {"num_proposals": 10_000, "log2_scales": [-1.0, -0.5, 0.0], "mask_threshold": 0.5}
+    proposals = Proposer(red, device=CPU, **options)(picture)
+    rles = [proposals.rle(i) for i in range(len(proposals))]
+    ious = coco_mask.iou(rles, [coco_mask.encode(truth)], [0])[:, 0]
     assert ious.max() > 0.9
     best = proposals.boxes[ious.argmax()]
     assert np.abs(best - [64, 48, 160, 128]).max() <= 4  # a quarter of a 16-pixel cell
 
 
-def test_an_image_smaller_than_a_patch_and_a_long_one(model):
-    proposer = Proposer(model, device=CPU, num_proposals=20)
-    for shape in ((1, 1, 3), (3, 200, 3), (150, 7, 3)):
-        proposals = proposer(np.full(shape, 200, np.uint8))
-        assert len(proposals) <= 20
-        for n in range(len(proposals)):
-            assert coco_mask.decode(proposals.rle(n)).shape == shape[:2]
+@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 200, 3), (150, 7, 3)])
+def test_images_smaller_than_a_patch(model, shape):
+    proposals = Proposer(model, device=CPU, num_proposals=20)(np.full(shape, 200, np.uint8))
+    assert len(proposals) <= 20
+    for i in range(len(proposals)):
+        assert coco_mask.decode(proposals.rle(i)).shape == shape[:2]
+
+
+# NMS of masks.
+
+
+def proposals_of(masks: np.ndarray) -> Proposals:
+    rles = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8))) for m in masks]
+    boxes = np.array([coco_mask.toBbox(r) for r in rles], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    scores = np.linspace(1, 0, len(masks), dtype=np.float32)
+    return Proposals(1, "x.jpg", *masks.shape[1:], scores, boxes, [r["counts"] for r in rles])
+
+
+@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]))
+@settings(max_examples=80, deadline=None)
+def test_nms_equals_the_loop_over_pairs_of_masks(seed, count, limit):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, 12, 14), bool)
+    for mask in masks:
+        y, x, h, w = rng.integers(0, 8, 4)
+        mask[y : y + h + 1, x : x + w + 1] = rng.random((h + 1, w + 1))[: 12 - y, : 14 - x] < 0.9
+        mask[y, x] = True
+    kept = []
+    for n, mask in enumerate(masks):
+        if all((mask & masks[k]).sum() / (mask | masks[k]).sum() < limit for k in kept):
+            kept.append(n)
+    proposals = proposals_of(masks)
+    result = mask_nms(proposals, limit)
+    assert result.rles == [proposals.rles[n] for n in kept]
+    np.testing.assert_array_equal(result.boxes, proposals.boxes[kept])
+    np.testing.assert_array_equal(result.scores, proposals.scores[kept])
+
+
+def test_nms_in_the_proposer(model, image):
+    every = Proposer(model, device=CPU, num_proposals=200)(image)
+    few = Proposer(model, device=CPU, num_proposals=200, nms=0.5)(image)
+    assert 0 < len(few) < len(every)
+    assert few.rles == mask_nms(every, 0.5).rles

@@ -33,7 +33,7 @@ def stack():
     boxes = [(10, 10, 190, 190), (60, 60, 180, 180), (100, 100, 170, 170)]
     proposals = proposals_of(1, "a.png", boxes)
     proposals.height, proposals.width = GRAY.shape[:2]
-    proposals.counts = [rle_of(box, 200, 300)["counts"] for box in boxes]
+    proposals.rles = [rle_of(box, 200, 300)["counts"] for box in boxes]
     return proposals
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.evaluation.precision import METRICS
-from pipeline.inference.detections import Detections, write_detections
+from pipeline.inference.coco_json import results_of, write_results
+from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
 
 SIDE = 64  # px, of the images
@@ -161,7 +162,8 @@ def write_detector(directory, detections):
         ("categories", CATEGORIES),
     ):
         (scores / f"{name}.json").write_text(json.dumps(content))
-    write_detections(directory / "detections.json", detections)
+    results = (result for found in detections for result in results_of(found))
+    write_results(directory / "detections.json", results)
 
 
 def write_summary(run, *stages):

@@ -170,7 +170,7 @@ def test_first_keeps_the_highest_scores_of_every_column(scores, count, masks):
     assert kept.labels.tolist() == list(range(min(count, len(scores)))) and len(kept.boxes) == len(
         kept
     )
-    assert kept.counts is None if not masks else len(kept.counts) == len(kept)
+    assert kept.rles is None if not masks else len(kept.rles) == len(kept)
 
 
 # What is drawn.

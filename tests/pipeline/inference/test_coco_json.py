@@ -1,4 +1,7 @@
-"""The detections file: COCO results that pycocotools loads, and the same detections read back."""
+"""COCO results of detections: pycocotools loads them, and the same detections are read back.
+
+What is refused, and how, is tested with the scores (`tests/pipeline/evaluation`).
+"""
 
 import json
 
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from pipeline.inference.detections import Detections, read_detections, write_detections
+from pipeline.inference.coco_json import read_detections, results_of, write_results
+from pipeline.inference.detections import Detections
 
 HEIGHT, WIDTH = 48, 64
 
@@ -17,10 +21,10 @@ HEIGHT, WIDTH = 48, 64
 def detections(image_id, *, count, masks=True, seed=0):
     rng = np.random.default_rng([seed, image_id])
     corners = rng.uniform(0, 1, (count, 2, 2)) * [WIDTH, HEIGHT]
-    counts = None
+    rles = None
     if masks:
         pixels = np.asfortranarray(rng.random((HEIGHT, WIDTH, count)) > 0.5, np.uint8)
-        counts = [rle["counts"] for rle in mask_utils.encode(pixels)] if count else []
+        rles = [rle["counts"] for rle in mask_utils.encode(pixels)] if count else []
     return Detections(
         image_id,
         f"folder/{image_id}.jpg",
@@ -29,8 +33,12 @@ def detections(image_id, *, count, masks=True, seed=0):
         scores=np.sort(rng.random(count).astype(np.float32))[::-1],
         boxes=np.sort(corners, axis=1).reshape(-1, 4).astype(np.float32),
         labels=rng.choice([1, 3, 90], count),
-        counts=counts,
+        rles=rles,
     )
+
+
+def write_detections(path, all_detections):
+    return write_results(path, (result for d in all_detections for result in results_of(d)))
 
 
 def images_of(all_detections):
@@ -57,7 +65,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, counts, masks, seed):
         np.testing.assert_allclose(after.boxes, before.boxes, atol=2e-3)
         assert after.labels.tolist() == before.labels.tolist()
         if sum(counts):
-            assert after.counts == before.counts
+            assert after.rles == before.rles
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -104,12 +112,14 @@ def test_close_scores_stay_different():
     """Softmax gives many scores near 1; equal ones would be ordered by image in evaluation."""
     image = detections(1, count=2)
     image.scores = np.float32([1 - 2**-24, 1 - 2**-23])
-    first, second = (result["score"] for result in image.results())
+    first, second = (result["score"] for result in results_of(image))
     assert first > second and np.float32([first, second]).tolist() == image.scores.tolist()
 
 
 def test_reading_names_the_file_and_the_place(tmp_path):
     path = tmp_path / "detections.json"
     write_detections(path, [detections(7, count=1)])
-    with pytest.raises(ValueError, match=r"detections\.json: results\[0\] \(image_id 7\)"):
+    with pytest.raises(
+        ValueError, match=r"detections\.json: results\[0\]: image_id 7 is not in the annotations"
+    ):
         read_detections(path, images_of([detections(8, count=0)]))

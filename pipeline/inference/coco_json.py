@@ -1,0 +1,335 @@
+"""COCO results, the JSON of proposals and detections: written, read, and checked.
+
+A result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation" compressed RLE}.
+pycocotools crashes, loops forever or scores wrongly without a word on results that are malformed:
+so they are checked before it sees them.
+"""
+
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torchvision.ops import box_convert
+
+from datasets.files import atomic_path, write_json
+from datasets.rle import check_counts
+from pipeline.inference.detections import Detections
+from pipeline.inference.proposals import Proposals, ProposalStore
+
+BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
+SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
+LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
+CHUNK = 10_000  # masks checked at once
+
+
+def xywh(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) xyxy as COCO's x, y, width, height, of the same type."""
+    return box_convert(torch.tensor(boxes), "xyxy", "xywh").numpy()
+
+
+def results_of(found: Proposals | Detections) -> list[dict]:
+    """COCO results of an image; the category of proposals is 1."""
+    if isinstance(found, Detections):
+        labels, decimals = found.labels.tolist(), SCORE_DECIMALS
+        boxes = xywh(found.boxes.astype(np.float64)).round(BOX_DECIMALS)
+    else:
+        labels, decimals, boxes = [1] * len(found), 6, xywh(found.boxes)
+    results: list[dict] = [
+        {
+            "image_id": found.image_id,
+            "category_id": label,
+            "score": round(score, decimals),
+            "bbox": box,
+        }
+        for label, score, box in zip(labels, found.scores.tolist(), boxes.tolist(), strict=True)
+    ]
+    size = [found.height, found.width]
+    for result, rle in zip(results, found.rles or (), strict=found.rles is not None):
+        result["segmentation"] = {"size": size, "counts": rle.decode("ascii")}
+    return results
+
+
+def write_results(path: str | Path, results: Iterable[dict]) -> int:
+    """Writes a COCO results file, one result a line, and returns how many there are."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w") as file:
+        file.write("[")
+        for result in results:
+            text = json.dumps(result, separators=(",", ":"), allow_nan=False)
+            file.write((",\n" if count else "\n") + text)
+            count += 1
+        file.write("\n]\n")
+    return count
+
+
+def write_proposals(store: ProposalStore) -> Path:
+    """Writes a store's results to its proposals.json and returns the path of this file.
+
+    Writes images.json beside it, a COCO file that lists the images.
+    """
+    images = sorted(store.images().values(), key=lambda image: image["id"])
+    listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
+    write_json(store.directory / "images.json", listing)
+    path = store.directory / "proposals.json"
+    write_results(path, StoredResults(store))
+    return path
+
+
+def load_results(path: str | Path, *, of: str = "detections") -> list:
+    """The list of results in a JSON file, unchecked.
+
+    Args:
+        path: of the file.
+        of: what the results are, for the error.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a folder, no JSON, or no list.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the detections.json in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"results {path} do not exist")
+    try:
+        results = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(results, list):
+        raise ValueError(
+            f"{path} is not COCO results: it must be a list of {of}, not {type(results).__name__}"
+        )
+    return results
+
+
+def read_results(path: str | Path) -> Iterable[dict]:
+    """COCO results of a JSON file, as a list, or of a proposal store, which is never held whole.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: neither of the two.
+    """
+    if not Path(path).is_dir():
+        return load_results(path, of="results")
+    store = ProposalStore(path)
+    store.require_shards()
+    return StoredResults(store)
+
+
+@dataclass(frozen=True)
+class StoredResults:
+    """The results of a store, one shard in memory at a time; can be iterated several times."""
+
+    store: ProposalStore
+
+    def __iter__(self) -> Iterator[dict]:
+        for proposals in self.store:
+            yield from results_of(proposals)
+
+
+def read_detections(path: str | Path, images: Iterable[dict]) -> list[Detections]:
+    """The detections of images, in the order of `images`, also of those in which nothing was found.
+
+    Args:
+        path: of a COCO results file.
+        images: as in COCO annotations, {"id", "file_name", "height", "width"}.
+
+    Raises:
+        FileNotFoundError, ValueError: no detections of these images; one line with file and place.
+    """
+    images_by_id = {image["id"]: image for image in images}
+    results = load_results(path)
+    try:
+        has_masks = "mask" in check_results(results, images_by_id)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    results_by_id = defaultdict(list)
+    for result in results:
+        results_by_id[result["image_id"]].append(result)
+    return [_detections(image, results_by_id[i], has_masks) for i, image in images_by_id.items()]
+
+
+def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections:
+    results = sorted(results, key=lambda result: -result["score"])
+    boxes = np.array([box_of(result) for result in results], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Detections(
+        image["id"],
+        image["file_name"],
+        image["height"],
+        image["width"],
+        scores=np.array([result["score"] for result in results], np.float32),
+        boxes=boxes.astype(np.float32),
+        labels=np.array([result["category_id"] for result in results], np.int64),
+        rles=[_rle_string(result) for result in results] if has_masks else None,
+    )
+
+
+def box_of(result: dict) -> list[float]:
+    """A checked result's box, xywh; that of its mask if it has none."""
+    box = result.get("bbox")
+    return coco_mask.toBbox(result["segmentation"]).tolist() if box is None else list(box)
+
+
+def check_results(
+    results: list, images: Mapping[int, dict], categories: Container[int] | None = None
+) -> tuple[str, ...]:
+    """Checks detections; returns what can be scored: ("box", "mask"), or ("box",) without masks.
+
+    Without any result both can: nothing was found.
+
+    Args:
+        results: either all or none have masks; a mask without a box gives its box as well.
+        images: COCO's images by id, with "height" and "width".
+        categories: the ids that may occur; None for any.
+
+    Raises:
+        ValueError: the first result that cannot be scored, and why, in one line.
+    """
+    has_masks = not results or (
+        isinstance(results[0], dict) and results[0].get("segmentation") is not None
+    )
+    for index, result in enumerate(results):
+        image_id = _image_id(index, result, images)
+        problem = _category_problem(result, categories)
+        if not problem and (result.get("segmentation") is not None) != has_masks:
+            has, first = ("no", "one") if has_masks else ("a", "none")
+            problem = f"has {has} segmentation, while results[0] has {first}: give all one, or none"
+        problem = problem or _problem(result, images[image_id], needs_mask=has_masks)
+        if problem:
+            raise ValueError(f"results[{index}] (image_id {image_id}): {problem}")
+    for start in range(0, len(results) if has_masks else 0, CHUNK):
+        chunk = results[start : start + CHUNK]
+        _check_runs(range(start, start + CHUNK), chunk)
+    return ("box", "mask") if has_masks else ("box",)
+
+
+def results_by_image(
+    ground_truth: COCO, results: Iterable[dict], *, masks: bool
+) -> Iterator[tuple[dict, list[dict]]]:
+    """The images that have results, each with all its results, checked.
+
+    Args:
+        ground_truth: lists the images.
+        results: a list in any order; any other iterable must give the results of an image one
+            after the other, and one image is held at a time. They are not copied.
+        masks: whether every result must have one.
+
+    Raises:
+        ValueError: a result names an image that the annotations do not list, or cannot be scored.
+    """
+
+    def image_of(numbered: tuple[int, dict]) -> int:
+        return _image_id(*numbered, ground_truth.imgs)
+
+    numbered: Iterable[tuple[int, dict]] = enumerate(results)
+    if isinstance(results, list):
+        numbered = sorted(numbered, key=image_of)
+    seen = set()
+    for image_id, run in itertools.groupby(numbered, key=image_of):
+        indices, group = map(list, zip(*run, strict=True))
+        if image_id in seen:
+            raise ValueError(
+                f"results[{indices[0]}]: image_id {image_id} comes a second time, after other "
+                "images; the image was done twice: delete its shards, or all, and propose again"
+            )
+        seen.add(image_id)
+        image = ground_truth.imgs[image_id]
+        for index, result in zip(indices, group, strict=True):
+            if problem := _problem(result, image, needs_mask=masks):
+                raise ValueError(f"results[{index}] (image_id {image_id}): {problem}")
+        # pycocotools sees the masks only if they are scored, or stand in for a box.
+        seen_masks = [n for n, result in enumerate(group) if masks or result.get("bbox") is None]
+        _check_runs([indices[n] for n in seen_masks], [group[n] for n in seen_masks])
+        yield image, group
+
+
+def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
+    """Which of the images a result is of; ValueError if there is none."""
+    if not isinstance(result, dict) or "image_id" not in result:
+        raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
+    image_id: Any = result["image_id"]
+    if not isinstance(image_id, int | np.integer) or image_id not in images:
+        raise ValueError(
+            f"results[{index}]: image_id {image_id!r:.20} is not in the annotations; "
+            "score against the file that lists these images"
+        )
+    return int(image_id)
+
+
+def _category_problem(result: dict, categories: Container[int] | None) -> str | None:
+    if "category_id" not in result:
+        return "has no category_id; class-agnostic proposals are scored as `proposals`"
+    category_id = result["category_id"]
+    if not isinstance(category_id, int | np.integer):
+        return f"category_id must be a whole number, not {category_id!r:.40}"
+    if categories is not None and category_id not in categories:
+        return f"category_id {category_id} is not among the annotations' categories"
+    return None
+
+
+def _problem(result: dict, image: dict, *, needs_mask: bool) -> str | None:
+    """Why a result cannot be scored; a mask that nobody needs is not looked at."""
+    score, box, mask = result.get("score"), result.get("bbox"), result.get("segmentation")
+    if not _is_number(score):
+        return f"score must be a finite number, not {score!r:.40}"
+    if box is not None and not _is_box(box):
+        return (
+            "bbox must be four finite numbers (x, y, width, height), the sizes not negative, "
+            f"not {box!r:.80}"
+        )
+    if mask is None and box is None:
+        return "has neither a bbox nor a segmentation"
+    if mask is None and needs_mask:
+        return "has no segmentation, so its mask cannot be scored"
+    if box is not None and not needs_mask:
+        return None
+    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
+        return "segmentation must be a compressed RLE (size, counts)"
+    height, width = image["height"], image["width"]
+    if mask.get("size") not in ([height, width], (height, width)):
+        return f"segmentation is of size {mask.get('size')!r:.40}, the image of {[height, width]}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, int | float | np.number)
+    return is_real and abs(value) < LIMIT  # nan is not less
+
+
+def _is_box(box: Any) -> bool:
+    is_sequence = isinstance(box, list | tuple | np.ndarray)
+    return is_sequence and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0
+
+
+def _check_runs(indices: Sequence[int], results: list[dict]) -> None:
+    """Refuses RLEs that make pycocotools.iou loop forever, or leave its memory.
+
+    Args:
+        indices: of the results, for the error.
+        results: with masks that say their size.
+    """
+    pixels = np.array([math.prod(r["segmentation"]["size"]) for r in results], np.int64)
+    valid, *_ = check_counts([_rle_string(result) for result in results], pixels)
+    if not valid.all():
+        n = int(np.argmin(valid))
+        raise ValueError(
+            f"results[{indices[n]}] (image_id {results[n]['image_id']}): "
+            "the runs of its segmentation do not fill the image"
+        )
+
+
+def _rle_string(result: dict) -> bytes:
+    counts = result["segmentation"]["counts"]
+    return counts if isinstance(counts, bytes) else counts.encode("utf-8", "surrogatepass")

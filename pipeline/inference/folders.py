@@ -1,0 +1,330 @@
+"""Proposals and detections for many images.
+
+Both go through the images in one loop and keep what they find in a `ResumableDirectory`: an
+interrupted run, started again, does what is left. Processes share the images.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.files import write_atomically, write_json
+from datasets.images import ImageError, read_image
+from pipeline import distributed
+from pipeline.inference.coco_json import results_of, write_proposals, write_results
+from pipeline.inference.detect import Detector
+from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
+from pipeline.inference.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
+from pipeline.inference.openvino import run_in_8_bits
+from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore, ResumableDirectory
+from pipeline.inference.propose import Proposer
+from pipeline.inference.visualize import (
+    draw_detections,
+    draw_proposals,
+    picture_path,
+    save_picture,
+)
+
+MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
+DETECTIONS = "detections.json"
+T = TypeVar("T")
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        done: images of this run. done_before: of earlier runs.
+        found: proposals or detections in all of them.
+        broken: messages on images left out: unreadable, or the network failed on them.
+    """
+
+    done: int = 0
+    done_before: int = 0
+    found: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def none_readable(self) -> bool:
+        """Whether there were images and none of them could be used."""
+        return bool(self.broken) and not self.done and not self.done_before
+
+
+def process_images(
+    files: list[ImageFile],
+    process: Callable[[ImageFile, np.ndarray], T],
+    *,
+    broken: list[str],
+    advice: str,
+) -> Iterator[tuple[np.ndarray, T]]:
+    """Gives image after image to `process`, the next one read meanwhile.
+
+    Args:
+        process: takes a file and its pixels (H, W, 3); may raise ImageError.
+        broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
+        advice: what helps if memory runs out.
+
+    Yields:
+        The pixels of an image and what `process` returned.
+    """
+    for file, image in release_between_sizes(read_ahead(files)):
+        try:
+            if isinstance(image, ImageError):
+                raise image
+            result = process(file, image)
+        except ImageError as error:
+            problem = str(error)
+        except NETWORK_ERRORS as error:
+            assert isinstance(image, np.ndarray)
+            problem = f"{file.path}: {describe_failure(error, image.shape, advice=advice)}"
+        else:
+            yield image, result
+            continue
+        broken.append(problem)
+        tqdm.write(f"skipped: {problem}")
+
+
+def propose_images(
+    proposer: Proposer,
+    source: str | Path,
+    output: str | Path,
+    *,
+    settings: dict,
+    annotations: str | Path | None = None,
+    draw: int = 0,
+    max_images: int | None = None,
+    backend: str = "torch",
+    write_json: bool = True,
+) -> Summary:
+    """Fills the proposal store `output` for a folder, file or glob.
+
+    Args:
+        settings: what the proposals depend on; a store made with other settings is refused.
+        annotations: COCO json that gives the images' ids and which images to take.
+        draw: number of proposals to draw for each image, into `output/drawn`.
+        max_images: only the first so many images.
+        backend: one of `BACKENDS`.
+        write_json: write proposals.json (COCO results) as well, which is larger than the store.
+
+    Raises:
+        ValueError: a backend that cannot be had, no images, annotations that are not COCO, a store
+            made with other settings or ids, or for another folder (files of the same names would
+            pass for done).
+    """
+    _check_draw(draw)
+    # Find the images, and those of them that earlier runs have not done.
+    store = ProposalStore(output)
+    done = store.images()
+    known = {name: image["id"] for name, image in done.items()}
+    files = find_images(source, annotations, known)[:max_images]
+    todo = [file for file in files if file.file_name not in done]
+    # Make the store, or make sure that it was made with the same settings.
+    if distributed.is_main():
+        store.open_for(settings | {"backend": backend, "image_folder": str(common_folder(files))})
+    distributed.barrier()  # every process has seen the same store before one adds to it
+    if todo and backend == "openvino-int8":
+        network = store.directory / "quantized" / "dense.xml"
+        run_in_8_bits(proposer, [file.path for file in files], network)
+    # Propose, each process for its part of the images.
+    part = todo[distributed.rank() :: distributed.world_size()]
+    made, messages = zip(*distributed.gather(_propose(proposer, part, store)), strict=True)
+    summary = Summary(sum(made), len(files) - len(todo), broken=list(itertools.chain(*messages)))
+    # Write and print what has been done.
+    if distributed.is_main():
+        summary.found = store.count()
+        path = write_proposals(store) if write_json else store.directory
+        _report(summary, "proposals", path, store.directory)
+    if draw:
+        _draw(store, files, draw)
+    distributed.barrier()
+    return summary
+
+
+def _check_draw(draw: int) -> None:
+    if draw < 0:
+        raise ValueError(f"--draw must be at least 0, got {draw}")
+
+
+def _propose(
+    proposer: Proposer, files: list[ImageFile], store: ProposalStore
+) -> tuple[int, list[str]]:
+    """How many of the images are in the store now, and messages on the others."""
+    broken: list[str] = []
+    images = process_images(
+        files,
+        lambda file, image: proposer(image, image_id=file.image_id, file_name=file.file_name),
+        broken=broken,
+        advice="make the image smaller or lower the largest of --scales",
+    )
+    progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
+    pending: list[Proposals] = []
+    try:
+        for _, proposals in progress:
+            pending.append(proposals)
+            if len(pending) >= MAX_IMAGES_IN_SHARD or sum(map(len, pending)) >= MAX_ROWS:
+                store.write_shard(pending, writer=distributed.rank())
+                pending = []
+    finally:  # Ctrl-C keeps what is done
+        if pending:
+            store.write_shard(pending, writer=distributed.rank())
+    return len(files) - len(broken), broken
+
+
+def _report(summary: Summary, found: str, results: Path, output: Path) -> None:
+    """Writes broken.json and metrics.json, and prints the same; `found` names what was found."""
+    write_json(output / "broken.json", summary.broken)
+    counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
+    write_json(output / "metrics.json", counts | {found: summary.found})
+    before = f" ({summary.done_before} were there already)" if summary.done_before else ""
+    print(
+        f"{counts['images']} images{before}, {summary.found:,} {found}, "
+        f"{counts['broken']} files could not be used; results in {results}"
+    )
+    for message in summary.broken:
+        print(f"  left out: {message}")
+
+
+def _draw(store: ProposalStore, files: list[ImageFile], count: int) -> None:
+    """Pictures of this process's part of the store's images, also of those of earlier runs."""
+    paths = {file.file_name: file.path for file in files}
+    for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
+        if proposals.file_name in paths:
+            with suppress(ImageError):  # the file has gone since its proposals were made
+                image = read_image(paths[proposals.file_name])
+                path = picture_path(store.directory / "drawn", proposals.file_name)
+                save_picture(draw_proposals(image, proposals, count), path)
+
+
+def image_folder(store: ProposalStore, given: Path | None) -> Path:
+    """The folder that a store's file names are relative to: as given, or as the store knows it.
+
+    Raises:
+        ValueError: what is given is no folder, nothing is known, or there is no store.
+    """
+    store.require_shards()
+    if given is not None and not given.is_dir():
+        raise ValueError(
+            f"--images {given} is no folder; with --proposals it is the one that the store's file "
+            "names are relative to"
+        )
+    folder = given or store.settings().get("image_folder")
+    if folder is None:
+        raise ValueError(f"{store.directory} does not say where its images are; give --images")
+    return Path(folder)
+
+
+def detect_images(
+    detector: Detector,
+    store: ProposalStore,
+    images: Path,
+    output: Path,
+    *,
+    settings: dict,
+    draw: int = 0,
+) -> Summary:
+    """Writes `output/detections.json` for the images of a proposal store.
+
+    Args:
+        images: the folder that the store's file names are relative to.
+        settings: what the detections depend on, beside the images and the store.
+        draw: number of detections to draw on each image, into `output/drawn`.
+
+    Returns:
+        The summary; an image without proposals is done, too.
+
+    Raises:
+        ValueError: no store, or none of its images is in the folder or can be used.
+    """
+    _check_draw(draw)
+    shards, names = store.require_shards(), list(store.images())
+    if not any((images / name).is_file() for name in names):
+        raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
+    # Keep the parts of an interrupted run that had the same settings: one for each shard.
+    parts = ResumableDirectory(output / "parts")
+    if distributed.is_main():
+        stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+        own = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
+        parts.open_for(settings | own, discard=True)
+    distributed.barrier()
+    part_of = {shard: parts.directory / f"{shard.stem}.json" for shard in shards}
+    todo = [shard for shard in shards if not part_of[shard].exists()]
+    distributed.barrier()  # every process has seen the same parts before one adds to them
+    # Detect, each process in the images of its part of the shards.
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    for shard in tqdm(mine, unit="shard", disable=None if distributed.is_main() else True):
+        part = _detect(detector, store, shard, images, output / "drawn", draw)
+        write_atomically(part_of[shard], json.dumps(part).encode())
+    distributed.barrier()
+    # Join the parts to one file of results.
+    broken = [message for part in map(_read, part_of.values()) for message in part["broken"]]
+    summary = Summary(len(names) - len(broken), broken=broken)
+    distributed.barrier()  # every process has read them
+    if distributed.is_main():
+        if summary.done:
+            results = (r for part in map(_read, part_of.values()) for r in part["results"])
+            summary.found = write_results(output / DETECTIONS, results)
+            _report(summary, "detections", output / DETECTIONS, output)
+        parts.remove()
+    if not summary.done:
+        raise ValueError(
+            f"none of the images of {store.directory} could be used; the first: {broken[0]}"
+        )
+    return summary
+
+
+def _read(part: Path) -> dict:
+    return json.loads(part.read_bytes())
+
+
+def _detect(
+    detector: Detector, store: ProposalStore, shard: Path, images: Path, drawn: Path, draw: int
+) -> dict[str, list]:
+    """A shard's part: COCO "results", and "broken", messages on images left out."""
+    names = {category["id"]: category["name"] for category in detector.categories}
+    results: list[dict] = []
+    broken: list[str] = []
+    for image, found in detect_in_shard(detector, store, shard, images, broken):
+        if draw:
+            picture = draw_detections(image, found, names, draw)
+            save_picture(picture, picture_path(drawn, found.file_name))
+        results += results_of(found)
+    return {"results": results, "broken": broken}
+
+
+def detect_in_shard(
+    detect: Callable[[np.ndarray, Proposals], T],
+    store: ProposalStore,
+    shard: Path,
+    images: Path,
+    broken: list[str],
+) -> Iterator[tuple[np.ndarray, T]]:
+    """The images of a shard that have proposals, and what `detect` finds in them.
+
+    Args:
+        detect: takes an image and its proposals.
+        images: the folder that the store's file names are relative to.
+        broken: gets a message for every image that is left out: unreadable, of another size than
+            its proposals, or too large for the memory.
+    """
+    proposals_of = {proposals.file_name: proposals for proposals in store.read_shard(shard)}
+
+    def process(file: ImageFile, image: np.ndarray) -> T:
+        proposals = proposals_of[file.file_name]
+        if image.shape[:2] != (proposals.height, proposals.width):
+            raise ImageError(
+                f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are of "
+                f"{proposals.width}x{proposals.height}"
+            )
+        return detect(image, proposals)
+
+    files = [ImageFile(p.image_id, name, images / name) for name, p in proposals_of.items()]
+    advice = "make the image smaller or lower --short-sides"
+    yield from process_images(files, process, broken=broken, advice=advice)

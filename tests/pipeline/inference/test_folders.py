@@ -1,0 +1,391 @@
+"""Folders of images: broken files, interruptions, ids, and files that COCO's tools read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from datasets.images import read_image
+from pipeline.inference.detect import load_detector
+from pipeline.inference.folders import detect_images, propose_images
+from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.propose import load_proposer
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+SETTINGS = {"num_proposals": 3}
+GOOD = ["a.jpg", "c.png", "e.jpg", "inner/b.jpg", "k.jpg"]
+BROKEN = ["b_empty.jpg", "d_text.jpg", "f_half.jpg", "g_half.png"]
+
+
+class BoxProposer:
+    """Stands in for a network: three boxes whose sizes and scores follow from the image.
+
+    Args:
+        errors: what to raise, by file name.
+        interrupt_at: raise KeyboardInterrupt at this image, counted from 0.
+        nothing_on: file names without proposals.
+    """
+
+    def __init__(self, *, errors=None, interrupt_at: int | None = None, nothing_on=()):
+        self.errors, self.interrupt_at, self.nothing_on = errors or {}, interrupt_at, nothing_on
+        self.seen: list[str] = []
+
+    def __call__(self, image: np.ndarray, *, image_id: int, file_name: str) -> Proposals:
+        if len(self.seen) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(file_name)
+        if file_name in self.errors:
+            raise self.errors[file_name]
+        height, width = image.shape[:2]
+        count = 0 if file_name in self.nothing_on else 3
+        masks = np.zeros((height, width, count), np.uint8, order="F")
+        for n in range(count):
+            masks[: height - n, : width // 2 + n, n] = 1
+        boxes = np.array([[0, 0, width // 2 + n, height - n] for n in range(count)], np.float32)
+        scores = np.float32(image.mean() / 256) - np.arange(count, dtype=np.float32) / 8
+        rles = [rle["counts"] for rle in coco_mask.encode(masks)]
+        return Proposals(image_id, file_name, height, width, scores, boxes.reshape(-1, 4), rles)
+
+
+def propose(proposer: BoxProposer, source: Path, output: Path, **options):
+    return propose_images(proposer, source, output, settings=SETTINGS, **options)
+
+
+def write_image(path: Path, seed: int = 0, share: float = 1) -> None:
+    """An image, of whose file only a share is written."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = rng.integers(0, 256, (20 + seed % 7, 30 + seed % 5, 3), np.uint8)
+    data = cv2.imencode(path.suffix, image)[1].tobytes()
+    path.write_bytes(data[: round(share * len(data))])
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Five images, one in a folder of its own, and four files that only look like images."""
+    folder = tmp_path / "photos"
+    for n, name in enumerate(GOOD):
+        write_image(folder / name, n)
+    for name, share in zip(BROKEN, (0, 0, 0.5, 0.5), strict=True):
+        write_image(folder / name, share=share)
+    (folder / "d_text.jpg").write_text("this is no image")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def results(output: Path) -> set[str]:
+    """The results in proposals.json, in any order."""
+    found = json.loads((output / "proposals.json").read_text())
+    texts = {json.dumps(result, sort_keys=True) for result in found}
+    assert len(texts) == len(found)
+    return texts
+
+
+# Broken files.
+
+
+def test_broken_files_are_named_and_done_once_they_can_be_read(photos, tmp_path, capsys):
+    proposer, output = BoxProposer(), tmp_path / "out"
+    summary = propose(proposer, photos, output)
+    assert proposer.seen == GOOD
+    assert (summary.done, summary.done_before, summary.found) == (5, 0, 15)
+    assert not summary.none_readable and len(summary.broken) == len(BROKEN)
+    printed = capsys.readouterr().out.splitlines()
+    for name, message in zip(BROKEN, sorted(summary.broken), strict=True):
+        assert str(photos / name) in message and f"  left out: {message}" in printed
+    assert json.loads((output / "broken.json").read_text()) == summary.broken
+    counts = {"images": 5, "broken": 4, "proposals": 15}
+    assert json.loads((output / "metrics.json").read_text()) == counts
+
+    write_image(photos / "d_text.jpg", 9)
+    proposer = BoxProposer()
+    summary = propose(proposer, photos, output)
+    assert proposer.seen == ["d_text.jpg"] and len(summary.broken) == 3
+    assert (summary.done, summary.done_before, summary.found) == (1, 5, 18)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("shapes do\n not fit"), "RuntimeError: shapes do not fit"),
+    ],
+)
+def test_an_image_that_the_network_fails_on_is_named(photos, tmp_path, error, reason):
+    summary = propose(BoxProposer(errors={"e.jpg": error}), photos, tmp_path / "out")
+    [message] = [m for m in summary.broken if m.startswith(f"{photos / 'e.jpg'}: ")]
+    assert reason in message and "\n" not in message
+    assert ("32 x 22 px" in message) == (reason == "out of memory")
+    assert summary.done == 4 and len(summary.broken) == 5
+    proposer = BoxProposer()
+    propose(proposer, photos, tmp_path / "out")
+    assert proposer.seen == ["e.jpg"], "what failed is not taken as done"
+
+
+def test_memory_runs_out_in_pytorch_itself(photos, tmp_path):
+    def greedy(image: np.ndarray, **names) -> Proposals:
+        torch.empty(2**50)
+        raise AssertionError("there is memory for four petabytes")
+
+    summary = propose(greedy, photos / "a.jpg", tmp_path / "out")
+    assert summary.none_readable and "a.jpg: out of memory at 30 x 20 px" in summary.broken[0]
+
+
+def test_a_mistake_of_ours_is_no_broken_file(photos, tmp_path):
+    with pytest.raises(TypeError):
+        propose(BoxProposer(errors={"e.jpg": TypeError("a bug")}), photos, tmp_path / "out")
+    assert set(ProposalStore(tmp_path / "out").images()) == {"a.jpg", "c.png"}
+
+
+def test_exit_status(photos, tiny_checkpoint, tmp_path, call_tool, capsys):
+    """0 with a summary when some files are broken, 2 when all are."""
+    tool = ["propose", "--device", "cpu", "--checkpoint", tiny_checkpoint, "--images", photos]
+    assert call_tool(*tool, "--output", tmp_path / "some") == 0
+    printed = capsys.readouterr().out
+    assert "5 images" in printed and "4 files could not be used" in printed
+    assert all(name in printed for name in BROKEN)
+
+    for name in GOOD:
+        (photos / name).write_text("broken too")
+    assert call_tool(*tool, "--output", tmp_path / "none") == 2
+    assert "9 files could not be used" in capsys.readouterr().out
+
+
+# Interruptions.
+
+
+@pytest.mark.parametrize("shard", [1, 2, 16])
+@pytest.mark.parametrize("stops", [[], [0], [3], [2, 1], [4, 0]])
+def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, shard, stops):
+    monkeypatch.setattr("pipeline.inference.folders.MAX_IMAGES_IN_SHARD", shard)
+    propose(BoxProposer(), photos, tmp_path / "whole")
+    todo, output = list(GOOD), tmp_path / "out"
+    for stop in stops:
+        proposer = BoxProposer(interrupt_at=stop)
+        with pytest.raises(KeyboardInterrupt):
+            propose(proposer, photos, output)
+        assert proposer.seen == todo[:stop]
+        todo = todo[stop:]
+    for left in (todo, []):  # the second time nothing is left to do
+        proposer = BoxProposer()
+        summary = propose(proposer, photos, output)
+        assert proposer.seen == left and not summary.none_readable
+        assert (summary.done, summary.done_before) == (len(left), 5 - len(left))
+        assert results(output) == results(tmp_path / "whole")
+        listings = ((out / "images.json").read_text() for out in (output, tmp_path / "whole"))
+        assert next(listings) == next(listings)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {here!r}]
+import pipeline.inference.folders as folders
+from test_folders import BoxProposer, propose
+
+class Killed(BoxProposer):
+    def __call__(self, image, **names):
+        if len(self.seen) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(image, **names)
+
+folders.MAX_IMAGES_IN_SHARD = 2
+propose(Killed(), Path({source!r}), Path({output!r}))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_run_loses_no_finished_shard(tmp_path):
+    source, output = tmp_path / "photos", tmp_path / "out"
+    names = [f"{letter}.png" for letter in "abcdefgh"]
+    for n, name in enumerate(names):
+        write_image(source / name, n)
+    places = {"root": ROOT, "here": Path(__file__).parent, "source": source, "output": output}
+    script = KILLED.format(**{name: str(path) for name, path in places.items()})
+    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == -9
+    assert not (output / "proposals.json").exists()
+
+    proposer = BoxProposer()
+    summary = propose(proposer, source, output)
+    assert proposer.seen == names[4:]  # two shards of two images were whole
+    assert summary.done_before == 4
+    propose(BoxProposer(), source, tmp_path / "whole")
+    assert results(output) == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("nothing_on", [("c.png",), tuple(GOOD)])
+def test_images_without_proposals_are_done(photos, tmp_path, nothing_on):
+    summary = propose(BoxProposer(nothing_on=nothing_on), photos, tmp_path / "out")
+    assert summary.done == 5 and summary.found == 15 - 3 * len(nothing_on)
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert sorted(image["file_name"] for image in listed) == GOOD
+    proposer = BoxProposer()
+    assert propose(proposer, photos, tmp_path / "out").done_before == 5
+    assert proposer.seen == []
+
+
+# Another run than before.
+
+
+def test_another_run_is_refused_before_any_work(photos, tmp_path, monkeypatch):
+    """With other settings, other ids, or files of the same names in another folder."""
+    output, proposer = tmp_path / "out", BoxProposer()
+    propose(BoxProposer(), photos, output)
+    before = results(output)
+    with pytest.raises(ValueError, match="num_proposals 3 -> 4"):
+        propose_images(proposer, photos, output, settings={"num_proposals": 4})
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps({"images": [{"id": 9, "file_name": "a.jpg"}]}))
+    with pytest.raises(ValueError, match="a.jpg has the id 9 in .*instances.json.* under 1"):
+        propose(proposer, photos, output, annotations=annotations)
+    for n, name in enumerate(GOOD):
+        write_image(tmp_path / "others" / name, 5 + n)
+    for source in (tmp_path / "others", tmp_path / "others" / "a.jpg"):
+        with pytest.raises(ValueError, match="image_folder '.*photos' -> '.*others'.*--output"):
+            propose(proposer, source, output)
+    assert proposer.seen == [] and results(output) == before
+
+    monkeypatch.chdir(tmp_path)  # the same folder under other names
+    for source in ("photos", "photos/../photos/*.jpg", "photos/a.jpg"):
+        assert propose(proposer, source, output).done == 0
+
+
+def test_an_annotated_image_that_is_not_there_is_named(photos, tmp_path):
+    images = [{"id": 3, "file_name": "a.jpg"}, {"id": 4, "file_name": "gone.jpg"}]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images}))
+    annotations = tmp_path / "instances.json"
+    summary = propose(BoxProposer(), photos, tmp_path / "out", annotations=annotations)
+    assert summary.done == 1 and len(summary.broken) == 1 and "gone.jpg" in summary.broken[0]
+
+
+def test_an_image_that_comes_later_gets_a_new_id(photos, tmp_path):
+    propose(BoxProposer(), photos, tmp_path / "out")
+    write_image(photos / "0_first.jpg")  # counting again would give it the id of a.jpg
+    propose(BoxProposer(), photos, tmp_path / "out")
+    images = ProposalStore(tmp_path / "out").images()
+    assert len({image["id"] for image in images.values()}) == len(images) == 6
+    COCO(str(tmp_path / "out" / "images.json")).loadRes(str(tmp_path / "out" / "proposals.json"))
+
+
+# What is written.
+
+
+def test_results_of_a_network_fit_the_annotations(shapes_directory, tiny_checkpoint, tmp_path):
+    annotations = shapes_directory / "annotations" / "instances_val.json"
+    images, output = shapes_directory / "images" / "val", tmp_path / "out"
+    proposer, settings = load_proposer(tiny_checkpoint, CPU, num_proposals=20)
+    summary = propose_images(proposer, images, output, settings=settings, annotations=annotations)
+    assert summary.done == 8 and 0 < summary.found <= 8 * 20
+    for listing in (annotations, output / "images.json"):
+        coco = COCO(str(listing))
+        found = coco.loadRes(str(output / "proposals.json"))
+        assert len(found.anns) == summary.found
+        for result in found.anns.values():
+            image = coco.imgs[result["image_id"]]
+            assert result["segmentation"]["size"] == [image["height"], image["width"]]
+            assert result["bbox"] == coco_mask.toBbox(result["segmentation"]).tolist()
+            assert 0 <= result["score"] <= 1
+    for proposals in ProposalStore(output):
+        assert (np.diff(proposals.scores) <= 0).all() and len(proposals) <= 20
+
+
+def test_json_and_pictures_are_written_if_asked_for(photos, tmp_path):
+    output = tmp_path / "out"
+    summary = propose(BoxProposer(nothing_on=("c.png",)), photos, output, write_json=False)
+    assert summary.found == 12
+    assert not (output / "proposals.json").exists() and not (output / "drawn").exists()
+    propose(BoxProposer(), photos, output, draw=2)  # nothing is left to propose, all to draw
+    assert len(results(output)) == 12
+    drawn = {p.relative_to(output / "drawn").as_posix() for p in output.rglob("drawn/**/*.jpg")}
+    assert drawn == {f"{name}.jpg" for name in GOOD if name != "c.png"}
+    original = read_image(photos / "a.jpg")
+    picture = read_image(output / "drawn" / "a.jpg.jpg")
+    assert picture.shape == original.shape
+    change = np.abs(picture.astype(int) - original)[-2:].mean(axis=(0, 2))  # below the label
+    assert change[:15].min() > 20 and change[-3:].max() < 20  # the boxes are the left half
+
+
+# Detections.
+
+
+@pytest.fixture
+def val(tiny_detector, shapes_directory) -> tuple[ProposalStore, Path]:
+    """A store of proposals and the folder of its images."""
+    store = ProposalStore(tiny_detector.parents[1] / "proposals" / "val")
+    return store, shapes_directory / "images" / "val"
+
+
+def test_one_bad_image_loses_no_other(tiny_detector, val, tmp_path, capsys):
+    """One too large for the memory, one unreadable, one that has been replaced by another."""
+    (store, folder), images = val, tmp_path / "images"
+    shutil.copytree(folder, images)
+    large, torn, other, *names = store.images()
+    (images / torn).write_bytes((images / torn).read_bytes()[:500])
+    cv2.imwrite(str(images / other), np.zeros((20, 30, 3), np.uint8))
+    detector, _ = load_detector(tiny_detector, CPU)
+    detect = detector.detect_by_count
+
+    def run_out_of_memory(image, proposals, counts):
+        if proposals.file_name == large:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return detect(image, proposals, counts)
+
+    detector.detect_by_count = run_out_of_memory
+    summary = detect_images(detector, store, images, tmp_path / "out", settings={})
+    assert summary.done == len(names) > 0
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {one["image_id"] for one in found} == {store.images()[name]["id"] for name in names}
+    assert len(found) == summary.found
+    printed = capsys.readouterr().out
+    expected = [(large, "out of memory"), (torn, "truncated"), (other, "30x20")]
+    for message, (name, reason) in zip(sorted(summary.broken), expected, strict=True):
+        assert name in message and reason in message and message in printed
+
+
+def test_interrupted_detections_go_on_where_they_were(tiny_detector, val, tmp_path):
+    """To the same file; with other settings they start from the beginning."""
+    whole, images = val
+    store, output = ProposalStore(tmp_path / "store"), tmp_path / "out"
+    store.directory.mkdir()
+    for proposals in whole:  # one image a shard
+        store.write_shard([proposals])
+    detector, settings = load_detector(tiny_detector, CPU)
+    assert "chunk" not in settings and settings["nms"] == 0.3
+    detect, seen = detector.detect_by_count, []
+
+    def noted(image, proposals, counts):
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(proposals.file_name)
+        return detect(image, proposals, counts)
+
+    detector.detect_by_count, stop = noted, 3
+    with pytest.raises(KeyboardInterrupt):
+        detect_images(detector, store, images, output, settings=settings)
+    assert not (output / "detections.json").exists() and len(seen) == stop
+    stop = -1
+    detect_images(detector, store, images, output, settings=settings)
+    assert len(seen) == len(set(seen)) == len(store.shards()) > 3
+    detect_images(detector, whole, images, tmp_path / "at_once", settings=settings)
+    first, second = (tmp_path / d / "detections.json" for d in ("out", "at_once"))
+    assert first.read_text() == second.read_text() and not (output / "parts").exists()
+
+    seen, stop = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        detect_images(detector, store, images, output, settings=settings)
+    assert first.read_text() == second.read_text()  # what there is stays until there is better
+    stop = -1
+    detect_images(detector, store, images, output, settings=settings | {"nms": 0.4})
+    assert len(seen) == 2 + len(store.shards())
