@@ -19,8 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command import add_device, make_parser, run_tool
-from pipeline.evaluation.detection_scores import score_detections
-from pipeline.evaluation.scores import score_patches, score_proposals
+from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 
 
 def main() -> None:
