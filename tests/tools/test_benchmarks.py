@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
 from torch import nn
 
 from pipeline.evaluation.precision import evaluate_detections
@@ -110,7 +111,7 @@ def test_pycocotools_is_asked_for_the_same_metrics(tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(dataset))
     results = scoring.draw_results(rng, dataset, 20)
-    theirs = scoring.run_pycocotools(path, results, scoring.coco_summary)
+    theirs = scoring.run_pycocotools(COCO(path), results, scoring.coco_summary)
     ours = evaluate_detections(load_ground_truth(path), results).metrics()
     assert 0 < theirs["box"]["AP"] < 1 and 0 < theirs["mask"]["AP"] < 1
     for iou_type, metrics in theirs.items():

@@ -106,6 +106,7 @@ CHANGES: dict[str, Callable[[SharpMask, Config], SharpMask]] = {
 
 
 def main() -> None:
+    """Trains and scores all variants."""
     parser = make_parser(__doc__)
     parser.add_argument("part", choices=VARIANTS)
     parser.add_argument("--config", default="configs/shapes.yaml", help="the recipe of --run")

@@ -49,6 +49,7 @@ SHARED = (1, 2, 4, 8)  # patches that share a decoded image
 
 
 def main() -> None:
+    """Measures both ways to load patches and annotations."""
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--config", default="configs/shapes.yaml", help="a recipe: the patches")
     parser.add_argument("--patches", type=int, default=160, help="of each way and round")

@@ -36,6 +36,7 @@ SETTLED = 10  # images
 
 
 def main() -> None:
+    """Watches two runs of tools/propose.py."""
     parser = make_parser(__doc__)
     parser.add_argument("--config", default="configs/shapes.yaml", help="a recipe: the network")
     parser.add_argument("--images", type=int, default=200, help=f"at least {SETTLED}")

@@ -45,6 +45,7 @@ DEFAULT = ["speed", "loading", "memory", "scoring"]
 
 
 def main() -> int:
+    """Runs benchmarks and gathers what they measured."""
     parser = make_parser(__doc__)
     parser.set_defaults(output=Path("runs/benchmarks.json"))
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=DEFAULT)

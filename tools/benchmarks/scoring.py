@@ -39,6 +39,7 @@ Metrics = Mapping[str, Mapping[str, float | None]]
 
 
 def main() -> None:
+    """Scores synthetic results by both."""
     parser = make_parser(__doc__, rounds=2)
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--num-proposals", type=int, default=1000, help="of an image, for AR")
@@ -52,15 +53,17 @@ def main() -> None:
         path = Path(directory) / "instances.json"
         write_json(path, dataset)
         truth = load_ground_truth(path)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            their_truth = COCO(path)
         rows = {
             "AR": compare(
                 lambda: evaluate_proposals(truth, proposals, max_proposals=MAX_PROPOSALS).metrics(),
-                partial(run_pycocotools, path, proposals, average_recall),
+                partial(run_pycocotools, their_truth, proposals, average_recall),
                 rounds=args.rounds,
             ),
             "AP": compare(
                 lambda: evaluate_detections(truth, detections).metrics(),
-                partial(run_pycocotools, path, detections, coco_summary),
+                partial(run_pycocotools, their_truth, detections, coco_summary),
                 rounds=args.rounds,
             ),
         }
@@ -86,7 +89,7 @@ def compare(
 
 
 def run_pycocotools(
-    path: Path, results: list[dict], evaluate: Callable[[COCOeval], dict[str, float]]
+    truth: COCO, results: list[dict], evaluate: Callable[[COCOeval], dict[str, float]]
 ) -> Metrics:
     """Metrics by IoU type, as `evaluate` has COCOeval compute them."""
     metrics = {}
@@ -95,8 +98,7 @@ def run_pycocotools(
         dropped = "bbox" if iou_type == "mask" else "segmentation"
         copies = [{k: v for k, v in result.items() if k != dropped} for result in results]
         with contextlib.redirect_stdout(io.StringIO()):
-            ground_truth = COCO(path)
-            evaluation = COCOeval(ground_truth, ground_truth.loadRes(copies), name)
+            evaluation = COCOeval(truth, truth.loadRes(copies), name)
             metrics[iou_type] = evaluate(evaluation)
     return metrics
 

@@ -48,6 +48,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def main() -> None:
+    """Times the calls of each section."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--config", default="configs/coco.yaml", help="a recipe: the networks")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE")
@@ -119,10 +120,8 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
     """Detection in an image that has the network's size already, by number of RoIs."""
     sampling, rng = config.multipathnet.sampling, np.random.default_rng(0)
     height, width = sampling.short_side, sampling.long_side
-    image, model = (
-        draw_image(rng, height, width),
-        make_multipathnet(config, num_classes=NUM_CLASSES),
-    )
+    image = draw_image(rng, height, width)
+    model = make_multipathnet(config, num_classes=NUM_CLASSES)
     categories = [{"id": i, "name": str(i)} for i in range(1, NUM_CLASSES + 1)]
     calls: Calls = {}
     for count in args.rois:
