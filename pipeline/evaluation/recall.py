@@ -18,8 +18,7 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS, IOU_TYPES
-from pipeline.inference.coco_json import results_by_image
-from pipeline.inference.coco_json import box_of
+from pipeline.inference.coco_json import box_of, results_by_image
 
 NUM_PROPOSALS = (10, 100, 1000)  # per image, for which AR is reported
 MAX_PROPOSALS = NUM_PROPOSALS[-1]

@@ -27,8 +27,7 @@ from pipeline.evaluation.recall import (
     evaluate_proposals,
     rank_by_overlap,
 )
-from pipeline.inference.coco_json import read_results
-from pipeline.inference.coco_json import load_results
+from pipeline.inference.coco_json import load_results, read_results
 from pipeline.networks import load_network
 
 

@@ -11,8 +11,8 @@ import torch
 from pycocotools.coco import COCO
 from torch import nn
 
+from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
-from pipeline.evaluation.recall import load_ground_truth
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import load_config
 from tools.benchmarks import ablation, run_all, scoring, speed

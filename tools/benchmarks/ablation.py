@@ -30,8 +30,8 @@ from models.sharpmask import SharpMask, SharpMaskConfig
 from pipeline.command import add_device, run_tool
 from pipeline.config import Config
 from pipeline.data import split_files
-from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import load_detector
 from pipeline.inference.proposals import ProposalStore
 from pipeline.recipe import load_config, settings_of

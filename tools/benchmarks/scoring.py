@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.files import write_json
 from pipeline.command import run_tool
+from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import METRICS, evaluate_detections
-from pipeline.evaluation.recall import evaluate_proposals, load_ground_truth
+from pipeline.evaluation.recall import evaluate_proposals
 from tools.benchmarks.synthetic import draw_boxes, draw_dataset, draw_polygon
 from tools.benchmarks.timing import interleave, make_parser, median_ratio, report
 
@@ -57,7 +58,7 @@ def main() -> None:
             their_truth = COCO(path)
         rows = {
             "AR": compare(
-                lambda: evaluate_proposals(truth, proposals, max_proposals=MAX_PROPOSALS).metrics(),
+                lambda: evaluate_proposals(truth, proposals).metrics(),
                 partial(run_pycocotools, their_truth, proposals, average_recall),
                 rounds=args.rounds,
             ),
