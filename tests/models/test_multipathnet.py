@@ -1,12 +1,15 @@
-"""MultiPathNet against a slow forward, and Fast R-CNN as a configuration of it."""
+"""MultiPathNet against a slow forward, and Fast R-CNN as a configuration of it.
 
+The reference takes a network's weights and nothing else: which regions and layers there are, how
+they are scaled and ordered, is written here. RoI pooling itself is tested in test_roi_pooling.py.
+"""
+
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
@@ -16,30 +19,16 @@ from models.multipathnet import (
     FullyConnectedHead,
     MultiPathNet,
     ResidualHead,
-    box_region,
-    classifier_regions,
     compress_towers,
     truncate_linear,
 )
+from models.roi_pooling import roi_pool_lua
 from models.trunk import build_trunk
-from tests.models.slow_multipathnet import (
-    ALL,
-    CHANNELS,
-    CLASSES,
-    FEATURES,
-    HEIGHT,
-    IMAGE_WIDTH,
-    POOLED,
-    ROIS,
-    WIDTH,
-    caffe_bins,
-    lua_bins,
-    pool_everything,
-    slow_outputs,
-    slow_pool,
-    some_layers,
-)
 
+CLASSES, WIDTH, POOLED, FEATURES = 3, 8, 3, 16
+CHANNELS = {4: 24, 8: 64, 16: 128}  # of the tiny trunk
+HEIGHT, IMAGE_WIDTH = 64, 96
+ALL = (4, 8, 16)
 PAPER = [(1.0, ALL), (1.5, (8, 16)), (2.0, (8, 16)), (4.0, (16,))]  # BMVC 2016, figure 3
 ONE_LAYER = [(1.0, (16,)), (1.5, (16,)), (2.0, (16,)), (4.0, (16,))]
 # Settings, regions of the classifier, region of the box regressor.
@@ -102,32 +91,96 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
 
 
-@pytest.fixture(scope="module")
-def pooled() -> dict[tuple[float, int], Tensor]:
-    return pool_everything(caffe_bins)
+def some_layers(num_images: int = 2) -> dict[int, Tensor]:
+    """Feature maps with negative values, too, where the maximum over no cell would show."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        stride: torch.randn(
+            num_images, channels, HEIGHT // stride, IMAGE_WIDTH // stride, generator=generator
+        )
+        for stride, channels in CHANNELS.items()
+    }
+
+
+ROIS = torch.tensor(
+    [
+        [0, 3.25, 5.5, 40.75, 33.25],
+        [1, 8, 24, 72, 56],  # corners at half a cell of conv5
+        [0, -40, -24, 30, 20],  # partly outside, with half cells
+        [1, 200, 150, 260, 190],  # outside: no region sees the image
+        [1, 50, 10, 50.5, 10.25],  # smaller than a cell
+        [0, 0, 0, IMAGE_WIDTH, HEIGHT],
+    ]
+)
+
+
+def pool_everything(pool) -> dict[tuple[float, int], Tensor]:
+    """`ROIS` pooled from `some_layers`, by factor and stride, in float64."""
+    inputs = {(factor, 16) for factor in (1.0, 1.5, 2.0, 4.0)}
+    inputs |= {(1.0, 4), (1.0, 8), (1.5, 4), (1.5, 8), (2.0, 8)}
+    pooled, layers = {}, some_layers()
+    for factor, stride in inputs:
+        rois = ROIS.clone()
+        for low, high in ((1, 3), (2, 4)):
+            center, half = (ROIS[:, low] + ROIS[:, high]) / 2, (ROIS[:, high] - ROIS[:, low]) / 2
+            rois[:, low], rois[:, high] = center - factor * half, center + factor * half
+        pooled[factor, stride] = pool(layers[stride], rois, POOLED, 1 / stride).double()
+    return pooled
+
+
+def slow_scale(block: Tensor, stride: int, normalize: bool) -> Tensor:
+    if not normalize:
+        return block * {4: 1 / 200, 8: 1 / 30, 16: 1.0}[stride]
+    norm = block.square().sum((1, 2, 3), keepdim=True).sqrt()
+    return torch.where(norm > 0, block * 1000 / norm, 0.0)  # a region outside the map stays 0
+
+
+def slow_features(tower: nn.Module, blocks: list[Tensor]) -> Tensor:
+    """1x1 convolution and head of a tower with float64 weights, as matrix products."""
+    x = torch.cat(blocks, dim=1)
+    if (reduce := tower.pooling.reduce) is not None:
+        x = torch.einsum("oc,rcij->roij", reduce.weight[:, :, 0, 0], x)
+        x = x + reduce.bias[:, None, None]
+    if isinstance(tower.head, ResidualHead):
+        conv = tower.head.stage[0]
+        x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1).clamp(min=0)
+        return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    for layer in (tower.head.fc6, tower.head.fc7):
+        x = (x.reshape(len(x), -1) @ layer.weight.T + layer.bias).clamp(min=0)
+    return x
+
+
+@torch.no_grad()
+def slow_outputs(model, pooled, regions, box_region, *, normalize: bool) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).double()
+
+    def features(tower: nn.Module, factor: float, strides: tuple[int, ...]) -> Tensor:
+        blocks = [slow_scale(pooled[factor, stride], stride, normalize) for stride in strides]
+        return slow_features(tower, blocks)
+
+    assert len(model.towers) == len(regions)
+    joined = [features(t, *region) for t, region in zip(model.towers, regions, strict=True)]
+    joined = torch.cat(joined, dim=1)
+    boxes = features(model.box_tower, *box_region) if box_region else joined
+    logits = joined @ model.cls_score.weight.T + model.cls_score.bias
+    deltas = boxes @ model.bbox_pred.weight.T + model.bbox_pred.bias
+    return {
+        "class_logits": logits.unflatten(1, (-1, CLASSES + 1)),  # all classes of a threshold first
+        "deltas": deltas.unflatten(1, (CLASSES + 1, 4)),
+    }
 
 
 # --- the network is the reference -----------------------------------------------------------------
 
 
-def test_regions_of_the_paper_and_without_a_part():
-    def plain(*regions) -> list[tuple]:
-        return [(region.factor, region.strides) for region in regions]
-
-    assert plain(*classifier_regions()) == PAPER
-    assert plain(*classifier_regions(foveal=False)) == PAPER[:1]
-    assert plain(*classifier_regions(skip=False)) == ONE_LAYER
-    assert plain(*classifier_regions(foveal=False, skip=False)) == ONE_LAYER[:1]
-    assert plain(box_region(), box_region(skip=False)) == [(1.5, ALL), (1.5, (16,))]
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
-def test_outputs_are_the_slow_references_with_each_part_switched_off(part, head, pooled):
+def test_outputs_are_the_slow_references_with_each_part_switched_off(part, head):
     changes, regions, box = PARTS[part]
     model = randomize(build(head, **changes))
     outputs = model.classify_rois(some_layers(), ROIS)
+    pooled = pool_everything(roi_pool)
     expected = slow_outputs(model, pooled, regions, box, normalize=part != "not normalized")
     thresholds = 1 if part == "no integral" else 6
     assert outputs["class_logits"].shape == (len(ROIS), thresholds, CLASSES + 1)
@@ -137,32 +190,17 @@ def test_outputs_are_the_slow_references_with_each_part_switched_off(part, head,
 
 
 @torch.no_grad()
-def test_outputs_with_the_released_codes_bins(pooled):
+def test_outputs_with_the_released_codes_bins():
     model = randomize(build(roi_pool="lua"))
     outputs = model.classify_rois(some_layers(), ROIS)
     expected, other = (
-        slow_outputs(model, blocks, PAPER, (1.5, ALL), normalize=True)
-        for blocks in (pool_everything(lua_bins), pooled)
+        slow_outputs(model, pool_everything(pool), PAPER, (1.5, ALL), normalize=True)
+        for pool in (roi_pool_lua, roi_pool)
     )
     for name in ("class_logits", "deltas"):
         assert_close(outputs[name], expected[name])
         largest = expected[name].abs().max()
         assert (other[name] - expected[name]).abs().max() > 0.01 * largest  # the bins matter
-
-
-@given(st.lists(st.tuples(*[st.integers(-160, 480)] * 4), min_size=1, max_size=2))
-@settings(max_examples=25, deadline=None)
-def test_towers_are_fed_the_maximum_over_each_bin(corners):
-    """Corners at quarters of a pixel, half cells among them, on the map and outside."""
-    rois = torch.tensor(
-        [[0, min(a, c) / 4, min(b, d) / 4, max(a, c) / 4, max(b, d) / 4] for a, b, c, d in corners]
-    )
-    model, layers, fed = build(), some_layers(1), []
-    model.towers[0].pooling.register_forward_pre_hook(lambda _, inputs: fed.extend(inputs[0]))
-    with torch.no_grad():
-        model.classify_rois(layers, rois)
-    for block, stride in zip(fed, ALL, strict=True):
-        assert torch.equal(block.double(), slow_pool(layers[stride], rois, 1.0, stride))
 
 
 def test_each_layer_has_norm_1000_whatever_its_scale():
@@ -296,21 +334,19 @@ def test_heads_drop_features_in_training_only():
 
 @torch.no_grad()
 def test_truncated_layers_are_the_best_of_their_rank():
-    layer, x = nn.Linear(12, 9), torch.randn(5, 12)
+    layer = nn.Linear(12, 9)
+    values = torch.linalg.svdvals(layer.weight)
     for rank in (2, 9, 50):
-        short = truncate_linear(layer, rank)
-        values = torch.linalg.svdvals(layer.weight)
-        error = torch.linalg.matrix_norm(short[1].weight @ short[0].weight - layer.weight)
+        first, second = truncate_linear(layer, rank)
+        error = torch.linalg.matrix_norm(second.weight @ first.weight - layer.weight)
         torch.testing.assert_close(error, values[rank:].norm(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(short(x), layer(x))  # the full rank is the layer
+        assert first.bias is None and torch.equal(second.bias, layer.bias)
 
 
 def test_compression_replaces_layers_where_that_saves_work():
     model = build(features=64)
-    compress_towers(model, 30)  # 72 x 64 is more than 30 (72 + 64), 64 x 64 also
-    assert all(isinstance(t.head.fc6, nn.Sequential) for t in model.all_towers())
-    compress_towers(narrow := build(features=64), 32)  # 64 x 64 is just 32 (64 + 64)
-    for tower in narrow.all_towers():
+    compress_towers(model, 32)  # fc6 is 72 x 64, more than 32 (72 + 64); fc7 64 x 64, not more
+    for tower in model.all_towers():
         assert isinstance(tower.head.fc6, nn.Sequential) and isinstance(tower.head.fc7, nn.Linear)
     with pytest.raises(ValueError, match="no fully connected layers"):
         compress_towers(build("layer4"), 4)
