@@ -170,9 +170,6 @@ def slow_outputs(model, pooled, regions, box_region, *, normalize: bool) -> dict
     }
 
 
-# --- the network is the reference -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
@@ -232,9 +229,6 @@ def test_without_normalization_a_tower_starts_as_conv5s_alone():
     assert model.towers[3].pooling.reduce is None  # conv5 only, of the right width
 
 
-# --- Fast R-CNN -----------------------------------------------------------------------------------
-
-
 class FastRCNN(nn.Module):
     """Girshick, ICCV 2015, figure 1."""
 
@@ -270,9 +264,6 @@ def test_fast_rcnn_is_a_configuration_without_extra_parameters():
     assert outputs["class_logits"].shape == (12, 1, CLASSES + 1)
     assert_close(outputs["class_logits"].flatten(1), scores)
     assert_close(outputs["deltas"].flatten(1), deltas)
-
-
-# --- chunks, sharing, compression -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", multipathnet.ROI_POOLS)
@@ -350,9 +341,6 @@ def test_compression_replaces_layers_where_that_saves_work():
         assert isinstance(tower.head.fc6, nn.Sequential) and isinstance(tower.head.fc7, nn.Linear)
     with pytest.raises(ValueError, match="no fully connected layers"):
         compress_towers(build("layer4"), 4)
-
-
-# --- outputs to detections, initial weights -------------------------------------------------------
 
 
 def test_probabilities_are_the_mean_of_the_softmaxes_and_boxes_lose_the_background():
