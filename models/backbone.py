@@ -46,17 +46,10 @@ def load_backbone(
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(BACKBONES)}")
-    if width != STEM_WIDTH and weights == "imagenet":
-        raise ValueError(
-            f"ImageNet weights of {name} have trunk.width {STEM_WIDTH}, got {width}; "
-            "set trunk.weights to a local file or null instead"
-        )
     if weights == "imagenet":
-        if name == "caffenet":
-            raise ValueError("torchvision has no CaffeNet; give the path of a converted file")
-        return _download_imagenet(name)
-    caffenet = name == "caffenet"
-    network = CaffeNet() if caffenet else torchvision.models.get_model(name, weights=None)
+        return _download_imagenet(name, width)
+    build = CaffeNet if name == "caffenet" else torchvision.models.get_model_builder(name)
+    network = build()
     if width != STEM_WIDTH:
         _set_width(network, width)
     if weights is not None:
@@ -64,7 +57,14 @@ def load_backbone(
     return network
 
 
-def _download_imagenet(name: str) -> nn.Module:
+def _download_imagenet(name: str, width: int) -> nn.Module:
+    if name == "caffenet":
+        raise ValueError("torchvision has no CaffeNet; give the path of a converted file")
+    if width != STEM_WIDTH:
+        raise ValueError(
+            f"ImageNet weights of {name} have trunk.width {STEM_WIDTH}, got {width}; "
+            "set trunk.weights to a local file or null instead"
+        )
     try:
         return torchvision.models.get_model(name, weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as error:  # no network, or a file that came damaged
@@ -77,8 +77,8 @@ def _download_imagenet(name: str) -> nn.Module:
 class NarrowShortcut(nn.Conv2d):
     """A strided 1x1 convolution of few channels that picks its pixels beforehand.
 
-    The weight gradient of oneDNN's writes outside its memory for 8 channels in channels-last order
-    (torch 2.14.1); the usual widths are fine.
+    oneDNN's has a weight gradient that writes outside its memory, for 8 channels in channels-last
+    order (torch 2.14.1); the usual widths are fine.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class NarrowShortcut(nn.Conv2d):
 def _set_width(network: Any, width: int) -> None:
     """Makes all layers of a ResNet narrower or wider by one factor, in place; new random weights.
 
-    torchvision's own arguments widen the inner convolutions of its blocks only.
+    torchvision's arguments widen the inner convolutions of its blocks only.
     """
 
     def scaled(channels: int) -> int:
@@ -101,7 +101,8 @@ def _set_width(network: Any, width: int) -> None:
                 setattr(parent, name, nn.BatchNorm2d(scaled(layer.num_features)))
             elif isinstance(layer, nn.Conv2d):
                 shortcut = layer.kernel_size == (1, 1) and layer.stride != (1, 1)
-                conv = (NarrowShortcut if shortcut and width < STEM_WIDTH else nn.Conv2d)(
+                narrow_shortcut = shortcut and width < STEM_WIDTH
+                conv = (NarrowShortcut if narrow_shortcut else nn.Conv2d)(
                     scaled(layer.in_channels),
                     scaled(layer.out_channels),
                     layer.kernel_size[0],
@@ -109,25 +110,25 @@ def _set_width(network: Any, width: int) -> None:
                     int(layer.padding[0]),
                     bias=False,
                 )
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out")  # as torchvision's
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 setattr(parent, name, conv)
     network.fc = nn.Linear(scaled(network.fc.in_features), network.fc.out_features)
 
 
 def _load_checked(network: nn.Module, name: str, weights: str | Path, *, whole: bool) -> None:
     """Copies a file's weights into the layers of a network that a trunk uses."""
-    own, state = network.state_dict(), read_state_dict(weights)
-    cut = {key for key in own if key.startswith(CUT_AWAY[name.rstrip("0123456789")])}
+    known, state = network.state_dict(), read_state_dict(weights)
+    cut = {key for key in known if key.startswith(CUT_AWAY[name.rstrip("0123456789")])}
     after = {key for key in cut if not key.startswith(CLASSIFIERS)}
     if whole and not after.isdisjoint(state):
         cut -= after
     # num_batches_tracked is a counter of live batch norm; frozen batch norm has no use for it.
     expected = {
         key: value
-        for key, value in own.items()
+        for key, value in known.items()
         if key not in cut and not key.endswith("num_batches_tracked")
     }
-    difference = describe_mismatch(expected, state, optional=own)
+    difference = describe_mismatch(expected, state, optional=known)
     if difference:
         raise ValueError(f"{weights} does not fit this trunk: {difference}")
     network.load_state_dict({key: state[key] for key in expected}, strict=False)
@@ -159,7 +160,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def describe_mismatch(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, optional: Collection[str] = ()
 ) -> str:
-    """What differs between two state dicts, in words; empty when `found` fits `expected`.
+    """The differences between two state dicts, in words; empty when `found` fits `expected`.
 
     Args:
         optional: keys of `found` that may be there without being expected.

@@ -9,9 +9,9 @@ from torch import nn
 
 
 class CaffeNet(nn.Module):
-    """The layers, named as torchvision's VGG has them: fc6 is classifier[0], fc7 [3] and fc8 [6].
+    """The layers, with the names of torchvision's VGG: fc6 is classifier[0], fc7 [3] and fc8 [6].
 
-    Of use in parts only: without RoI pooling between them these paddings do not give fc6's 6 x 6.
+    Its parts are used, not the whole: only RoI pooling gives the 6 x 6 cells that fc6 expects.
     """
 
     def __init__(self, num_classes: int = 1000):

@@ -38,7 +38,7 @@ class MultiPathNetConfig:
     head: str = "fc"  # of every tower: fc (fc6 and fc7) | layer4 (a ResNet's last stage)
     foveal: bool = True  # four regions around a proposal, not one
     skip: bool = True  # conv3 and conv4 beside conv5
-    use_box_tower: bool = True  # a tower of its own for the box regressor
+    use_box_tower: bool = True  # a separate tower for the box regressor
     iou_thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)  # one classifier each
     normalize: bool = True  # pooled blocks to one L2 norm; else by fixed factors
     norm_scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6

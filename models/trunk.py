@@ -177,7 +177,7 @@ class SymmetricConv2d(nn.Conv2d):
 def to_trunk_layers(
     module: nn.Module, *, padding: str = "symmetric", ceil_pooling: bool = False
 ) -> None:
-    """Freezes batch norm and sets the padding of convolutions and the rounding of pools, in place.
+    """Freezes batch norm, sets the padding of convolutions and the rounding of pools; in place.
 
     Args:
         padding: one of `PADDINGS`.
@@ -215,9 +215,9 @@ def _symmetric(conv: nn.Conv2d) -> SymmetricConv2d:
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's, in one pass over the activations, and under autocast in their own type.
+    """Batch norm whose numbers are constants, in the type of its input.
 
-    torchvision's result is float32 there, which would more than double the memory of training.
+    Under autocast torchvision's gives float32, which doubles the memory that training needs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 def norm_name(conv_name: str) -> str:
     """The name of the batch norm after a convolution: layer1.0.conv2 -> layer1.0.bn2.
 
-    Of a convolution without one it is a name that no batch norm has.
+    For a convolution without one, this is no batch norm's name.
     """
     for pattern, norm in NORM_NAMES:
         name, found = pattern.subn(norm, conv_name)
@@ -252,9 +252,9 @@ def frozen_norm_state(scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
 
 
 def upgrade_trunk_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a network with trunks in it, from any version, under the names of today.
+    """Weights of a network that contains trunks, under the names of today.
 
-    Convolutions of earlier checkpoints had their frozen batch norm as `scale` and `shift`.
+    In earlier checkpoints, convolutions have `scale` and `shift` of their frozen batch norm.
     """
     upgraded = dict(state)
     for key in state:
@@ -269,7 +269,7 @@ def upgrade_trunk_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fold_norms(module: nn.Module) -> nn.Module:
     """Multiplies frozen batch norms into the convolutions before them, for inference; in place.
 
-    The state dict has other keys from then on.
+    This changes the keys of the state dict.
 
     Returns:
         The module.
