@@ -46,7 +46,7 @@ class MultiPathNetConfig:
     roi_pool: str = "caffe"  # rounding of the bins: caffe (Fast R-CNN) | lua (released code)
     width: int = 512  # channels of a tower's block
     features: int = 4096  # of fc6 and fc7
-    dropout: float = 0.5
+    dropout: float = 0.5  # probability to drop, after fc6 and fc7
 
     def __post_init__(self) -> None:
         for name, choices in (("head", HEADS), ("roi_pool", tuple(ROI_POOLS))):

@@ -226,6 +226,7 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         settings=settings,
         annotations=annotations,
         max_images=sampling.max_images if split == "train" else None,
+        write_json=False,
     )
     return ProposalStore(store)
 
