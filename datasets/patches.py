@@ -192,10 +192,8 @@ class PatchDataset(Dataset):
     @staticmethod
     def collate(items: list[dict]) -> dict:
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
-        names = [name for name in items[0] if name != "broken"]
-        batch: dict[str, Any] = {name: torch.cat([item[name] for item in items]) for name in names}
-        batch["broken"] = [message for item in items for message in item["broken"]]
-        return batch
+        tensors = {n: torch.cat([item[n] for item in items]) for n in items[0] if n != "broken"}
+        return tensors | {"broken": [message for item in items for message in item["broken"]]}
 
 
 class PatchBatchSampler:

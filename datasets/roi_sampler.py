@@ -196,8 +196,10 @@ class RoiSampler:
         overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does
         # have it, in a crowd or not.
-        usable: np.ndarray = np.all(overlaps[:, crowd] <= config.crowd_overlap, axis=1)
-        usable[len(proposals) :] = True
+        usable = np.ones(len(boxes), bool)
+        usable[: len(proposals)] = (overlaps[: len(proposals), crowd] <= config.crowd_overlap).all(
+            1
+        )
         boxes, overlaps = boxes[usable], overlaps[usable][:, ~crowd]
         if crowd.all():  # or no annotation at all
             return Candidates(boxes, np.zeros(len(boxes)), np.zeros(len(boxes), np.int64))

@@ -1,12 +1,13 @@
-"""The three networks, each assembled in one expression: training, inference, hub and converter."""
+"""The three networks, each assembled in one expression."""
 
 from pathlib import Path
 from typing import Any
 
+from models.backbone import RESNETS, load_backbone
 from models.deepmask import DeepMask
 from models.multipathnet import MultiPathNet, ResidualHead
 from models.sharpmask import SharpMask
-from models.trunk import RESNETS, TrunkConfig, build_trunk, load_backbone, to_trunk_layers
+from models.trunk import TrunkConfig, build_trunk, to_trunk_layers
 
 
 def build_deepmask(trunk: TrunkConfig, **settings: Any) -> DeepMask:
@@ -15,24 +16,26 @@ def build_deepmask(trunk: TrunkConfig, **settings: Any) -> DeepMask:
 
 
 def build_sharpmask(trunk: TrunkConfig, *, deepmask: dict[str, Any], **settings: Any) -> SharpMask:
-    """SharpMask on a DeepMask of the settings `deepmask`; `settings`: of `SharpMaskConfig`."""
+    """SharpMask; `deepmask` are fields of `DeepMaskConfig`, `settings` of `SharpMaskConfig`."""
     return SharpMask(build_deepmask(trunk, **deepmask), **settings)
 
 
 def build_multipathnet(trunk: TrunkConfig, *, num_classes: int, **settings: Any) -> MultiPathNet:
     """MultiPathNet; `settings` are fields of `MultiPathNetConfig`.
 
-    fc6 and fc7 of every tower start as the ImageNet network's, where the trunk's weights have them
-    and they fit.
+    fc6 and fc7 of every tower start as the ImageNet network's, if the trunk's weights have them and
+    they fit.
 
     Raises:
         ValueError: head layer4 without a ResNet.
     """
-    layer4 = _layer4(trunk) if settings.get("head") == "layer4" else None
     network = MultiPathNet(
-        build_trunk(**vars(trunk)), num_classes=num_classes, layer4=layer4, **settings
+        build_trunk(**vars(trunk)),
+        num_classes=num_classes,
+        layer4=_layer4(trunk) if settings.get("head") == "layer4" else None,
+        **settings,
     )
-    if layer4 is None and trunk.weights and trunk.name.startswith(("vgg", "caffenet")):
+    if trunk.weights and trunk.name.startswith(("vgg", "caffenet")):
         _copy_classifier(network, trunk.name, trunk.weights)
     return network
 
@@ -43,16 +46,17 @@ def _layer4(trunk: TrunkConfig) -> ResidualHead:
         raise ValueError(
             f"head layer4 is the last stage of a ResNet, and {trunk.name} is none; use head fc"
         )
-    network = load_backbone(trunk.name, weights=trunk.weights, whole=True, width=trunk.width)
-    stage = to_trunk_layers(network.layer4, padding=trunk.padding)
-    return ResidualHead(stage, network.fc.in_features)
+    network: Any = load_backbone(trunk.name, weights=trunk.weights, whole=True, width=trunk.width)
+    to_trunk_layers(network.layer4, padding=trunk.padding)
+    return ResidualHead(network.layer4, network.fc.in_features)
 
 
 def _copy_classifier(network: MultiPathNet, name: str, weights: str | Path) -> None:
-    classifier = load_backbone(name, weights=weights, whole=True).classifier
-    box_tower = [network.box_tower] if network.box_tower is not None else []
-    for tower in (*network.towers, *box_tower):
-        for own, pretrained in ((tower.head.fc6, classifier[0]), (tower.head.fc7, classifier[3])):
-            if own.weight.shape != pretrained.weight.shape:
+    backbone: Any = load_backbone(name, weights=weights, whole=True)
+    fc6, _, _, fc7, *_ = backbone.classifier
+    heads: list[Any] = [tower.head for tower in network.all_towers()]
+    for head in heads:
+        for layer, pretrained in ((head.fc6, fc6), (head.fc7, fc7)):
+            if layer.weight.shape != pretrained.weight.shape:
                 return  # a narrower or differently pooled head is trained from the start
-            own.load_state_dict(pretrained.state_dict())
+            layer.load_state_dict(pretrained.state_dict())

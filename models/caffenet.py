@@ -9,9 +9,9 @@ from torch import nn
 
 
 class CaffeNet(nn.Module):
-    """The layers, named as torchvision's VGG has them: fc6 is classifier[0], fc7 [3] and fc8 [6].
+    """The layers, with the names of torchvision's VGG: fc6 is classifier[0], fc7 [3] and fc8 [6].
 
-    Of use in parts only: without RoI pooling between them these paddings do not give fc6's 6 x 6.
+    Its parts are used, not the whole: only RoI pooling gives the 6 x 6 cells that fc6 expects.
     """
 
     def __init__(self, num_classes: int = 1000):
@@ -36,7 +36,7 @@ class CaffeNet(nn.Module):
 def _conv(
     channels: int, width: int, size: int, *, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(channels, width, size, stride, size // 2, groups=groups), nn.ReLU()
+    return nn.Conv2d(channels, width, size, stride, size // 2, groups=groups), nn.ReLU(inplace=True)
 
 
 def _pool() -> nn.MaxPool2d:
@@ -45,11 +45,3 @@ def _pool() -> nn.MaxPool2d:
 
 def _pool_and_normalize() -> tuple[nn.Module, nn.Module]:
     return _pool(), nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1)
-
-
-def caffenet_levels(network: CaffeNet) -> list[nn.Sequential]:
-    """conv1, conv2, and conv3 to conv5; pool and normalization open the level behind them."""
-    layers = list(network.features)[:-1]  # without pool5, so that the map stays at stride 16
-    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
-    starts = [0, *pools, len(layers)]
-    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]

@@ -65,8 +65,7 @@ class DeepMask(nn.Module):
         self.patch_size, self.context, self.mask_size = c.patch_size, c.context, c.mask_size
         self.cells = c.patch_size // STRIDE
         self.trunk = trunk
-        # No ReLU between the embedding and the mask head: together they are one low-rank linear
-        # map.
+        # No ReLU between embedding and mask head: together they are one low-rank linear map.
         self.tail = nn.Sequential(
             nn.Conv2d(trunk.channels[-1], c.reduction, 1),
             nn.ReLU(inplace=True),
@@ -85,12 +84,12 @@ class DeepMask(nn.Module):
         """Logits for patches.
 
         Args:
-            patches: (B, 3, S, S), normalized; S = P + C, or P plus any other even number of cells
-                of surroundings: the P x P center of the trunk's map is used.
-            head: "mask", "score" or "both": what to compute.
+            patches: (B, 3, S, S), normalized. S is P plus an even number of cells of surroundings,
+                in training P + C; the P x P center of the trunk's map is used.
+            head: which outputs to compute: "mask", "score" or "both".
 
         Returns:
-            "mask_logits" (B, M, M) and "score_logits" (B,), as far as asked for.
+            "mask_logits" (B, M, M), "score_logits" (B,), or both.
         """
         embedding = self.embed(self.crop_center(self.trunk(patches)[-1]))  # (B, E, 1, 1)
         outputs = {}
@@ -111,12 +110,13 @@ class DeepMask(nn.Module):
         (B, C, f, g) to (B, E, f - F + 1, g - F + 1).
         """
         reduce, relu, window = self.tail
-        features = relu(reduce(features))
+        assert isinstance(window, nn.Conv2d)
+        features = relu(reduce(features))  # (B, reduction, f, g)
         if features.shape[-2:] != window.kernel_size:
             return window(features)
-        # One window is one matrix product. In channels-last order (which both tensors have in
-        # training) the views below cost nothing, and backward is several times that of the
-        # convolution: it neither reorders the largest weight of the model nor its gradient.
+        # A single window is a matrix product. In channels-last order, which both tensors have in
+        # training, these are views, and backward is several times faster than the convolution's:
+        # it reorders neither the largest weight of the model nor its gradient.
         x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, window.weight))
         return F.linear(x, weight, window.bias)[:, :, None, None]
 
@@ -131,10 +131,10 @@ class DeepMask(nn.Module):
 
 
 def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X weight^T + bias, as a convolution of one image whose pixels are the rows.
+    """x weight^T + bias, computed as a convolution of one image whose pixels are the rows.
 
-    On a CPU the convolutions' library multiplies large matrices up to twice as fast as the matrix
-    products'; as N images of one pixel each it would be slowest of all.
+    On a CPU, the library of convolutions multiplies large matrices up to twice as fast as the one
+    of matrix products. As N images of one pixel each it would be the slowest.
 
     Args:
         x: (N, E). weight: (K, E), or (K, E, 1, 1). bias: (K,), or None.

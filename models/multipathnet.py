@@ -1,14 +1,13 @@
 """MultiPathNet: a detector that classifies proposals from several regions, layers and thresholds.
 
 Zagoruyko, Lerer, Lin, Pinheiro, Gross, Chintala, Dollar, *A MultiPath Network for Object
-Detection*, BMVC 2016; the numbers are the paper's and the released code's. Around each proposal lie
-foveal regions; each has a tower of its own, fed by RoI-pooled features of one or more layers; the
-towers together feed K classifiers, one for each IoU threshold of the integral loss, and a tower of
-its own the box regressor. Fast R-CNN (Girshick, ICCV 2015) is the same with one region, one layer
-and K = 1.
+Detection*, BMVC 2016; the numbers are the paper's and the released code's. Each tower looks at one
+foveal region around a proposal, in RoI-pooled features of one or more layers. All of them together
+feed K classifiers, one for each IoU threshold of the integral loss. The box regressor has a
+separate tower. Fast R-CNN (Girshick, ICCV 2015) is the same with one region, one layer and K = 1.
 
-Letters: B images, R RoIs of all of them, C classes without background, K thresholds; s the side of
-a pooled block. Layers are called by their stride: 4, 8 and 16 are conv3, conv4 and conv5 of VGG-16.
+Letters: B images, R RoIs of all of them, C classes without background, K thresholds, s side of a
+pooled block. Layers are called by their stride: 4, 8 and 16 are conv3, conv4 and conv5 of VGG-16.
 """
 
 import copy
@@ -23,7 +22,7 @@ from models.boxes import decode_boxes, encode_boxes, foveal_regions
 from models.roi_pooling import roi_pool_caffe, roi_pool_lua
 from models.trunk import Trunk
 
-# Without normalization: what makes the finer layers' activations as large as conv5's.
+# Without normalization: factors by layer that make its activations as large as conv5's.
 UNNORMALIZED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
 ROI_POOLS = {"caffe": roi_pool_caffe, "lua": roi_pool_lua}
 HEADS = ("fc", "layer4")
@@ -39,7 +38,7 @@ class MultiPathNetConfig:
     head: str = "fc"  # of every tower: fc (fc6 and fc7) | layer4 (a ResNet's last stage)
     foveal: bool = True  # four regions around a proposal, not one
     skip: bool = True  # conv3 and conv4 beside conv5
-    use_box_tower: bool = True  # a tower of its own for the box regressor
+    use_box_tower: bool = True  # a separate tower for the box regressor
     iou_thresholds: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)  # one classifier each
     normalize: bool = True  # pooled blocks to one L2 norm; else by fixed factors
     norm_scale: float = 1000.0  # that norm: for blocks of 512 x 7 x 7, numbers of about 6
@@ -71,20 +70,20 @@ class MultiPathNetConfig:
 
 @dataclass(frozen=True)
 class Region:
-    """What a tower looks at: the proposal enlarged by `factor`, in the layers of `strides`."""
+    """The input of a tower: the proposal enlarged by `factor`, in the layers of `strides`."""
 
     factor: float
     strides: tuple[int, ...]
 
 
 def classifier_regions(*, foveal: bool = True, skip: bool = True) -> tuple[Region, ...]:
-    """The classifier's regions (BMVC 2016, figure 3); each part can be left out alone.
+    """The classifier's regions (BMVC 2016, figure 3).
 
     Args:
         foveal: 1x, 1.5x, 2x and 4x; otherwise 1x only.
         skip: finer layers where the paper has them; otherwise conv5 only.
     """
-    regions = (
+    regions: tuple[Region, ...] = (
         Region(1.0, (4, 8, 16)), Region(1.5, (8, 16)), Region(2.0, (8, 16)), Region(4.0, (16,))
     )  # fmt: skip
     regions = regions if foveal else regions[:1]
@@ -97,7 +96,7 @@ def box_region(*, skip: bool = True) -> Region:
 
 
 class SkipPooling(nn.Module):
-    """RoI max-pooled features of a region's layers, brought to one scale and reduced to one block.
+    """Joins the RoI-pooled blocks of a region's layers: scales them, reduces them to one block.
 
     BMVC 2016, section 3.1.
     """
@@ -119,34 +118,30 @@ class SkipPooling(nn.Module):
         """
         super().__init__()
         self.strides, self.normalize, self.norm_scale = strides, normalize, norm_scale
-        total = sum(channels[stride] for stride in strides)
+        inputs = sum(channels[stride] for stride in strides)
         self.reduce = None
-        if normalize or len(strides) > 1 or total != width:
-            self.reduce = nn.Conv2d(total, width, 1)
+        if normalize or len(strides) > 1 or inputs != width:
+            self.reduce = nn.Conv2d(inputs, width, 1)
             nn.init.kaiming_normal_(self.reduce.weight, nonlinearity="relu")
-            nn.init.zeros_(self.reduce.bias)
+            nn.init.zeros_(self.reduce.get_parameter("bias"))
             if not normalize and channels[strides[-1]] == width:
-                self._start_as_last_layer()
-
-    @torch.no_grad()
-    def _start_as_last_layer(self) -> None:
-        width = self.reduce.out_channels
-        self.reduce.weight.zero_()
-        self.reduce.weight[:, -width:, 0, 0] = torch.eye(width)
+                # As if there were the last layer alone: pretrained heads fit.
+                nn.init.zeros_(self.reduce.weight)
+                nn.init.eye_(self.reduce.weight.detach()[:, -width:, 0, 0])
 
     def forward(self, blocks: list[Tensor]) -> Tensor:
         """Pooled blocks (R, C_l, s, s), one for each stride, to (R, width, s, s)."""
         if self.reduce is None:
             return blocks[0] * self._factor(0, blocks[0])
-        # One number for each RoI and layer: cheaper on the few channels behind the convolution.
+        # Scaled after the convolution, where channels are fewer.
         weights = self.reduce.weight.split([block.shape[1] for block in blocks], dim=1)
-        reduced = self.reduce.bias[:, None, None]
+        reduced = self.reduce.get_parameter("bias")[:, None, None]
         for i, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
             reduced = reduced + F.conv2d(block, weight) * self._factor(i, block)
         return reduced
 
     def _factor(self, i: int, block: Tensor) -> Tensor | float:
-        """What a layer's block is multiplied by: (R, 1, 1, 1), or the same for all."""
+        """The factor of layer i: (R, 1, 1, 1), or the same for all RoIs."""
         if not self.normalize:
             return UNNORMALIZED_SCALE[self.strides[i]]
         norm = torch.linalg.vector_norm(block, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
@@ -154,7 +149,10 @@ class SkipPooling(nn.Module):
 
 
 class FullyConnectedHead(nn.Module):
-    """fc6 and fc7 with dropout: (R, width, s, s) to (R, features)."""
+    """fc6 and fc7 with dropout."""
+
+    fc6: nn.Module
+    fc7: nn.Module
 
     def __init__(self, width: int, pooled_size: int, features: int, *, dropout: float):
         super().__init__()
@@ -164,27 +162,34 @@ class FullyConnectedHead(nn.Module):
         self.out_features = features
 
     def forward(self, block: Tensor) -> Tensor:
+        """(R, width, s, s) to (R, features)."""
         x = self.dropout(F.relu(self.fc6(block.flatten(1))))
         return self.dropout(F.relu(self.fc7(x)))
 
 
 class ResidualHead(nn.Module):
-    """A residual network's last stage and average pooling: (R, width, s, s) to (R, features)."""
+    """A ResNet's last stage and average pooling."""
 
     def __init__(self, stage: nn.Module, features: int):
         super().__init__()
         self.stage, self.out_features = stage, features
 
     def forward(self, block: Tensor) -> Tensor:
+        """(R, width, s, s) to (R, features)."""
         return self.stage(block).mean(dim=(2, 3))
 
 
 class Tower(nn.Module):
-    """Pooled features of a region through a head of its own."""
+    """Features of one region."""
 
     def __init__(self, region: Region, pooling: SkipPooling, head: nn.Module):
         super().__init__()
         self.region, self.pooling, self.head = region, pooling, head
+
+    def forward(self, pooled: dict[tuple[float, int], Tensor]) -> Tensor:
+        """The blocks of `MultiPathNet.pool_regions` to (R, features)."""
+        blocks = [pooled[self.region.factor, stride] for stride in self.region.strides]
+        return self.head(self.pooling(blocks))
 
 
 class MultiPathNet(nn.Module):
@@ -199,7 +204,7 @@ class MultiPathNet(nn.Module):
         """
         Args:
             num_classes: C.
-            layer4: the head that setting "layer4" is for; every tower gets a copy of its own.
+            layer4: the head for `head="layer4"`; every tower gets a copy.
             settings: fields of `MultiPathNetConfig`.
 
         Raises:
@@ -207,20 +212,12 @@ class MultiPathNet(nn.Module):
         """
         super().__init__()
         c = MultiPathNetConfig(**settings)
-        self.trunk, self.num_classes, self.num_thresholds = (
-            trunk,
-            num_classes,
-            len(c.iou_thresholds),
-        )
+        self.trunk, self.num_classes = trunk, num_classes
+        self.num_thresholds = len(c.iou_thresholds)
         self.pooled_size, self.roi_pool = c.pooled_size, ROI_POOLS[c.roi_pool]
         channels = dict(zip(trunk.strides, trunk.channels, strict=True))
-        if layer4 is not None:
-            head, width = layer4, trunk.channels[-1]
-        else:
-            head, width = (
-                FullyConnectedHead(c.width, c.pooled_size, c.features, dropout=c.dropout),
-                c.width,
-            )
+        width = c.width if layer4 is None else trunk.channels[-1]
+        head = layer4 or FullyConnectedHead(width, c.pooled_size, c.features, dropout=c.dropout)
 
         def tower(region: Region) -> Tower:
             pooling = SkipPooling(
@@ -232,10 +229,9 @@ class MultiPathNet(nn.Module):
         self.towers = nn.ModuleList(tower(region) for region in regions)
         self.box_tower = tower(box_region(skip=c.skip)) if c.use_box_tower else None
         features = head.out_features * len(regions)
+        box_features = head.out_features if c.use_box_tower else features
         self.cls_score = nn.Linear(features, self.num_thresholds * (num_classes + 1))
-        self.bbox_pred = nn.Linear(
-            head.out_features if c.use_box_tower else features, (num_classes + 1) * 4
-        )
+        self.bbox_pred = nn.Linear(box_features, (num_classes + 1) * 4)
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
@@ -266,37 +262,38 @@ class MultiPathNet(nn.Module):
             normalized by `delta_mean` and `delta_std`.
         """
         pooled = self.pool_regions(layers, rois)
-
-        def run(tower: Tower) -> Tensor:
-            blocks = [pooled[tower.region.factor, stride] for stride in tower.region.strides]
-            return tower.head(tower.pooling(blocks))
-
-        features = torch.cat([run(tower) for tower in self.towers], dim=1)
-        boxes = run(self.box_tower) if self.box_tower is not None else features
+        features = torch.cat([tower(pooled) for tower in self.towers], dim=1)
+        box_features = features if self.box_tower is None else self.box_tower(pooled)
+        classes = self.num_classes + 1
         return {
-            "class_logits": self.cls_score(features).view(
-                -1, self.num_thresholds, self.num_classes + 1
-            ),
-            "deltas": self.bbox_pred(boxes).view(-1, self.num_classes + 1, 4),
+            "class_logits": self.cls_score(features).view(-1, self.num_thresholds, classes),
+            "deltas": self.bbox_pred(box_features).view(-1, classes, 4),
         }
+
+    def all_towers(self) -> list[Tower]:
+        """The classifier's towers and, if there is one, the box regressor's."""
+        return [module for module in self.modules() if isinstance(module, Tower)]
 
     def pool_regions(
         self, layers: dict[int, Tensor], rois: Tensor
     ) -> dict[tuple[float, int], Tensor]:
         """Blocks (R, C_l, s, s) by region factor and stride, each computed once.
 
-        All regions of a layer are pooled at once, so that its gradient is one map, not a sum of
+        All regions of a layer are pooled in one call, so that its gradient is one map, not a sum of
         maps.
         """
-        towers = [*self.towers, *([self.box_tower] if self.box_tower is not None else [])]
-        looks = {(t.region.factor, stride) for t in towers for stride in t.region.strides}
-        pooled = {}
-        for stride in sorted({stride for _, stride in looks}):
-            factors = sorted(factor for factor, own in looks if own == stride)
+        inputs = {
+            (tower.region.factor, stride)
+            for tower in self.all_towers()
+            for stride in tower.region.strides
+        }
+        pooled: dict[tuple[float, int], Tensor] = {}
+        for stride in sorted({stride for _, stride in inputs}):
+            factors = sorted(factor for factor, s in inputs if s == stride)
             regions = torch.cat([foveal_regions(rois, factor) for factor in factors])
             blocks = self.roi_pool(layers[stride], regions, self.pooled_size, 1 / stride)
-            each = blocks.unflatten(0, (len(factors), len(rois)))
-            pooled |= {(f, stride): block for f, block in zip(factors, each, strict=True)}
+            blocks = blocks.unflatten(0, (len(factors), len(rois)))
+            pooled |= {(f, stride): block for f, block in zip(factors, blocks, strict=True)}
         return pooled
 
     def set_delta_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -305,17 +302,17 @@ class MultiPathNet(nn.Module):
         self.delta_std.copy_(std)
 
     def delta_targets(self, rois: Tensor, boxes: Tensor) -> Tensor:
-        """What the regressor is trained to give for RoIs (R, 4) that belong on boxes (R, 4)."""
+        """The regressor's targets (R, 4) for RoIs (R, 4) whose objects have these boxes (R, 4)."""
         return (encode_boxes(rois, boxes) - self.delta_mean) / self.delta_std
 
     def decode(self, outputs: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities and boxes of RoIs.
 
         Args:
-            outputs: of `classify_rois`. boxes: (R, 4) xyxy, in any frame.
+            outputs: of `classify_rois`. boxes: (R, 4) xyxy, the RoIs in any frame.
 
         Returns:
-            (R, C + 1), the mean of the K classifiers' probabilities, and (R, C, 4), in that frame.
+            (R, C + 1), the mean of the K classifiers' probabilities, and (R, C, 4) in that frame.
         """
         probabilities = outputs["class_logits"].float().softmax(-1).mean(dim=1)
         deltas = outputs["deltas"][:, 1:].float() * self.delta_std + self.delta_mean
@@ -345,8 +342,7 @@ def compress_towers(model: MultiPathNet, rank: int) -> None:
     Raises:
         ValueError: the network has no such layers.
     """
-    towers = [*model.towers, *([model.box_tower] if model.box_tower is not None else [])]
-    heads = [tower.head for tower in towers if hasattr(tower.head, "fc6")]
+    heads = [head for head in model.modules() if isinstance(head, FullyConnectedHead)]
     if not heads:
         raise ValueError("this network has no fully connected layers to compress (head layer4)")
     for head in heads:

@@ -6,8 +6,9 @@ the skip features F^i of the same stride and gives M^{i+1} at twice the resoluti
 
     M^{i+1} = up2(relu(H_i(F^i) + V_i(M^i)))
 
-H_i, the horizontal net, sees the image only. So on a whole image it runs once, densely, for all
-proposals; the vertical path runs for each chosen proposal on its windows of the horizontal maps.
+H_i, the horizontal net, depends on the image only: it runs once on a whole image, for all
+proposals. The vertical net V_i runs for each chosen proposal, on its windows of the horizontal
+maps.
 
 Letters: B patches, N proposals, E embedding width, P patch size in pixels, F = P / 16 cells.
 Module i = 1..4 works at stride 2^(5 - i), on windows of F 2^(i - 1) cells.
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deepmask import DeepMask, convolve_rows
-from models.trunk import STRIDES, TrunkConv2d, symmetric_pad
+from models.trunk import STRIDES
 
 CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
 
@@ -58,12 +59,17 @@ class SharpMaskConfig:
             raise ValueError(f"horizontal_widths must be widths > 0, got {self.horizontal_widths}")
 
 
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution that pads with the mirror of its input."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
+
+
 class RefinementModule(nn.Module):
     """One step up: horizontal and vertical net, merged (ECCV 2016, section 3.2).
 
-    The paper concatenates both sides and convolves ("concat"). Convolution is linear, so the same
-    function is the sum of one convolution on each side ("sum"): half the work for each proposal,
-    since the horizontal side is then wholly independent of it.
+    The paper concatenates both sides and convolves ("concat"). Convolution is linear, so the sum of
+    one convolution on each side ("sum") is the same function. It is half the work for a proposal,
+    since the horizontal side no longer depends on it.
     """
 
     def __init__(
@@ -79,20 +85,20 @@ class RefinementModule(nn.Module):
         Args:
             skip_channels: of F^i.
             width: of the first layer of the horizontal net.
-            ks, km: channels of skip and mask encoding, before and after the merge; only km[1]
-                leaves the module.
+            ks, km: channels of skip features and mask encoding, before and after the merge; the
+                output has km[1].
             merge: "sum" or "concat".
         """
         super().__init__()
         relu = nn.ReLU(inplace=True)  # nothing else reads a convolution's output
-        skip = [TrunkConv2d(skip_channels, width, 3), relu, TrunkConv2d(width, ks[0], 3)]
-        mask = [TrunkConv2d(km[0], km[0], 3)]
+        skip: list[nn.Module] = [conv3x3(skip_channels, width), relu, conv3x3(width, ks[0])]
+        mask: list[nn.Module] = [conv3x3(km[0], km[0])]
         if merge == "sum":
-            skip += [relu, TrunkConv2d(ks[0], km[1], 3)]
-            mask += [relu, TrunkConv2d(km[0], km[1], 3)]
+            skip += [relu, conv3x3(ks[0], km[1])]
+            mask += [relu, conv3x3(km[0], km[1])]
             self.merge = None
         else:
-            self.merge = TrunkConv2d(ks[0] + km[0], km[1], 3)
+            self.merge = conv3x3(ks[0] + km[0], km[1])
         self.horizontal, self.vertical = nn.Sequential(*skip), nn.Sequential(*mask)
 
     def forward(self, skip: Tensor, mask: Tensor, *, double: bool = False) -> Tensor:
@@ -106,7 +112,8 @@ class RefinementModule(nn.Module):
             (N, km[1], s, s): M^{i+1} before it is doubled.
         """
         first, *others = self.vertical
-        mask = convolve_doubled(first, mask) if double else first(mask)
+        assert isinstance(first, nn.Conv2d)
+        mask = convolve_doubled(first, mask) if double else first(mask)  # (N, km[0], s, s)
         for layer in others:
             mask = layer(mask)
         if self.merge is None:
@@ -114,6 +121,19 @@ class RefinementModule(nn.Module):
         else:
             merged = self.merge(F.relu_(torch.cat([skip, mask], dim=1)))
         return F.relu_(merged)
+
+    def start_by_copying(self) -> None:
+        """Makes output channel 0 the mask encoding's channel 0."""
+        *_, last = self.horizontal
+        assert isinstance(last, nn.Conv2d)
+        for layer in self.vertical:
+            if isinstance(layer, nn.Conv2d):
+                _copy_channel(layer, 0)
+        if self.merge is None:
+            nn.init.zeros_(last.weight[0])
+            nn.init.zeros_(last.get_parameter("bias")[:1])
+        else:
+            _copy_channel(self.merge, last.out_channels)
 
 
 class SharpMask(nn.Module):
@@ -145,38 +165,32 @@ class SharpMask(nn.Module):
             )
             for i in range(c.num_modules)
         )
-        self.predict = TrunkConv2d(c.km // shrink[-1], 1, 3)
-        # PyTorch's own start shrinks the signal at every layer; these nets have twelve in a row.
+        self.predict = conv3x3(c.km // shrink[-1], 1)
+        # PyTorch's default shrinks the signal at every layer, and these nets have twelve in a row.
         for layer in self.refinements.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.get_parameter("bias"))
 
     @torch.no_grad()
     def start_from_deepmask(self) -> None:
-        """Sets weights so that the refined mask is at first DeepMask's own.
+        """Sets weights so that the refined mask starts as DeepMask's.
 
-        Channel 0 carries its logits, averaged over the F x F cells, from the encoding to the
-        prediction. Without that, the last encodings (2 channels in the released arrangement) tend
-        to die: the quickest way down from random masks is to switch all ReLUs off.
+        Channel 0 carries DeepMask's logits, averaged over the F x F cells, from the encoding to the
+        prediction. With random weights the last encodings (2 channels in the released arrangement)
+        tend to die: switching all ReLUs off is the fastest way to lower the loss.
         """
         head = self.deepmask.mask_head
         size, cells = self.deepmask.mask_size, self.cells
         weight = head.weight.flatten(1).T.reshape(1, -1, size, size)  # (1, E, M, M)
         self.encode.weight[: cells**2] = F.adaptive_avg_pool2d(weight, cells)[0].flatten(1).T
-        bias = F.adaptive_avg_pool2d(head.bias.view(1, 1, size, size), cells).flatten()
-        self.encode.bias[: cells**2] = bias + CARRIED_RANGE
-        for module in self.refinements:
-            layers = [layer for layer in module.vertical if isinstance(layer, nn.Conv2d)]
-            for layer in layers:
-                _copy_channel(layer, 0)
-            if module.merge is None:
-                nn.init.zeros_(module.horizontal[-1].weight[0])
-                nn.init.zeros_(module.horizontal[-1].bias[:1])
-            else:
-                _copy_channel(module.merge, module.horizontal[-1].out_channels)
+        bias = head.get_parameter("bias").view(1, 1, size, size)
+        self.encode.bias[: cells**2] = F.adaptive_avg_pool2d(bias, cells).flatten() + CARRIED_RANGE
+        for module in self.modules():
+            if isinstance(module, RefinementModule):
+                module.start_by_copying()
         _copy_channel(self.predict, 0)
-        self.predict.bias.fill_(-CARRIED_RANGE)
+        self.predict.get_parameter("bias").fill_(-CARRIED_RANGE)
 
     def train(self, mode: bool = True) -> "SharpMask":
         """Training mode for the refinement; DeepMask stays as it is used, without dropout."""
@@ -192,7 +206,7 @@ class SharpMask(nn.Module):
             head: "mask", "score" or "both".
 
         Returns:
-            "mask_logits" (B, P, P) and "score_logits" (B,), as far as asked for.
+            "mask_logits" (B, P, P), "score_logits" (B,), or both.
         """
         with torch.no_grad():
             features = self.deepmask.trunk(patches)
@@ -207,9 +221,9 @@ class SharpMask(nn.Module):
         return outputs
 
     def crop_windows(self, features: list[Tensor]) -> list[Tensor]:
-        """The patch's own part of each level's features, as the released code crops them.
+        """Crops each level's features to the patch, like the released code.
 
-        (B, C, s + border, s + border) to (B, C, s, s), in the trunk's order.
+        (B, C, s + 2 border, s + 2 border) to (B, C, s, s), in the trunk's order.
         """
         windows = []
         for stride, feature in zip(STRIDES, features, strict=True):
@@ -228,7 +242,7 @@ class SharpMask(nn.Module):
             Maps from stride 16 on, in the order in which `refine` takes them.
         """
         return [
-            module.horizontal(feature)
+            module.get_submodule("horizontal")(feature)
             for module, feature in zip(self.refinements, reversed(features), strict=False)
         ]
 
@@ -254,13 +268,12 @@ class SharpMask(nn.Module):
         return logits[:, 0]
 
 
-def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
-    """What a 3x3 layer gives on `x` doubled by nearest neighbor, without doubling it.
+def convolve_doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 3x3 layer on `x` doubled by nearest neighbor, computed without doubling it.
 
-    Each of the four pixels that come from one sees only 2x2 different ones, so they are four times
-    as many output channels of a 3x3 layer on `x` itself. Where channels are few, these fill the
-    vector registers better, and a quarter of the pixels is padded: it is half to a third of the
-    time.
+    Each of the four pixels made from one pixel sees only 2 x 2 different ones. So the layer equals
+    one of four times as many output channels on `x` itself. With few channels these fill the vector
+    registers better, and a quarter of the pixels is padded: it takes a third to half of the time.
 
     Args:
         x: (N, C, h, w), channels last.
@@ -272,8 +285,9 @@ def convolve_doubled(layer: TrunkConv2d, x: Tensor) -> Tensor:
         [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
     )  # for an even and an odd pixel: which of three neighbors its three taps fall on
     weight = torch.einsum("oiuv,aru,bsv->aboirs", layer.weight, taps, taps).flatten(0, 2)
-    four = F.conv2d(symmetric_pad(x, 1), weight, layer.bias.repeat(4))  # (N, 4 C_out, h, w)
-    # The two pixels of a row lie together already and are moved as one: a third of the time of
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    four = F.conv2d(padded, weight, layer.get_parameter("bias").repeat(4))  # (N, 4 C_out, h, w)
+    # The two pixels of a row are adjacent and are moved as one: this takes a third of the time of
     # `pixel_shuffle`.
     count, _, height, width = four.shape
     rows = four.permute(0, 2, 3, 1).reshape(count, height, width, 2, -1).transpose(2, 3)
@@ -284,13 +298,13 @@ def _copy_channel(layer: nn.Conv2d, source: int) -> None:
     """Makes output channel 0 a copy of one input channel."""
     layer.weight[0] = 0
     layer.weight[0, source, 1, 1] = 1
-    layer.bias[0] = 0
+    layer.get_parameter("bias")[0] = 0
 
 
 class DenseNetwork(nn.Module):
-    """Trunk, embeddings and scores of all cells, and the horizontal nets if there are any.
+    """Embeddings and scores of all cells of an image, and the horizontal maps of a SharpMask.
 
-    No mask is decoded here (ECCV 2016, section 3.4: top-down only for chosen cells).
+    Masks are decoded later, for chosen cells only (ECCV 2016, section 3.4).
     """
 
     def __init__(self, deepmask: DeepMask, refinement: SharpMask | None):
@@ -303,12 +317,12 @@ class DenseNetwork(nn.Module):
             pixels: (1, 3, H, W), normalized.
 
         Returns:
-            Embeddings (1, E, h, w), score logits (1, h, w), and of each refinement module its
+            Embeddings (1, E, h, w), score logits (1, h, w), and for each refinement module the
             horizontal map (1, c, h', w').
         """
         features = self.deepmask.trunk(pixels)
         embeddings = self.deepmask.embed(features[-1])
-        # In full precision under autocast, too: eight bits would rank many cells as equals.
+        # In full precision under autocast, too: bfloat16 would rank many cells as equals.
         with torch.autocast(pixels.device.type, enabled=False):
             scores = self.deepmask.score(embeddings.float())
         horizontal = self.refinement.horizontal_maps(features) if self.refinement else []

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.files import atomic_path
-from models.trunk import describe_mismatch, upgrade_trunk_weights
+from models.backbone import describe_mismatch
+from models.trunk import upgrade_trunk_weights
 
 LAST, BEST = "last.pt", "best.pt"  # in a run directory's checkpoints/
 KEYS = ("stage", "config", "model")  # what inference and the next stage need; training adds more

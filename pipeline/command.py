@@ -1,4 +1,4 @@
-"""What the command-line tools share: one-line errors and the choice of a device."""
+"""What the command-line tools share: options, and errors in one line."""
 
 import argparse
 import os
@@ -31,6 +31,26 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename2 or error.filename}: {error.strerror}"  # the second: of a renaming
     return str(error)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help shows the description, a tool's docstring, line by line."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds --config and --set, the arguments of `pipeline.recipe.load_config`."""
+    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=VALUE",
+        help="change values of the recipe, for example deepmask.optim.lr=1e-4",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

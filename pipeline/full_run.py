@@ -16,10 +16,9 @@ from datasets.files import write_json
 from pipeline import distributed
 from pipeline.config import Config
 from pipeline.data import prepare_data, split_files
-from pipeline.evaluation.detection_scores import score_detections
+from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
-from pipeline.evaluation.recall import load_ground_truth
-from pipeline.evaluation.scores import score_patches, score_proposals
+from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, load_detector
 from pipeline.inference.detections import Detections

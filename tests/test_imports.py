@@ -1,9 +1,11 @@
-"""Imports point one way (tools, pipeline, models and datasets); every tool starts from anywhere."""
+"""Imports point one way, files are short, and every tool starts from anywhere."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,28 +18,83 @@ ALLOWED = {
     "pipeline": {"pipeline", "models", "datasets"},
     "tools": {"tools", "pipeline", "models", "datasets"},
 }
+# The rooms of pipeline/: its files and folders. Each may import itself and those named here.
+SHARED = {"config", "recipe", "networks", "checkpoint", "data", "distributed", "command"}
+ROOMS = {
+    "shared": set(),
+    "inference": {"shared"},
+    "torch7": {"shared", "inference"},
+    "evaluation": {"shared", "inference"},
+    "training": {"shared", "inference", "evaluation"},
+    "report": {"shared", "inference", "evaluation", "training"},
+    "full_run": {"shared", "inference", "evaluation", "training", "report"},
+}
 PACKAGES = {*ALLOWED, "tests"}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+MAX_LINES = 400
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The top-level packages that a statement imports; "." for a relative import."""
+    """The modules that a statement imports, with the names from them; "." for a relative import."""
     if isinstance(node, ast.Import):
-        return [alias.name.split(".")[0] for alias in node.names]
+        return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
-        return ["."] if node.level else [node.module.split(".")[0]]
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return ["."] if node.level else names
     return []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def packages(nodes: Iterable[ast.AST]) -> set[str]:
+    """The top-level packages that statements import; "" for a relative import."""
+    return {name.split(".")[0] for node in nodes for name in imported(node)}
+
+
+def room_of(module: str) -> str:
+    """The room of a module or of a name in it: `pipeline.data.load_split` is in "shared"."""
+    part = module.split(".")[1]
+    return "shared" if part in SHARED else part
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_one_way_and_stand_at_the_top(path):
     tree = ast.parse(path.read_text())
-    everywhere = {(name, node) for node in ast.walk(tree) for name in imported(node)}
-    at_the_top = {(name, node) for node in tree.body for name in imported(node)}
-    ours = {(name, node) for name, node in everywhere if name in PACKAGES or name == "."}
-    assert {name for name, _ in ours} <= ALLOWED[path.relative_to(ROOT).parts[0]]
-    assert ours <= at_the_top, "an import of ours within a function or a condition"
+    ours = {*PACKAGES, ""}
+    package = path.relative_to(ROOT).parts[0]
+    assert packages(ast.walk(tree)) & ours <= ALLOWED[package]
+    below_the_top = [inner for node in tree.body for inner in ast.walk(node) if inner is not node]
+    assert not packages(below_the_top) & ours, "an import of ours within a function or a condition"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").rglob("*.py")), ids=name_of)
+def test_the_rooms_of_the_pipeline_import_in_one_direction(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    names = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node)]
+    rooms = {room_of(name) for name in names if name.startswith("pipeline.")}
+    if parts == ("pipeline", "__init__"):
+        assert not rooms
+    else:
+        room = room_of(".".join(parts))
+        assert rooms <= {room, *ROOMS[room]}
+
+
+def test_the_shared_files_of_the_pipeline_import_each_other_without_a_circle():
+    graph = {}
+    for name in SHARED:
+        nodes = ast.walk(ast.parse((ROOT / "pipeline" / f"{name}.py").read_text()))
+        names = [module for node in nodes for module in imported(node)]
+        graph[name] = {module.split(".")[1] for module in names if module.startswith("pipeline.")}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_no_file_is_long():
+    files = [ROOT / "hubconf.py", *FILES, *sorted((ROOT / "tests").rglob("*.py"))]
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_the_files_were_found():
@@ -69,6 +126,5 @@ def test_no_tool_shadows_a_module():
     """tools/ is on sys.path when a tool runs: `import x` finds tools/x.py before any other x."""
     wanted = set(sys.stdlib_module_names) | PACKAGES
     for path in FILES:
-        nodes = ast.walk(ast.parse(path.read_text()))
-        wanted |= {name for node in nodes for name in imported(node)}
+        wanted |= packages(ast.walk(ast.parse(path.read_text())))
     assert {tool.stem for tool in TOOLS}.isdisjoint(wanted)

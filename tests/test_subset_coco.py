@@ -21,18 +21,10 @@ def large(shapes_directory, tmp_path) -> tuple[Path, Path]:
     content["licenses"] = [{"id": 4, "name": "as is"}]
     content["categories"].append({"id": 90, "name": "never seen"})
     crowd = {"size": [10, 10], "counts": [0, 100]}  # of another size than the image: unusable
+    unusable = {"iscrowd": 1, "segmentation": crowd, "area": 100, "bbox": [0, 0, 10, 10]}
     for image in content["images"]:
-        content["annotations"].append(
-            {
-                "id": 1000 + image["id"],
-                "image_id": image["id"],
-                "category_id": 1,
-                "iscrowd": 1,
-                "segmentation": crowd,
-                "area": 100,
-                "bbox": [0, 0, 10, 10],
-            }
-        )
+        ids = {"id": 1000 + image["id"], "image_id": image["id"], "category_id": 1}
+        content["annotations"].append(ids | unusable)
     annotations = tmp_path / "large.json"
     annotations.write_text(json.dumps(content))
     images = tmp_path / "large"
@@ -87,8 +79,8 @@ def test_missing_and_broken_images_are_named_and_replaced(large, tmp_path):
 def test_subfolders_in_file_names_are_kept(large, tmp_path):
     annotations, images = large
     content = read(annotations)
-    for number, image in enumerate(content["images"]):
-        folder = f"part{number % 2}/deep"
+    for i, image in enumerate(content["images"]):
+        folder = f"part{i % 2}/deep"
         (images / folder).mkdir(parents=True, exist_ok=True)
         (images / image["file_name"]).rename(images / folder / image["file_name"])
         image["file_name"] = f"{folder}/{image['file_name']}"
@@ -139,18 +131,15 @@ def coco_of(shown: list[set[int]], categories: int) -> CocoInstances:
     return coco
 
 
-shown_categories = st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=30)
-
-
 @settings(deadline=None)
 @given(
-    shown=shown_categories,
-    share=st.floats(0, 1),
+    shown=st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=30),
+    fraction=st.floats(0, 1),
     refused=st.sets(st.integers(0, 29)),
     seed=st.integers(0, 99),
 )
-def test_as_many_images_as_can_be_had_and_none_twice(shown, share, refused, seed):
-    wanted = max(1, round(share * len(shown)))
+def test_as_many_images_as_can_be_had_and_none_twice(shown, fraction, refused, seed):
+    wanted = max(1, round(fraction * len(shown)))
     asked = []
 
     def accept(row: int) -> bool:
@@ -167,7 +156,7 @@ def test_as_many_images_as_can_be_had_and_none_twice(shown, share, refused, seed
 @given(seed=st.integers(0, 1000))
 def test_rare_categories_are_covered(seed):
     """Nine of ten categories are in two of 500 images each; in 24 images chance finds one."""
-    shown = [{1 + number // 2} if number < 18 else {0} for number in range(500)]
+    shown = [{1 + i // 2} if i < 18 else {0} for i in range(500)]
     rows = choose_images(coco_of(shown, 10), 24, seed=seed, accept=lambda row: True)
     found = Counter(category for row in rows for category in shown[row])
     assert set(found) == set(range(10))

@@ -8,34 +8,30 @@ r"""Converts the released Lua models and proposals (Torch7 files, .t7) for use h
 
 DeepMask, SharpMask and the detectors (integral loss, Fast R-CNN) become checkpoints, each with a
 recipe beside it, FILE.pt.yaml, to fine-tune it by; an ImageNet network (ResNet, VGG, CaffeNet)
-becomes weights for trunk.weights; proposals become a proposal store, --output its folder. Which of
-them a file is, is in the file.
+becomes weights for trunk.weights; proposals become a proposal store, --output its folder. The
+content of a file says which of them it is.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import run_tool
+from pipeline.command import make_parser, run_tool
 from pipeline.torch7.convert import convert_file
+from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import read_torch7
-from pipeline.torch7.tree import describe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Converts a file, or describes it."""
+    parser = make_parser(__doc__)
     parser.add_argument("file", metavar="FILE.t7", type=Path)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--output", metavar="FILE.pt", type=Path, help="what to write")
-    action.add_argument("--describe", action="store_true", help="print the tree of its modules")
+    action.add_argument("--describe", action="store_true", help="print the modules in the file")
     parser.add_argument(
-        "--annotations",
-        metavar="COCO.json",
-        help="for proposals: sizes and ids of the images",
+        "--annotations", metavar="COCO.json", help="for proposals: sizes and ids of the images"
     )
     parser.add_argument(
         "--images", metavar="DIR", help="for proposals, without --annotations: the images"

@@ -10,14 +10,13 @@ r"""Detects objects: boxes and masks with categories, as COCO results.
 The first form takes a proposal store of tools/propose.py, the second makes one below --output.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, run_tool
+from pipeline.command import add_device, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.folders import detect_images, image_folder, propose_images
 from pipeline.inference.memory import keep_freed_blocks
@@ -26,13 +25,12 @@ from pipeline.inference.propose import load_proposer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Detects; the exit status is 2 if no image could be read."""
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a trained MultiPathNet")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--proposals", type=Path, help="proposal store of tools/propose.py")
-    source.add_argument("--proposal-checkpoint", help="DeepMask or SharpMask: proposes first")
+    source.add_argument("--proposal-checkpoint", help="a DeepMask or SharpMask to propose with")
     source.add_argument(
         "--compress-fc",
         type=int,
@@ -45,25 +43,37 @@ def main() -> int:
         help="folder of the images (default: the one that the proposals were made for)",
     )
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder; a file with --compress-fc"
+    )
     parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
     parser.add_argument(
         "--box-voting-iou",
         "--vote",
         type=float,
         metavar="IOU",
-        help="box voting above this overlap",
+        help="boxes of a class with this IoU are averaged (default: the config's, no voting)",
     )
     parser.add_argument(
         "--box-refinement-iters",
         "--localisations",
         type=int,
         metavar="N",
-        help="feed detections back as RoIs so many times",
+        help="times that detections are fed back as RoIs (default: the config's, 0)",
     )
-    parser.add_argument("--flip", action="store_true", default=None, help="and the mirrored image")
-    parser.add_argument("--short-sides", type=int, nargs="+", metavar="PX", help="image scales")
-    parser.add_argument("--draw", type=int, default=0, metavar="K", help="draw the best K")
+    parser.add_argument(
+        "--flip", action="store_true", default=None, help="average with the mirrored image"
+    )
+    parser.add_argument(
+        "--short-sides",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="of the image (default: as trained)",
+    )
+    parser.add_argument(
+        "--draw", type=int, default=0, metavar="K", help="draw the best K of an image"
+    )
     add_device(parser)
     args = parser.parse_args()
 
@@ -81,14 +91,14 @@ def main() -> int:
         detector, settings = load_detector(args.checkpoint, device, overrides=overrides)
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposal_checkpoint:
-            proposer, own = load_proposer(
+            proposer, proposer_settings = load_proposer(
                 args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
             )
             propose_images(
                 proposer,
                 args.images,
                 store.directory,
-                settings=own,
+                settings=proposer_settings,
                 annotations=args.annotations,
             )
         folder = image_folder(store, args.images if args.proposals else None)

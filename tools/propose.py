@@ -8,14 +8,13 @@ Writes a proposal store (Parquet shards), proposals.json (COCO results) and, wit
 Started again after an interruption it does only what is left.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, run_tool
+from pipeline.command import add_device, make_parser, run_tool
 from pipeline.inference.folders import propose_images
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
@@ -23,16 +22,15 @@ from pipeline.inference.propose import load_proposer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Proposes masks; the exit status is 2 if no image could be read."""
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a trained DeepMask or SharpMask")
     parser.add_argument("--images", required=True, metavar="DIR_OR_FILE_OR_GLOB")
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path, help="folder of the proposal store")
     parser.add_argument(
         "--annotations",
         metavar="COCO.json",
-        help="take image ids from here, and only images listed here",
+        help="take image ids from here, and only images that are listed here",
     )
     parser.add_argument(
         "--num-proposals",
@@ -44,20 +42,20 @@ def main() -> int:
         type=float,
         nargs=3,
         metavar=("MIN", "MAX", "STEP"),
-        help="log2 of the scales (default: the checkpoint's config, -2.5 .5 .5 as published)",
+        help="log2 of the image scales (default: the checkpoint's config, -2.5 .5 .5 as published)",
     )
     parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
     parser.add_argument(
         "--no-refine",
         dest="refine",
         action="store_false",
-        help="coarse masks of the DeepMask that a SharpMask is built on",
+        help="of a SharpMask: take the coarse masks of the DeepMask in it",
     )
     parser.add_argument(
         "--nms",
         type=float,
         metavar="IOU",
-        help="drop proposals whose mask has this IoU with a better one's (default: keep all)",
+        help="drop proposals whose mask has this IoU with that of a better one (default: keep all)",
     )
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"

@@ -6,26 +6,21 @@
 Started again after an interruption it continues where it stopped.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, run_tool
+from pipeline.command import add_config, add_device, make_parser, run_tool
 from pipeline.full_run import run_pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="a recipe, see configs/")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument(
-        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides"
-    )
+    """Runs the pipeline."""
+    parser = make_parser(__doc__)
+    add_config(parser)
+    parser.add_argument("--output", required=True, type=Path, help="folder of the results")
     add_device(parser)
     args = parser.parse_args()
     with distributed.process_group(args.device) as device:

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 r"""Scores results against COCO annotations.
 
-python tools/score_coco.py proposals --annotations instances_val.json \
+    python tools/score_coco.py proposals --annotations instances_val.json \
         --results runs/photos --output runs/photos/scores
-python tools/score_coco.py detections --annotations instances_val.json \
+    python tools/score_coco.py detections --annotations instances_val.json \
         --results runs/photos/detections.json --output runs/photos/scores
-python tools/score_coco.py patches --annotations instances_val.json \
+    python tools/score_coco.py patches --annotations instances_val.json \
         --images val --checkpoint best.pt --output runs/patches
+
+Each writes metrics.json and tables into --output.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,18 +18,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import add_device, run_tool
-from pipeline.evaluation.detection_scores import score_detections
-from pipeline.evaluation.scores import score_patches, score_proposals
+from pipeline.command import add_device, make_parser, run_tool
+from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    """Scores the results."""
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    proposals = kinds.add_parser(
+    proposals = commands.add_parser(
         "proposals", help="average recall (AR) of class-agnostic proposals, by box and by mask"
     )
     proposals.add_argument(
@@ -38,21 +37,21 @@ def main() -> None:
         "--no-perfect-ranking",
         dest="perfect_ranking",
         action="store_false",
-        help="do not score the same masks in the best possible order as well",
+        help="skip the second score, of the same masks in the best possible order",
     )
 
-    detections = kinds.add_parser(
+    detections = commands.add_parser(
         "detections",
         help="average precision (AP) by category, by box and, if given, by mask",
-        description="COCO's AP and AR (metrics.json), by category (categories.json and .csv), all "
-        "as tables (scores.txt). PASCAL VOC's AP50 of boxes, by the whole area under the curve, is "
-        "always among them: box_VOC_AP50 of each category, their mean voc_ap50 in curves.json; "
-        'objects that the json marks "ignore": 1 are VOC\'s difficult ones, neither missed nor '
-        "false there. COCO's AP counts them like any other.",
+        description="Writes COCO's AP and AR (metrics.json), the same by category "
+        "(categories.json and .csv) and tables of both (scores.txt), with PASCAL VOC's AP50 of "
+        "boxes by the whole area under the curve: box_VOC_AP50 by category, their mean voc_ap50 in "
+        'curves.json. Objects that the json marks "ignore": 1 are VOC\'s difficult ones, which '
+        "count neither as missed nor as false in VOC's AP50; COCO's AP counts them like any other.",
     )
     detections.add_argument("--results", required=True, help="COCO results json")
 
-    patches = kinds.add_parser("patches", help="mask IoU and score accuracy on single patches")
+    patches = commands.add_parser("patches", help="mask IoU and score accuracy on single patches")
     patches.add_argument("--images", required=True, help="the folder of the annotated images")
     patches.add_argument("--checkpoint", required=True)
     patches.add_argument(
@@ -64,18 +63,18 @@ def main() -> None:
     patches.add_argument("--workers", type=int, default=2)
     add_device(patches)
 
-    for kind in (proposals, detections, patches):
-        kind.add_argument("--annotations", required=True, help="COCO instances json")
-        kind.add_argument(
+    for command in (proposals, detections, patches):
+        command.add_argument("--annotations", required=True, help="COCO instances json")
+        command.add_argument(
             "--output", required=True, type=Path, help="folder for metrics.json and the tables"
         )
     args = parser.parse_args()
 
-    if args.kind == "proposals":
+    if args.command == "proposals":
         score_proposals(
             args.annotations, args.results, args.output, perfect_ranking=args.perfect_ranking
         )
-    elif args.kind == "detections":
+    elif args.command == "detections":
         score_detections(args.annotations, args.results, args.output)
     else:
         score_patches(

@@ -1,20 +1,19 @@
 #!/usr/bin/env python
-"""Draws a contact sheet of training patches: see in five seconds whether the data is right.
+"""Draws a contact sheet of training patches, to see at a glance whether the data is right.
 
     python tools/show_patches.py --config configs/coco_mini.yaml --output sheet.png
 
 Mask patches come first, with their target's outline; then score patches, framed green (positive)
-or red (negative). The number is the scale: the factor by which the image was resized. The thin
-square is the patch that the mask covers.
+or red (negative). The number is the scale by which the image was resized. The thin square is the
+patch, without the context around it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import run_tool
+from pipeline.command import add_config, make_parser, run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
 from pipeline.inference.visualize import save_picture
@@ -22,28 +21,25 @@ from pipeline.recipe import load_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    """Draws the sheet."""
+    parser = make_parser(__doc__)
+    add_config(parser)
     parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
-    parser.add_argument(
-        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides"
-    )
     parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--count", type=int, default=24, help="patches of each kind")
-    parser.add_argument("--seed", type=int, help="other patches (default: the config's seed)")
+    parser.add_argument(
+        "--count", type=int, default=24, help="mask patches, and as many score patches"
+    )
+    parser.add_argument("--seed", type=int, help="other patches (default: the recipe's seed)")
     args = parser.parse_args()
 
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = load_config(args.config, args.set + seed)
     prepare_data(config)
-    c = config.deepmask
     data = patch_dataset(
-        c,
+        config.deepmask,
         *load_split(config, args.split),
-        sampling=c.sampling,
-        target_size=c.target_size,
+        sampling=config.deepmask.sampling,
+        target_size=config.deepmask.target_size,
         seed=config.seed,
     )
     save_picture(patch_sheet(data, count=args.count), args.output)

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Cuts a small COCO-format dataset out of a full download: some images, and what is on them.
+r"""Cuts a small COCO-format dataset out of a full download: some images and their annotations.
 
-    python tools/subset_coco.py --annotations annotations/instances_train2017.json \\
+    python tools/subset_coco.py --annotations annotations/instances_train2017.json \
         --images train2017 --num-images 340 --output data/my-mini
-    python tools/subset_coco.py --annotations annotations/instances_val2017.json \\
+    python tools/subset_coco.py --annotations annotations/instances_val2017.json \
         --images val2017 --num-images 80 --split val --output data/my-mini
 
-Half of the images are drawn from all; the others, so that rare categories are there as well.
+Half of the images are drawn from all, the others so that rare categories are there as well.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,18 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.coco import CocoInstances
 from datasets.subset import cut_subset
-from pipeline.command import run_tool
+from pipeline.command import make_parser, run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Cuts the dataset and sums it up."""
+    parser = make_parser(__doc__)
     parser.add_argument("--annotations", required=True, help="COCO instances json")
     parser.add_argument("--images", required=True, help="the folder of its images")
     parser.add_argument("--output", required=True, type=Path, help="gets annotations/ and images/")
     parser.add_argument("--num-images", required=True, type=int)
-    parser.add_argument("--split", default="train", help="names the new json and folder of images")
+    parser.add_argument("--split", default="train", help="name in the new json and image folder")
     parser.add_argument("--seed", type=int, default=0, help="other images")
     args = parser.parse_args()
 

@@ -1,22 +1,24 @@
 #!/usr/bin/env python
 r"""Trains one stage of the pipeline.
 
-python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
+    python tools/train_stage.py --stage deepmask --config configs/coco.yaml \
         --output runs/coco/deepmask
-python tools/train_stage.py --stage sharpmask --config configs/coco.yaml \
+    python tools/train_stage.py --stage sharpmask --config configs/coco.yaml \
         --output runs/coco/sharpmask
-torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
+    torchrun --nproc-per-node 8 tools/train_stage.py --stage deepmask \
         --config configs/coco.yaml --output runs/coco/deepmask
+
+A stage looks for the runs of the stages before it beside --output; with --resume it continues an
+interrupted run.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, run_tool
+from pipeline.command import add_config, add_device, make_parser, run_tool
 from pipeline.config import STAGES
 from pipeline.recipe import load_config
 from pipeline.training.engine import fit
@@ -24,20 +26,11 @@ from pipeline.training.prepare import build_stage, prepare_stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Trains a stage."""
+    parser = make_parser(__doc__)
     parser.add_argument("--stage", required=True, choices=STAGES)
-    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    add_config(parser)
     parser.add_argument("--output", required=True, type=Path, help="run directory")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="KEY=VALUE",
-        help="overrides, for example deepmask.optim.lr=1e-4",
-    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     add_device(parser)
     args = parser.parse_args()

@@ -25,20 +25,20 @@ def evaluate_patches(
 ) -> dict[str, float]:
     """Patch metrics over the first minibatches of a dataset.
 
-    The processes share the minibatches and all get the result.
+    The processes share the minibatches; each gets the result of all.
 
     Args:
-        model: a DeepMask or SharpMask.
+        model: a DeepMask or SharpMask on `device`.
         data: the patches.
-        device: where the model is.
-        heads: of each minibatch, "mask" or "score".
-        batch_size: patches of a minibatch.
+        device: where to run it.
+        heads: "mask" or "score" for each minibatch.
+        batch_size: patches per minibatch.
         workers: data-loading processes.
     """
     model.eval()
     groups = max(1, batch_size // data.patches_per_image)
-    mine = range(distributed.rank(), len(heads), distributed.world_size())
-    indices = [[(heads[b], 0, group) for group in rank_samples(b, groups)] for b in mine]
+    batches = range(distributed.rank(), len(heads), distributed.world_size())
+    indices = [[(heads[b], 0, group) for group in rank_samples(b, groups)] for b in batches]
     ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for batch in device_batches(data, indices, device, workers=workers):
         if "targets" in batch:
@@ -52,7 +52,7 @@ def evaluate_patches(
 
 
 def validation_heads(batches: int, mask_batch_prob: float = 0.5) -> list[str]:
-    """What validation minibatches are of: mask and score in turn; all mask if no score trains."""
+    """Heads of the validation minibatches: in turn, or all "mask" if no scores are trained."""
     return [MASK if mask_batch_prob == 1 or b % 2 == 0 else SCORE for b in range(batches)]
 
 
@@ -74,20 +74,20 @@ def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_hits(score_logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the sign of each score is right: (B,) bool."""
+    """Whether each score has the sign of its label, (B,) bool."""
     return (score_logits > 0) == (labels > 0)
 
 
 def patch_metrics(ious: Tensor, hits: Tensor) -> dict[str, float]:
-    """The table's row; a metric without a patch to measure it on is left out."""
-    row = {}
+    """Metrics by name; those without any patch are left out."""
+    metrics = {}
     if len(ious):
-        row = {
+        metrics = {
             "mean_iou": ious.mean(),
             "median_iou": ious.median(),
             "iou_above_0.5": (ious > 0.5).float().mean(),
             "iou_above_0.7": (ious > 0.7).float().mean(),
         }
     if len(hits):
-        row["score_accuracy"] = hits.float().mean()
-    return {name: float(value) for name, value in row.items()}
+        metrics["score_accuracy"] = hits.float().mean()
+    return {name: float(value) for name, value in metrics.items()}

@@ -21,10 +21,19 @@ def evaluate_rois(
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """RoI metrics over the first minibatches of a dataset, which the processes share.
+    """RoI metrics over the first minibatches of a dataset.
 
-    "roi_accuracy" is the mean of the accuracies on foreground (IoU >= the lowest threshold) and
-    background: guessing background for all RoIs gives 0.5.
+    The processes share the minibatches; each gets the result of all. "roi_accuracy" is the mean of
+    the accuracies on foreground (IoU >= the lowest threshold) and background: guessing background
+    for all RoIs gives 0.5.
+
+    Args:
+        model: on `device`.
+        data: the RoIs.
+        device: where to run it.
+        batches: number of minibatches.
+        batch_size: images per minibatch.
+        workers: data-loading processes.
     """
     model.eval()
     sampler, sampling = data.sampler, data.sampler.config
@@ -35,9 +44,9 @@ def evaluate_rois(
         num_thresholds=len(sampler.iou_thresholds) if sampling.draw_threshold else None,
         seed=ROI_VALIDATION_SEED,
     )
+    indices_of_rank = list(indices)[distributed.rank() :: distributed.world_size()]
     hits = [torch.empty(0, 2, dtype=torch.bool)]
-    mine = list(indices)[distributed.rank() :: distributed.world_size()]
-    for batch in device_batches(data, mine, device, workers=workers):
+    for batch in device_batches(data, indices_of_rank, device, workers=workers):
         logits = model(batch["images"], batch["rois"])["class_logits"]
         predicted = logits.softmax(-1).mean(1).argmax(-1)
         labels = batch["labels"].amax(0)
@@ -47,15 +56,11 @@ def evaluate_rois(
 
 
 def roi_metrics(hits: Tensor) -> dict[str, float]:
-    """From (n, 2) bool: right, foreground. What cannot be measured is left out."""
-    right, foreground = hits.unbind(1)
+    """From (N, 2) bool: is correct, is foreground. Accuracies without any RoI are left out."""
+    is_correct, is_foreground = hits.unbind(1)
+    groups = {"foreground_accuracy": is_foreground, "background_accuracy": ~is_foreground}
     accuracies = {
-        name: float(right[rows].float().mean())
-        for name, rows in (
-            ("foreground_accuracy", foreground),
-            ("background_accuracy", ~foreground),
-        )
-        if rows.any()
+        name: float(is_correct[rows].float().mean()) for name, rows in groups.items() if rows.any()
     }
     if not accuracies:
         return {}

@@ -1,72 +1,86 @@
-"""The pictures of the report: the images that came out best and worst.
+"""The pictures of the report: which images are shown, and with which proposals or detections.
 
-Letters: D proposals and G annotated objects (crowds are none) of one image.
+Letters: D proposals or detections and G annotated objects (crowds are none) of one image.
 """
 
-import base64
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import cv2
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
+from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
+from pipeline.inference.coco_json import read_detections
+from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
-from pipeline.inference.visualize import Label, color, draw_mask, put_labels
+from pipeline.inference.visualize import color
+from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
 
 TOP = 100  # proposals of an image that are looked at
 SHOWN = 5  # of them, in the picture of the proposals with the highest scores
+MIN_SCORE = 0.3  # of the detections that are looked at
 FOUND_IOU = 0.5
-NUM_EXAMPLES = 6  # the best, and as many of the worst
-PICTURE_SIDE = 480  # px, the longer one at most
-JPEG_QUALITY = 85
+NUM_EXAMPLES = 6  # of the best images, of the worst, and of those with detections
+MAX_SCALE = 2  # small images with detections are enlarged, so that names do not cover them
 SCORE_COLOR = 32  # of the palette, the first for the highest scores: apart from the objects'
 FULL, FAINT = 0.35, 0.15  # tints
+Found = TypeVar("Found", Proposals, Detections)
+
+
+@dataclass(frozen=True)
+class Scene(Generic[Found]):
+    """An image that has objects, and what was found in it.
+
+    Attributes:
+        objects: G annotations, the largest object first.
+        overlaps: IoU of proposals or detections and objects, (D, G).
+    """
+
+    found: Found
+    objects: list[int]
+    overlaps: np.ndarray
+
+    @property
+    def ious(self) -> np.ndarray:
+        """(G,) IoU of each object with the best of what was found; 0 where there is none."""
+        return self.overlaps.max(axis=0, initial=0)
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its objects and proposals drawn.
+    """An image, or one object of it, as the page shows it.
 
     Attributes:
-        ious: (G,) IoU of each object with the best of the first `TOP` proposals.
-        pictures: data URIs of the objects, the best proposal for each, the highest scores.
-        error: why there are no pictures.
+        ious: of the image's objects; or of one object with each of the masks that are compared.
+        pictures: data URIs. error: why there are none.
     """
 
     file_name: str
     ious: np.ndarray
     pictures: tuple[str, ...] = ()
     error: str = ""
-
-    @property
-    def quality(self) -> float:
-        """The mean IoU of the objects: what images are ordered by."""
-        return float(self.ious.mean())
-
-    @property
-    def num_found(self) -> int:
-        """Objects with a proposal of IoU 0.5 or more."""
-        return int((self.ious >= FOUND_IOU).sum())
+    num_detections: int | None = None
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The best images, best first, and the worst, worst first, of `num_images` with objects."""
+class Gallery:
+    """Examples by heading, and how many images, objects, ... they stand for."""
 
-    best: list[Example]
-    worst: list[Example]
-    num_images: int
+    examples: dict[str, list[Example]]
+    totals: dict[str, int]
 
 
-def read_examples(directory: Path, *, coco: CocoInstances, images: Path) -> Examples:
-    """Draw the images of a proposal store that came out best and worst.
+# Which images are shown.
 
-    Goes through the store twice, so that only a number for each image is kept.
+
+def read_proposals(directory: Path, *, coco: CocoInstances) -> list[Scene[Proposals]]:
+    """The images with objects of a proposal store, with the first `TOP` proposals of each.
 
     Raises:
         FileNotFoundError: there is no store. ValueError: a shard of it is broken.
@@ -74,150 +88,183 @@ def read_examples(directory: Path, *, coco: CocoInstances, images: Path) -> Exam
     store = ProposalStore(directory)
     if not store.shards():
         raise FileNotFoundError(directory)
-    qualities = {
-        image: float(best_matches(proposals, coco, objects)[0].mean())
-        for image, proposals, objects in images_with_objects(store, coco)
+    found = [first(proposals, TOP) for proposals in store]
+    proposed, none = {proposals.image_id for proposals in found}, np.empty(0, np.float32)
+    for name, image in store.images().items():
+        if image["id"] not in proposed:
+            size = image["height"], image["width"]
+            found.append(Proposals(image["id"], name, *size, none, none.reshape(0, 4), []))
+    return scenes_of(found, coco)
+
+
+def proposal_gallery(scenes: list[Scene[Proposals]], coco: CocoInstances, images: Path) -> Gallery:
+    """The images that came out best and worst by the mean IoU of their objects."""
+    best, worst = choose_examples(sorted(scenes, key=lambda scene: -scene.ious.mean()))
+    examples = {
+        heading: [draw_proposals(scene, coco, images) for scene in chosen]
+        for heading, chosen in (("The best images", best), ("The worst images", worst))
+        if chosen
     }
-    best, worst = choose_examples(qualities)
-    drawn = {
-        image: draw_example(images / coco.file_name(image), proposals, coco, objects)
-        for image, proposals, objects in images_with_objects(store, coco)
-        if image in {*best, *worst}
-    }
-    return Examples([drawn[i] for i in best], [drawn[i] for i in worst], len(qualities))
+    return Gallery(examples, {"images": len(scenes)})
 
 
-def images_with_objects(
-    store: ProposalStore, coco: CocoInstances
-) -> Iterator[tuple[int, Proposals, list[int]]]:
-    """The index, the proposals and the objects, largest first, of each image that has objects.
+def detection_gallery(path: Path, *, coco: CocoInstances, images: Path) -> Gallery:
+    """Images that stand for all that have objects, from the best to the worst.
 
-    An image for which the network proposed nothing comes too.
+    Images are ordered by the mean over their objects of the IoU with the best detection of the
+    object's category, and cut into equal parts; the middle one of each is drawn.
+
+    Raises:
+        FileNotFoundError, ValueError: no detections of these images.
     """
+    columns = zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True)
+    records = [
+        {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}
+        for i, (image_id, (height, width)) in enumerate(columns)
+    ]
+    found = read_detections(path, records)
+    confident = [first(f, int((f.scores >= MIN_SCORE).sum())) for f in found]
+    scenes = sorted(scenes_of(confident, coco), key=lambda scene: -scene.ious.mean())
+    examples = [draw_detections(scene, coco, images) for scene in spread(scenes, NUM_EXAMPLES)]
+    totals = {
+        "images": len(scenes),
+        "detections": sum(map(len, found)),
+        "confident": sum(map(len, confident)),
+    }
+    return Gallery({"": examples}, totals)
+
+
+def first(found: Found, count: int) -> Found:
+    """The `count` proposals or detections with the highest scores, as copies."""
+    best: dict[str, Any] = {
+        name: column[:count].copy()
+        for name, column in vars(found).items()
+        if isinstance(column, np.ndarray | list)
+    }
+    return replace(found, **best)
+
+
+def scenes_of(found: Iterable[Found], coco: CocoInstances) -> list[Scene[Found]]:
+    """Those of the images that have objects."""
     index = {image_id: i for i, image_id in enumerate(coco.image_ids.tolist())}
-    for proposals in _also_empty(store):
-        image = index.get(proposals.image_id)
-        if image is None:
-            continue
-        if objects := objects_of(coco, image):
-            yield image, proposals, objects
+    known = [(f, objects_of(coco, index[f.image_id])) for f in found if f.image_id in index]
+    return [Scene(f, objects, overlaps(f, coco, objects)) for f, objects in known if objects]
 
 
-def objects_of(coco: CocoInstances, image: int) -> list[int]:
-    """The annotations of an image that are not crowds, largest first."""
-    annotations = range(coco.image_starts[image], coco.image_starts[image + 1])
+def objects_of(coco: CocoInstances, i: int) -> list[int]:
+    """The annotations of image i that are not crowds, largest first."""
+    annotations = range(coco.image_starts[i], coco.image_starts[i + 1])
     return sorted((a for a in annotations if not coco.is_crowd[a]), key=lambda a: -coco.areas[a])
 
 
-def _also_empty(store: ProposalStore) -> Iterator[Proposals]:
-    left = {image["id"]: image for image in store.images().values()}
-    for proposals in store:
-        left.pop(proposals.image_id, None)
-        yield proposals
-    for image in left.values():
-        none = np.empty(0, np.float32)
-        size = (image["height"], image["width"])
-        yield Proposals(image["id"], image["file_name"], *size, none, none.reshape(0, 4), [])
+def overlaps(found: Proposals | Detections, coco: CocoInstances, objects: list[int]) -> np.ndarray:
+    """IoU with objects, (D, G): of masks, or of boxes if there are no masks.
 
-
-def best_matches(
-    proposals: Proposals, coco: CocoInstances, objects: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best mask IoU of each object with the first `TOP` proposals, and whose it is.
-
-    Returns:
-        (G,) IoU and (G,) number of the proposal; IoU 0 where no proposal overlaps.
+    0 where a detection is of another category than the object.
     """
-    masks = [proposals.rle(n) for n in range(min(TOP, len(proposals)))]
+    if found.rles is None:
+        ious = box_ious(found.boxes, coco.boxes[objects])
+    else:
+        masks = [found.rle(d) for d in range(len(found))]
+        ious = mask_ious(masks, [coco.rle(a) for a in objects])
+    if isinstance(found, Detections):
+        ious[found.labels[:, None] != coco.category_ids[coco.category_index[objects]]] = 0
+    return ious
+
+
+def mask_ious(masks: list[dict], objects: list[dict]) -> np.ndarray:
+    """IoU of masks and objects, as RLE: (D, G)."""
     if not masks:
-        return np.zeros(len(objects)), np.zeros(len(objects), int)
-    ious = coco_mask.iou(masks, [coco.rle(a) for a in objects], [0] * len(objects))  # (D, G)
-    return ious.max(axis=0).clip(min=0), ious.argmax(axis=0)
+        return np.zeros((0, len(objects)))
+    return coco_mask.iou(masks, objects, [0] * len(objects))
 
 
-def choose_examples(qualities: dict[int, float]) -> tuple[list[int], list[int]]:
-    """The best images, best first, and the worst, worst first; no image is in both."""
-    ranked = sorted(qualities, key=lambda image: -qualities[image])
+def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of boxes (D, 4) and (G, 4), xyxy: (D, G)."""
+    return box_iou(*(torch.from_numpy(b.astype(float)) for b in (boxes, others))).numpy()
+
+
+def choose_examples(ranked: list) -> tuple[list, list]:
+    """The best, best first, and the worst, worst first, of a ranking; none is in both."""
     best = ranked[: min(NUM_EXAMPLES, math.ceil(len(ranked) / 2))]
     return best, ranked[len(best) :][: -NUM_EXAMPLES - 1 : -1]
-
-
-def draw_example(
-    path: Path, proposals: Proposals, coco: CocoInstances, objects: list[int]
-) -> Example:
-    """Three pictures of an image: objects, the best proposal for each, the highest scores."""
-    ious, numbers = best_matches(proposals, coco, objects)
-    name = proposals.file_name
-    try:
-        image = scaled(read_image(path))
-    except ImageError as error:
-        return Example(name, ious, error=str(error))
-    truth = [Mark(coco.rle(a), color(n), tint=0) for n, a in enumerate(objects)]
-    matches = [
-        Mark(proposals.rle(numbers[n]), color(n), FULL if iou >= FOUND_IOU else FAINT, f"{iou:.2f}")
-        for n, iou in enumerate(ious)
-        if iou > 0
-    ]
-    scored = [
-        Mark(proposals.rle(n), color(SCORE_COLOR + n), FAINT, f"{proposals.scores[n]:.2f}")
-        for n in reversed(range(min(SHOWN, len(proposals))))
-    ]
-    drawings = (jpeg_uri(draw_marks(image, marks)) for marks in (truth, matches, scored))
-    return Example(name, ious, tuple(drawings))
 
 
 def spread(ranked: list, count: int) -> list:
     """Items that stand for all: the middle one of each of `count` equal parts of a ranking."""
     parts = min(count, len(ranked))
-    return [ranked[math.floor((n + 0.5) * len(ranked) / parts)] for n in range(parts)]
+    return [ranked[math.floor((i + 0.5) * len(ranked) / parts)] for i in range(parts)]
 
 
-def scaled(image: np.ndarray, *, max_factor: float = 1) -> np.ndarray:
-    """(H, W, 3) uint8 with a longer side of `PICTURE_SIDE`, but no further enlarged than that."""
-    factor = min(max_factor, PICTURE_SIDE / max(image.shape))
-    interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
-    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)
+# What is drawn.
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A mask to be drawn; `box`: xyxy in its pixels, drawn as a thin line."""
+def draw_proposals(scene: Scene[Proposals], coco: CocoInstances, images: Path) -> Example:
+    """Three pictures of an image: objects, the best proposal for each, the highest scores."""
+    found = scene.found
+    truth = [Mark(coco.rle(a), color(g), 0) for g, a in enumerate(scene.objects)]
+    best = [
+        Mark(found.rle(int(scene.overlaps[:, g].argmax())), color(g), _tint(iou), f"{iou:.2f}")
+        for g, iou in enumerate(scene.ious)
+        if iou > 0
+    ]
+    highest = [
+        Mark(found.rle(d), color(SCORE_COLOR + d), FAINT, f"{found.scores[d]:.2f}")
+        for d in reversed(range(min(SHOWN, len(found))))
+    ]
 
-    rle: dict
-    rgb: tuple[int, int, int]
-    tint: float
-    label: str = ""
-    box: np.ndarray | None = None
+    def draw(image: np.ndarray) -> list[np.ndarray]:
+        return [draw_marks(fit_picture(image), marks) for marks in (truth, best, highest)]
 
-
-def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
-    """Marks on a copy of an image, (H, W, 3) uint8, the last on top; their masks may be larger."""
-    picture = image.copy()
-    height, width = picture.shape[:2]
-    for mark in marks:
-        mask = cv2.resize(coco_mask.decode(mark.rle), (width, height), interpolation=cv2.INTER_AREA)
-        draw_mask(picture, mask, mark.rgb, tint=mark.tint)
-        if mark.box is not None:
-            x1, y1, x2, y2 = np.rint(mark.box * width / mark.rle["size"][1]).astype(int).tolist()
-            cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), mark.rgb, 1)
-    put_labels(picture, [_label(mark, width) for mark in marks[::-1] if mark.label])
-    return picture
+    return make_example(images, found.file_name, scene.ious, draw)
 
 
-def _label(mark: Mark, width: int) -> Label:
-    """At the top left of the mask, in a picture of a width."""
-    corner = coco_mask.toBbox(mark.rle)[:2] * width / mark.rle["size"][1]
-    x, y = np.rint(corner).astype(int).tolist()
-    return Label(mark.label, (x, y), mark.rgb)
+def draw_detections(scene: Scene[Detections], coco: CocoInstances, images: Path) -> Example:
+    """Two pictures of an image: its objects with their names, and its detections."""
+    names = dict(zip(coco.category_ids.tolist(), coco.category_names, strict=True))
+    truth = []
+    for a in scene.objects:
+        category = int(coco.category_ids[coco.category_index[a]])
+        truth.append(Mark(coco.rle(a), color(category), 0, names[category]))
+    marks = [
+        detection_mark(scene.found, d, names, _tint(scene.overlaps[d].max()))
+        for d in reversed(range(len(scene.found)))
+    ]
+
+    def draw(image: np.ndarray) -> list[np.ndarray]:
+        image = fit_picture(image, max_scale=MAX_SCALE)
+        return [draw_marks(image, truth), draw_marks(image, marks)]
+
+    example = make_example(images, scene.found.file_name, scene.ious, draw)
+    return replace(example, num_detections=len(scene.found))
 
 
-def jpeg_uri(picture: np.ndarray) -> str:
-    """(H, W, 3) uint8 RGB as a data URI."""
-    # 4:4:4: with colors at half the resolution, thin outlines would be smeared.
-    options = {
-        cv2.IMWRITE_JPEG_QUALITY: JPEG_QUALITY,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR: cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    }
-    ok, data = cv2.imencode(".jpg", picture[..., ::-1], [n for o in options.items() for n in o])
-    assert ok
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+def _tint(iou: float) -> float:
+    return FULL if iou >= FOUND_IOU else FAINT
+
+
+def detection_mark(found: Detections, d: int, names: dict[int, str], tint: float) -> Mark:
+    """Detection d in the color of its category; its box stands for a mask that it does not have.
+
+    Args:
+        names: of the categories, by id.
+    """
+    box, label = found.boxes[d], int(found.labels[d])
+    if found.rles is None:
+        xywh = box_convert(torch.from_numpy(box[None].astype(float)), "xyxy", "xywh").numpy()
+        [rle] = coco_mask.frPyObjects(xywh, found.height, found.width)
+    else:
+        rle = found.rle(d)
+    # Detections of a category that the annotations do not know go by its id.
+    return Mark(rle, color(label), tint, f"{names.get(label, label)} {found.scores[d]:.2f}", box)
+
+
+def make_example(
+    images: Path, name: str, ious: np.ndarray, draw: Callable[[np.ndarray], list[np.ndarray]]
+) -> Example:
+    """An example with the pictures that `draw` makes of the image, or why it cannot be read."""
+    try:
+        image = read_image(images / name)
+    except ImageError as error:
+        return Example(name, ious, error=str(error))
+    return Example(name, ious, tuple(map(jpeg_uri, draw(image))))

@@ -5,44 +5,43 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import save_checkpoint
-from pipeline.recipe import config_from_dict, save_config
-from pipeline.torch7.caffe import convert_caffe_network, is_caffe_network
-from pipeline.torch7.detector import convert_detector, is_detector
-from pipeline.torch7.imagenet import imagenet_state, is_imagenet_resnet
-from pipeline.torch7.masks import (
-    convert_deepmask,
-    convert_sharpmask,
-    is_deepmask,
-    is_sharpmask,
+from pipeline.recipe import config_to_dict, save_config
+from pipeline.torch7.detector import convert_detector
+from pipeline.torch7.imagenet import convert_caffe_network, convert_resnet
+from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
+from pipeline.torch7.modules import (
+    Used,
+    is_stage,
+    submodules,
+    typename,
+    unpacked,
+    unused_parameters,
 )
-from pipeline.torch7.modules import Module, Taken
 from pipeline.torch7.proposals import convert_proposals, is_proposals
 from pipeline.torch7.reader import read_torch7
 
-
-def _of_model(convert: Callable[[Module], tuple[str, dict]]) -> Callable:
-    """A converter of `model` in the table that the training saves."""
-    return lambda value, taken: convert(Module(value["model"], "", taken))
-
-
-def _of_top(convert: Callable[[Module], tuple[str, dict]]) -> Callable:
-    """A converter of a file that is one module."""
-    return lambda value, taken: convert(Module(value, "", taken))
+# A converter returns a description and either a checkpoint, its config as a Config, or a state dict
+# of torchvision's names for `trunk.weights`.
+Converter = Callable[[Any, Used], tuple[str, dict]]
 
 
-# What tells a file, from what `read_torch7` gave; and what gives words for it and what to save: a
-# checkpoint, or a state dict of torchvision's names for `trunk.weights`.
-NETWORKS: list[tuple[Callable[[Any], bool], Callable[[Any, Taken], tuple[str, dict]]]] = [
-    (is_deepmask, _of_model(convert_deepmask)),
-    (is_sharpmask, _of_model(convert_sharpmask)),
-    (is_imagenet_resnet, _of_top(imagenet_state)),
-    (is_detector, convert_detector),
-    (is_caffe_network, convert_caffe_network),
-]
-KINDS = (
-    "DeepMask, SharpMask, ImageNet ResNets of fb.resnet.torch, detectors of one region (integral "
-    "loss, Fast R-CNN), ImageNet VGG and CaffeNet of multipathnet, proposals"
-)
+def find_converter(value: Any) -> Converter | None:
+    """The converter of a network that `read_torch7` gave; None for anything else."""
+    network = unpacked(value)  # DeepMask and SharpMask are saved as {model, config}
+    parts = submodules(network)
+    if typename(network) == "DeepMask":
+        return convert_deepmask
+    if typename(network) == "SharpMask":
+        return convert_sharpmask
+    if typename(network) == "Sequential" and "ROIPooling" in map(typename, parts):
+        return convert_detector
+    if len(parts) == 11 and sum(map(is_stage, parts)) == 4:
+        return convert_resnet
+    if isinstance(value, dict) and all(
+        typename(unpacked(value.get(name))) == "Sequential" for name in ("features", "top")
+    ):
+        return convert_caffe_network
+    return None
 
 
 def convert_file(
@@ -56,11 +55,11 @@ def convert_file(
 
     Args:
         output: the checkpoint or state dict; for a file of proposals the folder of a store.
-        annotations, images: a COCO json, or an image folder; of proposals, which do not say how
+        annotations, images: a COCO json or an image folder, for proposals, which do not say how
             large their images are.
 
     Returns:
-        Lines that say what the file is, and of each parameter that it is used, or that it is not.
+        Lines that say what the file is, and which of its parameters were not used.
 
     Raises:
         FileNotFoundError: no such file.
@@ -69,42 +68,40 @@ def convert_file(
     """
     if Path(output).resolve() == Path(path).resolve():
         raise ValueError(f"--output {output} is the file to convert; choose another name")
-    value = read_torch7(path)
+    value, source = read_torch7(path), Path(path).name
     try:
         if is_proposals(value):
             return convert_proposals(
-                value, output, source=Path(path).name, annotations=annotations, images=images
+                value, output, source=source, annotations=annotations, images=images
             )
         if annotations or images:
             raise ValueError("--annotations and --images are for proposals, and this is a network")
-        return _convert_network(value, output, source=Path(path).name)
+        return _convert_network(value, output, source=source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str]:
-    convert = next((convert for recognize, convert in NETWORKS if recognize(value)), None)
+    convert = find_converter(value)
     if convert is None:
         raise ValueError(
-            f"nothing that can be converted ({KINDS}); --describe shows what is in the file"
+            "expected DeepMask, SharpMask, an ImageNet ResNet of fb.resnet.torch, an ImageNet VGG "
+            "or CaffeNet of multipathnet, a detector of one region (integral loss, Fast R-CNN) or "
+            "proposals; --describe shows what is in the file"
         )
-    taken = Taken(value)
-    what, content = convert(value, taken)
-    written = [f"written to {output}"]
+    used: Used = set()
+    description, content = convert(value, used)
+    unused = unused_parameters(value, used)
+    lines = [
+        description,
+        f"{len(used)} parameters used, each once; {len(unused)} not used",
+        *(f"  not used: {parameter}" for parameter in unused),
+        f"written to {output}",
+    ]
     if "stage" in content:
-        content["converted_from"] = source
-        config = config_from_dict(content["config"], source=source)
+        config = content["config"]
         save_config(config, f"{output}.yaml")
-        written.append(f"its settings, a recipe to fine-tune it by: {output}.yaml")
+        content |= {"config": config_to_dict(config), "converted_from": source}
+        lines.append(f"its settings, a recipe to fine-tune it by: {output}.yaml")
     save_checkpoint(output, content)
-    return [what, *_accounts(taken), *written]
-
-
-def _accounts(taken: Taken) -> list[str]:
-    unused, left_out = taken.unused(), taken.left_out()
-    lines = [f"{taken.count()} parameters used, each once; {len(unused)} not used"]
-    lines += [f"  not used: {place}" for place in unused]
-    if left_out:
-        others = ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
-        lines.append(f"left out, no parameters (gradients and buffers): {others}")
     return lines

@@ -1,47 +1,44 @@
 """The released detectors, out of Torch7 files, as checkpoints of this project.
 
 A detector is features -> RoI pooling -> head -> K class linears and one of boxes (Fast R-CNN,
-Girshick, ICCV 2015; integral loss, BMVC 2016), with VGG, CaffeNet or a ResNet inside. How images
-and boxes come to it the file does not say: that is the released code's, see `_config`.
+Girshick, ICCV 2015; integral loss, BMVC 2016), with VGG, CaffeNet or a ResNet inside. The file does
+not say how images and boxes come to it: that is the released code's, see `_config`.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from models.multipathnet import MultiPathNet
-from models.trunk import TrunkConfig, describe_mismatch
-from pipeline.config import (
-    Config,
-    DetectConfig,
-    MultiPathNetConfig,
-    PixelConfig,
-    RoiSamplingConfig,
-)
-from pipeline.networks import build_multipathnet
-from pipeline.recipe import config_to_dict
-from pipeline.torch7 import caffe
-from pipeline.torch7.category_names import known_categories
-from pipeline.torch7.imagenet import (
-    Layers,
+from datasets.resize import PixelConfig
+from datasets.roi_sampler import RoiSamplingConfig
+from models.multipathnet import MultiPathNetConfig
+from models.trunk import TrunkConfig, build_trunk
+from pipeline.config import Config, DetectConfig, MultiPathNetStageConfig
+from pipeline.networks import make_multipathnet
+from pipeline.torch7 import imagenet
+from pipeline.torch7.modules import (
+    RELUS,
+    Module,
+    Used,
+    Weights,
+    expect,
     is_stage,
-    read_resnet,
-    refuse,
-    trunk_key,
-    words,
+    steps,
+    unpacked,
 )
-from pipeline.torch7.modules import RECTIFIERS, Module, Taken, expect, kind, submodules
 
 # "ImagenetTransformer" of the released code (models/model_utils.lua).
 RESNET_PIXELS = PixelConfig(
     mean=(0.48462227599918, 0.45624044862054, 0.40588363755159),
     std=(0.22889466674951, 0.22446679341259, 0.22495548344775),
 )
-THRESHOLDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]  # IoU, of the integral loss's heads in their order
-
-State = dict[str, Tensor]
+THRESHOLDS = MultiPathNetConfig.iou_thresholds  # of the integral loss's heads in their order
+# COCO's and PASCAL VOC's categories by id, in the order that detectors have them; others are "N/A".
+COCO = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+VOC = FCN_ResNet50_Weights.DEFAULT.meta["categories"]
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Parts:
     """A detector's modules.
 
     Attributes:
-        features, head: before and behind `pooling`, the RoI pooling. classes: K linears.
+        features, head: before and after `pooling`, the RoI pooling. classes: K linears.
         boxes: one linear. norm: of the box deltas, if there is one.
     """
 
@@ -66,65 +63,68 @@ class Parts:
         return any(is_stage(part.value) for part in self.features)
 
 
-def is_detector(value: Any) -> bool:
-    """Whether this is a Sequential, as it is or as {unpack, model}, that pools RoIs."""
-    network = caffe.unpacked(value)
-    return kind(network) == "Sequential" and "ROIPooling" in map(kind, submodules(network))
-
-
-def convert_detector(value: Any, taken: Taken) -> tuple[str, dict]:
-    """Words for a detector, and its checkpoint.
+def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
+    """Words for a detector, and its checkpoint with the config as it is.
 
     Raises:
         ValueError: another structure, or layers that do not fit: all are listed.
     """
-    place = "model" if isinstance(value, dict) else ""
-    parts = _parts(Module(caffe.unpacked(value), place, taken))
-    config = _config(parts)
-    outputs = _output_state(parts)
-    classes = len(outputs["regress.bias"]) // 4 - 1
-    read = _residual_state if parts.residual else _plain_state
-    state, problems = read(parts, config, classes)
-    own = _own(config, classes).state_dict()
-    refuse(describe_mismatch(own, state | outputs), problems)
-    content = {
-        "format": 1,
-        "stage": "multipathnet",
-        "config": config_to_dict(config),
-        "model": state | outputs,
-        "categories": known_categories(classes),
-    }
-    return _words(config, classes), content
-
-
-def _own(config: Config, classes: int) -> MultiPathNet:
-    """Our network, without memory for its weights."""
+    path = "model" if isinstance(value, dict) else ""
+    parts, weights = _parts(Module(unpacked(value), path, used)), Weights()
+    size = _pooled_size(parts.pooling)
+    _read_outputs(parts, weights)
+    read = _read_residual if parts.residual else _read_plain
+    config = _config(parts, pooled_size=size, settings=read(parts, weights, size))
+    num_classes = weights.outputs("bbox_pred") // 4 - 1
+    if num_classes < 1:
+        raise ValueError(f"{parts.boxes.path}: expected 4 outputs for background and each class")
     with torch.device("meta"):
-        return build_multipathnet(config, num_classes=classes, pretrained=False)
+        weights.check(make_multipathnet(config, num_classes=num_classes))
+    trunk, count = config.multipathnet.trunk, len(parts.classes)
+    description = (
+        f"{f'Integral loss of {count}' if count > 1 else 'Fast R-CNN'} on "
+        f"{imagenet.title(trunk.name, trunk.width)}, {num_classes} classes, RoIs {size} x {size}"
+    )
+    return description, {
+        "stage": "multipathnet",
+        "config": config,
+        "model": weights.state,
+        "categories": known_categories(num_classes),
+    }
+
+
+def known_categories(count: int) -> list[dict]:
+    """{"id", "name"} of each of COCO's 80 or VOC's 20 categories; of others a number."""
+    for names in (COCO, VOC):
+        found = [(i, name) for i, name in enumerate(names) if i > 0 and name != "N/A"]
+        if len(found) == count:
+            return [{"id": i, "name": name} for i, name in found]
+    return [{"id": i, "name": f"class {i}"} for i in range(1, count + 1)]
 
 
 def _parts(network: Module) -> Parts:
     modules = network.modules
-    at = [part.kind for part in modules].index("ROIPooling")
-    (inputs,) = expect(modules[:at], "ParallelTable", where="what is before the RoI pooling")
+    names = [part.typename for part in modules]
+    at = names.index("ROIPooling")
+    (inputs,) = expect(modules[:at], "ParallelTable", where="before the RoI pooling")
     if len(inputs.modules) != 2:
-        raise ValueError(f"{inputs.place}: features and Identity are due")
-    tables = [n for n, part in enumerate(modules) if n > at and part.kind == "ConcatTable"]
-    if not tables:
-        raise ValueError("a ConcatTable of class and box linears is due behind the RoI pooling")
-    outputs = modules[tables[0]]
+        raise ValueError(f"{inputs.path}: expected features and Identity")
+    if "ConcatTable" not in names[at:]:
+        raise ValueError("expected a ConcatTable of class and box linears after the RoI pooling")
+    end = names.index("ConcatTable", at)
+    outputs = modules[end]
     if len(outputs.modules) != 2:
-        raise ValueError(f"{outputs.place}: classes and boxes are due")
+        raise ValueError(f"{outputs.path}: expected classes and boxes")
     classes, boxes = outputs.modules
-    heads = classes.modules if classes.kind == "ConcatTable" else [classes]
-    expect([*heads, boxes], *["Linear"] * (len(heads) + 1), where=outputs.place)
+    heads = classes.modules if classes.typename == "ConcatTable" else [classes]
+    expect([*heads, boxes], *["Linear"] * (len(heads) + 1), where=outputs.path)
     return Parts(
-        features=caffe.flat(inputs.modules[0]),
+        features=steps(inputs.modules[0]),
         pooling=modules[at],
-        head=[step for part in modules[at + 1 : tables[0]] for step in caffe.flat(part)],
+        head=[step for part in modules[at + 1 : end] for step in steps(part)],
         classes=heads,
         boxes=boxes,
-        norm=_delta_norm(modules[tables[0] + 1 :], heads=len(heads)),
+        norm=_delta_norm(modules[end + 1 :], heads=len(heads)),
     )
 
 
@@ -136,125 +136,110 @@ def _delta_norm(ends: list[Module], *, heads: int) -> Module | None:
     """
     norm, switches = None, 0
     for part in ends:
-        if part.kind == "ParallelTable" and len(part.modules) == 2:
-            _, norm = expect(
-                part.modules, ("Identity", "SoftMax"), ("BBoxNorm", "Identity"), where=part.place
-            )
-        elif part.kind == "ModeSwitch":
+        if part.typename == "ParallelTable" and len(part.modules) == 2:
+            classes = ("Identity", "SoftMax"), ("BBoxNorm", "Identity")
+            _, norm = expect(part.modules, *classes, where=part.path)
+        elif part.typename == "ModeSwitch":
             switches += 1
-        elif part.kind != "SoftMax":
-            raise ValueError(f"{part.place}: a {part.kind} is not expected here")
+        elif part.typename != "SoftMax":
+            raise ValueError(f"{part.path}: unexpected {part.typename}")
     if heads > 1 and switches != 1:
         raise ValueError(f"{heads} class linears, and no ModeSwitch that takes their mean")
-    return norm if norm is not None and norm.kind == "BBoxNorm" else None
+    return norm if norm is not None and norm.typename == "BBoxNorm" else None
 
 
-def _config(parts: Parts) -> Config:
-    """What the file says of the network, and the released code of what is around it.
+def _pooled_size(pooling: Module) -> int:
+    height, width = pooling.integer("H", 0), pooling.integer("W", 0)
+    if height != width or pooling.plain("spatial_scale") != 1 / 16:
+        raise ValueError(f"{pooling.path}: expected square pooling at stride 16")
+    return height
+
+
+def _config(parts: Parts, *, pooled_size: int, settings: dict[str, Any]) -> Config:
+    """The file's settings, and the released code's for what is around the network.
 
     Images: 800 pixels and 400 proposals for COCO, 600 and 2000 for VOC (scripts/eval_*.sh).
     """
-    size = {int(parts.pooling.field(name, 0)) for name in ("H", "W")}
-    if len(size) != 1 or parts.pooling.field("spatial_scale") != 1 / 16:
-        raise ValueError(f"{parts.pooling.place}: square pooling at stride 16 is due")
     count = len(parts.classes)
     if count > len(THRESHOLDS):
         raise ValueError(f"{count} class linears, and at most {len(THRESHOLDS)} are known")
-    residual = parts.residual
-    network = MultiPathNetConfig(
-        trunk=TrunkConfig(weights=None, padding="zero"),
-        head="layer4" if residual else "fc",
+    network = MultiPathNetStageConfig(
+        head="layer4" if parts.residual else "fc",
         foveal=False,
         skip=False,
-        box_tower=False,
-        thresholds=THRESHOLDS[:count],
-        draw_threshold=count > 1,
+        use_box_tower=False,
+        iou_thresholds=THRESHOLDS[:count],
         normalize=False,
-        pooled_size=size.pop(),
+        pooled_size=pooled_size,
         # Files from before version 2 of the pooling have no such field.
-        roi_bins="rounded" if parts.pooling.field("v2") else "overlapping",
-        resampling="corners",
+        roi_pool="lua" if parts.pooling.plain("v2") else "caffe",
+        align_corners=True,
         inclusive_boxes=True,
-        pixels=RESNET_PIXELS if residual else caffe.PIXELS,
-        sampling=RoiSamplingConfig(short_side=800 if residual else 600, long_side=1000),
+        pixels=RESNET_PIXELS if parts.residual else imagenet.CAFFE_PIXELS,
+        sampling=RoiSamplingConfig(
+            draw_threshold=count > 1, short_side=800 if parts.residual else 600, long_side=1000
+        ),
+        **settings,
     )
-    detect = DetectConfig(num_proposals=400 if residual else 2000)
-    return Config(multipathnet=network, detect=detect)
+    return Config(
+        multipathnet=network, detect=DetectConfig(num_proposals=400 if parts.residual else 2000)
+    )
 
 
-def _residual_state(parts: Parts, config: Config, classes: int) -> tuple[State, list[str]]:
-    """Trunk and layer4 of a ResNet, and what is wrong with them; fills in the config's trunk."""
+def _read_residual(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, Any]:
+    """Takes a ResNet's trunk and layer4; returns the settings that they show."""
     *layer4, pool = expect(
-        parts.head, "Sequential", ("SpatialAveragePooling",), where="behind the RoI pooling"
+        parts.head, "Sequential", "SpatialAveragePooling", where="after the RoI pooling"
     )
-    c = config.multipathnet
-    name, width, layers = read_resnet([*parts.features, *layer4], stages=4)
-    c.trunk.name, c.trunk.width, c.trunk.frozen_levels = name, width, 2
-    problems = []
-    side = -(-c.pooled_size // 2)  # layer4 has stride 2
-    if (pool.field("kH"), pool.field("kW")) != (side, side):
-        problems.append(f"{pool.place}: an average over {side} x {side} cells is due")
-    keys = {number: _key(number) for number in layers}
-    modules = dict(_own(config, classes).named_modules())
-    problems += [
-        problem
-        for number, layer in layers.items()
-        if keys[number] in modules
-        for problem in layer.check(modules[keys[number]], mirrored=False)
-    ]
-    return _layer_state(layers, keys), problems
+    name, width, convs = imagenet.read_resnet([*parts.features, *layer4], stages=4)
+    for key, conv in convs.items():
+        top, _, rest = key.partition(".")
+        ours = "towers.0.head.stage." + rest
+        if top != "layer4":
+            ours = "trunk." + imagenet.trunk_key(key)
+        weights.add_conv(ours, conv, norm=True)
+    side = -(-pooled_size // 2)  # layer4 has stride 2
+    if (pool.plain("kH"), pool.plain("kW")) != (side, side):
+        weights.problems.append(f"{pool.path}: expected an average over {side} x {side} cells")
+    trunk = TrunkConfig(name=name, weights=None, width=width, frozen_levels=2, padding="zero")
+    return {"trunk": trunk}
 
 
-def _key(name: str) -> str:
-    """A convolution's name in our detector."""
-    top, _, rest = name.partition(".")
-    return f"towers.0.head.stage.{rest}" if top == "layer4" else f"trunk.{trunk_key(name)}"
-
-
-def _layer_state(layers: Layers, keys: dict[str, str]) -> State:
-    state = {}
-    for name, layer in layers.items():
-        state[f"{keys[name]}.weight"] = layer.weight()
-        scale, shift = layer.scale_and_shift()
-        state[f"{keys[name]}.scale"], state[f"{keys[name]}.shift"] = scale, shift
-    return state
-
-
-def _plain_state(parts: Parts, config: Config, classes: int) -> tuple[State, list[str]]:
-    """Trunk, fc6 and fc7 of a VGG or CaffeNet, see `_residual_state`."""
-    c = config.multipathnet
-    c.trunk.name, c.trunk.ceil_pooling = (
-        caffe.plain_name(parts.features),
-        caffe.rounds_up(parts.features),
+def _read_plain(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, Any]:
+    """Takes trunk, fc6 and fc7 of a VGG or CaffeNet; returns the settings that they show."""
+    trunk = TrunkConfig(
+        name=imagenet.plain_network(parts.features),
+        weights=None,
+        frozen_levels=1,  # conv1 and conv2 of VGG, conv1 of CaffeNet (ICCV 2015, section 4.5)
+        padding="zero",
+        ceil_pooling=imagenet.rounds_up(parts.features),
     )
-    c.trunk.frozen_levels = 1  # conv1 and conv2 of VGG, conv1 of CaffeNet (ICCV 2015, section 4.5)
-    six, _, seven, _ = expect(
-        parts.head, "Linear", RECTIFIERS, "Linear", RECTIFIERS, where="behind the RoI pooling"
+    with torch.device("meta"):
+        ours = build_trunk(**vars(trunk))
+    imagenet.add_plain_layers(weights, parts.features, ours, prefix="trunk.")
+    fc6, _, fc7, _ = expect(
+        parts.head, "Linear", RELUS, "Linear", RELUS, where="after the RoI pooling"
     )
-    state = caffe.linear_state(six, "towers.0.head.fc6")
-    state |= caffe.linear_state(seven, "towers.0.head.fc7")
-    c.features = len(state["towers.0.head.fc7.bias"])
-    # As many channels as the trunk has: no convolution between pooling and fc6.
-    c.width = int(state["towers.0.head.fc6.weight"].shape[1]) // c.pooled_size**2
-    trunk, problems = caffe.plain_state(
-        parts.features, _own(config, classes).trunk, prefix="trunk."
-    )
-    return state | trunk, problems
+    weights.add_linear("towers.0.head.fc6", fc6)
+    weights.add_linear("towers.0.head.fc7", fc7)
+    return {
+        "trunk": trunk,
+        "features": weights.outputs("towers.0.head.fc7"),
+        # As many channels as the trunk has: no convolution between pooling and fc6.
+        "width": weights.state["towers.0.head.fc6.weight"].shape[1] // pooled_size**2,
+    }
 
 
-def _output_state(parts: Parts) -> State:
-    weights, biases = zip(*((h.take("weight"), h.take("bias")) for h in parts.classes), strict=True)
-    state = caffe.linear_state(parts.boxes, "regress")
-    state["classify.weight"], state["classify.bias"] = torch.cat(weights), torch.cat(biases)
-    state["delta_mean"], state["delta_std"] = torch.zeros(4), torch.ones(4)
+def _read_outputs(parts: Parts, weights: Weights) -> None:
+    """Takes the class and box linears and the norm of the deltas."""
+    taken = [(head.take("weight", dimensions=2), head.take("bias")) for head in parts.classes]
+    try:
+        weight, bias = (torch.cat(each) for each in zip(*taken, strict=True))
+    except RuntimeError:
+        raise ValueError(f"{parts.classes[0].path}: class linears of different inputs") from None
+    weights.state |= {"cls_score.weight": weight, "cls_score.bias": bias}
+    weights.add_linear("bbox_pred", parts.boxes)
+    weights.state |= {"delta_mean": torch.zeros(4), "delta_std": torch.ones(4)}
     if parts.norm is not None:
-        state["delta_mean"] = parts.norm.take("mean").flatten()
-        state["delta_std"] = parts.norm.take("std").flatten()
-    return state
-
-
-def _words(config: Config, classes: int) -> str:
-    c = config.multipathnet
-    title = caffe.TITLES.get(c.trunk.name) or words(c.trunk.name, c.trunk.width)
-    method = "Fast R-CNN" if len(c.thresholds) == 1 else f"Integral loss of {len(c.thresholds)}"
-    return f"{method} on {title}, {classes} classes, RoIs {c.pooled_size} x {c.pooled_size}"
+        weights.state["delta_mean"] = parts.norm.take("mean").flatten()
+        weights.state["delta_std"] = parts.norm.take("std").flatten()

@@ -1,42 +1,91 @@
-"""ResNets of fb.resnet.torch in Torch7 files: whole ImageNet networks, and DeepMask's trunk."""
+"""ImageNet networks in Torch7 files: ResNets of fb.resnet.torch, VGG and CaffeNet from Caffe.
+
+The detectors and DeepMask's trunk are made of the same parts, which are read here, too.
+"""
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from models.trunk import RESNET_LEVELS, describe_mismatch, load_backbone
-from pipeline.torch7.layers import (
+from datasets.resize import PixelConfig
+from models.backbone import load_backbone
+from models.trunk import RESNET_LEVELS
+from pipeline.torch7.modules import (
     CONVOLUTIONS,
-    EPSILON,
-    FIXED_NORMS,
     NORMS,
+    RELUS,
     Convolution,
+    Module,
+    Used,
+    Weights,
     convolutions,
-    live_norm,
+    expect,
+    steps,
+    unpacked,
 )
-from pipeline.torch7.modules import RECTIFIERS, Module, expect, kind, steps, submodules
 
 # Convolutions in a block and blocks in each stage, by torchvision's name.
-LAYOUTS = {
+RESNETS = {
     "resnet18": (2, (2, 2, 2, 2)),
     "resnet34": (2, (3, 4, 6, 3)),
     "resnet50": (3, (3, 4, 6, 3)),
     "resnet101": (3, (3, 4, 23, 3)),
     "resnet152": (3, (3, 8, 36, 3)),
 }
-# Letters of what a block computes: convolutions, norms that are not folded into them, ReLUs.
-ORDER = (
-    dict.fromkeys(CONVOLUTIONS, "c") | dict.fromkeys(NORMS, "n") | dict.fromkeys(RECTIFIERS, "r")
+VGGS = {(1, 1, 2, 2, 2): "vgg11", (2, 2, 3, 3, 3): "vgg16"}  # convolutions between pools
+TITLES = {"vgg11": "VGG-11", "vgg16": "VGG-16", "caffenet": "CaffeNet"}
+# Letters for the order of a block's layers.
+LETTERS = dict.fromkeys(CONVOLUTIONS, "c") | dict.fromkeys(NORMS, "n") | dict.fromkeys(RELUS, "r")
+POOLS = ("SpatialMaxPooling",)
+RESPONSE_NORMS = ("SpatialCrossMapLRN", "SpatialCrossResponseNormalization")
+# The Lua classes of our layers.
+COUNTERPARTS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: CONVOLUTIONS,
+    nn.ReLU: RELUS,
+    nn.MaxPool2d: POOLS,
+    nn.LocalResponseNorm: RESPONSE_NORMS,
+}
+# "RossTransformer" of the released code subtracts this from 0 to 255, with no deviation; here for
+# RGB in [0, 1].
+CAFFE_PIXELS = PixelConfig(
+    mean=(122.7717 / 255, 115.9465 / 255, 102.9801 / 255), std=(1 / 255,) * 3, bgr=True
 )
 
-Layers = dict[str, Convolution]  # by torchvision's name of the convolution
+
+def convert_resnet(value: Any, used: Used) -> tuple[str, dict]:
+    """Words for an ImageNet ResNet, and its state dict with torchvision's names.
+
+    Raises:
+        ValueError: another structure, or layers of other shapes or padding: all are listed.
+    """
+    *trunk, pool, view, classifier = Module(unpacked(value), "", used).modules
+    expect([pool, view, classifier], "SpatialAveragePooling", "View", "Linear", where="the end")
+    name, width, convs = read_resnet(trunk, stages=4)
+    weights = Weights()
+    for key, conv in convs.items():
+        weights.add_conv(key, conv, norm=True)
+    weights.add_linear("fc", classifier)
+    with torch.device("meta"):
+        network: Any = load_backbone(name, width=width)
+    expected = network.state_dict()
+    expected = {k: v for k, v in expected.items() if not k.endswith("num_batches_tracked")}
+    bias = weights.state["fc.bias"]  # any number of classes
+    expected |= {"fc.bias": bias, "fc.weight": bias.new_empty(len(bias), network.fc.in_features)}
+    weights.check(network, expected=expected)
+    return f"ImageNet {title(name, width)}", weights.state
 
 
-def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, Layers]:
-    """The name, stem width and layers of the network whose first modules are `parts`.
+def title(name: str, width: int) -> str:
+    """A network's name for reports: "ResNet-50", with its width when that is not the usual one."""
+    words = TITLES.get(name) or name.replace("resnet", "ResNet-")
+    return words if width == 64 else f"{words} of width {width}"
+
+
+def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, dict[str, Convolution]]:
+    """The name, stem width and convolutions, by torchvision's names, of a ResNet's first stages.
 
     Args:
         parts: convolution, norm, ReLU and max-pool, then a Sequential of blocks for each stage.
@@ -45,154 +94,142 @@ def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, Layers]:
         ValueError: another structure.
     """
     blocks = [stage.modules for stage in parts[len(parts) - stages :]]
-    layers: Layers = {}
     stem = [step for part in parts[: len(parts) - stages] for step in steps(part)]
     expect(stem[-1:], "SpatialMaxPooling", where="the stem")
     *stem, pool = stem
     if not re.fullmatch("cn?r", _order(stem)):
-        raise ValueError(f"{pool.place}: a convolution, its norm and a ReLU are due before it")
-    if tuple(pool.field(name) for name in ("kH", "kW", "dH", "dW", "padH", "padW")) != (
-        (3, 3, 2, 2, 1, 1)
-    ) or pool.field("ceil_mode"):
-        raise ValueError(f"{pool.place}: a max-pool of 3x3, stride 2 and padding 1 is due")
-    (layers["conv1"],) = convolutions(stem, norms=True)
-    for number, stage in enumerate(blocks, 1):
-        for position, block in enumerate(stage):
-            for name, layer in _block_layers(block):
-                layers[f"layer{number}.{position}.{name}"] = layer
-    depth = sum(name.startswith("layer1.0.conv") for name in layers)
-    counts = tuple(map(len, blocks))
-    width = layers["conv1"].module.number("nOutputPlane")
-    return _name(depth, counts, where=parts[-stages].place), width, layers
+        raise ValueError(f"{pool.path}: expected a convolution, its norm and a ReLU before it")
+    sizes = [pool.plain(name) for name in ("kH", "kW", "dH", "dW", "padH", "padW")]
+    if sizes != [3, 3, 2, 2, 1, 1] or pool.plain("ceil_mode"):
+        raise ValueError(f"{pool.path}: expected a max-pool of 3x3, stride 2 and padding 1")
+    convs = {"conv1": convolutions(stem, norms=True)[0]}
+    for i, stage in enumerate(blocks, 1):
+        for j, block in enumerate(stage):
+            convs |= {f"layer{i}.{j}.{name}": conv for name, conv in _block_convs(block)}
+    depth = sum(name.startswith("layer1.0.conv") for name in convs)
+    layout = depth, tuple(map(len, blocks))
+    width = convs["conv1"].module.integer("nOutputPlane")
+    for name, (convs_in_block, counts) in RESNETS.items():
+        if (convs_in_block, counts[:stages]) == layout:
+            return name, width, convs
+    raise ValueError(
+        f"{parts[-stages].path}: stages of {', '.join(map(str, layout[1]))} blocks of {depth} "
+        f"convolutions are of no known ResNet ({', '.join(RESNETS)})"
+    )
 
 
 def _order(parts: list[Module]) -> str:
-    return "".join(ORDER.get(part.kind, "") for part in parts)
+    return "".join(LETTERS.get(part.typename, "") for part in parts)
 
 
-def _name(depth: int, counts: tuple[int, ...], *, where: str) -> str:
-    for name, layout in LAYOUTS.items():
-        if (layout[0], layout[1][: len(counts)]) == (depth, counts):
-            return name
-    raise ValueError(
-        f"{where}: stages of {', '.join(map(str, counts))} blocks of {depth} convolutions are of "
-        f"no ResNet known here ({', '.join(LAYOUTS)})"
-    )
-
-
-def _block_layers(block: Module) -> Iterator[tuple[str, Convolution]]:
-    branches, _, _ = expect(
-        block.modules, "ConcatTable", "CAddTable", RECTIFIERS, where=block.place
-    )
+def _block_convs(block: Module) -> Iterator[tuple[str, Convolution]]:
+    branches, *_ = expect(block.modules, "ConcatTable", "CAddTable", RELUS, where=block.path)
     main, shortcut = expect(
-        branches.modules, "Sequential", ("Sequential", "Identity"), where=branches.place
+        branches.modules, "Sequential", ("Sequential", "Identity"), where=branches.path
     )
     inner = steps(main)
-    if inner and inner[-1].kind in RECTIFIERS:
-        raise ValueError(f"{inner[-1].place}: a {inner[-1].kind} behind the last norm")
-    found = convolutions(inner, norms=True)
+    convs = convolutions(inner, norms=True)
     if not re.fullmatch("(cn?r)*cn?", _order(inner)):
         raise ValueError(
-            f"{main.place}: norm and ReLU have to follow each convolution but the last"
+            f"{main.path}: expected a norm and a ReLU after each convolution, and after the last "
+            "no ReLU"
         )
-    for number, layer in enumerate(found, 1):
-        yield f"conv{number}", layer
-    for layer in convolutions(steps(shortcut), norms=True):
-        yield "downsample.0", layer
-
-
-def trunk_state(layers: Layers) -> dict[str, Tensor]:
-    """The state dict of `models.trunk.Trunk`."""
-    state = {}
-    for name, layer in layers.items():
-        key = trunk_key(name)
-        state[f"{key}.weight"] = layer.weight()
-        state[f"{key}.scale"], state[f"{key}.shift"] = layer.scale_and_shift()
-    return state
+    for i, conv in enumerate(convs, 1):
+        yield f"conv{i}", conv
+    for conv in convolutions(steps(shortcut), norms=True):
+        yield "downsample.0", conv
 
 
 def trunk_key(name: str) -> str:
-    """A convolution's name in `models.trunk.Trunk`."""
+    """A ResNet's layer in `models.trunk.Trunk`, by torchvision's name."""
     top = name.partition(".")[0]
-    level = next(n for n, names in enumerate(RESNET_LEVELS) if top in names)
-    return f"levels.{level}.{name}"
+    return f"levels.{next(i for i, names in enumerate(RESNET_LEVELS) if top in names)}.{name}"
 
 
-def is_imagenet_resnet(value: object) -> bool:
-    """Whether this is a Sequential of four stages of residual blocks and a classifier."""
-    kinds = [kind(part) for part in submodules(value)]
-    stages = [part for part in submodules(value) if is_stage(part)]
-    return len(stages) == 4 and kinds[-1] == "Linear" and len(kinds) == 11
-
-
-def is_stage(value: object) -> bool:
-    """Whether this is a Sequential of residual blocks."""
-    blocks = submodules(value)
-    return bool(blocks) and all(
-        (parts := submodules(block)) and kind(parts[0]) == "ConcatTable" for block in blocks
+def convert_caffe_network(value: dict, used: Used) -> tuple[str, dict]:
+    """Words for a VGG or CaffeNet, and its state dict. See `convert_resnet`."""
+    features = steps(Module(unpacked(value["features"]), "features", used))
+    top = steps(Module(unpacked(value["top"]), "top", used))
+    name, ceil_pooling = plain_network(features), rounds_up(features)
+    with torch.device("meta"):
+        network: Any = load_backbone(name)
+    for layer in network.features:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = ceil_pooling
+    # RoI pooling replaces the pool after the last convolution.
+    layers = network.features if features[-1].typename in POOLS else network.features[:-1]
+    weights = Weights()
+    add_plain_layers(weights, features, layers, prefix="features.")
+    classes = ("Linear", RELUS, "Linear", RELUS, "Linear")  # fc8 may have been left out
+    expect(top, *classes[: max(4, len(top))], where="top")
+    for linear, i in zip(top[::2], (0, 3, 6), strict=False):
+        weights.add_linear(f"classifier.{i}", linear)
+    expected = network.state_dict()
+    expected = {k: v for k, v in expected.items() if k in weights.state or "classifier.6" not in k}
+    weights.check(network, expected=expected)
+    mean, std = (
+        f"[{', '.join(f'{v:.6f}' for v in values)}]"
+        for values in (CAFFE_PIXELS.mean, CAFFE_PIXELS.std)
     )
+    return (
+        f"ImageNet {TITLES[name]} of Caffe; to train on it: multipathnet.trunk name={name} "
+        f"weights=FILE padding=zero ceil_pooling={str(ceil_pooling).lower()}, "
+        f"multipathnet.pixels mean={mean} std={std} bgr=true"
+    ), weights.state
 
 
-def imagenet_state(network: Module) -> tuple[str, dict[str, Tensor]]:
-    """Words for the network, and its state dict with torchvision's names.
+def plain_network(features: list[Module]) -> str:
+    """Which network without residual blocks this is.
 
     Raises:
-        ValueError: another structure, or layers of other shapes or padding.
+        ValueError: none that is known.
     """
-    *trunk, pool, view, classifier = network.modules
-    expect([pool, view, classifier], "SpatialAveragePooling", "View", "Linear", where="the end")
-    name, width, layers = read_resnet(trunk, stages=4)
-    state = {}
-    for key, layer in layers.items():
-        state[f"{key}.weight"] = layer.weight()
-        norm = key[:-1] + "1" if key.endswith("downsample.0") else key.replace("conv", "bn")
-        state |= {f"{norm}.{part}": value for part, value in _live_norm(layer).items()}
-    state["fc.weight"] = classifier.take("weight", dimensions=2)
-    state["fc.bias"] = classifier.take("bias", dimensions=1)
-    with torch.device("meta"):
-        own = load_backbone(name, width=width)
-    _check(own, state, layers)
-    return f"ImageNet {words(name, width)}", state
+    names = [part.typename for part in features]
+    if not set(names).isdisjoint(RESPONSE_NORMS):
+        return "caffenet"
+    letters = "".join("|" if n in POOLS else "c" if n in CONVOLUTIONS else "" for n in names)
+    counts = tuple(map(len, letters.strip("|").split("|")))
+    if counts not in VGGS:
+        raise ValueError(
+            f"features: {', '.join(map(str, counts))} convolutions between pools are of no known "
+            f"network ({', '.join(TITLES.values())})"
+        )
+    return VGGS[counts]
 
 
-def _live_norm(layer: Convolution) -> dict[str, Tensor]:
-    """The batch norm's own numbers; of a frozen one, those that give the same function."""
-    if layer.norm is None or layer.norm.kind in FIXED_NORMS:
-        scale, shift = layer.scale_and_shift()
-        mean, variance = torch.zeros_like(shift), torch.full_like(scale, 1 - EPSILON)
-        return {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
-    scale, shift, mean, variance = live_norm(layer.norm)
-    if layer.module.has("bias"):
-        bias = layer.module.take("bias", dimensions=1)
-        if len(bias) != len(mean):
-            raise ValueError(f"{layer.module.place}: a bias of {len(bias)} and a norm of another")
-        mean = mean - bias
-    return {"weight": scale, "bias": shift, "running_mean": mean, "running_var": variance}
+def rounds_up(features: list[Module]) -> bool:
+    """Whether the pools round sizes up, as Caffe's; all of them are taken to do the same."""
+    return any(_rounds_up(part) for part in features if part.typename in POOLS)
 
 
-def _check(own: torchvision.models.ResNet, state: dict[str, Tensor], layers: Layers) -> None:
-    expected = {k: v for k, v in own.state_dict().items() if not k.endswith("num_batches_tracked")}
-    expected["fc.weight"] = expected["fc.weight"].new_empty(
-        len(state["fc.bias"]), own.fc.in_features
-    )
-    expected["fc.bias"] = state["fc.bias"]  # any number of classes
-    refuse(describe_mismatch(expected, state), problems(dict(own.named_modules()), layers))
+def _rounds_up(pool: Module) -> bool:
+    # imagine-nn's are Caffe's; of the others old files have no such field.
+    return pool.value.typename.startswith("inn.") or bool(pool.plain("ceil_mode"))
 
 
-def problems(modules: dict[str, nn.Module], layers: Layers, *, mirrored: bool = False) -> list[str]:
-    """In what the arithmetic of convolutions differs from that of ours of the same name."""
-    found = [(modules[name], layer) for name, layer in layers.items() if name in modules]
-    each = [layer.check(own, mirrored=mirrored) for own, layer in found]
-    return [problem for own in each for problem in own]
+def add_plain_layers(
+    weights: Weights, parts: list[Module], ours: nn.Module, *, prefix: str
+) -> None:
+    """Takes the convolutions of a sequence of layers, and compares the other layers with ours.
 
-
-def refuse(difference: str, others: list[str]) -> None:
-    """Raises a ValueError with what does not fit, if anything does not."""
-    if difference or others:
-        raise ValueError("; ".join(filter(None, [difference, *others])))
-
-
-def words(name: str, width: int) -> str:
-    """For reports: "ResNet-50", or with its width when it is not the usual one."""
-    title = name.replace("resnet", "ResNet-")
-    return title if width == 64 else f"{title} of width {width}"
+    Raises:
+        ValueError: another sequence.
+    """
+    layers = [(n, layer) for n, layer in ours.named_modules() if type(layer) in COUNTERPARTS]
+    expect(parts, *(COUNTERPARTS[type(layer)] for _, layer in layers), where=prefix.strip("."))
+    for part, (name, layer) in zip(parts, layers, strict=True):
+        if isinstance(layer, nn.Conv2d):
+            weights.add_conv(prefix + name, convolutions([part], norms=False)[0])
+        elif isinstance(layer, nn.MaxPool2d):
+            sizes = [part.plain(name, 0) for name in ("kH", "kW", "dH", "dW", "padH", "padW")]
+            wanted = [layer.kernel_size] * 2 + [layer.stride] * 2 + [layer.padding] * 2
+            weights.problems += part.differences(
+                {"kernel, stride and padding": sizes, "ceil_mode": _rounds_up(part)},
+                {"kernel, stride and padding": wanted, "ceil_mode": layer.ceil_mode},
+            )
+        elif isinstance(layer, nn.LocalResponseNorm):
+            names = ("size", "alpha", "beta", "k")
+            weights.problems += part.differences(
+                {name: part.plain(name) for name in names},
+                {name: getattr(layer, name) for name in names},
+            )

@@ -3,13 +3,13 @@
 A file has no masks, and a store has a mask for each proposal: here it is the box, filled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
-import torch
+from torch import Tensor
 
 from datasets.images import read_image
 from pipeline.inference.coco_json import write_proposals
@@ -63,7 +63,7 @@ def convert_proposals(
     write_proposals(store)
     total = sum(len(_boxes(each, name)) for each, name in zip(boxes, names, strict=True))
     lines = [
-        f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, from 1 on)",
+        f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",
         "there are no masks in such a file: the masks in the store are the filled boxes",
     ]
     if total > written:
@@ -71,29 +71,29 @@ def convert_proposals(
     return [*lines, f"{written} written to {output}"]
 
 
-def _entries(table: Any, field: str) -> Sequence:
-    """A table of Lua by its numbers; an empty one is read as a dict."""
-    if isinstance(table, list) or (isinstance(table, torch.Tensor) and table.dim() >= 2):
-        return table
+def _entries(table: Any, field: str) -> list:
+    """The entries of a table or the rows of a tensor; an empty table is read as a dict."""
+    if isinstance(table, list) or (isinstance(table, Tensor) and table.dim() >= 2):
+        return list(table)
     if table == {}:
         return []
-    raise ValueError(f"{field}: a table of one entry an image is due")
+    raise ValueError(f"{field}: expected a table with an entry for each image")
 
 
 def _sizes(
-    names: Sequence[str], annotations: str | Path | None, images: str | Path | None
+    names: list, annotations: str | Path | None, images: str | Path | None
 ) -> dict[str, Size]:
-    for number, name in enumerate(names, 1):
+    for i, name in enumerate(names, 1):
         if not isinstance(name, str):
-            raise ValueError(f"images[{number}]: a file name is due, and there is {name!r}")
+            raise ValueError(f"images[{i}]: expected a file name, got {name!r}")
     if annotations is not None:
         sizes = _listed_sizes(Path(annotations))
     elif images is not None:
-        known = {file.file_name: file for file in find_images(images, None, {})}
+        wanted = set(names)
         sizes = {
-            name: (known[name].image_id, *read_image(known[name].path).shape[:2])
-            for name in names
-            if name in known
+            file.file_name: (file.image_id, *read_image(file.path).shape[:2])
+            for file in find_images(images, None, {})
+            if file.file_name in wanted
         }
     else:
         raise ValueError(
@@ -119,11 +119,11 @@ def _listed_sizes(annotations: Path) -> dict[str, Size]:
 
 
 def _shards(
-    names: Sequence, boxes: Sequence, scores: Sequence, sizes: dict[str, Size]
+    names: list, boxes: list, scores: list, sizes: dict[str, Size]
 ) -> Iterator[list[Proposals]]:
     shard: list[Proposals] = []
-    for name, own_boxes, own_scores in zip(names, boxes, scores, strict=True):
-        shard.append(_proposals(name, own_boxes, own_scores, sizes[name]))
+    for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):
+        shard.append(_proposals(name, image_boxes, image_scores, sizes[name]))
         if sum(map(len, shard)) >= MAX_ROWS or len(shard) == MAX_IMAGES_IN_SHARD:
             yield shard
             shard = []
@@ -131,44 +131,35 @@ def _shards(
         yield shard
 
 
-def _proposals(name: str, boxes: Any, scores: Any, size: Size) -> Proposals:
+def _proposals(name: str, table: Any, scores: Any, size: Size) -> Proposals:
     image_id, height, width = size
-    boxes = _boxes(boxes, name)
-    scores = np.asarray(scores if isinstance(scores, torch.Tensor) else [], np.float32).ravel()
+    boxes = _boxes(table, name)
+    scores = np.asarray(scores if isinstance(scores, Tensor) else [], np.float32).ravel()
     if len(scores) != len(boxes):
         raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
     if not np.isfinite(scores).all():
         raise ValueError(f"{name}: a score that is not finite")
-    order = np.argsort(-scores, kind="stable")
-    # Pixels whose centers lie in the box, within the image.
     limits = np.array([width, height, width, height])
-    pixels = np.ceil(boxes - 0.5).clip(0, limits).astype(int)
-    inside = (pixels[:, 2:] > pixels[:, :2]).all(1)
-    order = order[inside[order]]
-    counts = [_filled(*pixels[n].tolist(), height, width) for n in order]
-    boxes = boxes.clip(0, limits).astype(np.float32)
-    return Proposals(image_id, name, height, width, scores[order], boxes[order], counts)
+    pixels = np.ceil(boxes - 0.5).clip(0, limits)  # those whose centers lie in the box
+    order = np.argsort(-scores, kind="stable")
+    order = order[(pixels[order, 2:] > pixels[order, :2]).all(1)]
+    rles = _filled_boxes(pixels[order], height, width)
+    boxes = boxes[order].clip(0, limits).astype(np.float32)
+    return Proposals(image_id, name, height, width, scores[order], boxes, rles)
 
 
-def _boxes(boxes: Any, name: str) -> np.ndarray:
+def _boxes(table: Any, name: str) -> np.ndarray:
     """(N, 4) float64 xyxy from 0 on: Lua counts from 1, and the last pixel is in the box."""
-    values = np.asarray(boxes if isinstance(boxes, torch.Tensor) else [], np.float64)
+    values = np.asarray(table if isinstance(table, Tensor) else [], np.float64)
     if values.size == 0:
         return np.empty((0, 4))
     if values.ndim != 2 or values.shape[1] != 4 or not np.isfinite(values).all():
-        raise ValueError(f"{name}: its boxes are no table of four finite numbers each")
+        raise ValueError(f"{name}: expected boxes of four finite numbers each")
     y1, x1, y2, x2 = values.T
     return np.stack([x1 - 1, y1 - 1, x2, y2], axis=1)
 
 
-def _filled(x0: int, y0: int, x1: int, y1: int, height: int, width: int) -> bytes:
-    """RLE of a rectangle: runs go down the columns."""
-    tall = y1 - y0
-    if tall == height:
-        runs = [x0 * height, (x1 - x0) * height]
-    else:
-        runs = [x0 * height + y0, tall, *[height - tall, tall] * (x1 - x0 - 1)]
-    if rest := height * width - sum(runs):
-        runs.append(rest)
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
-    return rle["counts"]
+def _filled_boxes(boxes: np.ndarray, height: int, width: int) -> list[bytes]:
+    """RLE strings of boxes (N, 4) xyxy at whole pixels, each filled."""
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return [rle["counts"] for rle in coco_mask.frPyObjects(xywh, height, width)]

@@ -1,6 +1,5 @@
-"""The draws of the patch sampler against the published procedure, over 20,000 draws each."""
+"""The draws of the patch sampler against the published procedure, 20,000 draws each."""
 
-import json
 import math
 
 import numpy as np
@@ -8,49 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.patch_sampler import (
     MASK,
     NO_SCALE,
     SCORE,
     PatchSampler,
+    PatchSamplingConfig,
+    canonical_quarter,
     canonical_size,
-    own_quarter_octave,
 )
+from tests.coco_json import rectangle, write_coco
 
 DRAWS = 20_000
 CANONICAL = 92
 WIDTH, HEIGHT = 640, 480
 
 
-def rectangle(number, image, category, x, y, w, h, **more):
-    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "bbox": [x, y, w, h],
-        "area": w * h,
-        "segmentation": [polygon],
-        "iscrowd": 0,
-        **more,
-    }
-
-
-def write_coco(path, annotations, images=(1, 2, 3, 4), categories=(3, 7, 20, 90)):
-    path.write_text(
-        json.dumps(
-            {
-                "images": [
-                    {"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT}
-                    for i in images
-                ],
-                "categories": [{"id": c, "name": f"c{c}"} for c in categories],
-                "annotations": annotations,
-            }
-        )
-    )
-    return CocoInstances.load(path)
+def load(path, annotations, images=(1, 2, 3, 4), size=(HEIGHT, WIDTH)):
+    return write_coco(path, dict.fromkeys(images, size), annotations, (3, 7, 20, 90))
 
 
 @pytest.fixture(scope="module")
@@ -69,40 +43,40 @@ def coco(tmp_path_factory):
         rectangle(7, 3, 3, 200, 150, 21, 33),
         rectangle(8, 3, 20, 400, 300, 9, 9),  # area below 100: no mask patch
     ]
-    return write_coco(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
+    return load(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
 
 
-def draw_many(coco, kind, *, per_group=1, seed=0, **options):
-    sampler = PatchSampler(coco, seed=seed, **options)
-    groups = DRAWS // per_group
-    return [patch for group in range(groups) for patch in sampler.draw(kind, 0, group, per_group)]
+def make_sampler(coco, per_group=1, **options):
+    return PatchSampler(coco, config=PatchSamplingConfig(patches_per_image=per_group), **options)
 
 
-def shares(values):
+def draw_many(coco, head, per_group=1):
+    sampler = make_sampler(coco, per_group)
+    return [p for group in range(DRAWS // per_group) for p in sampler.draw(head, 0, group)]
+
+
+def frequencies(values):
     names, counts = np.unique(np.asarray(values), return_counts=True)
     return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
 
 
-def assert_share(found, expected, draws=DRAWS, sigmas=4.5):
-    assert abs(found - expected) < sigmas * math.sqrt(expected * (1 - expected) / draws) + 1e-9, (
-        found,
-        expected,
-    )
+def assert_frequency(found, expected, draws=DRAWS):
+    deviation = math.sqrt(expected * (1 - expected) / draws)
+    assert abs(found - expected) < 4.5 * deviation + 1e-9, (found, expected)
 
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_mask_patches_draw_a_category_then_one_of_its_annotations(coco, per_group):
     """Sharing a decoded image must not change how often an annotation is drawn."""
-    found = shares(
-        coco.annotation_ids[[p.annotation for p in draw_many(coco, MASK, per_group=per_group)]]
-    )
+    patches = draw_many(coco, MASK, per_group)
+    found = frequencies(coco.annotation_ids[[p.annotation for p in patches]])
     # Categories 3, 7, 20 have 2, 3, 1 annotations of at least 100 px²; the crowd and the 9x9 px one
     # are not drawn.
     expected = {1: 1 / 6, 7: 1 / 6, 2: 1 / 9, 3: 1 / 9, 4: 1 / 9, 5: 1 / 3}
     assert set(found) == set(expected)
-    for annotation, share in expected.items():
+    for annotation, probability in expected.items():
         # Patches of a group are not independent: a group counts as one draw for the tolerance.
-        assert_share(found[annotation], share, DRAWS / per_group)
+        assert_frequency(found[annotation], probability, DRAWS / per_group)
 
 
 def test_mask_patches_jitter_scale_and_center_evenly(coco):
@@ -110,18 +84,16 @@ def test_mask_patches_jitter_scale_and_center_evenly(coco):
     boxes = coco.boxes[[p.annotation for p in patches]]
     longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
     scale = np.array([p.scale for p in patches])
-    octaves = -np.log2(scale) - np.log2(longest / CANONICAL)
+    scale_jitter = -np.log2(scale) - np.log2(longest / CANONICAL)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     # Shifts are in pixels of the patch.
     shift = (np.array([(p.x, p.y) for p in patches]) - centers) * scale[:, None]
-    for values, bound in ((octaves, 0.25), (shift[:, 0], 16), (shift[:, 1], 16)):
+    for values, bound in ((scale_jitter, 0.25), (shift[:, 0], 16), (shift[:, 1], 16)):
         assert np.abs(values).max() <= bound * (1 + 1e-5)
         assert_even(values / bound)
-    assert (
-        abs(np.corrcoef(shift.T)[0, 1]) < 0.03
-        and abs(np.corrcoef(octaves, shift[:, 0])[0, 1]) < 0.03
-    )
-    assert_share(np.mean([p.flip for p in patches]), 0.5)
+    correlations = np.corrcoef([scale_jitter, *shift.T])
+    assert np.abs(correlations - np.eye(3)).max() < 0.03
+    assert_frequency(np.mean([p.flip for p in patches]), 0.5)
     assert all(p.label == 1 for p in patches)
 
 
@@ -134,28 +106,28 @@ def assert_even(values):
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_score_patches_are_balanced_and_empty_images_give_negatives(coco, per_group):
-    patches = draw_many(coco, SCORE, per_group=per_group)
+    patches = draw_many(coco, SCORE, per_group)
     draws = DRAWS / per_group
-    assert_share(np.mean([p.label > 0 for p in patches]), 0.5, draws)
-    assert_share(np.mean([p.flip for p in patches]), 0.5)
+    assert_frequency(np.mean([p.label > 0 for p in patches]), 0.5, draws)
+    assert_frequency(np.mean([p.flip for p in patches]), 0.5)
     images = coco.image_ids[[p.image for p in patches if p.label < 0]]
-    for share in shares(images).values():
-        assert_share(share, 1 / 4, draws / 2)
-    positive = shares(coco.image_ids[[p.image for p in patches if p.label > 0]])
+    for frequency in frequencies(images).values():
+        assert_frequency(frequency, 1 / 4, draws / 2)
+    positive = frequencies(coco.image_ids[[p.image for p in patches if p.label > 0]])
     assert set(positive) == {1, 2, 3}
-    for share in positive.values():
-        assert_share(share, 1 / 3, draws / 2)
+    for frequency in positive.values():
+        assert_frequency(frequency, 1 / 3, draws / 2)
 
 
 def test_without_empty_images_every_score_patch_is_from_an_image_with_an_object(tmp_path):
-    coco = write_coco(
+    coco = load(
         tmp_path / "a.json",
         [rectangle(1, 1, 3, 30, 40, 100, 50), rectangle(2, 2, 3, 9, 9, 50, 50)],
         images=(1, 2),
     )
     patches = draw_many(coco, SCORE)
-    assert_share(np.mean([p.label > 0 for p in patches]), 0.5)
-    assert_share(np.mean([p.image == 0 for p in patches]), 0.5)
+    assert_frequency(np.mean([p.label > 0 for p in patches]), 0.5)
+    assert_frequency(np.mean([p.image == 0 for p in patches]), 0.5)
 
 
 def test_positives_are_centered_and_of_canonical_size_up_to_a_quarter_octave(coco):
@@ -179,10 +151,10 @@ def test_positives_draw_a_scale_of_the_image_then_an_object_at_it(tmp_path):
         rectangle(2, 1, 3, 200, 0, 50, 100),
         rectangle(3, 1, 3, 0, 200, 400, 200),
     ]
-    coco = write_coco(tmp_path / "a.json", annotations, images=(1,))
+    coco = load(tmp_path / "a.json", annotations, images=(1,))
     drawn = [coco.annotation_ids[p.annotation] for p in draw_many(coco, SCORE) if p.label > 0]
-    for annotation, share in {1: 0.25, 2: 0.25, 3: 0.5}.items():
-        assert_share(shares(drawn)[annotation], share, DRAWS / 2)
+    for annotation, probability in {1: 0.25, 2: 0.25, 3: 0.5}.items():
+        assert_frequency(frequencies(drawn)[annotation], probability, DRAWS / 2)
 
 
 def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
@@ -196,37 +168,34 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
             if coco.is_crowd[a]:
                 assert not (x1 <= p.x < x2 and y1 <= p.y < y2)
                 continue
-            octaves = abs(math.log2(p.scale) - sampler.own_quarter[a] / 4)
+            difference = abs(math.log2(p.scale) - sampler.object_quarter[a] / 4)
             distance = math.hypot(p.x - (x1 + x2) / 2, p.y - (y1 + y2) / 2) * p.scale
-            assert octaves > 2.5 or distance >= 48 * (1 - 1e-5)
+            assert difference > 2.5 or distance >= 48 * (1 - 1e-5)
     empty = [p for p in negatives if coco.image_ids[p.image] == 4]
     quarters = np.rint(4 * np.log2([p.scale for p in empty])).astype(int)
     assert set(quarters.tolist()) == set(range(-12, 9))
-    assert max(abs(share - 1 / 21) for share in shares(quarters).values()) < 0.02
+    assert max(abs(f - 1 / 21) for f in frequencies(quarters).values()) < 0.02
     assert_even(np.array([p.x for p in empty]) / WIDTH * 2 - 1)
     assert_even(np.array([p.y for p in empty]) / HEIGHT * 2 - 1)
 
 
 def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
-    path = tmp_path / "small.json"
-    path.write_text(
-        json.dumps(
-            {
-                "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 20}],
-                "categories": [{"id": 1, "name": "a"}],
-                "annotations": [rectangle(1, 1, 1, 2, 2, 16, 16)],
-            }
-        )
-    )
-    coco = CocoInstances.load(path)
-    sampler = PatchSampler(coco)
-    labels = [p.label for group in range(50) for p in sampler.draw(SCORE, 0, group, 1)]
-    assert -1 in labels and 1 in labels
+    only = rectangle(1, 1, 3, 2, 2, 16, 16)
+    coco = load(tmp_path / "small.json", [only], images=(1,), size=(20, 20))
+    config = PatchSamplingConfig(negative_distance=1000, negative_log2_scale=5)
+    sampler = PatchSampler(coco, config=config)
+    patches = [p for group in range(50) for p in sampler.draw(SCORE, 0, group)]
+    negatives = [p for p in patches if p.label < 0]
+    assert 0 < len(negatives) < 50
+    # A corner at the largest scale, 4, is the farthest from the object in the middle.
+    farthest = math.hypot(10, 10) * 4
+    distances = [math.hypot(p.x - 10, p.y - 10) * p.scale for p in negatives]
+    assert 0.4 * farthest < min(distances) <= max(distances) <= farthest
 
 
 def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_path):
     broken = rectangle(9, 4, 3, 10, 10, 50, 50, segmentation=[[1, 2, 3]])
-    coco = write_coco(tmp_path / "a.json", [rectangle(1, 1, 3, 30, 40, 100, 50), broken])
+    coco = load(tmp_path / "a.json", [rectangle(1, 1, 3, 30, 40, 100, 50), broken])
     assert coco.image_ids[PatchSampler(coco).empty_images].tolist() == [2, 3]
 
 
@@ -236,14 +205,13 @@ def test_categories_without_a_usable_annotation_are_never_drawn(tmp_path):
         rectangle(2, 1, 7, 0, 0, 4, 60),
         rectangle(3, 1, 20, 5, 5, 99, 99, iscrowd=1),
     ]
-    coco = write_coco(tmp_path / "a.json", annotations)
-    assert {p.annotation for p in draw_many(coco, MASK)[:500]} == {
-        coco.annotation_ids.tolist().index(1)
-    }
+    coco = load(tmp_path / "a.json", annotations)
+    drawn = {p.annotation for p in draw_many(coco, MASK)[:500]}
+    assert coco.annotation_ids[list(drawn)].tolist() == [1]
 
 
 def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
-    coco = write_coco(tmp_path / "a.json", [rectangle(1, 1, 3, 0, 0, 4, 4)])
+    coco = load(tmp_path / "a.json", [rectangle(1, 1, 3, 0, 0, 4, 4)])
     with pytest.raises(ValueError, match="a.json.*mask patch"):
         PatchSampler(coco)
 
@@ -252,36 +220,30 @@ def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
     seed=st.integers(0, 5),
     epoch=st.integers(0, 9),
     group=st.integers(0, 99),
-    kind=st.sampled_from([MASK, SCORE]),
+    head=st.sampled_from([MASK, SCORE]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group, kind):
-    sampler = PatchSampler(coco, seed=seed)
-    first = sampler.draw(kind, epoch, group, 3)
-    sampler.draw(kind, epoch + 1, group, 3)  # what was drawn before does not matter
-    assert sampler.draw(kind, epoch, group, 3) == first
+def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group, head):
+    sampler = make_sampler(coco, 3, seed=seed)
+    first = sampler.draw(head, epoch, group)
     others = [
-        sampler.draw(kind, epoch + 1, group, 3),
-        sampler.draw(kind, epoch, group + 1, 3),
-        PatchSampler(coco, seed=seed + 1).draw(kind, epoch, group, 3),
+        sampler.draw(head, epoch + 1, group),
+        sampler.draw(head, epoch, group + 1),
+        sampler.draw(head, epoch, group, attempt=1),
+        make_sampler(coco, 3, seed=seed + 1).draw(head, epoch, group),
     ]
+    assert sampler.draw(head, epoch, group) == first  # whatever was drawn before
     assert all(other != first for other in others)
     assert len({p.image for p in first}) == 1
 
 
 @given(st.lists(st.floats(1, 3000), min_size=1, max_size=20))
-def test_own_scale_is_the_first_at_which_the_object_is_small_enough(longest):
-    quarters = own_quarter_octave(np.array(longest), CANONICAL, (-3, 2))
+def test_the_canonical_scale_is_the_first_at_which_the_object_is_small_enough(longest):
+    quarters = canonical_quarter(np.array(longest), CANONICAL, (-3, 2))
+    limit = CANONICAL * 2**0.25 * (1 + 1e-9)
     for side, quarter in zip(longest, quarters.tolist(), strict=True):
-        slow = next(
-            (
-                q
-                for q in range(8, -13, -1)
-                if side * 2 ** (q / 4) <= CANONICAL * 2**0.25 * (1 + 1e-9)
-            ),
-            NO_SCALE,
-        )
-        assert quarter == slow
+        small_enough = (q for q in range(8, -13, -1) if side * 2 ** (q / 4) <= limit)
+        assert quarter == next(small_enough, NO_SCALE)
 
 
 @pytest.mark.parametrize(("patch", "canonical"), [(160, 92), (224, 128), (112, 64)])

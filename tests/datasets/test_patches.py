@@ -1,31 +1,19 @@
-"""Pixels and targets of patches.
-
-They are right to the sub-pixel, the same whatever the workers, robust to bad files.
-"""
-
-import json
+"""Pixels and targets of patches: right to the sub-pixel, whatever the workers and bad files."""
 
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
-from datasets.transforms import denormalize, normalize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.images import ImageError
-from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
-from datasets.patches import (
-    BatchKeys,
-    PatchDataset,
-    collate_groups,
-    crop_patch,
-    mask_target,
-    patch_loader,
-    rasterize,
-)
+from datasets.loading import batch_loader, read_annotated_image
+from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler, PatchSamplingConfig
+from datasets.patches import PatchBatchSampler, PatchDataset, crop_patch, mask_target, rasterize
+from datasets.resize import denormalize
+from tests.coco_json import rectangle, write_coco
 
 SIZE = 64
 
@@ -34,12 +22,8 @@ def patch_at(x, y, scale, *, flip=False, annotation=0):
     return Patch(0, annotation, 1, x, y, scale, flip)
 
 
-def smooth_image(height, width):
+def smooth_picture(y, x):
     """A picture without fine detail, as a function of continuous coordinates."""
-    return evaluate(*np.mgrid[0.5:height, 0.5:width])
-
-
-def evaluate(y, x):
     channels = [
         127 + 100 * np.sin(x / 31 + y / 47),
         127 + 100 * np.cos(x / 53),
@@ -48,11 +32,11 @@ def evaluate(y, x):
     return np.stack(channels, axis=-1)
 
 
-@given(x=st.floats(0, 400), y=st.floats(0, 300), octave=st.floats(-3, 2), flip=st.booleans())
+@given(x=st.floats(0, 400), y=st.floats(0, 300), log2_scale=st.floats(-3, 2), flip=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_a_patch_shows_its_square_of_the_image_to_the_sub_pixel(x, y, octave, flip):
-    scale = 2.0**octave
-    image = smooth_image(300, 400).round().astype(np.uint8)
+def test_a_patch_shows_its_square_of_the_image_to_the_sub_pixel(x, y, log2_scale, flip):
+    scale = 2.0**log2_scale
+    image = smooth_picture(*np.mgrid[0.5:300, 0.5:400]).round().astype(np.uint8)
     pixels = crop_patch(image, patch_at(x, y, scale, flip=flip), SIZE) * 255
     offset = (np.arange(SIZE) + 0.5 - SIZE / 2) / scale
     px, py = np.meshgrid(x + (offset[::-1] if flip else offset), y + offset)
@@ -61,7 +45,7 @@ def test_a_patch_shows_its_square_of_the_image_to_the_sub_pixel(x, y, octave, fl
     outside = (px < -margin) | (px > 400 + margin) | (py < -margin) | (py > 300 + margin)
     if inside.any():
         # A block average of a curved function differs a little from its value at the center.
-        assert np.abs(pixels - evaluate(py, px))[inside].max() < 3 + (1 / scale) ** 2 * 0.15
+        assert np.abs(pixels - smooth_picture(py, px))[inside].max() < 3 + (1 / scale) ** 2 * 0.15
     assert np.allclose(pixels[outside], 127.5)
 
 
@@ -69,25 +53,24 @@ def test_gray_begins_exactly_at_the_image_border():
     image = np.full((40, 40, 3), 255, np.uint8)
     pixels = crop_patch(image, patch_at(0, 20, 1.0), 32)[..., 0]
     assert np.allclose(pixels[:, :16], 0.5) and np.allclose(pixels[:, 16:], 1)
-    half = crop_patch(image, patch_at(0.5, 20, 1.0), 32)[
-        16, :, 0
-    ]  # the border falls in the middle of pixel 15
+    # The border falls in the middle of pixel 15.
+    half = crop_patch(image, patch_at(0.5, 20, 1.0), 32)[16, :, 0]
     assert np.allclose(half[:15], 0.5) and np.isclose(half[15], 0.75) and np.allclose(half[16:], 1)
 
 
 @given(st.floats(-2, 1.5), st.floats(-30, 30), st.floats(-30, 30), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_targets_agree_with_rasterizing_at_8x_and_averaging(octave, dx, dy, seed):
+def test_targets_agree_with_rasterizing_at_8x_and_averaging(log2_scale, dx, dy, seed):
     rng = np.random.default_rng(seed)
     angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
     radii = rng.uniform(15, 45, 12)
-    scale = 2.0**octave
-    ring = np.stack(
-        [200 + radii * np.cos(angles) / scale, 150 + radii * np.sin(angles) / scale], axis=1
-    )
+    scale = 2.0**log2_scale
+    ring = [200, 150] + np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] / scale
     patch = patch_at(200 + dx / scale, 150 + dy / scale, scale)
-    target = rasterize([ring.astype(np.float32)], patch, patch_size=160, target_size=112)
-    fine = rasterize([ring.astype(np.float32)], patch, patch_size=160, target_size=8 * 112)
+    target, fine = (
+        rasterize([ring.astype(np.float32)], patch, patch_size=160, target_size=size)
+        for size in (112, 8 * 112)
+    )
     coverage = fine.reshape(112, 8, 112, 8).mean((1, 3))
     wrong = target != (coverage > 0.5)
     # COCO's rule rounds the outline to a fifth of a pixel: what is wrong is nearly half covered,
@@ -96,50 +79,27 @@ def test_targets_agree_with_rasterizing_at_8x_and_averaging(octave, dx, dy, seed
     assert abs(target.mean() - coverage.mean()) < 0.006
 
 
-def make_dataset(folder, *, rle=False, count=6, **options):
+def make_dataset(folder, *, rle=False, count=6, **sampling):
     """Images with one polygon (or RLE) each; image n's object differs."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    images, annotations = [], []
+    annotations = []
     for n in range(1, count + 1):
-        pixels = cv2.resize(
-            rng.integers(0, 255, (12, 16, 3), np.uint8), (160, 120), interpolation=cv2.INTER_CUBIC
-        )
+        noise = rng.integers(0, 255, (12, 16, 3), np.uint8)
+        pixels = cv2.resize(noise, (160, 120), interpolation=cv2.INTER_CUBIC)
         ring = np.array([[30.5, 20.25], [110.0 + n, 25], [100, 90.75], [40, 100]])
-        painted = coco_mask.decode(
-            coco_mask.frPyObjects([ring.ravel().tolist()], 120, 160)[0]
-        ).astype(bool)
-        pixels[painted] = (250, 20 * n, 5)
-        cv2.imwrite(str(folder / f"{n}.png"), pixels[..., ::-1])
-        images.append({"id": n, "file_name": f"{n}.png", "width": 160, "height": 120})
         segmentation = [ring.ravel().tolist()]
+        encoded = coco_mask.frPyObjects(segmentation, 120, 160)[0]
+        pixels[coco_mask.decode(encoded).astype(bool)] = (250, 20 * n, 5)
+        cv2.imwrite(str(folder / f"{n}.png"), pixels[..., ::-1])
         if rle:
-            segmentation = coco_mask.frPyObjects(segmentation, 120, 160)[0]
-            segmentation["counts"] = segmentation["counts"].decode()
-        x, y = ring.min(0)
-        w, h = ring.max(0) - ring.min(0)
-        annotations.append(
-            {
-                "id": n,
-                "image_id": n,
-                "category_id": 1,
-                "iscrowd": 0,
-                "area": 5000.0,
-                "bbox": [x, y, w, h],
-                "segmentation": segmentation,
-            }
-        )
-    path = folder / "instances.json"
-    path.write_text(
-        json.dumps(
-            {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
-        )
-    )
-    coco = CocoInstances.load(path)
-    sampler = PatchSampler(coco, patch_size=SIZE, seed=options.pop("seed", 0))
-    return PatchDataset(
-        coco, folder, sampler, **{"patch_size": SIZE, "context": 32, "target_size": 48, **options}
-    )
+            segmentation = encoded | {"counts": encoded["counts"].decode()}
+        bbox = [*ring.min(0), *(ring.max(0) - ring.min(0))]
+        annotations.append(rectangle(n, n, 1, *bbox, segmentation=segmentation))
+    sizes = dict.fromkeys(range(1, count + 1), (120, 160))
+    coco = write_coco(folder / "instances.json", sizes, annotations, categories=[1])
+    sampler = PatchSampler(coco, patch_size=SIZE, config=PatchSamplingConfig(**sampling))
+    return PatchDataset(coco, folder, sampler, patch_size=SIZE, context=32, target_size=48)
 
 
 def test_rle_targets_agree_with_polygon_targets(tmp_path):
@@ -148,39 +108,27 @@ def test_rle_targets_agree_with_polygon_targets(tmp_path):
         for scale in (0.4, 0.8, 1.7):
             patch = patch_at(70 + n, 50, scale, flip=flip, annotation=n)
             a, b = (
-                mask_target(d.coco, patch, patch_size=SIZE, target_size=48) > 0
-                for d in (polygons, rles)
+                mask_target(data.coco, patch, patch_size=SIZE, target_size=48) > 0
+                for data in (polygons, rles)
             )
             assert (a & b).sum() / (a | b).sum() > 0.96
-            assert (
-                mask_target(polygons.coco, patch, patch_size=SIZE, target_size=48).dtype
-                == np.float32
-            )
 
 
 def test_target_and_pixels_of_a_mask_patch_show_the_same_object(tmp_path):
-    """The painted polygon is red: where the target is 1 the pixels are red.
-
-    So mirrored or not, at any jitter.
-    """
+    """Where the target is 1 the pixels are red as the painted polygon, mirrored or not."""
     data = make_dataset(tmp_path)
     flips = set()
     for group in range(30):
         item, (patch,) = data.load(MASK, 0, group)
         flips.add(patch.flip)
         pixels = denormalize(item["patches"][0].numpy())[16:-16, 16:-16].astype(int)
-        target = cv2.resize(
-            (item["targets"][0].numpy() > 0).astype(np.uint8),
-            (SIZE, SIZE),
-            interpolation=cv2.INTER_LINEAR,
-        )
-        inner, outer = (
-            cv2.erode(
-                side, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
-            )
-            > 0
+        target = (item["targets"][0].numpy() > 0).astype(np.uint8)
+        target = cv2.resize(target, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
+        inner, outer = (  # without what is near an outline
+            cv2.erode(side, np.ones((5, 5), np.uint8), **border) > 0
             for side in (target, 1 - target)
-        )  # what is not near an outline
+        )
         green = 20 * (patch.image + 1)
         red = (pixels[..., 0] > 225) & (np.abs(pixels[..., 1] - green) < 30) & (pixels[..., 2] < 30)
         assert red[inner].mean() > 0.995 and red[outer].mean() < 0.005
@@ -191,74 +139,75 @@ def test_items_have_the_contracts_shapes_and_values(tmp_path):
     data = make_dataset(tmp_path, patches_per_image=3)
     mask, score = data[(MASK, 0, 0)], data[(SCORE, 0, 1)]
     assert mask["patches"].shape == (3, 3, 96, 96) and mask["patches"].dtype == torch.float32
-    assert mask["targets"].shape == (3, 48, 48) and set(mask["targets"].unique().tolist()) == {
-        -1.0,
-        1.0,
-    }
+    assert mask["targets"].shape == (3, 48, 48) and mask["targets"].dtype == torch.float32
+    assert set(mask["targets"].unique().tolist()) == {-1.0, 1.0} and mask["broken"] == []
     assert score["labels"].shape == (3,) and set(score["labels"].tolist()) <= {-1.0, 1.0}
-    keys = torch.cat([data[(MASK, e, g)]["keys"] for e in range(2) for g in range(4)])
-    assert len(keys.unique()) == len(keys) == 24
 
 
-@given(st.integers(1, 40), st.integers(1, 40))
-@settings(max_examples=20)
-def test_normalize_and_denormalize_are_inverse(height, width):
-    pixels = (
-        np.random.default_rng(height * 41 + width)
-        .integers(0, 256, (height, width, 3))
-        .astype(np.uint8)
-    )
-    assert np.array_equal(denormalize(normalize(pixels.astype(np.float32) / 255)), pixels)
-
-
-def run_epoch(data, *, workers, share=(0, 1), steps=range(6)):
-    keys = BatchKeys(steps, batches_per_epoch=3, groups_per_batch=4, seed=1, share=share)
-    return list(patch_loader(data, keys, workers=workers))
+def run_epochs(data, *, workers=0, steps=range(6), **ranks):
+    indices = PatchBatchSampler(steps, batches_per_epoch=3, groups_per_batch=4, seed=1, **ranks)
+    return list(batch_loader(data, indices, data.collate, workers=workers))
 
 
 def assert_same_batches(a, b):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
+        assert x.keys() == y.keys() and x["broken"] == y["broken"]
         for name in x.keys() - {"broken"}:
             assert torch.equal(x[name], y[name]), name
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_starts(tmp_path):
     data = make_dataset(tmp_path)
-    whole = run_epoch(data, workers=0)
-    assert_same_batches(whole, run_epoch(data, workers=2))
-    assert_same_batches(whole[4:], run_epoch(data, workers=0, steps=range(4, 6)))
-    kinds = {"targets" in batch for batch in run_epoch(data, workers=0, steps=range(20))}
-    assert kinds == {True, False}
+    whole = run_epochs(data)
+    assert_same_batches(whole, run_epochs(data, workers=2))
+    assert_same_batches(whole[4:], run_epochs(data, steps=range(4, 6)))
+    assert not torch.equal(whole[0]["patches"], whole[3]["patches"])  # another epoch
 
 
 def test_processes_share_the_minibatches_of_one_process(tmp_path):
     data = make_dataset(tmp_path)
-    whole = run_epoch(data, workers=0)
-    shares = [run_epoch(data, workers=0, share=(index, 2)) for index in range(2)]
-    joined = [collate_groups(list(parts)) for parts in zip(*shares, strict=True)]
-    assert_same_batches(whole, joined)
+    parts = [run_epochs(data, rank=rank, world_size=2) for rank in range(2)]
+    joined = [data.collate(list(batches)) for batches in zip(*parts, strict=True)]
+    assert_same_batches(run_epochs(data), joined)
+
+
+@pytest.mark.parametrize("mask_batch_prob", [0.0, 0.3, 1.0])
+def test_every_minibatch_trains_one_head_drawn_with_its_probability(mask_batch_prob):
+    batches = list(
+        PatchBatchSampler(
+            range(3000),
+            batches_per_epoch=100,
+            groups_per_batch=2,
+            mask_batch_prob=mask_batch_prob,
+        )
+    )
+    heads = [{head for head, _, _ in batch} for batch in batches]
+    assert all(len(head) == 1 for head in heads)
+    deviation = (mask_batch_prob * (1 - mask_batch_prob) / 3000) ** 0.5
+    assert abs(heads.count({MASK}) / 3000 - mask_batch_prob) <= 4.5 * deviation
+    samples = [(epoch, group) for batch in batches for _, epoch, group in batch]
+    assert samples == [(epoch, group) for epoch in range(30) for group in range(200)]
 
 
 def test_unreadable_images_are_named_and_replaced_the_same_way_every_time(tmp_path):
     data = make_dataset(tmp_path)
     (tmp_path / "2.png").write_bytes(b"no image")
     (tmp_path / "5.png").unlink()
-    batches = run_epoch(data, workers=0, steps=range(12))
+    batches = run_epochs(data, steps=range(12))
     named = {
         message.split(":")[0].rsplit("/", 1)[-1] for batch in batches for message in batch["broken"]
     }
     assert named == {"2.png", "5.png"}
-    assert all(len(batch["keys"]) == 4 for batch in batches)
-    assert_same_batches(batches, run_epoch(data, workers=2, steps=range(12)))
+    assert all(len(batch["patches"]) == 4 for batch in batches)
+    assert_same_batches(batches, run_epochs(data, workers=2, steps=range(12)))
 
 
 def test_an_image_of_another_size_than_annotated_is_refused(tmp_path):
     data = make_dataset(tmp_path)
     cv2.imwrite(str(tmp_path / "1.png"), np.zeros((60, 80, 3), np.uint8))
     with pytest.raises(ImageError, match="1.png.*80x60.*160x120"):
-        data.read_image(0)
+        read_annotated_image(data.coco, tmp_path, 0)
 
 
 def test_a_folder_without_a_readable_image_is_given_up(tmp_path):

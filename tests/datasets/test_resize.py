@@ -1,11 +1,22 @@
-"""Images at another size: sides as asked, pixels by a slow formula, boxes that follow."""
+"""Images at another size: sides as asked, pixels by a slow formula, boxes that follow.
+
+Pixels for a network and back.
+"""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.resize import resize_between_corners, resize_sides
+from datasets.resize import (
+    denormalize,
+    normalize,
+    pad_and_normalize,
+    resize_align_corners,
+    resize_image,
+    resize_sides,
+)
 
 SIZES = st.integers(1, 40)
 
@@ -14,27 +25,27 @@ SIZES = st.integers(1, 40)
 @settings(max_examples=60, deadline=None)
 def test_the_short_side_is_as_asked_unless_the_long_side_would_be_too_long(height, width, s, more):
     image = np.zeros((height, width, 3), np.uint8)
-    resized, factors = resize_sides(image, short_side=s, long_side=s + more)
+    resized, scales = resize_sides(image, short_side=s, long_side=s + more)
     short, long = sorted(resized.shape[:2])
     if s * max(height, width) / min(height, width) <= s + more:
         assert short == s
     else:
         assert long == s + more
     # The shape is the image's, up to whole pixels, and so are the boxes.
-    scale = np.divide(resized.shape[:2], (height, width))
-    assert abs(scale[0] - scale[1]) <= 0.5 / height + 0.5 / width or short == 1
-    assert factors == (scale[1], scale[0])
+    y_scale, x_scale = np.divide(resized.shape[:2], (height, width))
+    assert abs(y_scale - x_scale) <= 0.5 / height + 0.5 / width or short == 1
+    assert scales == (x_scale, y_scale)
 
 
 @given(SIZES, SIZES, st.integers(20, 60), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
 def test_the_released_sides_are_rounded_down_and_boxes_are_not(height, width, short, more):
     image = np.zeros((height, width, 3), np.uint8)
-    resized, factors = resize_sides(
-        image, short_side=short, long_side=short + more, resampling="corners"
+    resized, scales = resize_sides(
+        image, short_side=short, long_side=short + more, align_corners=True
     )
     scale = min(short / min(height, width), (short + more) / max(height, width))
-    assert factors == (scale, scale)
+    assert scales == (scale, scale)
     for side, old in zip(resized.shape[:2], (height, width), strict=True):
         assert side == 1 or 0 <= old * scale - side < 1
 
@@ -53,18 +64,41 @@ def slow(line: np.ndarray, count: int) -> np.ndarray:
 @settings(max_examples=100, deadline=None)
 def test_released_pixels_are_those_of_lines_one_by_one(height, width, short, more, seed):
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    resized, _ = resize_sides(image, short_side=short, long_side=short + more, resampling="corners")
+    resized, _ = resize_sides(image, short_side=short, long_side=short + more, align_corners=True)
     rows = np.apply_along_axis(slow, 1, image.astype(float), resized.shape[1])
     expected = np.apply_along_axis(slow, 0, rows, resized.shape[0])
     assert resized.dtype == np.float32
     np.testing.assert_allclose(resized, expected, atol=0.01)
 
 
-@pytest.mark.parametrize("size", [(3, 50), (11, 7), (90, 21)])
-def test_corners_stay_in_the_corners(size):
+@pytest.mark.parametrize("scale", [0.3, 1, 4.3])
+def test_corners_stay_in_the_corners(scale):
     image = np.random.default_rng(0).integers(0, 256, (11, 21, 3), np.uint8)
-    resized = resize_between_corners(image, size)
-    assert resized.shape == (*size, 3)
+    resized = resize_align_corners(image, scale)
+    assert resized.shape == (int(11 * scale + 0.5), int(21 * scale + 0.5), 3)
     for y in (0, -1):
         for x in (0, -1):
             np.testing.assert_allclose(resized[y, x], image[y, x], atol=1e-3)
+
+
+def test_a_scale_averages_areas_when_it_shrinks_and_leaves_at_least_a_pixel():
+    image = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    blocks = image.reshape(6, 2, 10, 2, 3).mean((1, 3))
+    assert np.abs(resize_image(image, 0.5) - blocks).max() <= 0.5
+    assert resize_image(image, 3).shape == (36, 60, 3)
+    assert resize_image(image, 0.01).shape == (1, 1, 3)
+    assert np.array_equal(resize_image(image, 1.01), image)
+
+
+@given(SIZES, SIZES, st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_normalized_pixels_can_be_had_back_with_and_without_a_gray_border(height, width, border):
+    pixels = np.random.default_rng(height * 41 + width).integers(0, 256, (height, width, 3))
+    image = pixels.astype(np.uint8)
+    normalized = normalize(image.astype(np.float32) / 255)
+    assert np.array_equal(denormalize(normalized), image)
+    padded = pad_and_normalize(torch.from_numpy(image), border)[0].numpy()
+    inner = padded[:, border : border + height, border : border + width]
+    np.testing.assert_allclose(inner, normalized, atol=1e-5)
+    expected = np.pad(image, [(border, border), (border, border), (0, 0)], constant_values=128)
+    assert np.array_equal(denormalize(padded), expected)

@@ -1,6 +1,5 @@
-"""Drawn RoIs against the rules spelled out pair by pair, and the shares of what is drawn."""
+"""Drawn RoIs against the rules spelled out pair by pair, and how often what is drawn."""
 
-import json
 import math
 
 import numpy as np
@@ -8,49 +7,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
-from datasets.roi_sampler import RoiRules, RoiSampler, box_overlaps, box_targets, mirror
+from datasets.roi_sampler import RoiSampler, RoiSamplingConfig, box_overlaps, mirror
+from tests.coco_json import rectangle, write_coco
 
 WIDTH, HEIGHT = 640, 480
 CATEGORIES = (3, 7, 20)
+IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 OBJECT = (100.0, 100.0, 200.0, 200.0)
 
 
 def load(path, annotations, images=4, flag="iscrowd"):
     """Images 1 ... `images`; annotations are (image, category, xyxy box, whether `flag` is set)."""
-    content = {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT}
-            for i in range(1, images + 1)
-        ],
-        "categories": [{"id": c, "name": f"c{c}"} for c in CATEGORIES],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": category,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-                "iscrowd": 0,
-                flag: int(flagged),
-            }
-            for number, (image, category, (x1, y1, x2, y2), flagged) in enumerate(annotations, 1)
-        ],
-    }
-    path.write_text(json.dumps(content))
-    return CocoInstances.load(path)
+    rectangles = [
+        rectangle(i, image, category, x1, y1, x2 - x1, y2 - y1, **{flag: int(flagged)})
+        for i, (image, category, (x1, y1, x2, y2), flagged) in enumerate(annotations, 1)
+    ]
+    sizes = dict.fromkeys(range(1, images + 1), (HEIGHT, WIDTH))
+    return write_coco(path, sizes, rectangles, CATEGORIES)
 
 
 def proposals_of(boxes_by_image):
     """{image id: boxes, best first}."""
     ids = [i for i, boxes in boxes_by_image.items() for _ in boxes]
     boxes = np.array([b for boxes in boxes_by_image.values() for b in boxes], np.float32)
-    scores = [-rank for boxes in boxes_by_image.values() for rank in range(len(boxes))]
-    return ProposalBoxes.from_rows(
-        np.array(ids, np.int64), boxes.reshape(-1, 4), np.array(scores, np.float32)
-    )
+    scores = -np.arange(len(ids), dtype=np.float32)
+    return ProposalBoxes.from_rows(np.array(ids, np.int64), boxes.reshape(-1, 4), scores)
+
+
+def make_sampler(coco, proposals, *, seed=0, iou_thresholds=IOU_THRESHOLDS, **config):
+    config = RoiSamplingConfig(**config)
+    return RoiSampler(coco, proposals, config=config, iou_thresholds=iou_thresholds, seed=seed)
 
 
 def random_boxes(rng, count):
@@ -98,13 +85,13 @@ def objects_of(coco, image, *, crowd):
     return [(coco.boxes[a].tolist(), a) for a in rows if bool(coco.is_crowd[a]) == crowd]
 
 
-def slow_candidates(coco, proposals, image, rules):
+def slow_candidates(coco, proposals, image, *, max_proposals, crowd_overlap):
     """{box: (highest IoU, its annotation)} of what may be drawn."""
     objects = objects_of(coco, image, crowd=False)
     crowds = [box for box, _ in objects_of(coco, image, crowd=True)]
     boxes = [box for box, _ in objects]
-    for box in proposals.of(coco.image_ids[image])[0][: rules.max_proposals].tolist():
-        if all(intersection(box, crowd) / area(box) <= rules.crowd_overlap for crowd in crowds):
+    for box in proposals.of(coco.image_ids[image])[0][:max_proposals].tolist():
+        if all(intersection(box, crowd) / area(box) <= crowd_overlap for crowd in crowds):
             boxes.append(box)
     return {
         tuple(box): max(((iou(box, other), -a) for other, a in objects), default=(0.0, 0))
@@ -112,83 +99,56 @@ def slow_candidates(coco, proposals, image, rules):
     }
 
 
-def slow_label(overlap, category, threshold, background_low):
-    if overlap >= threshold:
-        return category + 1
-    if background_low <= overlap < threshold:
-        return 0
-    return -1
-
-
 @given(
     image=st.integers(0, 29),
-    thresholds=st.lists(st.integers(10, 19), min_size=1, max_size=6, unique=True),
+    twentieths=st.lists(st.integers(10, 19), min_size=1, max_size=6, unique=True).map(sorted),
     low=st.sampled_from([0.0, 0.1, 0.3]),
     count=st.sampled_from([1, 8, 40, 200]),
-    share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-    crowd_overlap=st.sampled_from([0.3, 0.7]),
-    best=st.sampled_from([5, 30, 1000]),
+    fg_fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    limits=st.fixed_dictionaries(
+        {
+            "crowd_overlap": st.sampled_from([0.3, 0.7]),
+            "max_proposals": st.sampled_from([5, 30, 1000]),
+        }
+    ),
     one=st.booleans(),
     seed=st.integers(0, 100),
 )
 @settings(max_examples=150, deadline=None)
 def test_samples_follow_the_rules_pair_by_pair(
-    scene, image, thresholds, low, count, share, crowd_overlap, best, one, seed
+    scene, image, twentieths, low, count, fg_fraction, limits, one, seed
 ):
     coco, proposals = scene
-    rules = RoiRules(
-        thresholds=tuple(t / 20 for t in sorted(thresholds)),
-        rois_per_image=count,
-        foreground_share=share,
-        background_low=low,
-        crowd_overlap=crowd_overlap,
-        max_proposals=best,
-        flip=False,
-    )
-    candidates = slow_candidates(coco, proposals, image, rules)
-    sampler = RoiSampler(coco, proposals, rules=rules)
+    thresholds = tuple(t / 20 for t in twentieths)
+    config = {"fg_fraction": fg_fraction, "bg_iou_low": low, "rois_per_image": count, **limits}
+    sampler = make_sampler(coco, proposals, iou_thresholds=thresholds, flip=False, **config)
+    candidates = slow_candidates(coco, proposals, image, **limits)
     assert (image in sampler.drawable) == bool(candidates)
     if not candidates:
         return
     threshold = seed % len(thresholds) if one else -1
     sample = sampler.sample(image, np.random.default_rng(seed), threshold)
     used = [threshold] if one else range(len(thresholds))
-    lowest = min(rules.thresholds[k] for k in used)
+    lowest = min(thresholds[k] for k in used)
     real = sample.labels.max(axis=0) >= 0
     drawn = [tuple(box) for box in sample.rois[real].tolist()]
     assert len(set(drawn)) == len(drawn) and set(map(tuple, sample.rois.tolist())) == set(drawn)
     for row in np.flatnonzero(real):
         overlap, minus_annotation = candidates[tuple(sample.rois[row].tolist())]
-        category = coco.category_index[-minus_annotation] if overlap else None
-        for k in range(len(thresholds)):
-            expected = -1
-            if k in used:
-                # The second choice of background is background at any threshold.
-                expected = slow_label(overlap, category, rules.thresholds[k], min(low, overlap))
-            assert sample.labels[k, row] == expected
-        target = [0, 0, 0, 0]
-        if overlap >= lowest:
-            target = slow_target(sample.rois[row].tolist(), coco.boxes[-minus_annotation].tolist())
-        assert np.allclose(sample.targets[row], target, atol=1e-5)
-    assert not sample.targets[~real].any()
+        for k, limit in enumerate(thresholds):
+            foreground = coco.category_index[-minus_annotation] + 1 if overlap >= limit else 0
+            assert sample.labels[k, row] == (foreground if k in used else -1)
+        box = coco.boxes[-minus_annotation] if overlap >= lowest else sample.rois[row]
+        assert np.array_equal(sample.boxes[row], box)
+    assert np.array_equal(sample.boxes[~real], sample.rois[~real])
     overlaps = np.array([overlap for overlap, _ in candidates.values()])
-    quota = min((overlaps >= lowest).sum(), max(1, round(share * count)))
-    near = min(((overlaps >= low) & (overlaps < lowest)).sum(), count - quota)
-    far = min((overlaps < low).sum(), count - quota - near)
+    foreground = min((overlaps >= lowest).sum(), max(1, round(fg_fraction * count)))
+    near = min(((overlaps >= low) & (overlaps < lowest)).sum(), count - foreground)
+    far = min((overlaps < low).sum(), count - foreground - near)
     drawn_overlaps = np.array([candidates[box][0] for box in drawn])
-    assert (drawn_overlaps >= lowest).sum() == quota
+    assert (drawn_overlaps >= lowest).sum() == foreground
     assert ((drawn_overlaps >= low) & (drawn_overlaps < lowest)).sum() == near
     assert (drawn_overlaps < low).sum() == far
-
-
-def slow_target(roi, box):
-    width, height = roi[2] - roi[0], roi[3] - roi[1]
-    return [
-        ((box[0] + box[2]) / 2 - (roi[0] + roi[2]) / 2) / width,
-        ((box[1] + box[3]) / 2 - (roi[1] + roi[3]) / 2) / height,
-        math.log((box[2] - box[0]) / width),
-        math.log((box[3] - box[1]) / height),
-    ]
 
 
 @given(st.integers(0, 10_000), st.integers(0, 6), st.integers(0, 5))
@@ -200,28 +160,8 @@ def test_overlaps_agree_with_a_loop_over_pairs(seed, n, m):
     assert found.shape == (n, m)
     for i, box in enumerate(boxes.astype(float).tolist()):
         for j, other in enumerate(annotated.astype(float).tolist()):
-            share = intersection(box, other) / area(box) if crowd[j] else iou(box, other)
-            assert found[i, j] == pytest.approx(share, abs=1e-9)
-
-
-@given(st.integers(0, 10_000))
-def test_targets_move_a_roi_onto_its_box(seed):
-    rois, boxes = random_boxes(np.random.default_rng(seed), 12).reshape(2, 6, 4)
-    dx, dy, dw, dh = box_targets(rois, boxes).astype(float).T
-    width, height = (rois[:, 2:] - rois[:, :2]).T
-    x, y = ((rois[:, 2:] + rois[:, :2]) / 2).T
-    new_x, new_y = x + dx * width, y + dy * height
-    new_width, new_height = width * np.exp(dw), height * np.exp(dh)
-    corners = (
-        new_x - new_width / 2,
-        new_y - new_height / 2,
-        new_x + new_width / 2,
-        new_y + new_height / 2,
-    )
-    assert np.allclose(np.stack(corners, axis=1), boxes, atol=1e-3)
-    # In the mirrored image only the sideways shift changes its sign.
-    mirrored = box_targets(mirror(rois, WIDTH), mirror(boxes, WIDTH))
-    assert np.allclose(mirrored, box_targets(rois, boxes) * (-1, 1, 1, 1), atol=1e-4)
+            slow = intersection(box, other) / area(box) if crowd[j] else iou(box, other)
+            assert found[i, j] == pytest.approx(slow, abs=1e-9)
 
 
 # What is drawn ------------------------------------------------------------------------------------
@@ -231,11 +171,9 @@ def test_an_overlap_of_just_the_threshold_is_foreground_and_just_the_low_one_bac
     coco = load(tmp_path / "a.json", [(1, 7, OBJECT, False)], images=1)
     half, tenth, less = (100, 100, 150, 200), (100, 100, 110, 200), (100, 100, 109, 200)
     proposals = proposals_of({1: [half, tenth, less]})
-    sampler = RoiSampler(coco, proposals, rules=RoiRules(rois_per_image=4, foreground_share=0.5))
-    sample = sampler.draw(0, 0)
-    labels = dict(
-        zip((sample.rois[:, 2] - sample.rois[:, 0]).tolist(), sample.labels.T.tolist(), strict=True)
-    )
+    sample = make_sampler(coco, proposals, rois_per_image=4, fg_fraction=0.5).draw(0, 0)
+    widths = (sample.rois[:, 2] - sample.rois[:, 0]).tolist()
+    labels = dict(zip(widths, sample.labels.T.tolist(), strict=True))
     assert labels == {100: [2] * 6, 50: [2, 0, 0, 0, 0, 0], 10: [0] * 6, 9: [0] * 6}
 
 
@@ -249,7 +187,7 @@ def test_in_a_crowd_a_proposal_is_ignored_and_an_annotated_object_is_not(tmp_pat
     at_the_border = (362, 100, 462, 200)  # 38 % in the crowd
     deeper = (329, 100, 429, 200)  # 71 %
     proposals = proposals_of({1: [inside, on_the_object, at_the_border, deeper]})
-    sample = RoiSampler(coco, proposals, rules=RoiRules(flip=False)).draw(0, 0)
+    sample = make_sampler(coco, proposals, flip=False).draw(0, 0)
     real = sample.labels.max(axis=0) >= 0
     assert {tuple(box) for box in sample.rois.tolist()} == {OBJECT, at_the_border}
     assert real.sum() == 2 and (sample.labels[:, ~real] == -1).all()
@@ -265,9 +203,10 @@ def test_images_without_an_object_give_background_and_those_without_a_proposal_f
     rng = np.random.default_rng(0)
     objects = sampler.sample(1, rng)
     assert sorted(objects.labels[0].tolist()) == [-1] * 62 + [2, 3]
-    assert not objects.targets.any()  # the ground-truth boxes themselves
     background = sampler.sample(2, rng)
-    assert (background.labels == 0).all() and not background.targets.any()
+    assert (background.labels == 0).all()
+    for sample in (objects, background):  # an object's RoI is its ground-truth box itself
+        assert np.array_equal(sample.boxes, sample.rois)
     assert len(np.unique(background.rois, axis=0)) == 64
 
 
@@ -292,18 +231,18 @@ def test_where_annotations_were_left_out_only_what_touches_an_object_is_backgrou
     assert coco.has_left_out.tolist() == [True, True, False]
     touching, clear = (150, 100, 250, 200), (400, 300, 500, 400)
     proposals = proposals_of({1: [touching, clear], 2: [clear], 3: [clear]})
-    sampler = RoiSampler(coco, proposals, rules=RoiRules(flip=False))
+    sampler = make_sampler(coco, proposals, flip=False)
     assert sampler.drawable.tolist() == [0, 2]
     boxes = sampler.sample(0, np.random.default_rng(0)).rois
     assert {tuple(box) for box in boxes.tolist()} == {OBJECT, touching}
 
 
-def assert_share(found, expected, draws, sigmas=4.5):
-    assert abs(found - expected) < sigmas * math.sqrt(expected * (1 - expected) / draws), found
+def assert_frequency(found, expected, draws):
+    assert abs(found - expected) < 4.5 * math.sqrt(expected * (1 - expected) / draws), found
 
 
 def test_images_flips_and_candidates_are_drawn_evenly(tmp_path):
-    """Twelve of foreground and 24 of background compete for four and twelve places."""
+    """Of twelve foreground boxes four are drawn, of 24 background boxes twelve."""
     near = [(100 - n, 100, 200, 200) for n in range(1, 12)]
     far = [(150 - n, 100, 250 - n, 200) for n in range(12)] + [
         (150, 100 + n, 250, 200 + n) for n in range(1, 13)
@@ -311,18 +250,18 @@ def test_images_flips_and_candidates_are_drawn_evenly(tmp_path):
     annotations = [(image, 7, OBJECT, False) for image in (1, 2, 3)]
     coco = load(tmp_path / "a.json", annotations)
     proposals = proposals_of({image: near + far for image in (1, 2)})
-    sampler = RoiSampler(coco, proposals, rules=RoiRules(rois_per_image=16))
+    sampler = make_sampler(coco, proposals, rois_per_image=16)
     draws = 3000
     samples = [sampler.draw(0, index) for index in range(draws)]
     for image in range(3):
-        assert_share(np.mean([s.image == image for s in samples]), 1 / 3, draws)
-    assert_share(np.mean([s.flip for s in samples]), 1 / 2, draws)
+        assert_frequency(np.mean([s.image == image for s in samples]), 1 / 3, draws)
+    assert_frequency(np.mean([s.flip for s in samples]), 1 / 2, draws)
     rois = [mirror(s.rois, WIDTH) if s.flip else s.rois for s in samples if s.image != 2]
     boxes, counts = np.unique(np.concatenate(rois), axis=0, return_counts=True)
     assert len(boxes) == 36
     for box, count in zip(boxes.tolist(), counts.tolist(), strict=True):
         expected = 4 / 12 if iou(box, OBJECT) >= 0.5 else 12 / 24
-        assert_share(count / len(rois), expected, len(rois))
+        assert_frequency(count / len(rois), expected, len(rois))
 
 
 @given(
@@ -348,12 +287,12 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(scene, seed, epoch, inde
 
 def assert_same(one, other):
     assert (one.image, one.flip) == (other.image, other.flip)
-    for name in ("rois", "labels", "targets"):
+    for name in ("rois", "labels", "boxes"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_flipping_mirrors_the_boxes_and_changes_nothing_else(scene):
-    flipping, plain = RoiSampler(*scene), RoiSampler(*scene, rules=RoiRules(flip=False))
+    flipping, plain = (make_sampler(*scene, flip=flip) for flip in (True, False))
     flips = 0
     for index in range(40):
         one, other = flipping.draw(0, index), plain.draw(0, index)
@@ -361,9 +300,10 @@ def test_flipping_mirrors_the_boxes_and_changes_nothing_else(scene):
         assert np.array_equal(one.labels, other.labels)
         if one.flip:
             flips += 1
-            assert np.allclose(one.rois, mirror(other.rois, WIDTH))
-            assert np.allclose(one.rois[:, [0, 2]], WIDTH - other.rois[:, [2, 0]], atol=1e-3)
-            assert np.allclose(one.targets, other.targets * (-1, 1, 1, 1), atol=1e-4)
+            for name in ("rois", "boxes"):
+                there, here = getattr(one, name), getattr(other, name)
+                assert np.allclose(there[:, [0, 2]], WIDTH - here[:, [2, 0]], atol=1e-3)
+                assert np.array_equal(there[:, [1, 3]], here[:, [1, 3]])
         else:
             assert_same(one, other)
     assert 8 < flips < 32

@@ -1,5 +1,5 @@
-"""Rounded RoI pooling against the released kernel's loops, written again in plain Python; Fast
-R-CNN's against torchvision's.
+"""The released RoI pooling against its kernel's loops in plain Python; Fast R-CNN's against
+torchvision's.
 """
 
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.ops import roi_pool
 
 from models import roi_pooling
-from models.roi_pooling import _pool_by_axes, roi_pool_overlapping, roi_pool_rounded
+from models.roi_pooling import _pool_by_axes, roi_pool_caffe, roi_pool_lua
 
 HEIGHT, WIDTH, CHANNELS = 7, 11, 3
 coordinate = st.integers(-60, 260).map(lambda v: v / 2)  # halves of a pixel: edges at half cells
@@ -44,47 +44,33 @@ def pool_slowly(features: np.ndarray, roi: tuple, size: int, scale: float) -> np
 
 @given(boxes=st.lists(rois, max_size=6), size=st.integers(1, 9), power=st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
-def test_pooling_is_the_released_kernels(boxes, size, power):
+def test_lua_pooling_is_the_released_kernels(boxes, size, power):
     generator = torch.Generator().manual_seed(size)
     features = torch.randn(2, CHANNELS, HEIGHT, WIDTH, generator=generator)
     given_rois = torch.tensor(boxes, dtype=torch.float32).view(-1, 5)
-    pooled = roi_pool_rounded(features, given_rois, size, 1 / 2**power)
+    pooled = roi_pool_lua(features, given_rois, size, 1 / 2**power)
     assert pooled.shape == (len(boxes), CHANNELS, size, size)
     for ours, roi in zip(pooled.numpy(), boxes, strict=True):
         assert np.array_equal(ours, pool_slowly(features.numpy(), roi, size, 1 / 2**power))
 
 
-def test_bins_part_the_roi_and_leave_its_last_cell_out():
+def test_lua_bins_do_not_overlap_and_leave_the_last_cell_out():
     """Of cells 2 to 6 four are pooled, each by one bin: 2, 3, 4 and 5."""
     features = torch.arange(8.0).view(1, 1, 1, 8)
-    pooled = roi_pool_rounded(features, torch.tensor([[0, 32.0, 0, 96.0, 0]]), 4, 1 / 16)
+    pooled = roi_pool_lua(features, torch.tensor([[0, 32.0, 0, 96.0, 0]]), 4, 1 / 16)
     assert pooled[0, 0].amax(dim=0).tolist() == [2, 3, 4, 5]
 
 
-def test_gradient_reaches_the_largest_cell_alone():
+def test_lua_gradient_reaches_the_largest_cell_alone():
     features = torch.tensor([[[[1.0, 5.0, 2.0], [0.0, 3.0, 4.0]]]], requires_grad=True)
-    roi_pool_rounded(features, torch.tensor([[0, 0.0, 0, 3.0, 2.0]]), 1, 1.0).sum().backward()
+    roi_pool_lua(features, torch.tensor([[0, 0.0, 0, 3.0, 2.0]]), 1, 1.0).sum().backward()
     assert features.grad[0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]
 
 
-def test_overlapping_bins_and_their_gradient_are_torchvisions():
-    torch.manual_seed(0)
-    features = torch.randn(2, CHANNELS, HEIGHT, WIDTH)
-    boxes = torch.tensor([[0, 0, 0, 90, 50], [1, 16, 20, 30, 26], [1, -40, 8, 300, 44.0]])
-    results = []
-    for pool in (roi_pool, roi_pool_overlapping):
-        own = features.clone().requires_grad_()
-        pooled = pool(own, boxes, 3, 1 / 16)
-        (pooled * torch.arange(pooled.numel()).view(pooled.shape)).sum().backward()
-        results.append((pooled.detach(), own.grad))
-    (expected, slope), (pooled, own_slope) = results
-    assert torch.equal(pooled, expected) and torch.equal(own_slope, slope) and slope.any()
-
-
-def test_overlapping_bins_take_the_features_of_autocast():
+def test_caffe_pooling_takes_the_features_of_autocast():
     features = torch.randn(1, CHANNELS, HEIGHT, WIDTH).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pooled = roi_pool_overlapping(features, torch.tensor([[0, 0, 0, 90, 50.0]]), 3, 1 / 16)
+        pooled = roi_pool_caffe(features, torch.tensor([[0, 0, 0, 90, 50.0]]), 3, 1 / 16)
     pooled.sum().backward()
     assert features.grad.dtype == torch.bfloat16 and features.grad.any()
 
@@ -126,9 +112,9 @@ def test_large_features_are_pooled_by_axes_where_no_gradient_is_asked_for(monkey
     monkeypatch.setattr(
         roi_pooling, "_pool_by_axes", lambda *args: calls.append(args) or _pool_by_axes(*args)
     )
-    assert torch.equal(roi_pool_overlapping(features, given_rois, 7, 1 / 16), expected)
+    assert torch.equal(roi_pool_caffe(features, given_rois, 7, 1 / 16), expected)
     assert len(calls) == 1
     features.requires_grad_()
-    assert torch.equal(roi_pool_overlapping(features, given_rois, 7, 1 / 16), expected)
-    roi_pool_overlapping(features[:, :8], given_rois, 7, 1 / 16).sum().backward()
+    assert torch.equal(roi_pool_caffe(features, given_rois, 7, 1 / 16), expected)
+    roi_pool_caffe(features[:, :8], given_rois, 7, 1 / 16).sum().backward()
     assert len(calls) == 1 and features.grad.abs().sum() > 0

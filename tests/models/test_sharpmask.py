@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from models.deepmask import DeepMask
-from models.sharpmask import SharpMask, convolve_doubled
-from models.trunk import TrunkConv2d, build_trunk
+from models.sharpmask import SharpMask, conv3x3, convolve_doubled
+from models.trunk import build_trunk
 
 
 def small_deepmask(trunk: str = "tiny", patch_size: int = 64) -> DeepMask:
@@ -90,7 +90,7 @@ def test_forward_follows_the_equation_of_the_paper(model):
 
 def test_prediction_at_half_resolution_is_the_layer_on_the_doubled_map():
     torch.manual_seed(3)
-    layer, x = TrunkConv2d(3, 2, 3), torch.randn(2, 3, 5, 7)
+    layer, x = conv3x3(3, 2), torch.randn(2, 3, 5, 7)
     doubled = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
     torch.testing.assert_close(convolve_doubled(layer, x), layer(doubled), rtol=1e-5, atol=1e-5)
 

@@ -1,6 +1,6 @@
-"""Trunks: levels, symmetric padding, frozen batch norm, weights from files."""
+"""Trunks: levels, padding, frozen batch norm, weights from files."""
 
-from pathlib import Path
+import itertools
 
 import numpy as np
 import pytest
@@ -11,27 +11,59 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models import trunk as trunk_module
+from models.backbone import load_backbone
 from models.trunk import (
     STRIDES,
     TRUNKS,
-    TrunkConv2d,
+    FrozenNorm,
     build_trunk,
     fold_norms,
-    load_backbone,
+    frozen_norm_state,
     symmetric_pad,
+    to_trunk_layers,
+    upgrade_trunk_weights,
 )
+from tests.real_data import WEIGHTS
 
-FOLDED_RESNET18 = Path("data/weights/resnet18_c4_bnfolded_imagenet.pth")
-FAMILIES = ("resnet18", "resnet50", "vgg11", "densenet121", "tiny")
+FOLDED_RESNET18 = WEIGHTS / "resnet18_c4_bnfolded_imagenet.pth"
+FAMILIES = ("resnet18", "resnet50", "vgg11", "densenet121")
 
 
-@given(pad=st.integers(0, 3), height=st.integers(3, 9), width=st.integers(3, 9))
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * largest)
+
+
+def randomize_norms(network: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for norm in network.modules():
+        if isinstance(norm, (nn.BatchNorm2d, FrozenNorm)):
+            for values, low in ((norm.weight, 0.5), (norm.bias, -0.5), (norm.running_mean, -0.5)):
+                values.data.uniform_(low, low + 1, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+
+
+# --- levels and padding ---------------------------------------------------------------------------
+
+
+@given(pad=st.integers(1, 3), height=st.integers(3, 9), width=st.integers(3, 9))
 @settings(max_examples=40, deadline=None)
 def test_symmetric_pad_is_numpys(pad, height, width):
     x = torch.randn(2, 3, height, width)
     expected = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="symmetric")
     assert np.array_equal(symmetric_pad(x, pad).numpy(), expected)
+
+
+@pytest.mark.parametrize("size, padding, groups", [(3, 1, 1), (7, 3, 1), (5, 2, 2), (1, 0, 1)])
+def test_convolutions_see_the_mirror_of_their_input(size, padding, groups):
+    conv = nn.Conv2d(4, 6, size, stride=2, padding=padding, groups=groups)
+    x = torch.randn(2, 4, 9, 10)
+    sides = ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2)
+    padded = torch.from_numpy(np.pad(x.numpy(), sides, mode="symmetric"))
+    expected = F.conv2d(padded, conv.weight, conv.bias, stride=2, groups=groups)
+    layers = nn.Sequential(conv)
+    to_trunk_layers(layers)
+    torch.testing.assert_close(layers(x), expected)
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -45,30 +77,29 @@ def test_levels_have_their_strides_and_channels(name):
     assert trunk.strides == (STRIDES[1:] if name == "caffenet" else STRIDES)
 
 
-def randomise_batch_norm(network: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.bias.data.uniform_(-0.5, 0.5, generator=generator)
-            module.running_mean.uniform_(-0.5, 0.5, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
+@pytest.mark.parametrize("ceil", [False, True])
+def test_pools_round_sizes_up_as_caffes(ceil):
+    sizes = [
+        f.shape[-1] for f in build_trunk("vgg11", ceil_pooling=ceil)(torch.zeros(1, 3, 32, 70))
+    ]
+    assert sizes == ([35, 18, 9, 5] if ceil else [35, 17, 8, 4])
 
 
-@pytest.mark.parametrize("name", FAMILIES[:-1])
-def test_trunk_computes_torchvisions_network_with_another_padding(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_trunk_computes_torchvisions_network_with_another_padding(name, tmp_path):
     """With zeros for the mirror, every level equals torchvision's own layers in eval mode."""
     network = torchvision.models.get_model(name, weights=None).eval()
-    randomise_batch_norm(network)
-    torch.save(network.state_dict(), tmp_path / "weights.pth")
-    trunk = build_trunk(name, weights=tmp_path / "weights.pth").eval()
-    monkeypatch.setattr(trunk_module, "symmetric_pad", lambda x, pad: F.pad(x, (pad,) * 4))
+    randomize_norms(network)
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")}
+    torch.save(state, tmp_path / "weights.pth")
+    zero = build_trunk(name, weights=tmp_path / "weights.pth", padding="zero").eval()
+    mirror = build_trunk(name, weights=tmp_path / "weights.pth").eval()
     x = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        for ours, theirs in zip(trunk(x), torchvision_levels(network, name, x), strict=True):
-            torch.testing.assert_close(
-                ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())
-            )
+    theirs = torchvision_levels(network, name, x)
+    for ours, mirrored, expected in zip(zero(x), mirror(x), theirs, strict=True):
+        assert_close(ours, expected)
+        assert (mirrored - expected).abs().max() > 0.01 * expected.abs().max()
 
 
 def torchvision_levels(network, name, x):
@@ -89,29 +120,15 @@ def torchvision_levels(network, name, x):
         return [*outputs, x]
     stem = F.relu(f.norm0(f.conv0(x)))
     outputs, x = [stem], f.pool0(stem)
-    for block, transition in (
-        (f.denseblock1, f.transition1),
-        (f.denseblock2, f.transition2),
-        (f.denseblock3, f.transition3),
-    ):
-        x = F.relu(transition.norm(block(x)))
+    for i in (1, 2, 3):
+        transition = getattr(f, f"transition{i}")
+        x = F.relu(transition.norm(getattr(f, f"denseblock{i}")(x)))
         outputs.append(x)
         x = transition.pool(transition.conv(x))
     return outputs
 
 
-def test_frozen_norm_in_the_convolution_has_the_same_gradient():
-    conv = TrunkConv2d(3, 5, 3, bias=False, frozen_norm=True)
-    conv.scale.uniform_(0.5, 2)
-    conv.shift.uniform_(-1, 1)
-    x = torch.randn(2, 3, 8, 8)
-    conv(x).square().sum().backward()
-    folded = conv.weight.grad.clone()
-    weight = conv.weight.detach().requires_grad_()
-    y = F.conv2d(symmetric_pad(x, 1), weight)
-    (conv.scale[:, None, None] * y + conv.shift[:, None, None]).square().sum().backward()
-    torch.testing.assert_close(folded, weight.grad, rtol=1e-4, atol=1e-3)
-    assert not conv.scale.requires_grad and not conv.shift.requires_grad
+# --- frozen batch norm ----------------------------------------------------------------------------
 
 
 def test_batch_norm_is_constant_in_training_mode():
@@ -125,14 +142,91 @@ def test_batch_norm_is_constant_in_training_mode():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
 
 
+def test_frozen_norm_is_live_batch_norm_in_eval_mode_with_its_gradient():
+    live = nn.BatchNorm2d(5).eval()
+    randomize_norms(live)
+    frozen = FrozenNorm(5)
+    frozen.load_state_dict(live.state_dict())
+    slopes = []
+    for norm in (live, frozen):
+        x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = norm(x)
+        y.square().sum().backward()
+        slopes.append((y.detach(), x.grad))
+    torch.testing.assert_close(slopes[1], slopes[0])
+    assert not list(frozen.parameters())
+    assert frozen(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_scale_and_shift_as_a_frozen_norm():
+    scale, shift, x = torch.rand(5) + 0.5, torch.randn(5), torch.randn(2, 5, 3, 3)
+    norm = FrozenNorm(5)
+    norm.load_state_dict(frozen_norm_state(scale, shift))
+    expected = scale[:, None, None] * x + shift[:, None, None]
+    torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Layers by name, in the order in which they compute."""
+    return [(key, layer) for key, layer in module.named_modules() if not list(layer.children())]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
+@torch.no_grad()
+def test_weights_of_earlier_versions_get_the_names_of_today(name):
+    """Convolutions had the frozen norm after them as `scale` and `shift`."""
+    trunk = build_trunk(name).eval()
+    randomize_norms(trunk)
+    prefix = "towers.0.trunk."
+    state = {f"{prefix}{key}": value for key, value in trunk.state_dict().items()}
+    old = dict(state)
+    for (conv, layer), (key, norm) in itertools.pairwise(leaves(trunk)):
+        same_block = conv.rpartition(".")[0] == key.rpartition(".")[0]
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, FrozenNorm) and same_block:
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            old[f"{prefix}{conv}.scale"] = scale
+            old[f"{prefix}{conv}.shift"] = norm.bias - norm.running_mean * scale
+            for part in norm.state_dict():
+                del old[f"{prefix}{key}.{part}"]
+    upgraded = upgrade_trunk_weights(old)
+    assert upgraded.keys() == state.keys() != old.keys()
+    assert upgrade_trunk_weights(upgraded) == upgraded  # the very tensors
+    x = torch.randn(1, 3, 64, 64)
+    before = trunk(x)
+    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in upgraded.items()})
+    for actual, expected in zip(trunk(x), before, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("resnet18", {}), ("resnet18", {"width": 8, "padding": "zero"}), ("densenet121", {})],
+)
+@torch.no_grad()
+def test_folded_norms_change_nothing(name, options):
+    trunk = build_trunk(name, **options).eval()
+    randomize_norms(trunk)
+    norms = sum(isinstance(layer, FrozenNorm) for layer in trunk.modules())
+    image = torch.randn(1, 3, 64, 80)
+    before = trunk(image)
+    after = fold_norms(trunk)(image)
+    left = sum(isinstance(layer, FrozenNorm) for layer in trunk.modules())
+    # A dense layer has a norm before its first convolution and one after; so have transitions.
+    assert (norms, left) == {"resnet18": (15, 0), "densenet121": (88, 45)}[name]
+    for actual, expected in zip(after, before, strict=True):
+        assert_close(actual, expected)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
 def test_local_file_without_the_layers_that_are_cut_away():
     if not FOLDED_RESNET18.exists():
         pytest.skip(f"{FOLDED_RESNET18} is not here")
-    trunk = build_trunk("resnet18", weights=FOLDED_RESNET18)
+    stem = build_trunk("resnet18", weights=FOLDED_RESNET18).levels[0]
     state = torch.load(FOLDED_RESNET18, weights_only=True)
-    assert torch.equal(trunk.levels[0].conv1.weight, state["conv1.weight"])
-    torch.testing.assert_close(trunk.levels[0].conv1.scale, torch.ones(64))
-    torch.testing.assert_close(trunk.levels[0].conv1.shift, state["bn1.bias"])
+    assert torch.equal(stem.conv1.weight, state["conv1.weight"])
+    assert torch.equal(stem.bn1.bias, state["bn1.bias"])
 
 
 def test_weights_of_another_network_are_refused_with_a_readable_difference(tmp_path):
@@ -159,15 +253,24 @@ def test_files_that_are_no_weights(tmp_path, content):
         torch.save([1, 2], path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="file.pth"):
+    with pytest.raises(ValueError, match=r"file\.pth"):
         build_trunk("resnet18", weights=path)
 
 
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="resnet50"):
-        build_trunk("resnet51")
-    with pytest.raises(ValueError, match="tiny trunk has no pretrained weights"):
-        build_trunk("tiny", weights="imagenet")
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet51", {}, "resnet50"),
+        ("tiny", {"weights": "imagenet"}, "tiny trunk has no pretrained weights"),
+        ("caffenet", {"weights": "imagenet"}, "torchvision has no CaffeNet"),
+        ("tiny", {"width": 8}, "width 8 is only for ResNets"),
+        ("vgg11", {"width": 8}, "width 8 is only for ResNets"),
+        ("resnet18", {"width": 8, "weights": "imagenet"}, r"trunk\.width 64, got 8"),
+    ],
+)
+def test_impossible_trunks_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_trunk(name, **options)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -176,19 +279,21 @@ def test_width_scales_all_layers_of_a_resnet(name, tmp_path):
     for key, value in full.state_dict().items():
         kept = {3, 7, 1, 1000} if key == "conv1.weight" or key.startswith("fc.") else {3, 1}
         sides = zip(value.shape, narrow.state_dict()[key].shape, strict=True)
-        assert all(own == side // 8 or (own == side and side in kept) for side, own in sides), key
+        assert all(b == a // 8 or (b == a and a in kept) for a, b in sides), key
     torch.save(narrow.state_dict(), tmp_path / "narrow.pth")
     trunk = build_trunk(name, weights=tmp_path / "narrow.pth", width=8)
     assert trunk.channels == tuple(channels // 8 for channels in build_trunk(name).channels)
     assert torch.equal(trunk.levels[0].conv1.weight, narrow.conv1.weight)
 
 
-@pytest.mark.parametrize(
-    "name, weights", [("tiny", None), ("vgg11", None), ("resnet18", "imagenet")]
-)
-def test_other_trunks_have_no_width(name, weights):
-    with pytest.raises(ValueError, match="width 8 is only for ResNets"):
-        build_trunk(name, weights=weights, width=8)
+def test_narrow_shortcuts_are_plain_convolutions():
+    """They pick their pixels beforehand: oneDNN's gradient for 8 channels is not safe."""
+    shortcut = load_backbone("resnet18", width=8).layer2[0].downsample[0]
+    plain = nn.Conv2d(8, 16, 1, stride=2, bias=False)
+    plain.load_state_dict(shortcut.state_dict())
+    x = torch.randn(2, 8, 7, 6)
+    assert type(shortcut) is not nn.Conv2d
+    torch.testing.assert_close(shortcut(x), plain(x))
 
 
 def test_imagenet_weights_come_from_torchvision(monkeypatch):
@@ -208,22 +313,5 @@ def test_failed_download_says_what_to_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models, "get_model", refuse)
-    with pytest.raises(ValueError, match="trunk.weights to a local file"):
+    with pytest.raises(ValueError, match=r"trunk\.weights to a local file"):
         load_backbone("resnet18", weights="imagenet")
-
-
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
-def test_folded_norms_change_nothing(name):
-    torch.manual_seed(0)
-    trunk = build_trunk(name).eval()
-    for layer in trunk.modules():
-        if isinstance(layer, TrunkConv2d) and layer.scale is not None:
-            layer.scale.uniform_(0.5, 1.5)
-            layer.shift.uniform_(-0.5, 0.5)
-    image = torch.randn(1, 3, 64, 80)
-    with torch.no_grad():
-        before = trunk(image)
-        after = fold_norms(trunk)(image)
-    assert not any("scale" in key for key in trunk.state_dict())
-    for own, each in zip(after, before, strict=True):
-        torch.testing.assert_close(own, each, rtol=1e-4, atol=1e-4 * each.abs().max().item())

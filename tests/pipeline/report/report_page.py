@@ -40,6 +40,11 @@ class Page(HTMLParser):
         if any(attributes.get("id") == "missing" for _, attributes in self._open):
             self.warning += data
 
+    @property
+    def missing(self):
+        """A line for each missing part."""
+        return [line for line in self.warning.splitlines() if line.endswith(")")]
+
     def all(self, tag, attribute):
         return [given[attribute] for name, given in self.elements if name == tag]
 

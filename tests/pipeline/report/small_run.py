@@ -139,11 +139,14 @@ AP_BY_IOU = {
     "mask": {"ap_by_iou": [0.52, 0.22, None]},
 }
 AP_BY_PROPOSALS = {"counts": [10, 400], "box": [0.151, 0.3], "mask": [0.142, 0.2]}
-CATEGORIES = """category_id,category,annotations,detections,box_AP,mask_AP
-1,<i>ring,12,1234,0.41,0.32
-3,bar,3,5,0.23,0.11
-7,none,0,1,,
-"""
+CATEGORIES = [
+    {"category_id": 1, "category": "<i>ring", "annotations": 12, "detections": 1234,
+     "box_AP": 0.41, "mask_AP": 0.32},
+    {"category_id": 3, "category": "bar", "annotations": 3, "detections": 5,
+     "box_AP": 0.23, "mask_AP": 0.11},
+    {"category_id": 7, "category": "none", "annotations": 0, "detections": 1,
+     "box_AP": None, "mask_AP": None},
+]  # fmt: skip
 
 
 def write_detector(directory, detections):
@@ -156,9 +159,9 @@ def write_detector(directory, detections):
         ("metrics", DETECTION_METRICS),
         ("curves", AP_BY_IOU),
         ("by_proposals", AP_BY_PROPOSALS),
+        ("categories", CATEGORIES),
     ):
         (scores / f"{name}.json").write_text(json.dumps(content))
-    (scores / "categories.csv").write_text(CATEGORIES)
     results = (result for found in detections for result in results_of(found))
     write_results(directory / "detections.json", results)
 

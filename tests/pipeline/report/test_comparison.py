@@ -1,4 +1,4 @@
-"""DeepMask beside SharpMask: which masks belong together, which are shown, and the tables."""
+"""DeepMask and SharpMask compared: which masks belong together, which are shown, the page."""
 
 import shutil
 from dataclasses import replace
@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from markupsafe import Markup
 
 from datasets.coco import CocoInstances
-from pipeline.report import plots as report_plots
 from pipeline.report.comparison import (
-    RefinedObject,
-    choose_objects,
-    find_objects,
-    images_of_both,
-    rows_of,
+    object_gallery,
+    refined_objects,
     same_proposals,
 )
-from pipeline.report.report import write_report
+from pipeline.report.pictures import scenes_of, spread
+from pipeline.report.report import gain, write_report
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
     EVERYTHING,
@@ -65,11 +61,11 @@ def test_masks_of_a_cell_find_each_other(corners, seed):
     refined = np.array(boxes) + rng.integers(0, 3, (len(boxes), 4))
     cells = [np.flatnonzero(rng.random(len(boxes)) < 0.8) for _ in range(2)]
     pairs = same_proposals(
-        scored([boxes[n] for n in cells[0]], scores[cells[0]]),
+        scored([boxes[i] for i in cells[0]], scores[cells[0]]),
         scored(refined[cells[1]].tolist(), scores[cells[1]] + rng.uniform(-2e-6, 2e-6)),
     )
-    found = {(cells[0][n], cells[1][m]) for n, m in pairs}
-    assert found == {(n, n) for n in set(cells[0]) & set(cells[1])}
+    found = {(cells[0][i], cells[1][j]) for i, j in pairs}
+    assert found == {(i, i) for i in set(cells[0]) & set(cells[1])}
 
 
 def test_equal_boxes_of_other_scores_and_equal_scores_of_other_boxes_are_no_pair():
@@ -78,24 +74,14 @@ def test_equal_boxes_of_other_scores_and_equal_scores_of_other_boxes_are_no_pair
     assert not len(same_proposals(scored([], []), scored([SQUARE], [0.9])))
 
 
-@given(st.permutations(range(1, 7)), st.permutations(range(3, 9)))
-def test_images_of_two_stores_meet_in_any_order(first, second):
-    stores = [[proposals_of(n, f"{n}.png", [SQUARE]) for n in ids] for ids in (first, second)]
-    met = list(images_of_both(*stores))
-    assert sorted(coarse.image_id for coarse, _ in met) == [3, 4, 5, 6]
-    for coarse, refined in met:
-        assert coarse.image_id == refined.image_id
-        assert any(coarse is p for p in stores[0]) and any(refined is p for p in stores[1])
-
-
 # Which objects are shown.
 
 
 def objects_found(tmp_path, coarse, refined):
     objects = [object_of(1, SQUARE), object_of(1, ELSEWHERE)]
     coco = CocoInstances.load(write_dataset(tmp_path / "data", ["a.png"], objects)[0])
-    pairs = same_proposals(coarse, refined)
-    return find_objects(0, coarse, refined, pairs, coco, [0, 1])
+    scenes = scenes_of([coarse, refined], coco)
+    return refined_objects(*scenes, same_proposals(coarse, refined))
 
 
 def test_an_object_is_shown_with_the_pair_that_fits_best_on_average(tmp_path):
@@ -104,8 +90,9 @@ def test_an_object_is_shown_with_the_pair_that_fits_best_on_average(tmp_path):
     refined = scored([(8, 8, 24, 16), (8, 8, 24, 22), (8, 8, 24, 23)], [0.9, 0.8, 0.7])
     for stores in ((coarse, refined), (refined, coarse)):
         [found] = objects_found(tmp_path, *stores)
-        assert (found.annotation, found.image) == (0, 0)
-        assert found.ious == (14 / 16, 14 / 16) and found.gain == 0
+        assert (found.annotation, found.file_name) == (0, "a.png")
+        assert found.ious.tolist() == [14 / 16, 14 / 16] and found.gain == 0
+        assert found.masks == [stores[0].rle(1), stores[1].rle(1)]
 
 
 def test_an_object_that_only_one_stage_proposes_is_not_found(tmp_path):
@@ -114,40 +101,52 @@ def test_an_object_that_only_one_stage_proposes_is_not_found(tmp_path):
     assert objects_found(tmp_path, coarse, scored([], [])) == []
 
 
-def gains(values):
-    return [RefinedObject(0, n, ({}, {}), (0, value)) for n, value in enumerate(values)]
+def test_images_of_two_stores_meet_in_any_order(tmp_path):
+    """Images 3 to 6 are in both."""
+    names = [f"{i}.png" for i in range(1, 9)]
+    objects = [object_of(i, SQUARE) for i in range(1, 9)]
+    path, images = write_dataset(tmp_path / "data", names, objects)
+    coco = CocoInstances.load(path)
+    first, second = (
+        scenes_of([proposals_of(i, f"{i}.png", [SQUARE]) for i in ids], coco)
+        for ids in ((5, 3, 1, 6, 2, 4), (8, 4, 3, 7, 6, 5))
+    )
+    gallery = object_gallery(first, second, coco, images)
+    assert sorted(e.file_name for e in gallery.examples[""]) == ["3.png", "4.png", "5.png", "6.png"]
+    assert gallery.totals == {"proposals": 4, "pairs": 4, "objects": 4, "better": 0}
 
 
-def test_objects_stand_for_equal_parts():
-    chosen = choose_objects(gains(np.random.default_rng(0).permutation(80)))
-    assert [o.gain for o in chosen] == [5, 15, 25, 35, 45, 55, 65, 75]
+def test_items_stand_for_equal_parts():
+    assert spread(list(range(80)), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
 
 
-@given(st.lists(st.floats(-1, 1), max_size=40))
-def test_objects_are_ordered_and_none_is_shown_twice(values):
-    chosen = choose_objects(gains(values))
-    assert len({o.annotation for o in chosen}) == len(chosen) == min(8, len(values))
-    assert [o.gain for o in chosen] == sorted(o.gain for o in chosen)
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
+def test_items_keep_their_order_and_none_is_shown_twice(values, count):
+    chosen = spread(list(enumerate(values)), count)
+    assert chosen == sorted(chosen, key=lambda item: item[0])
+    assert len({i for i, _ in chosen}) == len(chosen) == min(count, len(values))
 
 
-# Tables.
-
-
-def test_difference_and_relative_difference():
-    rows = rows_of({"a": 0.5, "b": 0.0, "c": None, "d": 0.2}, {"a": 0.6, "b": 0.1, "c": 0.3})
-    assert list(rows) == ["DeepMask", "SharpMask", "difference", "relative"]
-    assert rows["difference"] == pytest.approx({"a": 0.1, "b": 0.1})
-    assert rows["relative"] == pytest.approx({"a": 0.2})
-    assert rows_of(None, {"a": 1}) is rows_of({"a": 1}, None) is None
+@pytest.mark.parametrize(
+    ("before", "after", "absolute", "relative"),
+    [
+        (0.5, 0.6, "+0.100", "+20.0 %"),
+        (0.5, 0.4, "−0.100", "−20.0 %"),
+        (0.0, 0.1, "+0.100", "–"),
+        (None, 0.1, "–", "–"),
+        (0.1, None, "–", "–"),
+    ],
+)
+def test_difference_and_relative_difference(before, after, absolute, relative):
+    assert gain(before, after) == absolute and gain(before, after, relative=True) == relative
 
 
 # The page.
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
+def page(tmp_path, empty_plots):
     """Writes the page of a run of both stages and gives its section; a part may be removed."""
-    monkeypatch.setattr(report_plots, "_svg", lambda draw: Markup("<svg></svg>"))
     run, (annotations, images) = tmp_path / "run", make_dataset(tmp_path / "data")
     write_stage(run / "deepmask", STORE)
     write_stage(run / "sharpmask", REFINED, start=0.16)
@@ -169,15 +168,16 @@ def test_section_shows_differences_and_objects(page):
         assert f"<td>{cell}</td>" in section
     assert section.count('src="data:image/jpeg;base64,') == 4 and section.count("<svg>") == 2
     assert section.index("found.png") < section.index("half.png"), "ordered by gain"
-    assert section.count("SharpMask <b>1.00</b>") == 2 and "DeepMask <b>0.50</b>" in section
-    assert "5 of the 5 that were looked at" in section
+    assert "IoU <b>1.00 → 1.00</b>, +0.00" in section
+    assert "IoU <b>0.50 → 1.00</b>, +0.50" in section
+    assert "Of the 5 that were looked at" in section and "5 are in both stores" in section
     assert "2 objects have one" in section and "Of all 2, 1 (50 %) gained" in section
 
 
 def test_section_says_what_is_not_there(page):
     assert "have not been scored" in page(without="sharpmask/scores")
     section = page(without="sharpmask/proposals")
-    assert "there are not proposals of both stages" in section and "<img" not in section
+    assert "both stages need proposals" in section and "<img" not in section
 
 
 def test_no_section_without_both_stages(page, tmp_path):

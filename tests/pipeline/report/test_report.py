@@ -1,18 +1,18 @@
-"""The page of the report: what is on it, and what it says of a run that is not whole."""
+"""The page of a whole run: its tables, pictures, commands and links."""
 
 import base64
+import json
 import re
 import shutil
 
 import cv2
 import numpy as np
 import pytest
-from markupsafe import Markup
 
-from pipeline.report import plots as report_plots
-from pipeline.report.report import duration, number
+from pipeline.report.report import decimal, duration
 from tests.pipeline.report.report_page import page_of
 from tests.pipeline.report.small_run import (
+    FOUND,
     NUM_WITH_OBJECTS,
     SIDE,
     SQUARE,
@@ -21,67 +21,86 @@ from tests.pipeline.report.small_run import (
     object_of,
     proposals_of,
     write_dataset,
+    write_detector,
     write_stage,
     write_store,
     write_summary,
 )
 
-
-@pytest.fixture
-def dataset(tmp_path):
-    return make_dataset(tmp_path / "data")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A complete run, to be changed; its plots are left empty, since they take most of the time."""
-    monkeypatch.setattr(report_plots, "_svg", lambda draw: Markup("<svg></svg>"))
-    write_stage(tmp_path / "run" / "deepmask", STORE)
-    write_summary(tmp_path / "run", "deepmask")
-    return tmp_path / "run"
+DETECTOR = "multipathnet"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The page of a complete run, with its plots."""
+    """The page of a complete run of DeepMask and the detector, with its plots."""
     directory = tmp_path_factory.mktemp("whole")
     write_stage(directory / "deepmask", STORE)
+    write_detector(directory / DETECTOR, FOUND)
     write_summary(directory, "deepmask")
     return page_of(directory, make_dataset(directory / "data"))
 
 
-# The page of a whole run.
+def assert_tables(page, *tables):
+    """Their rows follow each other on the page."""
+    for table in tables:
+        start = page.rows.index(table[0])
+        assert page.rows[start : start + len(table)] == table
 
 
-def test_tables_hold_the_numbers(whole):
-    # AR@10, AR@100, AR@1000, AUC, small, medium, large
-    assert [row[:3] + [" ".join(row[3:])] for row in whole.rows[1:5]] == [
-        ["deepmask", "mask", "by score", "0.110 0.111 0.112 0.113 – 0.114 0.115"],
-        ["deepmask", "mask", "perfect", "0.210 0.211 0.212 0.213 – 0.214 0.215"],
-        ["deepmask", "box", "by score", "0.100 0.101 0.102 0.103 – 0.104 0.105"],
-        ["deepmask", "box", "perfect", "0.200 0.201 0.202 0.203 – 0.204 0.205"],
-    ]
-    assert ["deepmask", "0.761", "0.792", "0.873", "0.664", "0.915"] in whole.rows
-    losses = ["0.711 → 0.213", "0.402 → 0.402"]
-    assert ["deepmask", "1,200", "2.0", *losses, "100", "30.0"] in whole.rows
-    assert ["deepmask", "4 min 11 s"] in whole.rows
-    assert "seed: 7" in whole.text and '"num_proposals": 1000' in whole.text
-    assert "python tools/train_stage.py --stage deepmask" in whole.text
+def test_scores_of_proposals_and_training(whole):
+    def rows(iou_type, scored, perfect):
+        """AR@10, AR@100, AR@1000, AUC, small, medium, large."""
+        for ranking, start in (("by score", scored), ("perfect", perfect)):
+            values = [f"0.{start + i}" for i in range(6)]
+            yield ["deepmask", iou_type, ranking, *values[:4], "–", *values[4:]]
+
+    assert_tables(
+        whole,
+        [*rows("mask", 110, 210), *rows("box", 100, 200)],
+        [["stage", "mean IoU", "median IoU", "IoU > 0.5", "IoU > 0.7", "score accuracy"],
+         ["deepmask", "0.761", "0.792", "0.873", "0.664", "0.915"]],
+        [["deepmask", "1,200", "2.0", "0.711 → 0.213", "0.402 → 0.402", "100", "30.0"]],
+    )  # fmt: skip
 
 
-def test_complete_run_has_four_plots_and_no_warning(whole):
+def test_scores_of_detections(whole):
+    shown = ["0.301", "0.302", "0.303", "0.304", "0.305", "0.306", "0.307", "0.308"]
+    assert_tables(
+        whole,
+        [[DETECTOR, "box", "0.300", *shown],
+         [DETECTOR, "mask", "0.200", *(v.replace("0.3", "0.2") for v in shown)]],
+        [[DETECTOR, "200", "2.0", "1.510 → 0.520", "0.410 → 0.220", "100", "8.0"]],
+        [["IoU at least", "0.50", "0.75", "0.95"],
+         ["box AP", "0.610", "0.310", "0.010"],
+         ["mask AP", "0.520", "0.220", "–"]],
+        [["proposals per image", "10", "400"],
+         ["box AP", "0.151", "0.300"],
+         ["mask AP", "0.142", "0.200"]],
+        [["category", "annotations", "detections", "box AP", "mask AP"],
+         ["<i>ring", "12", "1,234", "0.410", "0.320"],
+         ["bar", "3", "5", "0.230", "0.110"],
+         ["none", "0", "1", "–", "–"],
+         ["sum, mean", "15", "1,240", "0.320", "0.215"]],
+    )  # fmt: skip
+    assert "2 of the 3 categories have annotated objects" in whole.text
+    assert "1 of them has fewer than 10" in whole.text
+    assert "saturates near 400 proposals" in whole.text
+
+
+def test_whole_run_has_all_plots_and_pictures_and_no_warning(whole):
     assert whole.warning == ""
-    assert len([tag for tag, _ in whole.elements if tag == "svg"]) == 4
-
-
-def test_pictures_decode(whole):
-    uris = whole.all("img", "src")
-    assert len(uris) == 3 * NUM_WITH_OBJECTS
+    assert len([tag for tag, _ in whole.elements if tag == "svg"]) == 4 + 4
+    uris, alts = whole.all("img", "src"), whole.all("img", "alt")
+    assert len(uris) == (3 + 2) * NUM_WITH_OBJECTS
+    assert len([alt for alt in alts if "annotated objects" in alt]) == 2 * NUM_WITH_OBJECTS
     for uri in uris:
         kind, data = uri.split(",")
         assert kind == "data:image/jpeg;base64"
         picture = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
-        assert picture.shape == (SIDE, SIDE, 3)
+        assert picture.shape in ((SIDE, SIDE, 3), (2 * SIDE, 2 * SIDE, 3))
+    assert "1 of 1 object found" in whole.text and "0 of 1 object found" in whole.text
+    assert "score of 0.3 or more: 4 of all 6" in whole.text
+    assert "the 3 images with objects were ordered" in whole.text
 
 
 def test_page_needs_nothing_else(whole):
@@ -97,7 +116,49 @@ def test_page_needs_nothing_else(whole):
     assert urls and all(url.startswith("#") for url in urls)
 
 
+def test_links_of_the_page_lead_somewhere(whole):
+    ids = {given["id"] for _, given in whole.elements if "id" in given}
+    links = {href[1:] for href in whole.all("a", "href")}
+    assert DETECTOR in links and links <= ids
+
+
+def test_seconds_settings_and_software(run, dataset):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["seconds"][DETECTOR] = 62.1
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = page_of(run, dataset)
+    assert_tables(
+        page, [["deepmask", "4 min 11 s"], [DETECTOR, "1 min 02 s"], ["together", "5 min 13 s"]]
+    )
+    assert "seed: 7" in page.text and "seed: 9" in page.text
+    assert '"num_proposals": 1000' in page.text
+    assert {"Python", "torch", "machine"} <= {row[0] for row in page.rows if row}
+
+
+def test_commands_repeat_the_steps(tmp_path, run, dataset):
+    run = run.rename(tmp_path / "a run")
+    page, (annotations, images) = page_of(run, dataset), dataset
+    mask, at = f"'{run}/deepmask'", f"'{run}/{DETECTOR}'"
+    truth = f"--annotations {annotations}"
+    for line in (
+        f"train_stage.py --stage deepmask --config {mask}/config.yaml --output {mask}",
+        f"score_coco.py patches --checkpoint {mask}/checkpoints/best.pt {truth} --images {images} "
+        f"--output {mask}/patches",
+        f"propose.py --checkpoint {mask}/checkpoints/best.pt {truth} --images {images} "
+        f"--output {mask}/proposals",
+        f"score_coco.py proposals {truth} --results {mask}/proposals --output {mask}/scores",
+        f"train_stage.py --stage {DETECTOR} --config {at}/config.yaml --output {at}",
+        f"detect.py --checkpoint {at}/checkpoints/best.pt --proposals '{run}/deepmask/proposals' "
+        f"--images {images} --output {at}",
+        f"score_coco.py detections {truth} --results {at}/detections.json --output {at}/scores",
+    ):
+        assert f"python tools/{line}\n" in page.text
+    (run / "sharpmask" / "proposals").mkdir(parents=True)
+    assert f"--proposals '{run}/sharpmask/proposals'" in page_of(run, dataset).text
+
+
 def test_stages_stand_side_by_side_in_their_order(run, dataset):
+    shutil.rmtree(run / DETECTOR)
     write_stage(run / "sharpmask", STORE, start=0.5)
     write_summary(run, "sharpmask", "deepmask")
     page = page_of(run, dataset)
@@ -120,82 +181,6 @@ def test_text_from_files_is_escaped(tmp_path, run):
     assert f"Report of {odd}" in page.text
 
 
-# Runs that are not whole.
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "metrics.jsonl",
-        "config.yaml",
-        "proposals",
-        "proposals/settings.json",
-        "scores/metrics.json",
-        "scores/perfect_ranking.json",
-        "scores/curves.json",
-        "scores",
-        "",
-    ],
-)
-def test_missing_part_of_a_stage_is_named(run, dataset, part):
-    path = run / "deepmask" / part
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    warning = page_of(run, dataset).warning
-    assert f"deepmask/{part}" in warning and "not there" in warning
-    if path.suffix:
-        assert warning.count("deepmask/") == 1, "more is named than is missing"
-
-
-def test_missing_summary_is_named(run, dataset):
-    (run / "summary.json").unlink()
-    page = page_of(run, dataset)
-    assert "summary.json" in page.warning
-    assert page.rows[1][3] == "0.110"
-    write_summary(run)
-    assert "deepmask.patches in summary.json" in page_of(run, dataset).warning
-
-
-def test_empty_run_gives_a_page(tmp_path, dataset):
-    (tmp_path / "run").mkdir()
-    page = page_of(tmp_path / "run", dataset)
-    for name in ("summary.json", "deepmask/metrics.jsonl", "deepmask/proposals"):
-        assert name in page.warning
-    assert "sharpmask" not in page.text
-
-
-def test_missing_annotations_are_named(run, dataset, tmp_path):
-    page = page_of(run, (tmp_path / "none.json", dataset[1]))
-    assert "none.json" in page.warning
-    assert page.all("img", "src") == []
-    assert page.rows[1][4] == "0.111"
-
-
-@pytest.mark.parametrize("name", ["scores/curves.json", "proposals/proposals-000-000000.parquet"])
-def test_broken_file_is_named_with_the_reason(run, dataset, name):
-    (run / "deepmask" / name).write_bytes(b'{"half')
-    page = page_of(run, dataset)
-    assert f"deepmask/{name.split('/proposals-')[0]}:" in page.warning
-    assert "not there" not in page.warning
-    assert page.rows[1][4] == "0.111"
-
-
-def test_training_that_wrote_nothing_yet(run, dataset):
-    (run / "deepmask" / "metrics.jsonl").write_text("")
-    page = page_of(run, dataset)
-    assert ["deepmask", "–", "–", "– → –", "– → –", "–", "–"] in page.rows
-    assert "No training losses were written." in page.text
-
-
-def test_unreadable_image_says_why_and_the_others_are_shown(run, dataset):
-    (dataset[1] / "missed.png").write_bytes(b"")
-    page = page_of(run, dataset)
-    assert "missed.png: the file is empty" in page.text
-    assert len(page.all("img", "src")) == 3 * (NUM_WITH_OBJECTS - 1)
-
-
-# Numbers.
-
-
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [
@@ -206,8 +191,8 @@ def test_unreadable_image_says_why_and_the_others_are_shown(run, dataset):
         (12345, 0, "12,345"),
     ],
 )
-def test_number(value, digits, text):
-    assert number(value, digits) == text
+def test_decimal(value, digits, text):
+    assert decimal(value, digits) == text
 
 
 @pytest.mark.parametrize(

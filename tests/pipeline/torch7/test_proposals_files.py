@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.inference.proposals import ProposalStore
 from pipeline.torch7.convert import convert_file
-from pipeline.torch7.proposals import _filled
+from pipeline.torch7.proposals import _filled_boxes
 from tests.pipeline.torch7.torch7_writer import Storage, Tensor, written
 
 HEIGHT, WIDTH = 30, 40
@@ -99,8 +99,10 @@ def test_filled_boxes_are_their_pixels(data):
     x1, y1 = data.draw(st.tuples(st.integers(x0 + 1, width), st.integers(y0 + 1, height)))
     expected = np.zeros((height, width), np.uint8)
     expected[y0:y1, x0:x1] = 1
-    counts = _filled(x0, y0, x1, y1, height, width)
-    assert counts == coco_mask.encode(np.asfortranarray(expected))["counts"]
+    boxes = np.array([[x0, y0, x1, y1]], np.float64)
+    assert _filled_boxes(boxes, height, width) == [
+        coco_mask.encode(np.asfortranarray(expected))["counts"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,10 +111,10 @@ def test_filled_boxes_are_their_pixels(data):
         ({}, {"annotations": None}, "without the sizes of their images; give --annotations"),
         ({"images": ["a.jpg", "b.jpg", "other.jpg"]}, {}, "1 of its 3 images .* such as other.jpg"),
         ({"images": ["a.jpg", "b.jpg"]}, {}, "2 images, 3 tables of boxes and 3 of scores"),
-        ({"images": ["a.jpg", 5, "b.jpg"]}, {}, r"images\[2\]: a file name is due, and there is 5"),
+        ({"images": ["a.jpg", 5, "b.jpg"]}, {}, r"images\[2\]: expected a file name, got 5"),
         ({"scores": [tensor([0.5])] * 3}, {}, "b.jpg: 3 boxes and 1 scores"),
-        ({"boxes": [tensor([[1, 2, 3]])] * 3}, {}, "b.jpg: its boxes are no table of four finite"),
-        ({"boxes": 3}, {}, "boxes: a table of one entry an image is due"),
+        ({"boxes": [tensor([[1, 2, 3]])] * 3}, {}, "b.jpg: expected boxes of four finite numbers"),
+        ({"boxes": 3}, {}, "boxes: expected a table with an entry for each image"),
         ({"scores": [tensor([0.5, float("nan"), 1])] * 3}, {}, "b.jpg: a score that is not finite"),
     ],
 )

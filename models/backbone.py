@@ -1,0 +1,181 @@
+"""The ImageNet networks that trunks are cut from, and files of their weights."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from models.caffenet import CaffeNet
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = (*RESNETS, "vgg11", "vgg16", "densenet121", "caffenet")
+STEM_WIDTH = 64  # channels of a ResNet's first convolution
+# The layers that a trunk does not use, by their keys in the state dict.
+CUT_AWAY = {
+    "resnet": ("layer4.", "fc."),
+    "vgg": ("classifier.",),
+    "caffenet": ("classifier.",),
+    "densenet": (
+        "classifier.", "features.denseblock4.", "features.norm5.", "features.transition3.conv.",
+    ),
+}  # fmt: skip
+CLASSIFIERS = ("fc.", "classifier.6.")  # last layers: their classes may be another data set's
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    whole: bool = False,
+    width: int = STEM_WIDTH,
+) -> nn.Module:
+    """A whole network, with the layers that a trunk uses loaded from `weights`.
+
+    Args:
+        name: one of `BACKBONES`.
+        weights: see `models.trunk.build_trunk`.
+        width: of a ResNet's first convolution; the others are in proportion.
+        whole: load the layers after the trunk, too, if `weights` has them.
+
+    Raises:
+        ValueError: see `models.trunk.build_trunk`.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(BACKBONES)}")
+    if weights == "imagenet":
+        return _download_imagenet(name, width)
+    build = CaffeNet if name == "caffenet" else torchvision.models.get_model_builder(name)
+    network = build()
+    if width != STEM_WIDTH:
+        _set_width(network, width)
+    if weights is not None:
+        _load_checked(network, name, weights, whole=whole)
+    return network
+
+
+def _download_imagenet(name: str, width: int) -> nn.Module:
+    if name == "caffenet":
+        raise ValueError("torchvision has no CaffeNet; give the path of a converted file")
+    if width != STEM_WIDTH:
+        raise ValueError(
+            f"ImageNet weights of {name} have trunk.width {STEM_WIDTH}, got {width}; "
+            "set trunk.weights to a local file or null instead"
+        )
+    try:
+        return torchvision.models.get_model(name, weights="IMAGENET1K_V1")
+    except (OSError, RuntimeError) as error:  # no network, or a file that came damaged
+        raise ValueError(
+            f"cannot download ImageNet weights for {name} ({error}); "
+            "set trunk.weights to a local file instead"
+        ) from error
+
+
+class NarrowShortcut(nn.Conv2d):
+    """A strided 1x1 convolution of few channels that picks its pixels beforehand.
+
+    oneDNN's has a weight gradient that writes outside its memory, for 8 channels in channels-last
+    order (torch 2.14.1); the usual widths are fine.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, ceil(H / stride), ceil(W / stride))."""
+        return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
+def _set_width(network: Any, width: int) -> None:
+    """Makes all layers of a ResNet narrower or wider by one factor, in place; new random weights.
+
+    torchvision's arguments widen the inner convolutions of its blocks only.
+    """
+
+    def scaled(channels: int) -> int:
+        return channels if channels == 3 else channels * width // STEM_WIDTH
+
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(scaled(layer.num_features)))
+            elif isinstance(layer, nn.Conv2d):
+                shortcut = layer.kernel_size == (1, 1) and layer.stride != (1, 1)
+                narrow_shortcut = shortcut and width < STEM_WIDTH
+                conv = (NarrowShortcut if narrow_shortcut else nn.Conv2d)(
+                    scaled(layer.in_channels),
+                    scaled(layer.out_channels),
+                    layer.kernel_size[0],
+                    layer.stride[0],
+                    int(layer.padding[0]),
+                    bias=False,
+                )
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                setattr(parent, name, conv)
+    network.fc = nn.Linear(scaled(network.fc.in_features), network.fc.out_features)
+
+
+def _load_checked(network: nn.Module, name: str, weights: str | Path, *, whole: bool) -> None:
+    """Copies a file's weights into the layers of a network that a trunk uses."""
+    known, state = network.state_dict(), read_state_dict(weights)
+    cut = {key for key in known if key.startswith(CUT_AWAY[name.rstrip("0123456789")])}
+    after = {key for key in cut if not key.startswith(CLASSIFIERS)}
+    if whole and not after.isdisjoint(state):
+        cut -= after
+    # num_batches_tracked is a counter of live batch norm; frozen batch norm has no use for it.
+    expected = {
+        key: value
+        for key, value in known.items()
+        if key not in cut and not key.endswith("num_batches_tracked")
+    }
+    difference = describe_mismatch(expected, state, optional=known)
+    if difference:
+        raise ValueError(f"{weights} does not fit this trunk: {difference}")
+    network.load_state_dict({key: state[key] for key in expected}, strict=False)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """A file's state dict: tensors by name; a `model` or `state_dict` wrapper around it is opened.
+
+    Raises:
+        ValueError: the file holds no state dict, or cannot be read as one.
+        FileNotFoundError: there is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
+        raise ValueError(
+            f"{path} is not a PyTorch weights file ({type(error).__name__})"
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict (tensors by name)")
+    return dict(state)
+
+
+def describe_mismatch(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, optional: Collection[str] = ()
+) -> str:
+    """The differences between two state dicts, in words; empty when `found` fits `expected`.
+
+    Args:
+        optional: keys of `found` that may be there without being expected.
+    """
+    missing = [k for k in expected if k not in found]
+    unexpected = [k for k in found if k not in expected and k not in optional]
+    shapes = [
+        f"{k} is {tuple(found[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in found and found[k].shape != v.shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)]
+    return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in parts if keys)
+
+
+def _first(items: list[str], limit: int = 4) -> str:
+    more = f", ... ({len(items) - limit} more)" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

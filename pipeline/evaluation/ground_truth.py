@@ -1,0 +1,79 @@
+"""COCO ground truth for evaluation, and COCO's IoU thresholds and area ranges."""
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import Params
+
+from datasets.coco import CocoInstances
+
+IOU_TYPES = {"box": "bbox", "mask": "segm"}  # our names -> COCOeval's
+IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,) .50, .55, ... .95
+AREA_RANGES = np.array(Params(iouType="bbox").areaRng)  # (A, 2) px², both ends included
+AREAS = tuple(Params(iouType="bbox").areaRngLbl)  # all, small, medium, large
+
+logger = logging.getLogger(__name__)
+
+
+def load_ground_truth(annotations: str | Path) -> COCO:
+    """Read a COCO instances json for evaluation.
+
+    It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
+    and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
+    Segmentations become compressed RLE. Annotation ids are renumbered from 1, because COCOeval
+    takes a match with id 0 for none.
+
+    Raises:
+        ValueError: the file is missing or is not COCO instances json.
+    """
+    try:
+        instances = CocoInstances.load(annotations)
+    except OSError as error:
+        raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
+    if instances.left_out:
+        logger.warning(instances.summary())
+    sizes = zip(instances.image_ids.tolist(), instances.image_sizes.tolist(), strict=True)
+    images = [{"id": image_id, "height": h, "width": w} for image_id, (h, w) in sizes]
+    names = zip(instances.category_ids.tolist(), instances.category_names, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in names]
+    return make_coco(images, _annotations(instances), categories)
+
+
+def make_coco(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
+    """An indexed COCO object, without pycocotools' prints."""
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _annotations(instances: CocoInstances) -> list[dict]:
+    columns = {
+        "image_id": instances.image_ids[instances.image_index],
+        "category_id": instances.category_ids[instances.category_index],
+        "iscrowd": instances.is_crowd.astype(int),
+        "ignore": instances.is_difficult.astype(int),  # read by VOC's AP; COCOeval ignores it
+        "area": instances.areas,
+        "bbox": _as_xywh(instances.boxes),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        {"id": a + 1, "segmentation": instances.rle(a)} | dict(zip(columns, row, strict=True))
+        for a, row in enumerate(rows)
+    ]
+
+
+def _as_xywh(boxes: np.ndarray) -> np.ndarray:
+    """float32 xyxy -> float64 xywh, the json's decimals (up to three) restored to the last bit.
+
+    The last bit decides whether an IoU that lies exactly on a threshold passes it.
+    """
+    corners = boxes.astype(np.float64)
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    is_decimal = (corners.round(3).astype(np.float32) == boxes).all(axis=1, keepdims=True)
+    return np.where(is_decimal, xywh.round(3), xywh)

@@ -1,0 +1,104 @@
+"""Drawing for the report: masks and boxes on images, and objects enlarged with their outlines."""
+
+import base64
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipeline.inference.visualize import Label, draw_mask, put_labels
+
+PICTURE_SIDE, TILE_SIDE = 480, 288  # px, the longer side: of images at most, of enlarged objects
+MARGIN = 0.15  # around an enlarged object, as a fraction of its longer side
+TRUTH_RGB, MASK_RGB = (0, 220, 255), (255, 90, 0)
+TRUTH_WIDTH, MASK_WIDTH = 3, 2  # px of a tile: where both outlines run, both are seen
+# 4:4:4: with colors at half the resolution, thin outlines would be smeared.
+JPEG = (
+    *(cv2.IMWRITE_JPEG_QUALITY, 85),
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mask to be drawn; `box`: xyxy in its pixels, drawn as a thin line."""
+
+    rle: dict
+    rgb: tuple[int, int, int]
+    tint: float
+    label: str = ""
+    box: np.ndarray | None = None
+
+
+def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
+    """Marks on a copy of an image, (H, W, 3) uint8, the last on top.
+
+    Their masks may be larger or smaller than the image, in the same proportions.
+    """
+    picture, labels = image.copy(), []
+    height, width = picture.shape[:2]
+    for mark in marks:
+        scale = width / mark.rle["size"][1]
+        mask = cv2.resize(coco_mask.decode(mark.rle), (width, height), interpolation=cv2.INTER_AREA)
+        draw_mask(picture, mask, mark.rgb, tint=mark.tint)
+        if mark.box is not None:
+            x1, y1, x2, y2 = np.rint(mark.box * scale).astype(int).tolist()
+            cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), mark.rgb, 1)
+        if mark.label:
+            x, y = np.rint(coco_mask.toBbox(mark.rle)[:2] * scale).astype(int).tolist()
+            labels.append(Label(mark.label, (x, y), mark.rgb))
+    put_labels(picture, labels[::-1])
+    return picture
+
+
+def fit_picture(image: np.ndarray, *, max_scale: float = 1) -> np.ndarray:
+    """(H, W, 3) uint8 with a longer side of `PICTURE_SIDE`, but enlarged at most `max_scale`."""
+    return scale_image(image, min(max_scale, PICTURE_SIDE / max(image.shape[:2])))
+
+
+def scale_image(image: np.ndarray, scale: float) -> np.ndarray:
+    """(H, W, 3) smoothly, or a mask (H, W) with the pixels that it has; uint8."""
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    interpolation = smooth if image.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+def draw_object(image: np.ndarray, box: np.ndarray, truth: dict, mask: dict) -> np.ndarray:
+    """A tile, (h, w, 3) uint8: an object enlarged, with its outline and that of a mask.
+
+    Args:
+        box: (4,) xyxy of the object. truth, mask: RLE.
+    """
+    window = crop_window(box, image.shape[:2])
+    scale = TILE_SIDE / max(image[window].shape[:2])
+    tile = scale_image(image[window], scale)
+    for rle, rgb, width in ((truth, TRUTH_RGB, TRUTH_WIDTH), (mask, MASK_RGB, MASK_WIDTH)):
+        draw_outline(tile, scale_image(coco_mask.decode(rle)[window], scale), rgb, width)
+    return tile
+
+
+def crop_window(box: np.ndarray, image_size: tuple[int, ...]) -> tuple[slice, slice]:
+    """Rows and columns of a square around a box (xyxy), cut off at the edges of the image."""
+    center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    half = (0.5 + MARGIN) * max(sides)
+    left, top = np.floor(center - half).astype(int).clip(min=0).tolist()
+    right, bottom = np.ceil(center + half).astype(int).tolist()
+    height, width = image_size
+    return slice(top, min(bottom, height)), slice(left, min(right, width))
+
+
+def draw_outline(
+    picture: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int], width: int
+) -> None:
+    """The inner edge of a mask (H, W), in place; none where the mask goes on past the picture."""
+    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    picture[(mask > 0) & (cv2.erode(mask, kernel) == 0)] = rgb
+
+
+def jpeg_uri(picture: np.ndarray) -> str:
+    """(H, W, 3) uint8 RGB as a data URI."""
+    ok, data = cv2.imencode(".jpg", picture[..., ::-1], JPEG)
+    assert ok
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

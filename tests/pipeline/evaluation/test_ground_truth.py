@@ -1,0 +1,70 @@
+"""Annotation files as evaluation reads them."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.recall import evaluate_proposals
+from tests.pipeline.evaluation.scenes import (
+    HEIGHT,
+    WIDTH,
+    annotation,
+    compressed,
+    perfect_results,
+    rectangle,
+    uncompressed,
+    write_dataset,
+)
+
+
+def test_missing_keys_are_filled_in(tmp_path):
+    objects = [annotation(1, (10, 20, 30, 40))]
+    for key in ("area", "iscrowd", "bbox"):
+        del objects[0][key]
+    ground_truth = load_ground_truth(write_dataset(tmp_path / "truth.json", objects))
+    [filled] = ground_truth.dataset["annotations"]
+    assert (filled["area"], filled["bbox"], filled["iscrowd"]) == (1200, [10, 20, 30, 40], 0)
+
+
+def test_every_form_of_segmentation_is_read(tmp_path):
+    box = (10, 20, 30, 40)
+    forms = [rectangle(*box), uncompressed(box), compressed(rectangle(*box))]
+    objects = [annotation(i, box, segmentation=form) for i, form in enumerate(forms, start=1)]
+    ground_truth = load_ground_truth(write_dataset(tmp_path / "truth.json", objects))
+    masks = [ground_truth.annToMask(a) for a in ground_truth.dataset["annotations"]]
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[20:60, 10:40] = 1
+    assert len(masks) == 3 and all(np.array_equal(mask, expected) for mask in masks)
+
+
+UNUSABLE = {
+    "two points": {"segmentation": [[1, 2, 30, 40]]},
+    "RLE garbled": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "zzzz"}},
+    "unknown image": {"image_id": 77},
+    "unknown category": {"category_id": 2},
+}
+
+
+@pytest.mark.parametrize("change", UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_annotations_are_left_out_and_counted(tmp_path, caplog, change):
+    objects = [annotation(1, (10, 20, 30, 40)), annotation(2, (90, 20, 30, 40), **change)]
+    path = write_dataset(tmp_path / "truth.json", objects)
+    with caplog.at_level(logging.WARNING):
+        ground_truth = load_ground_truth(path)
+    assert [a["bbox"] for a in ground_truth.dataset["annotations"]] == [[10, 20, 30, 40]]
+    [warning] = caplog.messages
+    assert warning.startswith(str(path)) and "left out 1" in warning
+    metrics = evaluate_proposals(ground_truth, perfect_results(ground_truth)).metrics()
+    assert metrics["mask"]["AR@10"] == metrics["box"]["AR@10"] == 1
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xd8", b"[]"])
+def test_a_bad_annotation_file_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "truth.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_ground_truth(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)

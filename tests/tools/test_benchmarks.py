@@ -1,0 +1,184 @@
+"""The benchmarks start, count right and are gathered; what they measure is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from torch import nn
+
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.networks import make_sharpmask
+from pipeline.recipe import load_config
+from tools.benchmarks import ablation, run_all, scoring, speed
+from tools.benchmarks.synthetic import draw_dataset
+from tools.benchmarks.timing import format_table, interleave, median_ratio
+
+FOLDER = Path(run_all.__file__).parent
+SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if "__main__" in path.read_text()]
+SMALL = (
+    "--config configs/shapes.yaml --num-proposals 5 --megapixels .02 --rois 4 --batch 4 --rounds 1 "
+    "--set propose.log2_scales=[-1,0,1] multipathnet.sampling.short_side=96 "
+    "multipathnet.sampling.long_side=128 multipathnet.sampling.rois_per_image=8"
+)
+
+
+def run_here(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    return main()
+
+
+ASK_FOR_HELP = """
+import runpy, sys
+path = sys.path[1:]
+for script in sys.argv[1:]:
+    sys.path[:] = [script.rpartition("/")[0], *path]  # as Python sets it for a script
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("tools", "pipeline", "models", "datasets"):
+            del sys.modules[name]
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as answer:
+        assert not answer.code, script
+"""
+
+
+def test_every_script_answers_help_from_anywhere(tmp_path):
+    """In one process, since each would import PyTorch again."""
+    command = [sys.executable, "-c", ASK_FOR_HELP, *map(str, SCRIPTS)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *answers = done.stdout.split("usage: ")
+    assert [answer.split()[0] for answer in answers] == [script.name for script in SCRIPTS]
+    help_of = {answer.split()[0]: answer for answer in answers}
+    for command in run_all.BENCHMARKS.values():
+        script, *words = " ".join(command).split()
+        options = {word for word in words if word.startswith("--")} | {"--output"}
+        assert all(option in help_of[script] for option in options), script
+
+
+def test_no_script_shadows_a_module():
+    """Their folder is on sys.path when one of them runs."""
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert names.isdisjoint({*sys.stdlib_module_names, "datasets", "models", "pipeline", "tools"})
+
+
+def test_operations_of_a_small_network_are_counted():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    linear = nn.Linear(8 * 36, 4)
+    with torch.inference_mode():
+        count = speed.count_operations(lambda: linear(network(torch.zeros(1, 3, 10, 10))))
+    assert count == 2 * (64 * 27 * 8 + 36 * 72 * 8 + 8 * 36 * 4)
+
+
+def test_alternatives_take_turns_and_the_first_round_is_not_timed():
+    ticks, called = iter(range(100)), []
+    functions = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
+    seconds = interleave(functions, rounds=2, clock=lambda: float(next(ticks)))
+    assert called == ["a", "b"] * 3 and seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert median_ratio([1.0, 6.0, 9.0], [1.0, 2.0, 1.0]) == 3
+
+
+def test_speed_at_a_tiny_size(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "speed.json"
+    run_here(monkeypatch, speed.main, *SMALL.split(), "--output", output)
+    tables = json.loads(output.read_text())
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "proposals": 2, "detection": 1, "training": 4
+    }  # fmt: skip
+    for row in (row for rows in tables.values() for row in rows.values()):
+        assert row["seconds"] > 0
+        # One round: both are of the same measurement.
+        assert row["times the floor"] == pytest.approx(row["seconds"] / row["floor"])
+    operations = {name: row["GFLOP"] for name, row in tables["proposals"].items()}
+    assert (
+        operations["SharpMask, 5 proposals, 0.02 Mpx"]
+        > (operations["DeepMask, 5 proposals, 0.02 Mpx"])
+    )
+    assert "MultiPathNet, 4 RoIs" in capsys.readouterr().out
+
+
+def test_pycocotools_is_asked_for_the_same_metrics(tmp_path):
+    """A perfect result has AP 1 by both, and a random one the same as ours."""
+    rng = np.random.default_rng(0)
+    dataset = draw_dataset(rng, 2, categories=2)
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(dataset))
+    results = scoring.draw_results(rng, dataset, 20)
+    theirs = scoring.run_pycocotools(COCO(path), results, scoring.coco_summary)
+    ours = evaluate_detections(load_ground_truth(path), results).metrics()
+    assert 0 < theirs["box"]["AP"] < 1 and 0 < theirs["mask"]["AP"] < 1
+    for iou_type, metrics in theirs.items():
+        found = {name: -1.0 if v is None else v for name, v in ours[iou_type].items()}
+        assert found == pytest.approx(dict(metrics))
+
+
+@pytest.mark.parametrize("name", ablation.CHANGES)
+def test_changed_refinements_still_learn(name, tiny_config):
+    config = load_config(tiny_config)
+    model = make_sharpmask(config)
+    with torch.no_grad():
+        changed = ablation.CHANGES[name](model, config)
+    size = config.deepmask.patch_size
+    logits = changed(torch.randn(2, 3, size, size), head="mask")["mask_logits"]
+    logits.square().sum().backward()
+    trained = {n: p for n, p in changed.named_parameters() if p.requires_grad}
+    assert logits.shape == (2, size, size)
+    assert all(p.grad is not None for p in trained.values())
+    part = {"no horizontal nets": ".horizontal.", "no vertical nets": ".vertical."}[name]
+    assert trained and not any(part in parameter for parameter in trained)
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Made-up benchmarks: one that answers with its options, one that fails, one that is silent."""
+    answer = "import json, sys; json.dump({'t': {'n': len(sys.argv)}}, open(sys.argv[-1], 'w'))"
+    for name, text in {"good": answer, "bad": "raise SystemExit(3)", "mute": ""}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    benchmarks = {name: (f"{name}.py --a 1", "--b") for name in ("bad", "good", "mute")}
+    monkeypatch.setattr(run_all, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(run_all, "BENCHMARKS", benchmarks)
+    monkeypatch.setattr(run_all, "DEFAULT", list(benchmarks))
+    return tmp_path
+
+
+def test_one_that_fails_does_not_stop_the_others(scripts, monkeypatch, capfd):
+    output = scripts / "results.json"
+    assert run_here(monkeypatch, run_all.main, "--output", output) == 1
+    assert "failed: bad, mute" in capfd.readouterr().err
+    (good,) = json.loads(output.read_text())["benchmarks"].values()
+    assert good["figures"] == {"t": {"n": 5}} and good["peak_mb"] > 0
+    # Once more, with the options of a smoke run, beside the first.
+    again = scripts / "again.json"
+    options = ("--only", "good", "--quick", "--compare", output, "--output", again)
+    assert run_here(monkeypatch, run_all.main, *options) == 0
+    (row,) = (line for line in capfd.readouterr().out.splitlines() if "good: figures" in line)
+    assert row.split() == ["good:", "figures:", "t:", "n", "6", "5", "1.2"]
+
+
+def test_ratios_exist_where_both_figures_do():
+    now = {"speed": {"seconds": 3.0, "figures": {"new": 1.0, "zero": 1.0}}}
+    earlier = {"speed": {"seconds": 2.0, "figures": {"zero": 0, "gone": 5.0}}}
+    rows = run_all.compare(now, earlier)
+    assert rows == {
+        "speed: seconds": {"now": 3.0, "earlier": 2.0, "ratio": 1.5},
+        "speed: figures: new": {"now": 1.0},
+        "speed: figures: zero": {"now": 1.0, "earlier": 0},
+    }
+    lines = format_table("figure", rows).splitlines()
+    assert lines[0].split() == ["figure", "now", "earlier", "ratio"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_runner_imports_no_torch():
+    """Its own memory would count as that of every benchmark."""
+    code = "import sys, tools.benchmarks.run_all; print('torch' in sys.modules)"
+    root = FOLDER.parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+r"""What each part of the refinement or of the detector adds, over several seeds.
+
+    python tools/benchmarks/ablation.py refinement --run runs/demo
+    python tools/benchmarks/ablation.py detector --run runs/demo --batches 250
+
+Every variant is trained for the same number of minibatches on what a finished run of
+tools/run_pipeline.py has left: refinements on its DeepMask, detectors on its proposals. The table
+has mean and standard deviation. Started again with the same --work-dir, it continues.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from datasets.files import write_json
+from datasets.images import read_image
+from models.deepmask import DeepMask
+from models.sharpmask import SharpMask, SharpMaskConfig
+from pipeline.command import add_device, run_tool
+from pipeline.config import Config
+from pipeline.data import split_files
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference.detect import load_detector
+from pipeline.inference.proposals import ProposalStore
+from pipeline.recipe import load_config, settings_of
+from pipeline.training.engine import fit
+from pipeline.training.prepare import build_stage, prepare_stage
+from tools.benchmarks.timing import Rows, make_parser, report
+
+
+class WithoutVertical(SharpMask):
+    """Every level predicts a mask of its own, and the sum counts (ECCV 2016, figure 1b)."""
+
+    def __init__(self, deepmask: DeepMask, **settings: Any):
+        super().__init__(deepmask, **settings)
+        modules: list[Any] = list(self.refinements)
+        widths = [self.km, *(module.horizontal[-1].out_channels for module in modules)]
+        self.predictions = nn.ModuleList(nn.Conv2d(width, 1, 3, padding=1) for width in widths)
+        for unused in (self.predict, *(module.vertical for module in modules)):
+            unused.requires_grad_(False)
+
+    def refine(self, embeddings: Tensor, windows: list[Tensor]) -> Tensor:
+        """As `SharpMask.refine`."""
+        mask = self.encode(embeddings).view(-1, self.km, self.cells, self.cells)
+        size = (self.patch_size, self.patch_size)
+        logits = [
+            F.interpolate(predict(F.relu(x)), size=size, mode="bilinear", align_corners=False)
+            for predict, x in zip(self.predictions, [mask, *windows], strict=True)
+        ]
+        return torch.stack(logits).sum(dim=0)[:, 0]
+
+
+def without_vertical(model: SharpMask, config: Config) -> SharpMask:
+    """The skip architecture that the paper compares with."""
+    return WithoutVertical(model.deepmask, **settings_of(SharpMaskConfig, config.sharpmask))
+
+
+def without_horizontal(model: SharpMask, config: Config) -> SharpMask:
+    """The same network without skip features: its horizontal nets give zeros for good."""
+    for name, parameter in model.named_parameters():
+        if ".horizontal." in name:
+            parameter.requires_grad_(False).zero_()
+    return model
+
+
+IOUS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
+FAST_RCNN = {"foveal": False, "skip": False, "iou_thresholds": [0.5], "use_box_tower": False}
+# By stage: settings of the recipe that make each variant.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "refinement": {
+        "as configured": {},
+        "k = 16": {"km": 16, "ks": 16},
+        "k = 32": {"km": 32, "ks": 32},
+        "1 module": {"num_modules": 1},
+        "2 modules": {"num_modules": 2},
+        "3 modules": {"num_modules": 3},
+        "no horizontal nets": {},
+        "no vertical nets": {},
+    },
+    "detector": {
+        "Fast R-CNN": FAST_RCNN,
+        "+ foveal": FAST_RCNN | {"foveal": True},
+        "+ skip": FAST_RCNN | {"skip": True},
+        "+ integral loss": FAST_RCNN | {"iou_thresholds": IOUS},
+        "+ box tower": FAST_RCNN | {"use_box_tower": True},
+        "all": {"foveal": True, "skip": True, "iou_thresholds": IOUS, "use_box_tower": True},
+    },
+}
+# What the recipe has no setting for is done to the network.
+CHANGES: dict[str, Callable[[SharpMask, Config], SharpMask]] = {
+    "no horizontal nets": without_horizontal,
+    "no vertical nets": without_vertical,
+}
+
+
+def main() -> None:
+    """Trains and scores all variants."""
+    parser = make_parser(__doc__)
+    parser.add_argument("part", choices=VARIANTS)
+    parser.add_argument("--config", default="configs/shapes.yaml", help="the recipe of --run")
+    parser.add_argument("--run", required=True, type=Path, help="of tools/run_pipeline.py")
+    parser.add_argument("--batches", type=int, default=300, help="minibatches for each variant")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/ablation"))
+    add_device(parser)
+    args = parser.parse_args()
+    rows: Rows = {}
+    for name in VARIANTS[args.part]:
+        runs = [measure(name, seed, args) for seed in range(args.seeds)]
+        rows[name] = {}
+        for column in runs[0]:
+            values = [run[column] for run in runs]
+            rows[name][column] = statistics.mean(values)
+            rows[name]["±" + column] = statistics.stdev(values) if len(values) > 1 else 0.0
+    report({args.part: rows}, args.output)
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Trains a variant, unless that has been done; returns its metrics."""
+    output = args.work_dir / args.part / f"{name.replace(' ', '_')}_seed{seed}"
+    path = output / "metrics.json"
+    if not path.exists():
+        print(f"\n{name}, seed {seed}", flush=True)
+        stage = {"refinement": "sharpmask", "detector": "multipathnet"}[args.part]
+        length = {"optim.epochs": 1, "optim.batches_per_epoch": args.batches}
+        settings = {
+            **{f"{stage}.{k}": v for k, v in (VARIANTS[args.part][name] | length).items()},
+            "seed": seed,
+            "init.deepmask": args.run / "deepmask" / "checkpoints" / "best.pt",
+            "init.proposer": args.run / "sharpmask" / "checkpoints" / "best.pt",
+            "init.train_proposals": args.run / "multipathnet" / "proposals" / "train",
+            "init.val_proposals": args.run / "sharpmask" / "proposals",
+        }
+        config = load_config(args.config, [f"{key}={value}" for key, value in settings.items()])
+        write_json(path, train(stage, CHANGES.get(name), config, output, args.device))
+    return json.loads(path.read_text())
+
+
+def train(
+    name: str,
+    change: Callable[[SharpMask, Config], SharpMask] | None,
+    config: Config,
+    output: Path,
+    device_name: str,
+) -> dict[str, float]:
+    """Trains a stage; returns the patch metrics of a refinement, the AP of a detector."""
+    device = torch.device(device_name)
+    stage = build_stage(name, config, prepare_stage(name, config, output, device))
+    if change is not None and isinstance(stage.model, SharpMask):
+        with torch.no_grad():
+            stage.model = change(stage.model, config)
+    best = fit(stage, config, output, device=device, resume=True)
+    return stage.validate(device) if name == "sharpmask" else detect(best, config, device)
+
+
+def detect(checkpoint: Path, config: Config, device: torch.device) -> dict[str, float]:
+    """AP of a detector on the validation images, in percent."""
+    annotations, images = split_files(config, "val")
+    detector, _ = load_detector(checkpoint, device)
+    results = []
+    for proposals in ProposalStore(str(config.init.val_proposals)):
+        results += detector(read_image(images / proposals.file_name), proposals).results()
+    metrics = evaluate_detections(load_ground_truth(annotations), results).metrics()
+    return {
+        f"{iou_type} {name}": 100 * (values[name] or 0.0)
+        for iou_type, values in metrics.items()
+        for name in ("AP", "AP50", "AP75")
+    }
+
+
+if __name__ == "__main__":
+    run_tool(main)

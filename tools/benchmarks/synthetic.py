@@ -1,0 +1,86 @@
+"""What the benchmarks run on: random images, networks and COCO data of realistic sizes."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.checkpoint import save_checkpoint
+from pipeline.config import Config
+from pipeline.networks import make_sharpmask
+from pipeline.recipe import config_to_dict
+
+# Of COCO: the mean number of objects of an image, and how many of them are crowds.
+OBJECTS, CROWD_FRACTION = 7.3, 0.012
+IMAGE_SIZES = ((480, 640), (640, 480), (427, 640), (375, 500))  # heights and widths
+
+
+def draw_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth noise, (height, width, 3) uint8."""
+    noise = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def write_sharpmask(config: Config, path: Path) -> None:
+    """A checkpoint with random weights, but masks with about as many runs as trained ones have.
+
+    They are disks of half the patch, whose edges the embedding moves smoothly.
+    """
+    torch.manual_seed(0)
+    model = make_sharpmask(config)
+    head, size = model.deepmask.mask_head, model.deepmask.mask_size
+    pixels = torch.linspace(-1, 1, size)
+    radius = (pixels[:, None] ** 2 + pixels**2).sqrt()
+    bumps = F.interpolate(torch.randn(head.in_channels, 1, 5, 5), (size, size), mode="bicubic")
+    with torch.no_grad():
+        head.bias = nn.Parameter((4 * (0.6 - radius)).flatten())
+        head.weight.copy_(0.05 * bumps.flatten(1).T[:, :, None, None])
+    model.start_from_deepmask()
+    values = {"config": config_to_dict(config), "model": model.state_dict()}
+    save_checkpoint(path, {"stage": "sharpmask", **values})
+
+
+def draw_boxes(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """Boxes of all sizes in an image, (count, 4) xywh."""
+    sizes = np.exp(rng.uniform(np.log(12), np.log([width * 0.8, height * 0.8]), (count, 2)))
+    return np.concatenate([rng.uniform(0, [width, height] - sizes), sizes], axis=1)
+
+
+def draw_polygon(rng: np.random.Generator, box: np.ndarray, height: int, width: int) -> list[float]:
+    """A star-shaped outline in a box, in hundredths of a pixel, with as many points as COCO's."""
+    count = int(np.clip(rng.lognormal(2.75, 0.65), 4, 300))
+    angles = np.sort(rng.random(count)) * 2 * np.pi
+    offsets = rng.uniform(0.7, 1, (count, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    points = box[:2] + box[2:] / 2 * (1 + offsets)
+    return points.clip(0, [width, height]).round(2).ravel().tolist()
+
+
+def draw_dataset(rng: np.random.Generator, images: int, *, categories: int = 80) -> dict:
+    """An instances json with the keys of COCO's."""
+    records: list[dict] = []
+    annotations: list[dict] = []
+    for image_id in range(1, images + 1):
+        height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
+        name = f"{image_id:012d}.jpg"
+        records.append({
+            "license": 1, "file_name": name, "height": height, "width": width, "id": image_id,
+            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+            "date_captured": "2013-11-14 16:28:13",
+        })  # fmt: skip
+        for box in draw_boxes(rng, max(1, rng.poisson(OBJECTS)), height, width):
+            is_crowd = int(rng.random() < CROWD_FRACTION)
+            shape: object = [draw_polygon(rng, box, height, width)]
+            if is_crowd:
+                count = 2 * int(rng.integers(20, 400))
+                runs = 1 + rng.multinomial(height * width - count, rng.dirichlet(np.ones(count)))
+                shape = {"counts": runs.tolist(), "size": [height, width]}
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id, "iscrowd": is_crowd,
+                "category_id": int(rng.integers(1, categories + 1)), "segmentation": shape,
+                "bbox": box.round(2).tolist(), "area": float(box[2] * box[3] * 0.6),
+            })  # fmt: skip
+    names = [{"supercategory": "", "id": i, "name": f"{i}"} for i in range(1, categories + 1)]
+    return {"images": records, "categories": names, "annotations": annotations}
