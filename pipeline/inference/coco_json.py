@@ -88,8 +88,7 @@ def load_results(path: str | Path, *, of: str = "detections") -> list:
     """The list of results in a JSON file, unchecked.
 
     Args:
-        path: of the file.
-        of: what the results are, for the error.
+        of: names the results in an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -142,7 +141,6 @@ def read_detections(path: str | Path, images: Iterable[dict]) -> list[Detections
     """The detections of images, in the order of `images`, also of those in which nothing was found.
 
     Args:
-        path: of a COCO results file.
         images: as in COCO annotations, {"id", "file_name", "height", "width"}.
 
     Raises:

@@ -284,8 +284,6 @@ def load_detector(
     """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
     Args:
-        checkpoint: of a MultiPathNet.
-        device: to run on.
         overrides: values for the config's `detect` section.
 
     Raises:

@@ -111,18 +111,17 @@ def read_image_list(annotations: Path) -> list[dict]:
         content = json.loads(annotations.read_text())
     except ValueError as error:
         raise ValueError(f"{annotations} is not JSON: {error}") from error
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(map(_names_image, images)):
+    try:
+        is_list = all(
+            type(i["id"]) is int and type(i["file_name"]) is str for i in content["images"]
+        )
+    except (TypeError, KeyError):
+        is_list = False
+    if not is_list:
         raise ValueError(
             f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"'
         )
-    return images
-
-
-def _names_image(image: object) -> bool:
-    if not isinstance(image, dict):
-        return False
-    return isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
+    return content["images"]
 
 
 def common_folder(files: list[ImageFile]) -> Path:

@@ -62,7 +62,6 @@ def quantize(network: Callable, samples: Iterable[Tensor], path: Path) -> None:
     """Writes the network with 8-bit weights and activations, in OpenVINO's format.
 
     Args:
-        network: as `DenseNetwork`.
         samples: (1, 3, H, W) images, which give the ranges of the activations.
         path: of the .xml file; the weights lie beside it in a .bin file.
 

@@ -95,7 +95,6 @@ class Proposer:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            image_id, file_name: to be noted in the proposals.
 
         Returns:
             At most `num_proposals`, best first; masks without a pixel in the image are left out.
@@ -235,7 +234,6 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         score_logits: (h, w) for each scale.
-        count: how many cells at most.
 
     Returns:
         Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in
@@ -329,8 +327,6 @@ def load_proposer(
     """A proposer, and the settings that its proposals depend on.
 
     Args:
-        checkpoint: of a DeepMask or SharpMask.
-        device: to run on.
         num_proposals, log2_scales, nms: None for the values of the checkpoint's config.
         zoom: adds the scale 2^1.
         refine: False gives the coarse masks of the DeepMask that a SharpMask is built on.

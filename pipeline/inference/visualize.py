@@ -155,7 +155,7 @@ def picture_path(directory: Path, file_name: str) -> Path:
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
-    """Writes (H, W, 3) uint8 RGB in the format of the path's suffix."""
-    ok, data = cv2.imencode(path.suffix, picture[..., ::-1])
+    """Writes (H, W, 3) uint8 RGB as PNG, or as JPEG if the path ends in .jpg."""
+    ok, data = cv2.imencode(".jpg" if path.suffix == ".jpg" else ".png", picture[..., ::-1])
     assert ok
     write_atomically(path, data.tobytes())

@@ -1,6 +1,7 @@
 """Detection in images: perfect networks score 1, chunks and views agree, masks stay with boxes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -25,11 +26,8 @@ CPU = torch.device("cpu")
 
 
 def truth_as_proposals(coco: CocoInstances, image: int) -> Proposals:
-    rows = [
-        row
-        for row in range(coco.image_starts[image], coco.image_starts[image + 1])
-        if not coco.is_crowd[row]
-    ]
+    rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
+    rows = rows[~coco.is_crowd[rows]]
     return Proposals(
         int(coco.image_ids[image]),
         coco.file_name(image),
@@ -65,15 +63,10 @@ def test_perfect_proposals_and_classes_score_1(shapes_directory):
     coco = CocoInstances.load(path)
     model = PerfectClasses(coco)
     categories = [{"id": int(i), "name": ""} for i in coco.category_ids]
-    detector = Detector(
-        model,
-        categories,
-        device=CPU,
-        short_sides=[160],
-        long_side=224,
-        # At the published .3 an object is lost if one of its class overlaps it that much.
-        options=DetectConfig(chunk=1000, nms=1.0),
-    )
+    # At the published NMS of .3 an object is lost if one of its class overlaps it that much.
+    options = DetectConfig(chunk=1000, nms=1.0)
+    sides = {"short_sides": [160], "long_side": 224}
+    detector = Detector(model, categories, device=CPU, options=options, **sides)
     results = []
     for image in range(len(coco)):
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
@@ -81,8 +74,7 @@ def test_perfect_proposals_and_classes_score_1(shapes_directory):
         pixels = read_image(shapes_directory / "images" / "val" / coco.file_name(image))
         results += results_of(detector(pixels, truth_as_proposals(coco, image)))
     metrics = evaluate_detections(load_ground_truth(path), results).metrics()
-    assert metrics["mask"]["AP"] == pytest.approx(1)
-    assert metrics["box"]["AP"] == pytest.approx(1)
+    assert [metrics[kind]["AP"] for kind in ("box", "mask")] == pytest.approx([1, 1])
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +86,10 @@ def scene(shapes_directory):
     return pixels, truth_as_proposals(coco, image)
 
 
-def assert_same(one, other, tolerance: float = 1e-3) -> None:
+def assert_same(one, other) -> None:
     assert len(one) == len(other) > 0
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
-    np.testing.assert_allclose(one.boxes, other.boxes, atol=tolerance)
+    np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
     assert one.rles == other.rles and (one.labels == other.labels).all()
 
 
@@ -111,19 +103,20 @@ def crowded(scene):
     boxes = boxes.clip(0, [width, height] * 2).astype(np.float32)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
     scores = np.linspace(1, 0.1, 61, dtype=np.float32)
-    counts = [objects.rles[row] for row in rows]
-    return pixels, Proposals(1, "crowded", height, width, scores, boxes, counts)
+    rles = [objects.rles[row] for row in rows]
+    return pixels, Proposals(1, "crowded", height, width, scores, boxes, rles)
 
 
-EVERY_OPTION = {
+EVERY = {
     "box_refinement_iters": 1,
     "box_voting_iou": 0.5,
     "flip": True,
-    "short_sides": [160, 120],
+    "short_sides": (160, 120),
 }
+with_options = pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
 
 
-@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@with_options
 @pytest.mark.parametrize("chunk", [1, 7, 60, 61])
 def test_chunks_of_any_size_give_the_same_detections(tiny_detector, crowded, chunk, options):
     whole = load_detector(tiny_detector, CPU, overrides=options | {"chunk": 1000})[0](*crowded)
@@ -131,7 +124,7 @@ def test_chunks_of_any_size_give_the_same_detections(tiny_detector, crowded, chu
     assert_same(whole, parts)
 
 
-@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@with_options
 def test_one_pass_gives_what_each_number_of_proposals_gives(tiny_detector, crowded, options):
     counts = [40, 1, 61, 8, 1000]
     detector, _ = load_detector(tiny_detector, CPU, overrides=options)
@@ -148,46 +141,28 @@ def test_one_pass_gives_what_each_number_of_proposals_gives(tiny_detector, crowd
 def test_flipping_the_image_twice_changes_nothing(tiny_detector, scene):
     """Mirrored image and mirrored proposals: the mean over both views mirrors, too."""
     image, proposals = scene
-    detector = load_detector(tiny_detector, CPU, overrides={"flip": True, "score_threshold": 0.0})[
-        0
-    ]
-    width = image.shape[1]
-    mirrored = Proposals(
-        1, "m", *image.shape[:2], proposals.scores, proposals.boxes.copy(), proposals.rles
-    )
-    mirrored.boxes[:, [0, 2]] = width - mirrored.boxes[:, [2, 0]]
-    there, back = detector(image, proposals), detector(image[:, ::-1].copy(), mirrored)
-    order = [np.lexsort((d.boxes[:, 1], d.labels, -d.scores.round(4))) for d in (there, back)]
-    boxes = back.boxes[order[1]]
+    width, overrides = image.shape[1], {"flip": True, "score_threshold": 0.0}
+    detector, _ = load_detector(tiny_detector, CPU, overrides=overrides)
+    boxes = proposals.boxes.copy()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    there = detector(image, proposals)
+    back = detector(image[:, ::-1].copy(), replace(proposals, boxes=boxes))
+    back.boxes[:, [0, 2]] = width - back.boxes[:, [2, 0]]
     np.testing.assert_allclose(np.sort(there.scores), np.sort(back.scores), atol=1e-4)
-    np.testing.assert_allclose(
-        np.sort(there.boxes[order[0]].sum(1)), np.sort(boxes.sum(1)), atol=0.5
-    )
+    np.testing.assert_allclose(np.sort(there.boxes.sum(1)), np.sort(back.boxes.sum(1)), atol=0.5)
 
 
-def test_every_detection_has_the_mask_of_its_proposal(tiny_detector, scene):
-    image, proposals = scene
-    found = load_detector(tiny_detector, CPU)[0](image, proposals)
-    assert set(found.rles) <= set(proposals.rles) and len(found)
-    again = load_detector(tiny_detector, CPU, overrides={"box_refinement_iters": 2})[0](
-        image, proposals
-    )
-    assert set(again.rles) <= set(proposals.rles) and len(again)
-    assert coco_mask.decode(again.rle(0)).shape == image.shape[:2]
+@with_options
+def test_detections_are_in_the_image_with_the_masks_of_proposals(tiny_detector, crowded, options):
+    image, proposals = crowded
+    found = load_detector(tiny_detector, CPU, overrides=options)[0](image, proposals)
+    assert 0 < len(found) <= 100 and (np.diff(found.scores) <= 0).all()
+    assert (found.boxes >= 0).all() and (found.boxes <= [*image.shape[1::-1]] * 2).all()
+    assert set(found.rles) <= set(proposals.rles)
+    assert coco_mask.decode(found.rle(0)).shape == image.shape[:2]
 
 
-def test_boxes_lie_in_the_image_and_at_most_100(tiny_detector, scene):
-    image, proposals = scene
-    found = load_detector(tiny_detector, CPU, overrides={"box_voting_iou": 0.5})[0](
-        image, proposals
-    )
-    assert len(found) <= 100 and (np.diff(found.scores) <= 0).all()
-    assert (found.boxes >= 0).all()
-    assert (found.boxes <= [*image.shape[1::-1], *image.shape[1::-1]]).all()
-
-
-@pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "every option"])
+@with_options
 def test_an_image_without_proposals_has_no_detections(tiny_detector, scene, options):
     image, proposals = scene
     none = Proposals(1, "x", *image.shape[:2], proposals.scores[:0], proposals.boxes[:0], [])
@@ -196,19 +171,14 @@ def test_an_image_without_proposals_has_no_detections(tiny_detector, scene, opti
     assert [len(found) for found in detector.detect_by_count(image, none, [10, 400])] == [0, 0]
 
 
-def test_full_rank_compression_changes_nothing_and_low_rank_is_smaller(
-    tiny_detector, scene, tmp_path
-):
-    whole = load_detector(tiny_detector, CPU)[0](*scene)
+def test_a_compressed_detector_is_smaller_and_detects(tiny_detector, scene, tmp_path):
+    whole, _ = load_detector(tiny_detector, CPU)
     compress_checkpoint(tiny_detector, 7, tmp_path)
     small, _ = load_detector(tmp_path / "rank7.pt", CPU)
-    sizes = [
-        sum(p.numel() for p in d.model.parameters())
-        for d in (small, load_detector(tiny_detector, CPU)[0])
-    ]
+    sizes = [sum(p.numel() for p in detector.model.parameters()) for detector in (small, whole)]
     assert sizes[0] < sizes[1]
     found = small(*scene)
-    assert len(found) and set(found.rles) <= set(whole.rles)
+    assert len(found) and set(found.rles) <= set(scene[1].rles)
 
 
 def test_tool_goes_from_images_to_scored_detections(
@@ -225,21 +195,9 @@ def test_tool_goes_from_images_to_scored_detections(
     assert call_tool("detect", "--checkpoint", tiny_detector, "--output", second, *from_store) == 0
     assert (output / "detections.json").read_text() == (second / "detections.json").read_text()
     assert len(list((second / "drawn").iterdir())) == 8
-    scores = tmp_path / "scores"
-    assert (
-        call_tool(
-            "score_coco",
-            "detections",
-            "--annotations",
-            annotations,
-            "--results",
-            output / "detections.json",
-            "--output",
-            scores,
-        )
-        == 0
-    )
-    assert "AP50" in json.loads((scores / "metrics.json").read_text())["mask"]
+    scored = ("--annotations", annotations, "--results", output / "detections.json")
+    assert call_tool("score_coco", "detections", *scored, "--output", tmp_path / "scores") == 0
+    assert "AP50" in json.loads((tmp_path / "scores" / "metrics.json").read_text())["mask"]
 
 
 # Selection: NMS within classes and box voting, against slow loops over pairs of boxes.
@@ -281,7 +239,8 @@ def slow_vote(probabilities, boxes, label, rows, roi, vote_iou):
         return boxes[roi, label]
     total, weight = np.zeros(4), 0.0
     for voter in rows:
-        if iou(boxes[roi, label], boxes[voter, label]) > vote_iou:
+        # PyTorch compares in float32, torchvision's NMS in float64: 3 / 10 is above .3 there only.
+        if iou(boxes[roi, label], boxes[voter, label]) > float(np.float32(vote_iou)):
             total += float(probabilities[voter, label + 1]) * boxes[voter, label].astype(float)
             weight += float(probabilities[voter, label + 1])
     return total / weight
@@ -317,40 +276,31 @@ def scenes(draw):
     st.sampled_from([1, 5, 100]),
 )
 def test_equals_slow_loops(scene, score_threshold, nms_iou, vote_iou, max_detections):
-    settings = dict(
-        score_threshold=score_threshold,
-        nms_iou=nms_iou,
-        max_detections=max_detections,
-        vote_iou=vote_iou,
-    )
+    settings = {"score_threshold": score_threshold, "nms_iou": nms_iou, "vote_iou": vote_iou}
+    assert_slow_loops_agree(scene, **settings, max_detections=max_detections)
+
+
+def assert_slow_loops_agree(scene, **settings) -> None:
     expected = slow_selection(*scene, **settings)
     scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
     assert scores.tolist() == [item[0] for item in expected]
     assert labels.tolist() == [item[1] for item in expected]
     assert rois.tolist() == [item[3] for item in expected]
+    assert labels.dtype == rois.dtype == torch.int64
     expected_boxes = np.array([item[2] for item in expected], np.float32).reshape(-1, 4)
     np.testing.assert_allclose(boxes.numpy(), expected_boxes, rtol=1e-6)
 
 
-def many_rois(*, rois=120, classes=80, seed=0):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("vote_iou", [None, 0.5])
+def test_eighty_classes_equal_slow_loops(vote_iou):
+    rng, rois, classes = np.random.default_rng(0), 120, 80
     centers = rng.uniform(100, 900, (12, 1, 2))[rng.integers(12, size=rois)]
     centers = centers + rng.normal(0, 8, (rois, classes, 2))
     sides = rng.uniform(60, 90, (rois, classes, 2))
     boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=2).astype(np.float32)
     probabilities = rng.dirichlet(np.full(classes + 1, 0.05), size=rois).astype(np.float32)
-    return probabilities, boxes
-
-
-@pytest.mark.parametrize("vote_iou", [None, 0.5])
-def test_eighty_classes_equal_slow_loops(vote_iou):
-    scene = many_rois()
-    settings = dict(score_threshold=0.02, nms_iou=0.3, max_detections=100, vote_iou=vote_iou)
-    expected = slow_selection(*scene, **settings)
-    scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
-    assert len(expected) == 100
-    assert [*zip(labels.tolist(), rois.tolist(), strict=True)] == [(e[1], e[3]) for e in expected]
-    np.testing.assert_allclose(boxes.numpy(), np.float32([e[2] for e in expected]), rtol=1e-6)
+    settings = {"score_threshold": 0.02, "nms_iou": 0.3, "vote_iou": vote_iou}
+    assert_slow_loops_agree((probabilities, boxes), **settings, max_detections=100)
 
 
 def test_the_class_does_not_blur_the_boxes():
@@ -360,17 +310,6 @@ def test_the_class_does_not_blur_the_boxes():
     probabilities[:, 80] = torch.tensor([0.9, 0.8, 0.7])
     _, labels, _, rois = select_boxes(probabilities, boxes, score_threshold=0.05, nms_iou=0.3)
     assert rois.tolist() == [0, 1, 2] and labels.tolist() == [79] * 3
-
-
-def test_the_order_of_rois_matters_only_between_equal_scores():
-    probabilities, boxes = map(torch.tensor, many_rois(rois=60, classes=7))
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    settings = dict(score_threshold=0.01, vote_iou=0.5)
-    scores, labels, selected, rois = select_boxes(probabilities, boxes, **settings)
-    shuffled = select_boxes(probabilities[order], boxes[order], **settings)
-    assert torch.equal(scores, shuffled[0]) and torch.equal(labels, shuffled[1])
-    torch.testing.assert_close(selected, shuffled[2])
-    assert torch.equal(rois, order[shuffled[3]])
 
 
 def test_voting_by_hand():
@@ -396,13 +335,3 @@ def test_voting_never_leaves_the_image():
     )
     assert len(selected) == 1
     assert torch.equal(selected[0, 2:], torch.tensor([333.1, 499.7]))
-
-
-def test_nothing_is_found():
-    empty = select_boxes(torch.zeros(0, 4), torch.zeros(0, 3, 4), score_threshold=0.05)
-    below = select_boxes(
-        torch.full((5, 4), 0.01), torch.ones(5, 3, 4), score_threshold=0.05, vote_iou=0.5
-    )
-    for scores, labels, boxes, rois in (empty, below):
-        assert scores.shape == labels.shape == rois.shape == (0,) and boxes.shape == (0, 4)
-        assert labels.dtype == rois.dtype == torch.int64

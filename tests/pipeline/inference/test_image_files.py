@@ -63,12 +63,7 @@ def test_ids_and_choice_come_from_annotations(tmp_path):
 
 def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
     touch(tmp_path, "x/1.jpg", "y/1.jpg", "z/1.jpg")
-    annotations = tmp_path / "instances.json"
-    annotations.write_text(
-        json.dumps(
-            {"images": [{"id": 5, "file_name": "x/1.jpg"}, {"id": 6, "file_name": "y/1.jpg"}]}
-        )
-    )
+    annotations = listing(tmp_path / "instances.json", **{"x/1": 5, "y/1": 6})
     assert ids(str(tmp_path / "*" / "1.jpg"), annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
     assert ids(tmp_path, annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
     monkeypatch.chdir(tmp_path / "y")
