@@ -38,7 +38,7 @@ def draw_until_readable(
     Raises:
         ImageError: too many in a row cannot be read.
     """
-    broken = []
+    broken: list[str] = []
     for attempt in range(MAX_ATTEMPTS):
         drawn = draw(attempt)
         try:

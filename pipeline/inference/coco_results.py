@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 
-from datasets.rle import check_counts
+from datasets.segmentations import check_counts
 from pipeline.inference.detection_results import load_results
 from pipeline.inference.proposals import ProposalStore
 

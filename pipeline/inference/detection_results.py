@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from datasets.rle import check_counts
+from datasets.segmentations import check_counts
 
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 CHUNK = 10_000  # masks checked at once

@@ -1,7 +1,6 @@
 """Image files for inference: which they are, their ids, and reading them one ahead."""
 
 import itertools
-import json
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.coco import read_image_list
 from datasets.images import ImageError, list_images, read_image
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
@@ -88,7 +88,7 @@ def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
 
     With a file or glob, those of them that match it.
     """
-    listed = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
+    listed = {image.file_name: image.id for image in read_image_list(annotations)}
     if Path(source).is_dir():
         files = [
             ImageFile(image_id, name, Path(source) / name) for name, image_id in listed.items()
@@ -120,34 +120,6 @@ def _listed_name(path: Path, listed: Collection[str]) -> str | None:
     """
     parts = path.absolute().parts
     return next((name for n in range(len(parts)) if (name := "/".join(parts[n:])) in listed), None)
-
-
-def read_image_list(annotations: Path) -> list[dict]:
-    """The "images" of a COCO json (test sets have no annotations).
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not COCO.
-    """
-    if not annotations.is_file():
-        raise FileNotFoundError(f"annotations {annotations} do not exist")
-    try:
-        content = json.loads(annotations.read_text())
-    except ValueError as error:
-        raise ValueError(f"{annotations} is not JSON: {error}") from error
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not all(map(_names_image, images)):
-        raise ValueError(
-            f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"'
-        )
-    return images
-
-
-def _names_image(image: object) -> bool:
-    return (
-        isinstance(image, dict)
-        and isinstance(image.get("id"), int)
-        and isinstance(image.get("file_name"), str)
-    )
 
 
 def common_folder(files: list[ImageFile]) -> Path:

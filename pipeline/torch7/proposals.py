@@ -11,8 +11,9 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 
+from datasets.coco import read_image_list
 from datasets.images import read_image
-from pipeline.inference.image_files import find_images, read_image_list
+from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
 FIELDS = ("images", "boxes", "scores")
@@ -110,10 +111,9 @@ def _sizes(
 def _listed_sizes(annotations: Path) -> dict[str, Size]:
     sizes = {}
     for image in read_image_list(annotations):
-        height, width = image.get("height"), image.get("width")
-        if not isinstance(height, int) or not isinstance(width, int):
-            raise ValueError(f'{annotations}: {image["file_name"]} has no "height" and "width"')
-        sizes[image["file_name"]] = image["id"], height, width
+        if image.height is None or image.width is None:
+            raise ValueError(f'{annotations}: {image.file_name} has no "height" and "width"')
+        sizes[image.file_name] = image.id, image.height, image.width
     return sizes
 
 
