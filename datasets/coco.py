@@ -51,7 +51,7 @@ class AnnotatedImage(ListedImage, gc=False, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.height * self.width > seg.MAX_PIXELS:
-            raise ValueError(f"{self.width} x {self.height} pixels, more than {seg.MAX_PIXELS}")
+            raise ValueError(f"{self.width} x {self.height} pixels is too large")
 
 
 class Category(msgspec.Struct, gc=False):
@@ -115,8 +115,8 @@ class CocoInstances(SharedArrays):
                 annotation that cannot be used is no error: it is left out and counted.
         """
         content = _read_arrays(path, "images", "annotations", "categories")
-        images = list(_decode(path, "images", content["images"], AnnotatedImage))
-        categories = list(_decode(path, "categories", content["categories"], Category))
+        images = list(_decode(path, "images", content.pop("images"), AnnotatedImage))
+        categories = list(_decode(path, "categories", content.pop("categories"), Category))
         if not images:
             raise ValueError(f'{path}: "images" is empty')
         _refuse_duplicates(path, "images", images)
@@ -179,12 +179,13 @@ class CocoInstances(SharedArrays):
         sizes = self.image_sizes[image]
         columns = seg.flatten_segmentations([a.segmentation for a in annotations], sizes)
         bounds = columns.pop("bounds")
-        area = np.array([a.area for a in annotations], np.float64)  # None becomes NaN
-        area = np.where(np.isfinite(area), area, columns.pop("area"))
         box = np.array([a.bbox or NO_BOX for a in annotations]).reshape(-1, 4)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # of 1e300
+            area = np.array([a.area for a in annotations], np.float32)  # None becomes NaN
+            area = np.where(np.isfinite(area), area, columns.pop("area").astype(np.float32))
             box[:, 2:] += box[:, :2]  # xywh to xyxy
-        box = np.where(np.isnan(box), bounds, box)
+            box = np.where(np.isnan(box), bounds, box)
+            boxes = box.astype(np.float32)
 
         extents = np.stack([box, bounds])  # (2, n, 4)
         is_outside = np.concatenate([extents[..., :2] >= sizes[:, ::-1], extents[..., 2:] <= 0], 2)
@@ -205,8 +206,8 @@ class CocoInstances(SharedArrays):
             "category_index": category,
             "is_crowd": np.array([bool(a.iscrowd) for a in annotations], bool),
             "is_difficult": np.array([bool(a.ignore) for a in annotations], bool),
-            "areas": area.astype(np.float32),
-            "boxes": box.astype(np.float32),
+            "areas": area,
+            "boxes": boxes,
         }
 
     def __len__(self) -> int:
