@@ -25,6 +25,7 @@ from datasets.segmentations import Reason
 from datasets.sharing import SharedArrays
 
 FAR = 20  # times the image's longer side: what reaches so far out is a mistake
+MAX_AREA = float(np.finfo(np.float32).max)
 CHUNK = 256  # annotations decoded at once: for numpy to work in bulk, in the cache
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ class CocoInstances(SharedArrays):
         category_rows = {id_: row for row, id_ in enumerate(self.category_ids.tolist())}
         self.has_left_out = np.zeros(len(self), bool)
         left_out: Counter[str] = Counter()
-        # They grow in place: pieces to be joined would need twice the memory, scattered.
+        # Columns grow in place: pieces to be joined would need twice the memory, scattered.
         usable: defaultdict[str, bytearray] = defaultdict(bytearray)
         annotations = _decode(self.path, "annotations", elements, Annotation)
         for _ in range(0, max(len(elements), 1), CHUNK):
@@ -180,12 +181,12 @@ class CocoInstances(SharedArrays):
         columns = seg.flatten_segmentations([a.segmentation for a in annotations], sizes)
         bounds = columns.pop("bounds")
         box = np.array([a.bbox or NO_BOX for a in annotations]).reshape(-1, 4)
+        area = np.array([a.area for a in annotations], np.float64)  # None becomes NaN
+        area = np.where(np.isfinite(area), area, columns.pop("area")).clip(max=MAX_AREA)
         with np.errstate(over="ignore"):  # of 1e300
-            area = np.array([a.area for a in annotations], np.float32)  # None becomes NaN
-            area = np.where(np.isfinite(area), area, columns.pop("area").astype(np.float32))
             box[:, 2:] += box[:, :2]  # xywh to xyxy
             box = np.where(np.isnan(box), bounds, box)
-            boxes = box.astype(np.float32)
+            areas, boxes = area.astype(np.float32), box.astype(np.float32)
 
         extents = np.stack([box, bounds])  # (2, n, 4)
         is_outside = np.concatenate([extents[..., :2] >= sizes[:, ::-1], extents[..., 2:] <= 0], 2)
@@ -206,7 +207,7 @@ class CocoInstances(SharedArrays):
             "category_index": category,
             "is_crowd": np.array([bool(a.iscrowd) for a in annotations], bool),
             "is_difficult": np.array([bool(a.ignore) for a in annotations], bool),
-            "areas": area,
+            "areas": areas,
             "boxes": boxes,
         }
 

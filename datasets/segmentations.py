@@ -120,7 +120,8 @@ def flatten_segmentations(
     with np.errstate(over="ignore", invalid="ignore"):  # of 1e300, which is outside of any image
         bounds, area = _measure_polygons(points, sizes, owner, n)
         points = points.astype(np.float32)
-    reason = np.where(area < MIN_AREA, Reason.ZERO_AREA, USABLE).astype(object)
+    reason = np.full(n, USABLE, object)
+    reason[area < MIN_AREA] = Reason.ZERO_AREA
     reason[owner[odd]] = Reason.ODD_COORDINATES
 
     rows = [row for row, s in enumerate(segmentations) if isinstance(s, Rle)]
@@ -180,7 +181,8 @@ def _measure_rles(
             counts[row] = mask["counts"]
         bounds[row] = coco_mask.toBbox(mask)
     bounds[:, 2:] += bounds[:, :2]
-    reason = np.where((sizes == image_sizes).all(axis=1), USABLE, Reason.RLE_SIZE).astype(object)
+    reason = np.full(len(rles), USABLE, object)
+    reason[(sizes != image_sizes).any(axis=1)] = Reason.RLE_SIZE
     reason[area == 0] = Reason.ZERO_AREA
     reason[~valid] = Reason.BROKEN_RLE
     return reason, bounds, area, counts
