@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import glob
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "avif",
-        "bmp",
-        "dib",
-        "gif",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "tif",
-        "tiff",
-        "webp",
-    ]
+    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-
-# Who calls `read_image` reports a broken file in one line; OpenCV would print several beside it.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class ImageError(ValueError):
@@ -58,12 +40,37 @@ def read_image(path: str | Path) -> np.ndarray:
     if _is_truncated(data):
         raise ImageError(f"{path}: the image is truncated")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        with _silent_opencv():
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         raise ImageError(f"{path}: cannot be decoded: {error.err}") from None
     if image is None:
         raise ImageError(f"{path}: not an image, or a broken one")
     return image
+
+
+_silence = threading.Lock()
+_num_silent, _log_level = 0, 0
+
+
+@contextmanager
+def _silent_opencv() -> Iterator[None]:
+    """The caller reports a broken file in one line; OpenCV would print several beside it.
+
+    Its log level is the process's: the first of several threads sets it, the last restores it.
+    """
+    global _num_silent, _log_level
+    with _silence:
+        if _num_silent == 0:
+            _log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        _num_silent += 1
+    try:
+        yield
+    finally:
+        with _silence:
+            _num_silent -= 1
+            if _num_silent == 0:
+                cv2.utils.logging.setLogLevel(_log_level)
 
 
 # A marker, but not the bytes that entropy-coded data has: stuffed, restart or fill bytes.

@@ -5,14 +5,15 @@ I: images with a proposal, N: proposals of all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-import torch
+
+from datasets.sharing import SharedArrays
 
 
 @dataclass(frozen=True, eq=False)
-class ProposalBoxes:
+class ProposalBoxes(SharedArrays):
     """Proposals without their masks, best first within an image.
 
     Attributes:
@@ -52,18 +53,3 @@ class ProposalBoxes:
             return self.boxes[:0], self.scores[:0]
         rows = slice(self.starts[i], self.starts[i + 1])
         return self.boxes[rows], self.scores[rows]
-
-    def __getstate__(self) -> dict[str, torch.Tensor]:
-        """Arrays as shared tensors: a spawned data-loader worker maps them and copies nothing."""
-        if "_shared" not in self.__dict__:
-            shared = {field.name: torch.tensor(getattr(self, field.name)) for field in fields(self)}
-            for name, tensor in shared.items():
-                if tensor.numel():
-                    tensor.share_memory_()
-                object.__setattr__(self, name, tensor.numpy())
-            object.__setattr__(self, "_shared", shared)
-        return self.__dict__["_shared"]
-
-    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
-        for name, tensor in state.items():
-            object.__setattr__(self, name, tensor.numpy())

@@ -1,213 +1,267 @@
-"""COCO `segmentation` values of a chunk of annotations -> flat arrays, the unusable marked.
+"""COCO `segmentation` values: what is a usable one, and many of them as flat arrays.
 
-N: annotations of the chunk, R: usable rings of polygons, P: their points.
+N: annotations, R: rings of their polygons, P: points of these rings.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+from enum import StrEnum
 from itertools import chain
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from datasets.rle import MAX_PIXELS, check_counts
-
-REASONS = (
-    "",
-    "outside the image",
-    "zero area",
-    "RLE size differs from the image",
-    "broken RLE",
-    "NaN or infinite number",
-    "fewer than three points",
-    "odd number of coordinates",
-    "box is not four finite numbers",
-    "malformed segmentation",
-    "no segmentation",
-    "unknown category",
-    "unknown image",
-)
-(
-    USABLE,
-    OUTSIDE,
-    ZERO_AREA,
-    RLE_SIZE,
-    BROKEN_RLE,
-    NOT_FINITE,
-    FEW_POINTS,
-    ODD_COORDINATES,
-    MALFORMED_BOX,
-    MALFORMED,
-    NO_SEGMENTATION,
-    UNKNOWN_CATEGORY,
-    UNKNOWN_IMAGE,
-) = range(len(REASONS))
-
 MIN_AREA = 1e-6  # square pixels; points on one line give some 1e-10 by rounding
 
+# With a seventh digit pycocotools shifts a negative number by more than its 32 bits, and decodes
+# another one, to beyond the end of the mask. Six digits are enough for any run in 2^29 pixels.
+MAX_DIGITS = 6
+MAX_PIXELS = 2**29
+CHUNK = 128  # run-length strings checked at once: numbers that stay in the cache
 
-def flatten_segmentations(values: list) -> dict[str, np.ndarray]:
+USABLE = ""
+
+
+class Reason(StrEnum):
+    """Why an annotation cannot be used."""
+
+    UNKNOWN_IMAGE = "unknown image"
+    UNKNOWN_CATEGORY = "unknown category"
+    NO_SEGMENTATION = "no segmentation"
+    MALFORMED = "malformed segmentation"
+    ODD_COORDINATES = "odd number of coordinates"
+    NOT_FINITE = "NaN or infinite number"
+    FEW_POINTS = "fewer than three points"
+    BROKEN_RLE = "broken RLE"
+    RLE_SIZE = "RLE size differs from the image"
+    MALFORMED_BOX = "box is not four finite numbers"
+    ZERO_AREA = "zero area"
+    OUTSIDE = "outside the image"
+
+
+Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # of an image: OpenCV reads none longer
+Ring = Annotated[list[float], msgspec.Meta(min_length=6)]  # x, y, x, y, ...
+
+
+class Rle(msgspec.Struct, gc=False):
+    """A mask; its runs are a list, or compressed and not yet checked."""
+
+    size: tuple[Side, Side]  # height and width
+    counts: str | list[Annotated[int, msgspec.Meta(ge=0)]]
+
+    def __post_init__(self) -> None:
+        pixels = math.prod(self.size)
+        if pixels > MAX_PIXELS or (isinstance(self.counts, list) and sum(self.counts) != pixels):
+            raise ValueError(Reason.BROKEN_RLE)
+
+
+Segmentation = list[Ring] | Rle | Reason | None
+
+
+def repair_segmentation(value: Any) -> Segmentation:
+    """The usable part of any JSON value, or the reason why there is none."""
+    if not value:
+        return None
+    if isinstance(value, dict):
+        try:
+            return msgspec.convert(value, Rle)
+        except msgspec.ValidationError:
+            return Reason.BROKEN_RLE
+    rings = [to_floats(ring) for ring in value] if isinstance(value, list) else [None]
+    numbers = [ring for ring in rings if ring is not None]
+    if len(numbers) < len(rings):
+        return Reason.MALFORMED
+    if any(len(ring) % 2 for ring in numbers):
+        return Reason.ODD_COORDINATES
+    if not np.isfinite(np.concatenate(numbers)).all():
+        return Reason.NOT_FINITE
+    # A ring of one or two points beside good ones encloses nothing: it goes, the annotation stays.
+    return [ring for ring in numbers if len(ring) >= 6] or Reason.FEW_POINTS
+
+
+def to_floats(value: Any) -> list[float] | None:
+    """The numbers of a list, NaN for null; None for anything else."""
+    try:
+        return np.fromiter(value, np.float64).tolist() if isinstance(value, list) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def flatten_segmentations(
+    segmentations: list[Segmentation], image_sizes: np.ndarray
+) -> dict[str, np.ndarray]:
     """Check and flatten the segmentations of N annotations.
 
+    Args:
+        image_sizes: (N, 2), height and width of each one's image.
+
     Returns:
-        reason (N,) int8: index into REASONS, 0 for a usable one;
-        bounds (N, 4) float64: xyxy of the polygons or of the mask;
-        area (N,) float64: of the polygons, or of the mask, in pixels;
-        ring_count (N,) int64, ring_size (R,) int64 in points, points (P, 2) float32;
-        rle_size (N, 2) int32: height and width, 0 for polygons; rle_length (N,) int64 in bytes;
-        rle_bytes (B,) uint8: compressed counts.
+        Columns of N rows: reason, a `Reason` or USABLE; bounds (N, 4) float64, xyxy; area float64
+        in pixels; ring_count int64, 0 for RLEs; rle_length int64 in bytes, 0 for polygons.
+        Others: ring_size (R,) int64 in points; points (P, 2) float32; rle_bytes (B,) uint8,
+        compressed counts.
     """
-    n = len(values)
-    reason = np.full(n, MALFORMED, np.int8)
-    reason[[not value for value in values]] = NO_SEGMENTATION
-    columns = {
-        "reason": reason,
-        "bounds": np.zeros((n, 4)),
-        "area": np.zeros(n),
-        "ring_count": np.zeros(n, np.int64),
-        "rle_size": np.zeros((n, 2), np.int32),
-        "rle_length": np.zeros(n, np.int64),
-    }
-    for kind, flatten in ((list, _flatten_polygons), (dict, _flatten_rles)):
-        rows = [row for row, value in enumerate(values) if type(value) is kind and value]
-        per_annotation, blobs = flatten([values[row] for row in rows])
-        for name, column in per_annotation.items():
-            columns[name][rows] = column
-        columns |= blobs
-    return columns
-
-
-def _flatten_polygons(values: list[list]) -> tuple[dict, dict]:
-    try:
-        return _flatten_wellformed_polygons(values)
-    except (TypeError, ValueError, OverflowError):
-        wellformed = [_is_wellformed(value) for value in values]
-    columns, blobs = _flatten_wellformed_polygons(
-        [value if good else [[]] for value, good in zip(values, wellformed, strict=True)]
-    )
-    columns["reason"][~np.array(wellformed)] = MALFORMED
-    return columns, blobs
-
-
-def _is_wellformed(value: list) -> bool:
-    try:
-        _flatten_wellformed_polygons([value])
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
-def _flatten_wellformed_polygons(values: list[list]) -> tuple[dict, dict]:
-    n = len(values)
-    rings = list(chain.from_iterable(values))
-    if not {*map(type, rings)} <= {list}:
-        raise TypeError("a ring that is no list")
+    n = len(segmentations)
+    polygons = [s if isinstance(s, list) else [] for s in segmentations]
+    rings = list(chain.from_iterable(polygons))
+    ring_count = np.fromiter(map(len, polygons), np.int64, n)
+    owner = np.repeat(np.arange(n), ring_count)
     lengths = np.fromiter(map(len, rings), np.int64, len(rings))
-    numbers = np.fromiter(chain.from_iterable(rings), np.float64, lengths.sum())
-    owner = np.repeat(np.arange(n), np.fromiter(map(len, values), np.int64, n))
-
-    # A ring of one or two points beside good ones encloses nothing: it goes, the annotation stays.
-    reason = np.full(n, FEW_POINTS, np.int8)
-    reason[owner[lengths >= 6]] = USABLE
-    if not np.isfinite(numbers).all():
-        number_owner = np.repeat(owner, lengths)
-        reason[number_owner[~np.isfinite(numbers)]] = NOT_FINITE
-    reason[owner[lengths % 2 == 1]] = ODD_COORDINATES
-
-    keep = (lengths >= 6) & (reason[owner] == USABLE)
-    if not keep.all():
-        numbers, owner, lengths = numbers[np.repeat(keep, lengths)], owner[keep], lengths[keep]
+    odd = np.flatnonzero(lengths % 2)
+    for i in odd:
+        rings[i] = rings[i][:-1]
     sizes = lengths // 2
+    numbers = struct.pack(f"{2 * sizes.sum()}d", *chain.from_iterable(rings))  # faster than numpy
+    points = np.frombuffer(numbers).reshape(-1, 2)
     with np.errstate(over="ignore", invalid="ignore"):  # of 1e300, which is outside of any image
-        bounds, area = _measure_polygons(numbers.reshape(-1, 2), sizes, owner, n)
-        points = numbers.reshape(-1, 2).astype(np.float32)
-    reason[(reason == USABLE) & (area < MIN_AREA)] = ZERO_AREA
-    per_annotation = {
+        bounds, area = _measure_polygons(points, sizes, owner, n)
+        points = points.astype(np.float32)
+    reason = np.full(n, USABLE, object)
+    reason[area < MIN_AREA] = Reason.ZERO_AREA
+    reason[owner[odd]] = Reason.ODD_COORDINATES
+
+    rows = [row for row, s in enumerate(segmentations) if isinstance(s, Rle)]
+    rles = [s for s in segmentations if isinstance(s, Rle)]
+    rle_length = np.zeros(n, np.int64)
+    reason[rows], bounds[rows], area[rows], counts = _measure_rles(rles, image_sizes[rows])
+    rle_length[rows] = [len(string) for string in counts]
+    for row, s in enumerate(segmentations):
+        if not s or isinstance(s, Reason):
+            reason[row] = s or Reason.NO_SEGMENTATION
+    return {
         "reason": reason,
         "bounds": bounds,
         "area": area,
-        "ring_count": np.bincount(owner, minlength=n),
+        "ring_count": ring_count,
+        "ring_size": sizes,
+        "points": points,
+        "rle_length": rle_length,
+        "rle_bytes": np.frombuffer(b"".join(counts), np.uint8),
     }
-    return per_annotation, {"ring_size": sizes, "points": points}
 
 
 def _measure_polygons(
     points: np.ndarray, sizes: np.ndarray, owner: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (n, 4) xyxy and areas (n,) of annotations, from rings (R,) of points (P, 2).
+    """Bounds (n, 4) xyxy and areas (n,) of annotations, zeros for those without rings.
 
     Args:
-        sizes: (R,) points of each ring. owner: (R,) its annotation, ascending; who has no ring
-            gets zeros.
+        points: (P, 2). sizes: (R,) points of each ring. owner: (R,) its annotation, ascending.
     """
-    bounds, area = np.zeros((n, 4)), np.zeros(n)
-    if not len(sizes):
-        return bounds, area
     ends = np.cumsum(sizes)
     starts = ends - sizes
-    first_ring = np.flatnonzero(np.diff(owner, prepend=-1))
-    rows, row_starts = owner[first_ring], starts[first_ring]
-    x, y = np.ascontiguousarray(points.T)
-    for side, (values, extreme) in enumerate(
-        ((x, np.minimum), (y, np.minimum), (x, np.maximum), (y, np.maximum))
-    ):
-        bounds[rows, side] = extreme.reduceat(values, row_starts)
-
+    is_first = np.diff(owner, prepend=-1) > 0  # ring of its annotation
+    bounds = np.zeros((n, 4))
+    bounds[owner[is_first], :2] = np.minimum.reduceat(points, starts[is_first])
+    bounds[owner[is_first], 2:] = np.maximum.reduceat(points, starts[is_first])
     # The shoelace formula, about each ring's first point to keep the products small.
-    x, y = (values - np.repeat(values[starts], sizes) for values in (x, y))
-    cross = np.empty_like(x)
-    cross[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
+    x, y = (points - np.repeat(points[starts], sizes, axis=0)).T
+    cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
     cross[ends - 1] = 0  # from the last point to the first, the origin
-    area[:] = np.bincount(owner, np.abs(np.add.reduceat(cross, starts)) / 2, n)
+    area = np.bincount(owner, np.abs(np.add.reduceat(cross, starts)) / 2, n)
     return bounds, area
 
 
-def _flatten_rles(values: list[dict]) -> tuple[dict, dict]:
-    n = len(values)
-    sizes = np.array([_rle_size(value) for value in values], np.int64).reshape(n, 2)
-    counts = [_compress(value, size) for value, size in zip(values, sizes.tolist(), strict=True)]
+def _measure_rles(
+    rles: list[Rle], image_sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[bytes]]:
+    """Reasons (n,), bounds (n, 4) xyxy, areas (n,) and compressed counts."""
+    counts = [_compress(rle) for rle in rles]
+    sizes = np.array([rle.size for rle in rles], np.int64).reshape(-1, 2)
     valid, area, has_empty_run = check_counts(counts, sizes.prod(axis=1))
-
-    good = np.flatnonzero(valid)
-    masks = [{"size": sizes[row].tolist(), "counts": counts[row]} for row in good]
-    for at, row in enumerate(good):
+    bounds = np.zeros((len(rles), 4))
+    for row in np.flatnonzero(valid):
+        mask = {"size": rles[row].size, "counts": counts[row]}
         if has_empty_run[row]:  # pycocotools' merge and toBbox go wrong on these
-            masks[at] = coco_mask.encode(coco_mask.decode(masks[at]))
-    kept = [b""] * n
-    for row, rle in zip(good, masks, strict=True):
-        kept[row] = rle["counts"]
-
-    bounds = np.zeros((n, 4))
-    if masks:
-        bounds[good] = coco_mask.toBbox(masks)
+            mask = coco_mask.encode(coco_mask.decode(mask))
+            counts[row] = mask["counts"]
+        bounds[row] = coco_mask.toBbox(mask)
     bounds[:, 2:] += bounds[:, :2]
-    reason = np.where(valid, np.where(area > 0, USABLE, ZERO_AREA), BROKEN_RLE)
-    per_annotation = {
-        "reason": reason,
-        "bounds": bounds,
-        "area": area,
-        "rle_size": sizes,
-        "rle_length": [len(string) for string in kept],
-    }
-    return per_annotation, {"rle_bytes": np.frombuffer(b"".join(kept), np.uint8)}
+    reason = np.full(len(rles), USABLE, object)
+    reason[(sizes != image_sizes).any(axis=1)] = Reason.RLE_SIZE
+    reason[area == 0] = Reason.ZERO_AREA
+    reason[~valid] = Reason.BROKEN_RLE
+    return reason, bounds, area, counts
 
 
-def _rle_size(rle: dict) -> tuple[int, int]:
-    """(height, width), or zeros, which no counts fit."""
-    size = rle.get("size")
-    if type(size) is not list or len(size) != 2 or {*map(type, size)} != {int}:
-        return 0, 0
-    height, width = size
-    return (height, width) if min(size) > 0 and height * width <= MAX_PIXELS else (0, 0)
+def _compress(rle: Rle) -> bytes:
+    if isinstance(rle.counts, str):
+        return rle.counts.encode("utf-8", "surrogatepass")
+    return coco_mask.frPyObjects({"size": rle.size, "counts": rle.counts}, *rle.size)["counts"]
 
 
-def _compress(rle: dict, size: list[int]) -> bytes:
-    """The compressed counts of either kind of RLE, b"" where there are none."""
-    counts = rle.get("counts")
-    if type(counts) is str:
-        return counts.encode("utf-8", "surrogatepass")
-    if type(counts) is not list or {*map(type, counts)} != {int}:
-        return b""
-    if min(counts) < 0 or sum(counts) != size[0] * size[1]:
-        return b""
-    return coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
+def check_counts(
+    strings: list[bytes], pixels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Check N run-length strings at once, before pycocotools' C code sees them.
+
+    A string is a row of numbers, base 32 with a continuation bit, lowest digit first, each
+    character offset by 48; from the fourth on a number is the difference to the one two before.
+    The runs alternate between background and object and cover the mask column by column.
+
+    Args:
+        strings: N compressed counts.
+        pixels: (N,) int64, height times width of each mask.
+
+    Returns:
+        valid (N,) bool: well-formed, no negative run, the runs cover exactly the mask;
+        areas (N,) int64 in pixels; has_empty_run (N,) bool: there is an empty run after the first.
+        Of an invalid string they mean nothing.
+    """
+    n = len(strings)
+    if n > CHUNK:
+        parts = [
+            check_counts(strings[start : start + CHUNK], pixels[start : start + CHUNK])
+            for start in range(0, n, CHUNK)
+        ]
+        valid, areas, has_empty_run = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return valid, areas, has_empty_run
+
+    # The last digit of a string must end its last number.
+    ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
+    digits = np.frombuffer(b"".join(strings), np.uint8) - np.uint8(48)  # below 48: wraps to > 63
+    valid = np.diff(ends, prepend=0) > 0
+    valid[_owners(digits > 63, ends)] = False
+    valid[valid] = digits[ends[valid] - 1] < 32
+    if not valid.all():
+        whole = [string if ok else b"0" for string, ok in zip(strings, valid, strict=True)]
+        checked, areas, has_empty_run = check_counts(whole, pixels)
+        return checked & valid, areas, has_empty_run
+
+    # Digits -> numbers, from the last digit, which has the sign, to the first.
+    last = np.flatnonzero(digits < 32)
+    length = np.diff(last, prepend=-1)
+    numbers = ((digits[last] & 31) ^ 16).astype(np.int64) - 16
+    longer = np.flatnonzero(length > 1)  # few
+    for back in range(1, MAX_DIGITS):
+        numbers[longer] = (numbers[longer] << 5) + (digits[last[longer] - back] & 31)
+        longer = longer[length[longer] > back + 1]
+
+    # Differences -> runs: the sum of every other number up to there, less that sum at its string's
+    # first number (for the background) or at the one before (for the object).
+    stops = np.searchsorted(last, ends)
+    lengths = np.diff(stops, prepend=0)
+    starts = stops - lengths
+    start = np.repeat(starts, lengths)
+    is_object = (np.arange(len(numbers)) - start) % 2
+    padded = np.zeros(len(numbers) + len(numbers) % 2 + 2, np.int64)  # one is before the first
+    padded[2 : 2 + len(numbers)] = numbers
+    sums = np.cumsum(padded.reshape(-1, 2), axis=0).ravel()
+    runs = sums[2 : 2 + len(numbers)] - sums[2 + start - is_object]
+
+    has_empty_run = np.zeros(n, bool)
+    runs[starts] = 1
+    has_empty_run[_owners(runs == 0, stops)] = True
+    runs[starts] = numbers[starts]
+    valid[_owners((runs < 0) | (length > MAX_DIGITS), stops)] = False
+    valid &= np.add.reduceat(runs, starts) == pixels
+    return valid, np.add.reduceat(runs * is_object, starts), has_empty_run
+
+
+def _owners(chosen: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The string of each chosen element, when string i ends before `stops[i]`."""
+    return np.searchsorted(stops, np.flatnonzero(chosen), side="right")

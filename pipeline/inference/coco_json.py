@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from torchvision.ops import box_convert
 
 from datasets.files import atomic_path, write_json
-from datasets.rle import check_counts
+from datasets.segmentations import check_counts
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
 

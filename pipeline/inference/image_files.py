@@ -1,7 +1,6 @@
 """Image files for inference: which there are, their ids, and reading them one ahead."""
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.coco import read_image_list
 from datasets.images import ImageError, list_images, read_image
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
@@ -74,7 +74,7 @@ def _numeric_names(paths: list[Path]) -> list[int] | None:
 
 def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
     """Of a folder, all images that the annotations list; else those that match file or glob."""
-    ids = {image["file_name"]: image["id"] for image in read_image_list(annotations)}
+    ids = {image.file_name: image.id for image in read_image_list(annotations)}
     if Path(source).is_dir():
         files = [ImageFile(i, name, Path(source) / name) for name, i in ids.items()]
         if not any(file.path.is_file() for file in files):
@@ -96,32 +96,6 @@ def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
     if not found:
         raise ValueError(f"{source}: none of these images is listed in {annotations}")
     return [ImageFile(ids[name], name, path) for name, path in found.items()]
-
-
-def read_image_list(annotations: Path) -> list[dict]:
-    """The "images" of a COCO json (test sets have no annotations).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not COCO.
-    """
-    if not annotations.is_file():
-        raise FileNotFoundError(f"annotations {annotations} do not exist")
-    try:
-        content = json.loads(annotations.read_text())
-    except ValueError as error:
-        raise ValueError(f"{annotations} is not JSON: {error}") from error
-    try:
-        is_list = all(
-            type(i["id"]) is int and type(i["file_name"]) is str for i in content["images"]
-        )
-    except (TypeError, KeyError):
-        is_list = False
-    if not is_list:
-        raise ValueError(
-            f'{annotations} is not COCO: it has no list "images" with "id" and "file_name"'
-        )
-    return content["images"]
 
 
 def common_folder(files: list[ImageFile]) -> Path:

@@ -11,9 +11,10 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from torch import Tensor
 
+from datasets.coco import read_image_list
 from datasets.images import read_image
 from pipeline.inference.coco_json import write_proposals
-from pipeline.inference.image_files import find_images, read_image_list
+from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
 FIELDS = ("images", "boxes", "scores")
@@ -111,10 +112,9 @@ def _sizes(
 def _listed_sizes(annotations: Path) -> dict[str, Size]:
     sizes = {}
     for image in read_image_list(annotations):
-        height, width = image.get("height"), image.get("width")
-        if not isinstance(height, int) or not isinstance(width, int):
-            raise ValueError(f'{annotations}: {image["file_name"]} has no "height" and "width"')
-        sizes[image["file_name"]] = image["id"], height, width
+        if image.height is None or image.width is None:
+            raise ValueError(f'{annotations}: {image.file_name} has no "height" and "width"')
+        sizes[image.file_name] = image.id, image.height, image.width
     return sizes
 
 

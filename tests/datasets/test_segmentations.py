@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco_mask
 
-from datasets.rle import check_counts
+from datasets.segmentations import check_counts
 
 
 def decode_one(counts: bytes) -> list[int] | None:

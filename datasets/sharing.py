@@ -1,0 +1,29 @@
+"""Objects whose arrays data-loader workers share."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class SharedArrays:
+    """Pickles numpy attributes as shared tensors: a spawned worker maps them and copies nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        attributes = vars(self)
+        if "_shared" not in attributes:
+            shared = {}
+            for name, value in attributes.items():
+                if isinstance(value, np.ndarray):
+                    shared[name] = torch.tensor(value)
+                    if value.size:
+                        shared[name].share_memory_()
+            attributes.update({name: tensor.numpy() for name, tensor in shared.items()})
+            attributes["_shared"] = shared
+        state = attributes | attributes["_shared"]
+        del state["_shared"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            vars(self)[name] = value.numpy() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,272 @@
+"""COCO jsons of every kind: what is left out with which reason, what is an error."""
+
+import copy
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from datasets.coco import CHUNK, CocoInstances
+from tests.datasets.coco_jsons import (
+    HEIGHT,
+    RUNS,
+    SQUARE,
+    WIDTH,
+    compress,
+    load_json,
+    minimal,
+    rle,
+    various,
+)
+
+
+@pytest.fixture
+def load(tmp_path):
+    return partial(load_json, tmp_path / "instances.json")
+
+
+# What is left out
+
+NAN = float("nan")
+LEFT_OUT = [
+    (dict(image_id=99), "unknown image"),
+    (dict(category_id=99), "unknown category"),
+    (dict(segmentation=None), "no segmentation"),
+    (dict(segmentation=[]), "no segmentation"),
+    (dict(segmentation={}), "no segmentation"),
+    (dict(segmentation="x"), "malformed segmentation"),
+    (dict(segmentation=SQUARE), "malformed segmentation"),
+    (dict(segmentation=[SQUARE, [1, 2, {}, 3, 4, 5]]), "malformed segmentation"),
+    (dict(segmentation=[SQUARE, "123456"]), "malformed segmentation"),
+    (dict(segmentation=[[[1, 2], [3, 4], [5, 6]]]), "malformed segmentation"),
+    (dict(segmentation=[[10**400, 1, 2, 3, 4, 5]]), "malformed segmentation"),
+    (dict(segmentation=[[]]), "fewer than three points"),
+    (dict(segmentation=[[1, 2, 30, 20]]), "fewer than three points"),
+    (dict(segmentation=[SQUARE, [*SQUARE, 3]]), "odd number of coordinates"),
+    (dict(segmentation=[[1, 2, 3]]), "odd number of coordinates"),
+    (dict(segmentation=[SQUARE, [1, 2, 3, NAN, 4, 9]]), "NaN or infinite number"),
+    (dict(segmentation=[[1, 2, 3, float("inf"), 4, 9]]), "NaN or infinite number"),
+    (dict(segmentation=[[1, 2, None, 3, 4, 9]]), "NaN or infinite number"),
+    (dict(segmentation=[[1, 1, 2.1, 2.1, 3.3, 3.3]]), "zero area"),
+    (dict(segmentation=[[5, 5] * 4]), "zero area"),
+    (dict(area=0), "zero area"),
+    (dict(bbox=[10, 10, 0, 15]), "zero area"),
+    (dict(segmentation=rle([HEIGHT * WIDTH])), "zero area"),
+    (dict(segmentation=[[-9, -9, -1, -9, -5, -1]]), "outside the image"),
+    (dict(segmentation=[[60, 10, 70, 10, 65, 20]]), "outside the image"),
+    (dict(segmentation=[[10, 10, 1e9, 10, 10, 20]]), "outside the image"),
+    (dict(segmentation=[[10, 10, 1e300, 10, 1e300, -1e300]]), "outside the image"),
+    (dict(bbox=[10, 40, 5, 5]), "outside the image"),
+    (dict(bbox=[-1e300, 0, 2e300, 5]), "outside the image"),
+    (dict(bbox=[10, 10, 5]), "box is not four finite numbers"),
+    (dict(bbox=[1.7e308, 10, 1.7e308, 5]), "box is not four finite numbers"),
+    (dict(bbox=[10, 10, 5, NAN]), "box is not four finite numbers"),
+    (dict(bbox="10 10 5 5"), "box is not four finite numbers"),
+    (dict(segmentation=rle([5, 10, 5], (4, 5))), "RLE size differs from the image"),
+    (dict(segmentation=rle(RUNS, (WIDTH, HEIGHT))), "RLE size differs from the image"),
+    (dict(segmentation=rle([5, 10])), "broken RLE"),
+    (dict(segmentation=rle([5, -10, HEIGHT * WIDTH + 5])), "broken RLE"),
+    (dict(segmentation=rle([5, 10.5, HEIGHT * WIDTH - 15.5])), "broken RLE"),
+    (dict(segmentation=rle([])), "broken RLE"),
+    (dict(segmentation=rle("")), "broken RLE"),
+    (dict(segmentation=rle(compress(RUNS)[:-1])), "broken RLE"),
+    (dict(segmentation=rle("ooooooooooooooo")), "broken RLE"),
+    (dict(segmentation=rle("é\ud800")), "broken RLE"),
+    (dict(segmentation=rle(None)), "broken RLE"),
+    (dict(segmentation=rle(RUNS, [HEIGHT])), "broken RLE"),
+    (dict(segmentation=rle(RUNS, [HEIGHT, str(WIDTH)])), "broken RLE"),
+    (dict(segmentation=rle([2**70], [2**35, 2**35])), "broken RLE"),
+    (dict(segmentation={"counts": RUNS}), "broken RLE"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), LEFT_OUT, ids=lambda value: str(value)[:60])
+def test_left_out(load, change, reason):
+    coco = load(minimal(**change))
+    assert coco.left_out == {reason: 1}
+    assert len(coco.annotation_ids) == 0
+    assert coco.has_left_out.tolist() == [reason != "unknown image"]
+
+
+def test_left_out_ones_do_not_shift_the_others(load):
+    good = various()
+    mixed = copy.deepcopy(good)
+    bad = [
+        minimal(**(change | {"id": 1000 + i}))["annotations"][0]
+        for i, (change, _) in enumerate(LEFT_OUT)
+    ]
+    mixed["annotations"] = [
+        *bad[:9],
+        *good["annotations"][:2],
+        *bad[9:30],
+        *good["annotations"][2:],
+        *bad[30:],
+    ]
+    expected, coco = load(good), load(mixed)
+    assert sum(coco.left_out.values()) == len(bad)
+    assert coco.has_left_out.tolist() == [False, False, True]
+    flags = ("is_crowd", "is_difficult")
+    for name in ("annotation_ids", "image_index", "category_index", "areas", "boxes", *flags):
+        np.testing.assert_array_equal(getattr(coco, name), getattr(expected, name))
+    for a in range(len(expected.annotation_ids)):
+        assert coco.rle(a) == expected.rle(a)
+
+
+def test_summary_is_one_line_with_the_reasons(load):
+    content = various()
+    content["annotations"] += [{**content["annotations"][0], "image_id": 99}] * 2
+    content["annotations"] += [{**content["annotations"][0], "segmentation": []}]
+    summary = load(content).summary()
+    assert "\n" not in summary
+    for part in (
+        "instances.json",
+        "3 images",
+        "4 annotations",
+        "1 crowd",
+        "2 categories",
+        "unknown image 2",
+        "no segmentation 1",
+    ):
+        assert part in summary
+
+
+def test_integral_floats_pass_for_integers(load):
+    content = minimal(image_id=3.0, category_id=5.0)
+    content["images"][0] |= {"height": 40.0, "id": 3.0}
+    coco = load(content)
+    assert coco.image_sizes.tolist() == [[HEIGHT, WIDTH]] and len(coco.annotation_ids) == 1
+
+
+# What is an error
+
+
+def without(content: dict, array: str, key: str) -> dict:
+    del content[array][0][key]
+    return content
+
+
+def with_element(array: str, element) -> dict:
+    content = minimal()
+    content[array].append(element)
+    return content
+
+
+def with_value(array: str, key: str, value) -> dict:
+    content = minimal()
+    content[array].append(content[array][0] | {"id": 50} | {key: value})
+    return content
+
+
+LARGE = {"id": 50, "file_name": "a.jpg", "height": 30_000, "width": 20_000}
+ERRORS = [
+    ("", "line 1 column 1"),
+    ("x", "line 1 column 1"),
+    ('{"images": [],\n "annotations": [1 2]}', "line 2 column 20"),
+    ('{"images": [{"id": 1},\n]}', "line 2 column 1"),
+    ('{"images": [{"id": 1', "line 1 column"),
+    ("{'images': []}", "line 1 column 2"),
+    ('{"info" 3}', "line 1 column 9"),
+    (json.dumps(minimal()) + " }", "Extra data"),
+    ('{"images": [' + "[" * 200_000, "not valid JSON: .* recursion depth"),
+    ("[]", 'has no "images" array'),
+    ("3", 'has no "images" array'),
+    ("{}", 'has no "images" array'),
+    ({"images": [], "annotations": []}, 'has no "categories" array'),
+    ({"images": {}, "annotations": [], "categories": []}, 'has no "images" array'),
+    (minimal() | {"images": []}, '"images" is empty'),
+    (with_element("images", 3), r'images\[1\]: Expected "object"'),
+    (with_element("categories", []), r'categories\[1\]: Expected "object"'),
+    (with_element("annotations", None), r'annotations\[1\]: Expected "object"'),
+    *[
+        (without(minimal(), array, key), rf'{array}\[0\]: .* missing required field "{key}"')
+        for array, keys in (
+            ("images", ("id", "file_name", "height", "width")),
+            ("categories", ("id", "name")),
+            ("annotations", ("id", "image_id", "category_id")),
+        )
+        for key in keys
+    ],
+    (with_value("images", "width", -5), r'images\[1\].width: Expected "int" >= 1'),
+    (with_value("images", "width", 10**30), r'images\[1\].width: Expected "int" <= 1048576'),
+    (with_value("images", "height", "480"), r'images\[1\].height: Expected "int", got "str"'),
+    (with_value("images", "height", 4.5), r'images\[1\].height: Expected "int", got "float"'),
+    (with_value("images", "height", NAN), r'images\[1\].height: Expected "int", got "float"'),
+    (with_element("images", LARGE), r"images\[1\]: 20000 x 30000 pixels is too large"),
+    (with_value("images", "id", True), r'images\[1\].id: Expected "int", got "bool"'),
+    (with_value("images", "id", 3), r"images\[1\] has the id 3 of images\[0\]"),
+    (with_value("images", "file_name", ""), r'images\[1\].file_name: Expected "str" of length'),
+    (with_value("images", "file_name", None), r'images\[1\].file_name: Expected "str", got "null"'),
+    (with_value("categories", "id", 5), r"categories\[1\] has the id 5 of categories\[0\]"),
+    (with_value("annotations", "image_id", "3"), r'annotations\[1\].image_id: Expected "int", got'),
+    (with_value("annotations", "id", 2**63), r'annotations\[1\].id: Expected "int" <= 9223'),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), ERRORS, ids=lambda value: str(value)[:60])
+def test_errors_name_file_and_place(load, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(content)
+    assert "instances.json: " in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_place_beyond_the_first_chunk(load):
+    content = minimal()
+    content["annotations"] = [dict(content["annotations"][0]) for _ in range(CHUNK + 9)]
+    del content["annotations"][CHUNK + 7]["category_id"]
+    with pytest.raises(ValueError, match=rf"annotations\[{CHUNK + 7}\]: .*category_id"):
+        load(content)
+
+
+def test_files_that_are_no_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        CocoInstances.load(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="a folder"):
+        CocoInstances.load(tmp_path)
+    path = tmp_path / "instances.json"
+    path.write_bytes(json.dumps(minimal()).encode().replace(b"a.jpg", b"\xff.jpg"))
+    with pytest.raises(ValueError, match=r"instances\.json: images\[0\].*utf-8"):
+        CocoInstances.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(minimal()).encode())
+    assert len(CocoInstances.load(path)) == 1
+
+
+number = st.integers(-70, 70) | st.integers() | st.floats()
+counts = st.lists(st.integers(-1, 3000), max_size=4) | st.text("01PQo`?4O", max_size=6) | number
+anything = st.recursive(
+    st.none() | st.booleans() | number | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+segmentations = (
+    st.lists(st.lists(number, max_size=8), max_size=3)
+    | st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]) | anything, "counts": counts})
+    | anything
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_value_anywhere_is_used_or_left_out_or_an_error(tmp_path_factory, data):
+    content = various()
+    array = data.draw(st.sampled_from(["images", "annotations", "annotations", "categories"]))
+    element = data.draw(st.sampled_from(content[array]))
+    keys = [*element, "area", "bbox", "iscrowd"] if array == "annotations" else [*element]
+    key = data.draw(st.sampled_from(keys))
+    element[key] = data.draw(segmentations if key == "segmentation" else anything)
+    path = tmp_path_factory.getbasetemp() / "anything.json"
+    path.write_text(json.dumps(content))
+    try:
+        coco = CocoInstances.load(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    assert len(coco.annotation_ids) + sum(coco.left_out.values()) == 4
+    assert np.isfinite(coco.boxes).all() and np.isfinite(coco.areas).all()
+    for a in range(len(coco.annotation_ids)):
+        size = coco.image_sizes[coco.image_index[a]].tolist()
+        assert list(coco_mask.decode(coco.rle(a)).shape) == size
