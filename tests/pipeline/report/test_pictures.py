@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
-from pipeline.inference.detections import write_detections
+from pipeline.inference.coco_json import results_of, write_results
 from pipeline.report import pictures
 from pipeline.report.pictures import (
     FAINT,
@@ -107,7 +107,8 @@ def test_choice_is_ordered_and_nothing_is_chosen_twice(values):
 
 
 def detection_examples(tmp_path, dataset, detections):
-    write_detections(tmp_path / "detections.json", detections)
+    results = (result for found in detections for result in results_of(found))
+    write_results(tmp_path / "detections.json", results)
     coco = CocoInstances.load(dataset[0])
     gallery = detection_gallery(tmp_path / "detections.json", coco=coco, images=dataset[1])
     return gallery.examples[""]
