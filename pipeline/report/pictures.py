@@ -52,36 +52,29 @@ class Scene(Generic[Found]):
 
 
 def read_proposals(directory: Path) -> list[Proposals]:
-    """The first `TOP` proposals of each image of a store, also of images without any.
-
-    Raises:
-        FileNotFoundError: there is no store. ValueError: a shard of it is broken.
-    """
+    """The first `TOP` proposals of each image of a store, also of images without any."""
     store = ProposalStore(directory)
-    store.require_shards()
-    found = [first(proposals, TOP) for proposals in store]
-    proposed, none = {proposals.image_id for proposals in found}, np.empty(0, np.float32)
-    return found + [
-        Proposals(image["id"], name, image["height"], image["width"], none, none.reshape(0, 4), [])
-        for name, image in store.images().items()
-        if image["id"] not in proposed
-    ]
+    none = np.empty(0, np.float32)
+    found = {proposals.image_id: first(proposals, TOP) for proposals in store}
+    for name, image in store.images().items():
+        size = image["height"], image["width"]
+        empty = Proposals(image["id"], name, *size, none, none.reshape(0, 4), [])
+        found.setdefault(image["id"], empty)
+    return list(found.values())
 
 
 def proposal_gallery(
     scenes: list[Scene[Proposals]], coco: CocoInstances, images: Path
 ) -> dict[str, Any]:
     """The images that came out best and worst by the mean IoU of their objects."""
-    best, worst = choose_examples(sorted(scenes, key=lambda scene: -scene.ious.mean()))
-    examples = {
-        heading: [
+    best, worst = (
+        [
             make_example(images, s.found.file_name, s.ious, partial(draw_proposals, s, coco))
             for s in chosen
         ]
-        for heading, chosen in (("The best images", best), ("The worst images", worst))
-        if chosen
-    }
-    return {"examples": examples, "images": len(scenes)}
+        for chosen in choose_examples(sorted(scenes, key=lambda scene: -scene.ious.mean()))
+    )
+    return {"best": best, "worst": worst, "images": len(scenes)}
 
 
 def detection_gallery(found: list[Detections], coco: CocoInstances, images: Path) -> dict[str, Any]:
@@ -115,8 +108,8 @@ def scenes_of(found: Iterable[Found], coco: CocoInstances) -> list[Scene[Found]]
         if (i := index.get(f.image_id)) is not None:
             annotations = range(coco.image_starts[i], coco.image_starts[i + 1])
             objects = [a for a in annotations if not coco.is_crowd[a]]
-            objects.sort(key=lambda a: -coco.areas[a])
             if objects:
+                objects.sort(key=lambda a: -coco.areas[a])
                 scenes.append(Scene(f, objects, overlaps(f, coco, objects)))
     return scenes
 
@@ -129,10 +122,8 @@ def overlaps(found: Proposals | Detections, coco: CocoInstances, objects: list[i
     if found.rles is None:
         ious = box_ious(found.boxes, coco.boxes[objects])
     else:
-        masks, truth = map(found.rle, range(len(found))), map(coco.rle, objects)
-        ious = np.reshape(
-            coco_mask.iou(list(masks), list(truth), [0] * len(objects)), (-1, len(objects))
-        )
+        masks, truth = [found.rle(d) for d in range(len(found))], [coco.rle(a) for a in objects]
+        ious = np.reshape(coco_mask.iou(masks, truth, [0] * len(truth)), (-1, len(truth)))
     if isinstance(found, Detections):
         ious[found.labels[:, None] != coco.category_ids[coco.category_index[objects]]] = 0
     return ious

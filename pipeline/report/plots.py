@@ -40,9 +40,7 @@ def plot(
 ) -> Markup | None:
     """Curves above a legend, as an <svg> element; None if there is no curve.
 
-    Args:
-        xlabel: `PROPOSALS` makes the axis logarithmic.
-        top: the upper end of the y axis; None for that of the values.
+    The y axis ends at `top`, or at the values; `xlabel` `PROPOSALS` makes x logarithmic.
     """
     if not curves:
         return None

@@ -26,7 +26,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     Its path is returned. The annotations (COCO instances json) and the folder of images are those
     that the proposals were made for.
     """
-    files = Run(Path(run), Path(annotations), Path(images))
+    files = Run(Path(run), annotations, Path(images))
     names = [n for n in STAGES if (files.directory / n).is_dir() or n in files.summary]
     names = names or [STAGES[0]]
     masks = [read_mask_stage(files, name) for name in MASK_STAGES if name in names]

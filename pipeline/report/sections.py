@@ -13,12 +13,10 @@ from datasets.coco import CocoInstances
 from pipeline.inference.coco_json import read_detections
 from pipeline.report import pictures, plots
 from pipeline.report.comparison import object_gallery
-from pipeline.report.pictures import read_proposals, scenes_of
 from pipeline.report.plots import COLORS, PROPOSALS, metric_values
 from pipeline.training.run_log import read_metrics
 from pipeline.training.stages import MultiPathNetStage, PatchStage, Stage
 
-NAMES = {"deepmask": "DeepMask", "sharpmask": "SharpMask"}  # coarse, refined
 PATCH_LOSSES = {"mask_loss": "mask loss", "score_loss": "score loss"}
 PATCH_METRICS = {
     "mean_iou": "mean IoU",
@@ -41,33 +39,26 @@ class Run:
 
     Attributes:
         summary: the content of summary.json.
-        coco: the annotated objects; None if they could not be read.
-        missing: (name, what it is for, why it is not there) of the files that could not be read.
+        coco: the annotated objects.
+        missing: (name, what it is for) of the files that are not there.
     """
 
-    def __init__(self, directory: Path, annotations: Path, images: Path):
+    def __init__(self, directory: Path, annotations: str | Path, images: Path):
         self.directory, self.images = directory, images
-        self.missing: list[tuple[str, str, str]] = []
+        self.missing: list[tuple[str, str]] = []
         self.summary = self.read_json("summary.json", "patch metrics and seconds") or {}
-        purpose = "the annotated objects, and with them the pictures"
-        self.coco = self.read(annotations.absolute(), CocoInstances.load, purpose)
+        self.coco = CocoInstances.load(annotations)
 
-    def read(self, name: str | Path, reader: Callable[[Path], T], purpose: str) -> T | None:
-        """What `reader` makes of a file below the run directory; None if it cannot."""
-        try:
-            return reader(self.directory / name)
-        except FileNotFoundError:
-            reason = "not there"
-        except (KeyError, TypeError) as error:
-            reason = f"is not what it should be: {error!r}"
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-        self.missing.append((str(name), purpose, reason))
+    def read(self, name: str, reader: Callable[[Path], T], purpose: str) -> T | None:
+        """What `reader` makes of a file below the run directory; None if it is not there."""
+        if (path := self.directory / name).exists():
+            return reader(path)
+        self.missing.append((name, purpose))
         return None
 
-    def read_json(self, name: str, purpose: str, parse: Callable[[Any], Any] = dict) -> Any | None:
-        """What `parse` makes of the content of a JSON file; None if it cannot."""
-        return self.read(name, lambda path: parse(json.loads(path.read_text())), purpose)
+    def read_json(self, name: str, purpose: str) -> Any | None:
+        """The content of a JSON file; None if it is not there."""
+        return self.read(name, lambda path: json.loads(path.read_text()), purpose)
 
     def read_settings(self, *names: str) -> dict[str, str | None]:
         """The text of files by name."""
@@ -91,11 +82,9 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
         svgs["average_recall"] = plots.plot_average_recall(curves["counts"], by_type, perfect)
         svgs["recall_by_iou"] = plots.plot_recall_by_iou(curves["iou_thresholds"], by_type)
     if run.summary and not summary.get("patches"):
-        run.missing.append((f"{name}.patches in summary.json", "patch metrics", "not there"))
-    scenes, gallery = [], None
-    if run.coco and (found := run.read(f"{name}/proposals", read_proposals, "pictures")):
-        scenes = scenes_of(found, run.coco)
-        gallery = pictures.proposal_gallery(scenes, run.coco, run.images) if scenes else None
+        run.missing.append((f"{name}.patches in summary.json", "patch metrics"))
+    found = run.read(f"{name}/proposals", pictures.read_proposals, "pictures") or []
+    scenes = pictures.scenes_of(found, run.coco)
     return {
         "name": name,
         "patches": summary.get("patches"),
@@ -104,7 +93,7 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
         "curves": curves,
         "plots": svgs,
         "scenes": scenes,
-        "gallery": gallery,
+        "gallery": scenes and pictures.proposal_gallery(scenes, run.coco, run.images),
         "training": training,
         "settings": run.read_settings(f"{name}/config.yaml", f"{name}/proposals/settings.json"),
     }
@@ -114,32 +103,29 @@ def read_detector(run: Run, name: str) -> dict[str, Any]:
     """The section of the detector."""
     training, svgs = read_training(run, name, MultiPathNetStage, ROI_LOSSES, ROI_METRICS)
     metrics = run.read_json(f"{name}/scores/metrics.json", "average precision")
-    parse = partial(ap_curves, x="iou_thresholds", key="ap_by_iou")
-    by_iou = run.read_json(f"{name}/scores/curves.json", "AP by IoU threshold", parse)
-    purpose, parse = "AP by number of proposals", partial(ap_curves, x="counts")
-    by_proposals = run.read_json(f"{name}/scores/by_proposals.json", purpose, parse)
-    purpose = "AP by category"
-    categories = run.read_json(f"{name}/scores/categories.json", purpose, category_table)
+    curves = run.read_json(f"{name}/scores/curves.json", "AP by IoU threshold")
+    by_iou = curves and ap_curves(curves, "iou_thresholds", "ap_by_iou")
+    counts = run.read_json(f"{name}/scores/by_proposals.json", "AP by number of proposals")
+    by_proposals = counts and ap_curves(counts, "counts")
+    categories = run.read_json(f"{name}/scores/categories.json", "AP by category")
     svgs["by_iou"] = by_iou and plots.plot_ap(by_iou, "IoU threshold")
     svgs["by_proposals"] = by_proposals and plots.plot_ap(by_proposals, PROPOSALS)
-    gallery = None
-    if coco := run.coco:
-        sizes = zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True)
-        images = [
-            {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}
-            for i, (image_id, (height, width)) in enumerate(sizes)
-        ]
-        reader = partial(read_detections, images=images)
-        found = run.read(f"{name}/detections.json", reader, "pictures")
-        gallery = pictures.detection_gallery(found, coco, run.images) if found else None
+    coco = run.coco
+    columns = zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True)
+    images = [
+        {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}
+        for i, (image_id, (height, width)) in enumerate(columns)
+    ]
+    reader = partial(read_detections, images=images)
+    found = run.read(f"{name}/detections.json", reader, "pictures")
     return {
         "name": name,
         "detections": metrics or run.summary.get(name, {}).get("detections"),
         "by_iou": by_iou,
         "by_proposals": by_proposals,
-        "categories": categories,
+        "categories": categories and category_table(categories),
         "plots": svgs,
-        "gallery": gallery,
+        "gallery": found and pictures.detection_gallery(found, coco, run.images),
         "training": training,
         "settings": run.read_settings(f"{name}/config.yaml"),
     }
@@ -147,7 +133,7 @@ def read_detector(run: Run, name: str) -> dict[str, Any]:
 
 def compare(run: Run, coarse: dict[str, Any], refined: dict[str, Any]) -> dict[str, Any]:
     """The section of DeepMask and SharpMask beside each other, from those of the two."""
-    stages = {NAMES[stage["name"]]: stage for stage in (coarse, refined)}
+    stages = {"DeepMask": coarse, "SharpMask": refined}
     svgs, gallery = {}, None
     if coarse["curves"] and refined["curves"]:
         recalls = {name: stage["curves"]["mask"] for name, stage in stages.items()}
@@ -155,7 +141,7 @@ def compare(run: Run, coarse: dict[str, Any], refined: dict[str, Any]) -> dict[s
         x = coarse["curves"]
         svgs["recall_by_iou"] = plots.plot_recall_by_iou(x["iou_thresholds"], recalls)
         svgs["average_recall"] = plots.plot_average_recall(x["counts"], averages)
-    if run.coco and coarse["scenes"] and refined["scenes"]:
+    if coarse["scenes"] and refined["scenes"]:
         gallery = object_gallery(coarse["scenes"], refined["scenes"], run.coco, run.images)
     return {"stages": stages, "plots": svgs, "gallery": gallery}
 
@@ -188,22 +174,16 @@ def read_training(
     return training, svgs
 
 
-def ap_curves(content: dict, x: str, key: str = "") -> tuple[list[float], dict[str, list]]:
-    """The values of `x` and the AP at each of them by IoU type; ValueError if there is none."""
+def ap_curves(content: dict, x: str, key: str = "") -> tuple[list[float], dict[str, list]] | None:
+    """The values of `x` and the AP at each of them by IoU type; None if nothing was measured."""
     values = {t: content[t][key] if key else content[t] for t in ("box", "mask") if t in content}
     measured = {t: ap for t, ap in values.items() if any(v is not None for v in ap)}
-    if not measured or {len(ap) for ap in measured.values()} != {len(content[x])}:
-        raise ValueError(f"does not have an AP for each of {x}")
-    return content[x], measured
+    return (content[x], measured) if measured else None
 
 
 def category_table(content: list[dict]) -> dict[str, Any]:
-    """From categories.json: rows of (name, annotations, detections, values), and mean values."""
-    measures = list(content[0])[4:] if content else []
-    rows = [
-        (c["category"], int(c["annotations"]), int(c["detections"]), [c[m] for m in measures])
-        for c in content
-    ]
+    """From categories.json: the names of measures, and their mean over the categories."""
+    measures = list(content[0])[4:]
     known = [[c[m] for c in content if c[m] is not None] for m in measures]
     means = [statistics.fmean(values) if values else None for values in known]
-    return {"measures": [m.replace("_", " ") for m in measures], "rows": rows, "means": means}
+    return {"measures": measures, "rows": content, "means": means}

@@ -54,33 +54,6 @@ def test_missing_patch_metrics_are_named(run, dataset):
     assert ["deepmask", *["–"] * 5] in page.rows
 
 
-def test_missing_annotations_are_named(run, dataset, tmp_path):
-    page = page_of(run, (tmp_path / "none.json", dataset[1]))
-    assert "none.json" in page.warning and len(page.missing) == 1
-    assert page.all("img", "src") == []
-    assert "0.111" in sum(page.rows, [])
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("deepmask/scores/curves.json", '{"half'),
-        ("deepmask/proposals/proposals-000-000000.parquet", '{"half'),
-        (f"{SCORES}/metrics.json", "7"),
-        (f"{SCORES}/curves.json", '{"iou_thresholds": [0.5], "box": {"recall_by_iou": {}}}'),
-        (f"{SCORES}/by_proposals.json", '{"counts": [10], "box": [null], "mask": [null]}'),
-        (f"{SCORES}/categories.json", '[{"category": "ring", "AP": 0.5}]'),
-        (f"{DETECTOR}/detections.json", '[{"image_id": 77}]'),
-    ],
-)
-def test_broken_file_is_named_with_the_reason(run, dataset, name, content):
-    (run / name).write_text(content)
-    page = page_of(run, dataset)
-    assert f"({name.split('/proposals-')[0]}:" in page.warning
-    assert len(page.missing) == 1 and "not there" not in page.warning
-    assert "0.111" in sum(page.rows, [])
-
-
 @pytest.mark.parametrize(
     ("num_lines", "row"),
     [(0, ["–", "–", "– → –", "– → –", "–", "–"]),
@@ -99,6 +72,13 @@ def test_unreadable_image_says_why_and_the_others_are_shown(run, dataset):
     page = page_of(run, dataset)
     assert page.text.count("missed.png: the file is empty") == 2
     assert len(page.all("img", "src")) == (3 + 2) * (NUM_WITH_OBJECTS - 1)
+
+
+def test_ap_that_nothing_was_measured_of_is_absent(run, dataset):
+    ap = '{"counts": [10], "box": [null], "mask": [null]}'
+    (run / SCORES / "by_proposals.json").write_text(ap)
+    page = page_of(run, dataset)
+    assert "It was not measured" in page.text and ["proposals per image", "10"] not in page.rows
 
 
 def test_results_without_masks_have_curves_of_boxes_alone(run, dataset):

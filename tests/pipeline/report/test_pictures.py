@@ -52,8 +52,7 @@ def proposal_examples(tmp_path, dataset, proposals):
     coco = CocoInstances.load(dataset[0])
     scenes = scenes_of(read_proposals(tmp_path / "store"), coco)
     gallery = proposal_gallery(scenes, coco, dataset[1])
-    headings = "The best images", "The worst images"
-    return *(gallery["examples"].get(h, []) for h in headings), gallery["images"]
+    return gallery["best"], gallery["worst"], gallery["images"]
 
 
 def test_found_is_best_and_missed_is_worst(tmp_path, dataset):
@@ -67,6 +66,7 @@ def test_found_is_best_and_missed_is_worst(tmp_path, dataset):
 def test_what_is_not_among_the_first_proposals_is_missed(tmp_path, dataset, missed):
     in_time = [ELSEWHERE] * 99 + [SQUARE]
     proposals = [proposals_of(1, "found.png", in_time), proposals_of(2, "missed.png", missed)]
+    proposals.append(proposals_of(77, "other.png", [SQUARE]))
     best, worst, num_images = proposal_examples(tmp_path, dataset, proposals)
     assert qualities(best) == {"found.png": 1} and qualities(worst) == {"missed.png": 0}
     assert len(worst[0]["pictures"]) == 3

@@ -157,6 +157,7 @@ def test_text_from_files_is_escaped(tmp_path, run):
     shutil.rmtree(run / "deepmask" / "proposals")
     write_store(run / "deepmask" / "proposals", [proposals_of(1, name, [SQUARE])])
     (run / "deepmask" / "config.yaml").write_text("trunk: <script>alert(1)</script>\n")
+    (run / DETECTOR / "detections.json").unlink()  # of other images
     odd = run.rename(tmp_path / "<b>run")
     page = page_of(odd, dataset)
     assert not {"i", "script"} & {tag for tag, _ in page.elements}
