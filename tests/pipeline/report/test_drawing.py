@@ -7,18 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.drawing import (
-    MASK_RGB,
-    TILE_SIDE,
-    TRUTH_RGB,
-    Mark,
-    crop_window,
-    draw_marks,
-    draw_tiles,
-    fit_picture,
-    jpeg_uri,
-    scale_image,
-)
+from pipeline.report import drawing
+from pipeline.report.drawing import Mark, draw_marks
 from pipeline.report.pictures import FULL
 from tests.pipeline.report.report_page import decode_uri
 from tests.pipeline.report.small_run import SIDE, SQUARE, UPPER_HALF, rle_of
@@ -66,18 +56,18 @@ def test_pictures_fit_the_page():
         ((300, 400), 2, (360, 480)),
         ((1000, 1), 1, (480, 1)),
     ):
-        picture = fit_picture(np.zeros((*size, 3), np.uint8), max_scale=max_scale)
+        picture = drawing.fit_picture(np.zeros((*size, 3), np.uint8), max_scale=max_scale)
         assert picture.shape == (*expected, 3)
 
 
 def test_a_mask_keeps_its_values_when_it_is_enlarged():
     mask = np.eye(5, dtype=np.uint8)
-    assert np.array_equal(scale_image(mask, 3), mask.repeat(3, axis=0).repeat(3, axis=1))
+    assert np.array_equal(drawing.scale_image(mask, 3), mask.repeat(3, axis=0).repeat(3, axis=1))
 
 
 def test_a_picture_is_a_data_uri():
     picture = np.full((8, 16, 3), (200, 0, 0), np.uint8)
-    decoded = decode_uri(jpeg_uri(picture))
+    decoded = decode_uri(drawing.jpeg_uri(picture))
     assert np.abs(decoded.astype(int) - picture).max() < 5
 
 
@@ -89,13 +79,13 @@ def test_window_holds_the_object_and_lies_in_the_image(height, width, fractions)
     (x1, x2), (y1, y2) = sorted(fractions[:2]), sorted(fractions[2:])
     box = np.float32([x1 * width, y1 * height, (x2 + 0.01) * width, (y2 + 0.01) * height])
     box = box.clip(max=[width, height] * 2)
-    rows, columns = crop_window(box, (height, width))
+    rows, columns = drawing.crop_window(box, (height, width))
     assert 0 <= rows.start <= box[1] and box[3] <= rows.stop <= height
     assert 0 <= columns.start <= box[0] and box[2] <= columns.stop <= width
 
 
 def test_window_is_tight_and_square():
-    rows, columns = crop_window(np.float32([100, 200, 140, 220]), (480, 640))
+    rows, columns = drawing.crop_window(np.float32([100, 200, 140, 220]), (480, 640))
     assert (columns.start, columns.stop, rows.start, rows.stop) == (94, 146, 184, 236)
 
 
@@ -103,25 +93,28 @@ def test_outlines_of_object_and_mask_are_where_they_are_in_the_image():
     """The object is 16 px wide in a crop of 22 px; the first mask is its upper half."""
     image = np.full((SIDE, SIDE, 3), 40, np.uint8)
     masks = [rle_of(UPPER_HALF), rle_of(SQUARE)]
-    coarse, exact = draw_tiles(np.float32(SQUARE), rle_of(SQUARE), masks, image)
-    assert coarse.shape == exact.shape == (TILE_SIDE, TILE_SIDE, 3)
-    scale = TILE_SIDE / 22  # of the crop from 5 to 27
+    coarse, exact = drawing.draw_tiles(np.float32(SQUARE), rle_of(SQUARE), masks, image)
+    assert coarse.shape == exact.shape == (drawing.TILE_SIDE, drawing.TILE_SIDE, 3)
+    scale = drawing.TILE_SIDE / 22  # of the crop from 5 to 27
     top, middle, bottom = (round((y - 5) * scale) for y in (8, 16, 24))
     for picture, y, rgb in (
-        (coarse, top, MASK_RGB),
-        (coarse, middle - 2, MASK_RGB),
-        (coarse, bottom - 2, TRUTH_RGB),
+        (coarse, top, drawing.MASK_RGB),
+        (coarse, middle - 2, drawing.MASK_RGB),
+        (coarse, bottom - 2, drawing.TRUTH_RGB),
         (exact, top - 1, (40, 40, 40)),
-        (exact, top, MASK_RGB),
-        (exact, top + 2, TRUTH_RGB),
-        (exact, bottom - 1, MASK_RGB),
+        (exact, top, drawing.MASK_RGB),
+        (exact, top + 2, drawing.TRUTH_RGB),
+        (exact, bottom - 1, drawing.MASK_RGB),
         (exact, middle, (40, 40, 40)),
     ):
-        assert tuple(picture[y, TILE_SIDE // 2]) == rgb, (y, picture[y, TILE_SIDE // 2])
+        assert tuple(picture[y, drawing.TILE_SIDE // 2]) == rgb, (
+            y,
+            picture[y, drawing.TILE_SIDE // 2],
+        )
 
 
 def test_no_outline_runs_along_the_edge_of_the_picture():
     whole = rle_of((0, 0, SIDE, SIDE))
     image = np.full((SIDE, SIDE, 3), 40, np.uint8)
-    [tile] = draw_tiles(np.float32([0, 0, SIDE, SIDE]), whole, [whole], image)
+    [tile] = drawing.draw_tiles(np.float32([0, 0, SIDE, SIDE]), whole, [whole], image)
     assert (tile == 40).all()

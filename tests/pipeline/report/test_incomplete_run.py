@@ -121,12 +121,6 @@ def test_detector_without_a_proposing_stage(run, dataset):
     assert f"--proposals {run}/{DETECTOR}/proposals/val" in page.text
 
 
-def test_page_without_detector_does_not_speak_of_it(run, dataset):
-    shutil.rmtree(run / DETECTOR)
-    page = page_of(run, dataset)
-    assert DETECTOR not in page.text and "Detections" not in page.text and page.warning == ""
-
-
 def test_summary_stands_in_for_metrics(run, dataset):
     shutil.rmtree(run / DETECTOR)
     summary = json.loads((run / "summary.json").read_text())

@@ -8,21 +8,7 @@ from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
 from pipeline.report import pictures
-from pipeline.report.pictures import (
-    FAINT,
-    FULL,
-    MIN_SCORE,
-    NUM_EXAMPLES,
-    choose_examples,
-    detection_gallery,
-    draw_detections,
-    first,
-    overlaps,
-    proposal_gallery,
-    read_proposals,
-    scenes_of,
-    spread,
-)
+from pipeline.report.pictures import FAINT, FULL
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
     EVERYTHING,
@@ -50,8 +36,8 @@ def proposal_examples(tmp_path, dataset, proposals):
     """The best images, the worst, and how many there are."""
     write_store(tmp_path / "store", proposals)
     coco = CocoInstances.load(dataset[0])
-    scenes = scenes_of(read_proposals(tmp_path / "store"), coco)
-    gallery = proposal_gallery(scenes, coco, dataset[1])
+    scenes = pictures.scenes_of(pictures.read_proposals(tmp_path / "store"), coco)
+    gallery = pictures.proposal_gallery(scenes, coco, dataset[1])
     return gallery["best"], gallery["worst"], gallery["images"]
 
 
@@ -74,7 +60,7 @@ def test_what_is_not_among_the_first_proposals_is_missed(tmp_path, dataset, miss
 
 
 def detection_examples(dataset, found):
-    return detection_gallery(found, CocoInstances.load(dataset[0]), dataset[1])["examples"]
+    return pictures.detection_gallery(found, CocoInstances.load(dataset[0]), dataset[1])["examples"]
 
 
 def test_crowd_is_no_object_and_the_mean_is_over_objects(tmp_path):
@@ -94,7 +80,7 @@ def test_images_with_objects_are_shown_from_the_best_to_the_worst(dataset):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_image_in_which_nothing_was_found_is_the_worst(dataset, masks):
-    found = [detections_of(1, "found.png", [(SQUARE, 1, MIN_SCORE)], masks=masks)]
+    found = [detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)], masks=masks)]
     found.append(detections_of(2, "missed.png", [], masks=masks))
     examples = detection_examples(dataset, found)
     assert list(qualities(examples).items()) == [("found.png", 1), ("missed.png", 0)]
@@ -104,19 +90,19 @@ def test_image_in_which_nothing_was_found_is_the_worst(dataset, masks):
 @given(st.lists(st.floats(0, 1), max_size=40))
 def test_choice_is_ordered_and_nothing_is_chosen_twice(values):
     ranked = sorted(enumerate(values), key=lambda item: -item[1])
-    best, worst = choose_examples(ranked)
-    assert len(best) + len(worst) == min(len(ranked), 2 * NUM_EXAMPLES)
+    best, worst = pictures.choose_examples(ranked)
+    assert len(best) + len(worst) == min(len(ranked), 2 * pictures.NUM_EXAMPLES)
     assert 0 <= len(best) - len(worst) <= 1
     assert best + worst[::-1] == ranked[: len(best)] + ranked[len(ranked) - len(worst) :]
 
 
 def test_items_stand_for_equal_parts():
-    assert spread(list(range(80)), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert pictures.spread(list(range(80)), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
 def test_items_keep_their_order_and_none_is_shown_twice(values, count):
-    chosen = [i for i, _ in spread(list(enumerate(values)), count)]
+    chosen = [i for i, _ in pictures.spread(list(enumerate(values)), count)]
     assert chosen == sorted(set(chosen)) and len(chosen) == min(count, len(values))
 
 
@@ -133,16 +119,16 @@ def ring_and_bar(tmp_path):
 @pytest.mark.parametrize("masks", [True, False])
 def test_only_detections_of_the_right_category_fit(ring_and_bar, masks):
     found = [(SQUARE, 3, 0.9), (UPPER_HALF, 1, 0.8), (ELSEWHERE, 3, 0.7), (ELSEWHERE, 7, 0.6)]
-    ious = overlaps(detections_of(1, "a.png", found, masks=masks), ring_and_bar, [0, 1])
+    ious = pictures.overlaps(detections_of(1, "a.png", found, masks=masks), ring_and_bar, [0, 1])
     assert ious == pytest.approx(np.array([[0, 0], [0.5, 0], [0, 1], [0, 0]]))
     nothing = detections_of(1, "a.png", [], masks=masks)
-    assert overlaps(nothing, ring_and_bar, [0, 1]).shape == (0, 2)
+    assert pictures.overlaps(nothing, ring_and_bar, [0, 1]).shape == (0, 2)
 
 
 @given(st.lists(st.floats(0, 1, width=32)), st.integers(0, 9), st.booleans())
 def test_first_keeps_the_highest_scores_of_every_column(scores, count, masks):
     found = [(SQUARE, i, score) for i, score in enumerate(sorted(scores, reverse=True))]
-    kept = first(detections_of(1, "a.png", found, masks=masks), count)
+    kept = pictures.first(detections_of(1, "a.png", found, masks=masks), count)
     assert kept.labels.tolist() == list(range(min(count, len(scores))))
     assert len(kept.boxes) == len(kept) == len(kept.rles if masks else kept)
 
@@ -153,8 +139,8 @@ def marks_of(ring_and_bar, monkeypatch):
     monkeypatch.setattr(pictures, "draw_marks", lambda image, marks: marks)
 
     def draw(found, **options):
-        [scene] = scenes_of([detections_of(1, "a.png", found, **options)], ring_and_bar)
-        return draw_detections(scene, ring_and_bar, np.zeros((64, 64, 3), np.uint8))
+        [scene] = pictures.scenes_of([detections_of(1, "a.png", found, **options)], ring_and_bar)
+        return pictures.draw_detections(scene, ring_and_bar, np.zeros((64, 64, 3), np.uint8))
 
     return draw
 
