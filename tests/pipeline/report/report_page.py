@@ -33,9 +33,6 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self._open.pop()[0] == tag
 
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
     def handle_data(self, data):
         self.text += data
         tags = [tag for tag, _ in self._open]

@@ -107,10 +107,7 @@ def test_outlines_of_object_and_mask_are_where_they_are_in_the_image():
         (exact, bottom - 1, drawing.MASK_RGB),
         (exact, middle, (40, 40, 40)),
     ):
-        assert tuple(picture[y, drawing.TILE_SIDE // 2]) == rgb, (
-            y,
-            picture[y, drawing.TILE_SIDE // 2],
-        )
+        assert tuple(picture[y, drawing.TILE_SIDE // 2]) == rgb, y
 
 
 def test_no_outline_runs_along_the_edge_of_the_picture():

@@ -27,7 +27,6 @@ NOT_SCORED = "The detections were not scored."
         ("deepmask/scores/metrics.json", 1, ""),
         ("deepmask/scores/perfect_ranking.json", 1, ""),
         ("deepmask/scores/curves.json", 1, "The proposals were not scored."),
-        ("deepmask/scores", 3, "The proposals were not scored."),
         (f"{DETECTOR}/metrics.jsonl", 1, "No training losses were written."),
         (f"{DETECTOR}/config.yaml", 1, ""),
         (f"{DETECTOR}/detections.json", 1, "there are no detections for images with annotated"),
@@ -35,7 +34,6 @@ NOT_SCORED = "The detections were not scored."
         (f"{SCORES}/curves.json", 1, NOT_SCORED),
         (f"{SCORES}/by_proposals.json", 1, "It was not measured"),
         (f"{SCORES}/categories.json", 1, NOT_SCORED),
-        (SCORES, 4, NOT_SCORED),
         ("summary.json", 1, ""),
     ],
 )
