@@ -5,42 +5,19 @@ scores: the two masks of a cell are found by score and box, and are shown side b
 Letters: D, D' proposals of the two stages and P pairs of them; G objects of an image.
 """
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from datasets.coco import CocoInstances
 from pipeline.inference.proposals import Proposals
-from pipeline.report.drawing import draw_object
-from pipeline.report.pictures import (
-    FOUND_IOU,
-    Example,
-    Gallery,
-    Scene,
-    box_ious,
-    make_example,
-    spread,
-)
+from pipeline.report.drawing import draw_tiles
+from pipeline.report.pictures import FOUND_IOU, Scene, box_ious, make_example, spread
 
-NAMES = {"deepmask": "DeepMask", "sharpmask": "SharpMask"}  # coarse, refined
 SAME_SCORE = 1e-4  # the scores of a cell differ by rounding only
 NUM_OBJECTS = 8
-
-
-@dataclass(frozen=True)
-class RefinedObject:
-    """An object, and its coarse and its refined mask with their IoUs."""
-
-    file_name: str
-    annotation: int
-    masks: list[dict]
-    ious: np.ndarray
-
-    @property
-    def gain(self) -> float:
-        """What the refinement changed; objects are ordered by it."""
-        return float(self.ious[1] - self.ious[0])
 
 
 def object_gallery(
@@ -48,25 +25,27 @@ def object_gallery(
     refined: list[Scene[Proposals]],
     coco: CocoInstances,
     images: Path,
-) -> Gallery:
+) -> dict[str, Any]:
     """Objects that both stages found with the same proposal, from the smallest gain on."""
     coarse_scenes = {scene.found.image_id: scene for scene in coarse}
-    objects: list[RefinedObject] = []
+    objects: list[tuple] = []
     num_proposals = num_pairs = 0
     for scene in refined:
         if before := coarse_scenes.get(scene.found.image_id):
             pairs = same_proposals(before.found, scene.found)
             num_proposals, num_pairs = num_proposals + len(before.found), num_pairs + len(pairs)
             objects += refined_objects(before, scene, pairs)
-    objects.sort(key=lambda o: o.gain)
-    totals = {
+    objects.sort(key=lambda o: np.diff(o[-1])[0])
+    return {
+        "examples": [
+            make_example(images, name, ious, partial(draw_tiles, coco.boxes[a], coco.rle(a), masks))
+            for name, a, masks, ious in spread(objects, NUM_OBJECTS)
+        ],
         "proposals": num_proposals,
         "pairs": num_pairs,
         "objects": len(objects),
-        "better": sum(o.gain > 0 for o in objects),
+        "better": sum(after > before for *_, (before, after) in objects),
     }
-    examples = [draw_refinement(o, coco, images) for o in spread(objects, NUM_OBJECTS)]
-    return Gallery({"": examples}, totals)
 
 
 def same_proposals(coarse: Proposals, refined: Proposals) -> np.ndarray:
@@ -87,10 +66,10 @@ def same_proposals(coarse: Proposals, refined: Proposals) -> np.ndarray:
 
 def refined_objects(
     coarse: Scene[Proposals], refined: Scene[Proposals], pairs: np.ndarray
-) -> list[RefinedObject]:
-    """The objects that a pair of masks fits, each with the pair that fits it best.
+) -> list[tuple[str, int, list[dict], np.ndarray]]:
+    """File name, annotation, pair of masks and their IoUs (2,) of each object that a pair fits.
 
-    How well a pair fits is the mean IoU of its two masks, so that neither stage is favored.
+    Of the pairs (P, 2), the one with the highest mean IoU, so that neither stage is favored.
     """
     if not len(pairs):
         return []
@@ -98,17 +77,6 @@ def refined_objects(
     fit, objects = ious.mean(axis=0), []
     for g, p in enumerate(fit.argmax(axis=0)):
         if fit[p, g] >= FOUND_IOU:
-            masks = [coarse.found.rle(int(pairs[p, 0])), refined.found.rle(int(pairs[p, 1]))]
-            name, annotation = coarse.found.file_name, coarse.objects[g]
-            objects.append(RefinedObject(name, annotation, masks, ious[:, p, g]))
+            masks = [s.found.rle(int(i)) for s, i in zip((coarse, refined), pairs[p], strict=True)]
+            objects.append((coarse.found.file_name, coarse.objects[g], masks, ious[:, p, g]))
     return objects
-
-
-def draw_refinement(o: RefinedObject, coco: CocoInstances, images: Path) -> Example:
-    """Two pictures of an object: with its coarse and with its refined mask."""
-    box, truth = coco.boxes[o.annotation], coco.rle(o.annotation)
-
-    def draw(image: np.ndarray) -> list[np.ndarray]:
-        return [draw_object(image, box, truth, mask) for mask in o.masks]
-
-    return make_example(images, o.file_name, o.ious, draw)

@@ -65,36 +65,29 @@ def scale_image(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def draw_object(image: np.ndarray, box: np.ndarray, truth: dict, mask: dict) -> np.ndarray:
-    """A tile, (h, w, 3) uint8: an object enlarged, with its outline and that of a mask.
-
-    Args:
-        box: (4,) xyxy of the object. truth, mask: RLE.
-    """
+def draw_tiles(
+    box: np.ndarray, truth: dict, masks: list[dict], image: np.ndarray
+) -> list[np.ndarray]:
+    """An object (its box, (4,) xyxy, and RLE) enlarged, with its outline and that of each mask."""
     window = crop_window(box, image.shape[:2])
-    scale = TILE_SIDE / max(image[window].shape[:2])
-    tile = scale_image(image[window], scale)
-    for rle, rgb, width in ((truth, TRUTH_RGB, TRUTH_WIDTH), (mask, MASK_RGB, MASK_WIDTH)):
-        draw_outline(tile, scale_image(coco_mask.decode(rle)[window], scale), rgb, width)
-    return tile
+    scale, tiles = TILE_SIDE / max(image[window].shape[:2]), []
+    for mask in masks:
+        tile = scale_image(image[window], scale)
+        for rle, rgb, width in ((truth, TRUTH_RGB, TRUTH_WIDTH), (mask, MASK_RGB, MASK_WIDTH)):
+            inside = scale_image(coco_mask.decode(rle)[window], scale)
+            # The inner edge; none where the mask goes on past the tile.
+            kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+            tile[(inside > 0) & (cv2.erode(inside, kernel) == 0)] = rgb
+        tiles.append(tile)
+    return tiles
 
 
 def crop_window(box: np.ndarray, image_size: tuple[int, ...]) -> tuple[slice, slice]:
     """Rows and columns of a square around a box (xyxy), cut off at the edges of the image."""
-    center, sides = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    half = (0.5 + MARGIN) * max(sides)
+    center, half = (box[:2] + box[2:]) / 2, (0.5 + MARGIN) * max(box[2:] - box[:2])
     left, top = np.floor(center - half).astype(int).clip(min=0).tolist()
     right, bottom = np.ceil(center + half).astype(int).tolist()
-    height, width = image_size
-    return slice(top, min(bottom, height)), slice(left, min(right, width))
-
-
-def draw_outline(
-    picture: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int], width: int
-) -> None:
-    """The inner edge of a mask (H, W), in place; none where the mask goes on past the picture."""
-    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-    picture[(mask > 0) & (cv2.erode(mask, kernel) == 0)] = rgb
+    return slice(top, min(bottom, image_size[0])), slice(left, min(right, image_size[1]))
 
 
 def jpeg_uri(picture: np.ndarray) -> str:

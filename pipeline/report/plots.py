@@ -8,18 +8,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 # matplotlib's default colors, and the variables of the style sheet that replace them.
-VARIABLES = {
-    "#000000": "ink",
-    "#b0b0b0": "grid",
-    "#1f77b4": "series-1",
-    "#ff7f0e": "series-2",
-    "#2ca02c": "series-3",
-    "#d62728": "series-4",
-    "#9467bd": "series-5",
-}
+VARIABLES = {"#000000": "ink", "#b0b0b0": "grid"}
+VARIABLES |= {to_hex(f"C{i}"): f"series-{i + 1}" for i in range(5)}
 STYLE: dict[Any, Any] = {
     "figure.figsize": (4.6, 3.3),  # inches; 331 px wide at 72 px an inch: a phone's width
     "figure.facecolor": "none",
@@ -36,6 +30,7 @@ STYLE: dict[Any, Any] = {
 }
 COLORS = {"mask": "C0", "box": "C1"}  # by IoU type
 PROPOSALS = "proposals per image"
+SATURATION = 400  # of them, from where on the published AP hardly grows (BMVC 2016)
 # Label, x, y (None leaves a gap) and matplotlib's format: color and style.
 Curve = tuple[str, Sequence[float], Sequence[float | None], str]
 
@@ -45,9 +40,7 @@ def plot(
 ) -> Markup | None:
     """Curves above a legend, as an <svg> element; None if there is no curve.
 
-    Args:
-        xlabel: `PROPOSALS` makes the axis logarithmic.
-        top: the upper end of the y axis; None for that of the values.
+    The y axis ends at `top`, or at the values; `xlabel` `PROPOSALS` makes x logarithmic.
     """
     if not curves:
         return None
@@ -87,33 +80,36 @@ def plot_metrics(
     return plot(curves, "step", ylabel, top=top)
 
 
-def plot_recall_by_iou(thresholds: list[float], recalls: dict[str, dict]) -> Markup | None:
-    """Recall at each IoU threshold.
-
-    Args:
-        recalls: by label, then by number of proposals, 10, 100 and 1000.
-    """
-    curves = [
+def plot_recall_by_iou(thresholds: list[float], curves: dict[str, dict]) -> Markup | None:
+    """Recall at each IoU threshold for 10, 100 and 1000 proposals; `curves` by label."""
+    lines = [
         (f"{label}, {k}", thresholds, recall, f"C{i}{dashes}")
-        for i, (label, by_number) in enumerate(recalls.items())
-        for (k, recall), dashes in zip(by_number.items(), (":", "--", "-"), strict=True)
+        for i, (label, values) in enumerate(curves.items())
+        for (k, recall), dashes in zip(
+            values["recall_by_iou"].items(), (":", "--", "-"), strict=True
+        )
     ]
-    return plot(curves, "IoU threshold", "recall")
+    return plot(lines, "IoU threshold", "recall")
 
 
 def plot_average_recall(
-    num_proposals: list[int], recalls: dict[str, list], perfect: dict[str, dict] | None = None
+    num_proposals: list[int], curves: dict[str, dict], perfect: dict[str, dict] | None = None
 ) -> Markup | None:
-    """AR by number of proposals.
-
-    Args:
-        recalls: by label. perfect: metrics of a perfect ranking, by label; drawn as points.
-    """
-    curves: list[Curve] = []
-    for i, (label, values) in enumerate(recalls.items()):
-        curves.append((label, num_proposals, values, f"C{i}-"))
+    """AR by number of proposals; `curves` and, as points, metrics of a perfect ranking by label."""
+    lines: list[Curve] = []
+    for i, (label, values) in enumerate(curves.items()):
+        lines.append((label, num_proposals, values["ar_by_count"], f"C{i}-"))
         if perfect:
-            points = {k: perfect[label][f"AR@{k}"] for k in (10, 100, 1000)}
-            label = f"{label}, perfect ranking"
-            curves.append((label, list(points), list(points.values()), f"C{i}o"))
-    return plot(curves, PROPOSALS, "average recall")
+            recalls = [perfect[label][f"AR@{k}"] for k in (10, 100, 1000)]
+            lines.append((f"{label}, perfect ranking", (10, 100, 1000), recalls, f"C{i}o"))
+    return plot(lines, PROPOSALS, "average recall")
+
+
+def plot_ap(ap: tuple[list[float], dict[str, list]], xlabel: str) -> Markup | None:
+    """Average precision by IoU type; by number of proposals, with the published saturation."""
+    x, values = ap
+    lines: list[Curve] = [(t, x, y, f"{COLORS[t]}o-") for t, y in values.items()]
+    if xlabel == PROPOSALS:
+        highest = max(v for y in values.values() for v in y if v is not None)
+        lines.append((f"published: {SATURATION}", [SATURATION] * 2, [0, highest], "k:"))
+    return plot(lines, xlabel, "average precision")

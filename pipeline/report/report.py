@@ -14,7 +14,7 @@ import jinja2
 
 from datasets.files import write_atomically
 from pipeline.config import STAGES
-from pipeline.report import drawing, pictures, sections
+from pipeline.report import drawing, pictures, plots, sections
 from pipeline.report.sections import Run, compare, read_detector, read_mask_stage
 
 *MASK_STAGES, DETECTOR = STAGES
@@ -23,42 +23,14 @@ from pipeline.report.sections import Run, compare, read_detector, read_mask_stag
 def write_report(run: str | Path, *, annotations: str | Path, images: str | Path) -> Path:
     """Write `run/report.html` from what the run directory holds; the page names what is missing.
 
-    Args:
-        annotations: COCO instances json of the images that the proposals were made for.
-        images: the folder of these images.
-
-    Returns:
-        The path of the page.
+    Its path is returned. The annotations (COCO instances json) and the folder of images are those
+    that the proposals were made for.
     """
-    files = Run(Path(run), Path(annotations), Path(images))
+    files = Run(Path(run), annotations, Path(images))
     names = [n for n in STAGES if (files.directory / n).is_dir() or n in files.summary]
     names = names or [STAGES[0]]
     masks = [read_mask_stage(files, name) for name in MASK_STAGES if name in names]
     detector = read_detector(files, DETECTOR) if DETECTOR in names else None
-    page = _template().render(
-        run=run,
-        annotations=annotations,
-        images=images,
-        stages=masks,
-        detector=detector,
-        comparison=compare(files, *masks) if len(masks) == len(MASK_STAGES) else None,
-        missing=files.missing,
-        seconds=files.summary.get("seconds") or {},
-        detector_proposals=proposals_beside(Path(run) / DETECTOR),
-        this_command=shlex.join(["python", *sys.argv]),
-        software=software(),
-        date=datetime.now().astimezone(),
-        sections=sections,
-        pictures=pictures,
-        drawing=drawing,
-    )
-    path = files.directory / "report.html"
-    # A path may hold bytes that are no text.
-    write_atomically(path, page.encode(errors="replace"))
-    return path
-
-
-def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -66,10 +38,34 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"decimal": decimal, "duration": duration}
-    environment.filters["quote"] = lambda path: shlex.quote(str(path))
-    environment.globals["gain"] = gain
-    return environment.get_template("report.html.jinja")
+    environment.filters |= {"decimal": decimal, "duration": duration, "quote": shlex.quote}
+    page = environment.get_template("report.html.jinja").render(
+        run=run,
+        annotations=str(annotations),
+        images=str(images),
+        stages=masks,
+        detector=detector,
+        comparison=compare(files, *masks) if len(masks) == len(MASK_STAGES) else None,
+        missing=files.missing,
+        seconds=files.summary.get("seconds") or {},
+        this_command=shlex.join(["python", *sys.argv]),
+        software={
+            "Python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "numpy", "pycocotools")},
+            "OpenCV": cv2.__version__,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        },
+        date=datetime.now().astimezone(),
+        gain=gain,
+        sections=sections,
+        pictures=pictures,
+        drawing=drawing,
+        plots=plots,
+    )
+    path = files.directory / "report.html"
+    # A path may hold bytes that are no text.
+    write_atomically(path, page.encode(errors="replace"))
+    return path
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
@@ -94,21 +90,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, remaining = divmod(minutes, 60)
     return f"{hours} h {remaining} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def proposals_beside(detector: Path) -> Path:
-    """The proposals that a detector had: of the last stage before it, else those that it made."""
-    stores = [detector.parent / name / "proposals" for name in reversed(MASK_STAGES)]
-    made = detector / "proposals" / "val"
-    return next((store for store in stores if store.is_dir()), made)
-
-
-def software() -> dict[str, str]:
-    """Versions of what this process runs on."""
-    packages = ("torch", "torchvision", "numpy", "pycocotools")
-    return {
-        "Python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "OpenCV": cv2.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-    }

@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,25 +10,10 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from datasets.coco import CocoInstances
-from pipeline.inference.proposals import Proposals
-from pipeline.report.comparison import NAMES, object_gallery
-from pipeline.report.pictures import (
-    Gallery,
-    Scene,
-    detection_gallery,
-    proposal_gallery,
-    read_proposals,
-)
-from pipeline.report.plots import (
-    COLORS,
-    PROPOSALS,
-    Curve,
-    metric_values,
-    plot,
-    plot_average_recall,
-    plot_metrics,
-    plot_recall_by_iou,
-)
+from pipeline.inference.coco_json import read_detections
+from pipeline.report import pictures, plots
+from pipeline.report.comparison import object_gallery
+from pipeline.report.plots import COLORS, PROPOSALS, metric_values
 from pipeline.training.run_log import read_metrics
 from pipeline.training.stages import MultiPathNetStage, PatchStage, Stage
 
@@ -47,8 +31,6 @@ ROI_METRICS = {
     "foreground_accuracy": "foreground",
     "background_accuracy": "background",
 }
-SATURATION = 400  # proposals, from where on the published AP hardly grows (BMVC 2016)
-ApCurves = tuple[list[float], dict[str, list]]  # thresholds or numbers; AP at each, by IoU type
 T = TypeVar("T")
 
 
@@ -57,133 +39,111 @@ class Run:
 
     Attributes:
         summary: the content of summary.json.
-        coco: the annotated objects; None if they could not be read.
-        missing: (name, what it is for, why it is not there) of the files that could not be read.
+        coco: the annotated objects.
+        missing: (name, what it is for) of the files that are not there.
     """
 
-    def __init__(self, directory: Path, annotations: Path, images: Path):
+    def __init__(self, directory: Path, annotations: str | Path, images: Path):
         self.directory, self.images = directory, images
-        self.missing: list[tuple[str, str, str]] = []
+        self.missing: list[tuple[str, str]] = []
         self.summary = self.read_json("summary.json", "patch metrics and seconds") or {}
-        purpose = "the annotated objects, and with them the pictures"
-        self.coco = self.read(annotations.absolute(), CocoInstances.load, purpose)
+        self.coco = CocoInstances.load(annotations)
 
-    def read(self, name: str | Path, reader: Callable[[Path], T], purpose: str) -> T | None:
-        """What `reader` makes of a file below the run directory; None if it cannot."""
-        try:
-            return reader(self.directory / name)
-        except FileNotFoundError:
-            self.missing.append((str(name), purpose, "not there"))
-        except (OSError, ValueError) as error:
-            self.missing.append((str(name), purpose, " ".join(str(error).split())))
+    def read(self, name: str, reader: Callable[[Path], T], purpose: str) -> T | None:
+        """What `reader` makes of a file below the run directory; None if it is not there."""
+        if (path := self.directory / name).exists():
+            return reader(path)
+        self.missing.append((name, purpose))
         return None
 
-    def read_json(self, name: str, purpose: str, parse: Callable[[Any], Any] = dict) -> Any | None:
-        """What `parse` makes of the content of a JSON file; None if it cannot."""
+    def read_json(self, name: str, purpose: str) -> Any | None:
+        """The content of a JSON file; None if it is not there."""
+        return self.read(name, lambda path: json.loads(path.read_text()), purpose)
 
-        def read(path: Path) -> Any:
-            try:
-                return parse(json.loads(path.read_text()))
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"is not what it should be: {error!r}") from None
-
-        return self.read(name, read, purpose)
-
-    def read_text(self, *names: str) -> dict[str, str]:
-        """The settings files that can be read, by name."""
-        texts = {name: self.read(name, Path.read_text, "settings") for name in names}
-        return {name: text for name, text in texts.items() if text}
+    def read_settings(self, *names: str) -> dict[str, str | None]:
+        """The text of files by name."""
+        return {name: self.read(name, Path.read_text, "settings") for name in names}
 
 
-@dataclass(frozen=True)
-class Section:
-    """What the page shows of a stage, or of two compared; None for what the run does not have.
-
-    Attributes:
-        scores: metrics and tables. plots: SVG. training: see `read_training`.
-        settings: the files that say how it was made. All of these by name.
-        scenes: the proposals, for the comparison.
-    """
-
-    name: str
-    scores: dict[str, Any]
-    plots: dict[str, Markup | None]
-    gallery: Gallery | None
-    training: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, str] = field(default_factory=dict)
-    scenes: list[Scene[Proposals]] | None = None
+# A section: the name of a stage, its scores, plots (SVG), gallery, training and settings, by
+# name; None for what the run does not have.
 
 
-def read_mask_stage(run: Run, name: str) -> Section:
-    """Read what the run has of DeepMask or SharpMask."""
-    summary, files = run.summary.get(name, {}), f"{name}/scores"
-    training, plots = read_training(run, name, PatchStage, PATCH_LOSSES, PATCH_METRICS)
-    metrics = run.read_json(f"{files}/metrics.json", "average recall")
+def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
+    """The section of DeepMask or SharpMask, with its scenes for the comparison."""
+    summary = run.summary.get(name, {})
+    training, svgs = read_training(run, name, PatchStage, PATCH_LOSSES, PATCH_METRICS)
+    metrics = run.read_json(f"{name}/scores/metrics.json", "average recall")
     purpose = "average recall of the same masks, perfectly ranked"
-    perfect = run.read_json(f"{files}/perfect_ranking.json", purpose)
-    curves = run.read_json(f"{files}/curves.json", "curves of average recall")
+    perfect = run.read_json(f"{name}/scores/perfect_ranking.json", purpose)
+    curves = run.read_json(f"{name}/scores/curves.json", "curves of average recall")
     if curves:
-        averages = {t: curves[t]["ar_by_count"] for t in COLORS}
-        recalls = {t: curves[t]["recall_by_iou"] for t in COLORS}
-        plots["average_recall"] = plot_average_recall(curves["counts"], averages, perfect)
-        plots["recall_by_iou"] = plot_recall_by_iou(curves["iou_thresholds"], recalls)
+        by_type = {t: curves[t] for t in COLORS}
+        svgs["average_recall"] = plots.plot_average_recall(curves["counts"], by_type, perfect)
+        svgs["recall_by_iou"] = plots.plot_recall_by_iou(curves["iou_thresholds"], by_type)
     if run.summary and not summary.get("patches"):
-        run.missing.append((f"{name}.patches in summary.json", "patch metrics", "not there"))
-    scenes = gallery = None
-    if run.coco:
-        scenes = run.read(f"{name}/proposals", partial(read_proposals, coco=run.coco), "pictures")
-        gallery = proposal_gallery(scenes, run.coco, run.images) if scenes else None
-    scores = {
+        run.missing.append((f"{name}.patches in summary.json", "patch metrics"))
+    found = run.read(f"{name}/proposals", pictures.read_proposals, "pictures") or []
+    scenes = pictures.scenes_of(found, run.coco)
+    return {
+        "name": name,
         "patches": summary.get("patches"),
         "proposals": metrics or summary.get("proposals"),
         "perfect": perfect,
         "curves": curves,
+        "plots": svgs,
+        "scenes": scenes,
+        "gallery": scenes and pictures.proposal_gallery(scenes, run.coco, run.images),
+        "training": training,
+        "settings": run.read_settings(f"{name}/config.yaml", f"{name}/proposals/settings.json"),
     }
-    settings = run.read_text(f"{name}/config.yaml", f"{name}/proposals/settings.json")
-    return Section(name, scores, plots, gallery, training, settings, scenes)
 
 
-def read_detector(run: Run, name: str) -> Section:
-    """Read what the run has of the detector."""
-    summary, files = run.summary.get(name, {}), f"{name}/scores"
-    training, plots = read_training(run, name, MultiPathNetStage, ROI_LOSSES, ROI_METRICS)
-    metrics = run.read_json(f"{files}/metrics.json", "average precision")
-    parse = partial(ap_curves, x="iou_thresholds", key="ap_by_iou")
-    by_iou = run.read_json(f"{files}/curves.json", "AP by IoU threshold", parse)
-    purpose, parse = "AP by number of proposals", partial(ap_curves, x="counts")
-    by_proposals = run.read_json(f"{files}/by_proposals.json", purpose, parse)
-    categories = run.read_json(f"{files}/categories.json", "AP by category", category_table)
-    plots["by_iou"] = by_iou and plot_ap(by_iou, "IoU threshold")
-    plots["by_proposals"] = by_proposals and plot_ap(by_proposals, PROPOSALS)
-    gallery = None
-    if run.coco:
-        reader = partial(detection_gallery, coco=run.coco, images=run.images)
-        gallery = run.read(f"{name}/detections.json", reader, "pictures")
-    scores = {
-        "detections": metrics or summary.get("detections"),
+def read_detector(run: Run, name: str) -> dict[str, Any]:
+    """The section of the detector."""
+    training, svgs = read_training(run, name, MultiPathNetStage, ROI_LOSSES, ROI_METRICS)
+    metrics = run.read_json(f"{name}/scores/metrics.json", "average precision")
+    curves = run.read_json(f"{name}/scores/curves.json", "AP by IoU threshold")
+    by_iou = curves and ap_curves(curves, "iou_thresholds", "ap_by_iou")
+    counts = run.read_json(f"{name}/scores/by_proposals.json", "AP by number of proposals")
+    by_proposals = counts and ap_curves(counts, "counts")
+    categories = run.read_json(f"{name}/scores/categories.json", "AP by category")
+    svgs["by_iou"] = by_iou and plots.plot_ap(by_iou, "IoU threshold")
+    svgs["by_proposals"] = by_proposals and plots.plot_ap(by_proposals, PROPOSALS)
+    coco = run.coco
+    columns = zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True)
+    images = [
+        {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}
+        for i, (image_id, (height, width)) in enumerate(columns)
+    ]
+    reader = partial(read_detections, images=images)
+    found = run.read(f"{name}/detections.json", reader, "pictures")
+    return {
+        "name": name,
+        "detections": metrics or run.summary.get(name, {}).get("detections"),
         "by_iou": by_iou,
         "by_proposals": by_proposals,
-        "categories": categories,
+        "categories": categories and category_table(categories),
+        "plots": svgs,
+        "gallery": found and pictures.detection_gallery(found, coco, run.images),
+        "training": training,
+        "settings": run.read_settings(f"{name}/config.yaml"),
     }
-    return Section(name, scores, plots, gallery, training, run.read_text(f"{name}/config.yaml"))
 
 
-def compare(run: Run, coarse: Section, refined: Section) -> Section:
-    """DeepMask and SharpMask beside each other."""
-    scores = {NAMES[stage.name]: stage.scores for stage in (coarse, refined)}
-    curves = {name: s["curves"] for name, s in scores.items() if s["curves"]}
-    plots, gallery = {}, None
-    if len(curves) == len(NAMES):
-        x = coarse.scores["curves"]
-        recalls = {name: c["mask"]["recall_by_iou"] for name, c in curves.items()}
-        averages = {
-            f"{name}, {t}": c[t]["ar_by_count"] for name, c in curves.items() for t in COLORS
-        }
-        plots["recall_by_iou"] = plot_recall_by_iou(x["iou_thresholds"], recalls)
-        plots["average_recall"] = plot_average_recall(x["counts"], averages)
-    if run.coco and coarse.scenes is not None and refined.scenes is not None:
-        gallery = object_gallery(coarse.scenes, refined.scenes, run.coco, run.images)
-    return Section("comparison", scores, plots, gallery)
+def compare(run: Run, coarse: dict[str, Any], refined: dict[str, Any]) -> dict[str, Any]:
+    """The section of DeepMask and SharpMask beside each other, from those of the two."""
+    stages = {"DeepMask": coarse, "SharpMask": refined}
+    svgs, gallery = {}, None
+    if coarse["curves"] and refined["curves"]:
+        recalls = {name: stage["curves"]["mask"] for name, stage in stages.items()}
+        averages = {f"{name}, {t}": s["curves"][t] for name, s in stages.items() for t in COLORS}
+        x = coarse["curves"]
+        svgs["recall_by_iou"] = plots.plot_recall_by_iou(x["iou_thresholds"], recalls)
+        svgs["average_recall"] = plots.plot_average_recall(x["counts"], averages)
+    if coarse["scenes"] and refined["scenes"]:
+        gallery = object_gallery(coarse["scenes"], refined["scenes"], run.coco, run.images)
+    return {"stages": stages, "plots": svgs, "gallery": gallery}
 
 
 def read_training(
@@ -206,41 +166,24 @@ def read_training(
         "samples": stage.samples,
         "samples_per_second": statistics.median(rates) if rates else None,
     }
-    plots = {
+    svgs = {
         # Without their weighted sum, which would press the others down to one line.
-        "losses": plot_metrics(records, "train", losses, "loss"),
-        "validation": plot_metrics(records, "val", metrics, "value", top=1),
+        "losses": plots.plot_metrics(records, "train", losses, "loss"),
+        "validation": plots.plot_metrics(records, "val", metrics, "value", top=1),
     }
-    return training, plots
+    return training, svgs
 
 
-def ap_curves(content: dict, x: str, key: str = "") -> ApCurves:
-    """The AP at each of `x` by IoU type, from a file of scores; ValueError if there is none."""
+def ap_curves(content: dict, x: str, key: str = "") -> tuple[list[float], dict[str, list]] | None:
+    """The values of `x` and the AP at each of them by IoU type; None if nothing was measured."""
     values = {t: content[t][key] if key else content[t] for t in ("box", "mask") if t in content}
     measured = {t: ap for t, ap in values.items() if any(v is not None for v in ap)}
-    if not measured or {len(ap) for ap in measured.values()} != {len(content[x])}:
-        raise ValueError(f"does not have an AP for each of {x}")
-    return content[x], measured
-
-
-def plot_ap(ap: ApCurves, xlabel: str) -> Markup | None:
-    """Average precision by IoU type; by number of proposals, with the published saturation."""
-    x, values = ap
-    curves: list[Curve] = [(t, x, y, f"{COLORS[t]}o-") for t, y in values.items()]
-    if xlabel == PROPOSALS:
-        highest = max(v for y in values.values() for v in y if v is not None)
-        curves.append((f"published: {SATURATION}", [SATURATION] * 2, [0, highest], "k:"))
-    return plot(curves, xlabel, "average precision")
+    return (content[x], measured) if measured else None
 
 
 def category_table(content: list[dict]) -> dict[str, Any]:
-    """From categories.json: rows of (name, annotations, detections, values), and mean values."""
-    measures = list(content[0])[4:] if content else []
-    rows = [
-        (c["category"], int(c["annotations"]), int(c["detections"]), [c[m] for m in measures])
-        for c in content
-    ]
-    columns = zip(*(values for *_, values in rows), strict=True)
-    known = [[value for value in column if value is not None] for column in columns]
-    means = [statistics.fmean(column) if column else None for column in known]
-    return {"measures": [m.replace("_", " ") for m in measures], "rows": rows, "means": means}
+    """From categories.json: the names of measures, and their mean over the categories."""
+    measures = list(content[0])[4:]
+    known = [[c[m] for c in content if c[m] is not None] for m in measures]
+    means = [statistics.fmean(values) if values else None for values in known]
+    return {"measures": measures, "rows": content, "means": means}

@@ -1,15 +1,8 @@
 import pytest
 from markupsafe import Markup
 
-from pipeline.report import plots, sections
-from tests.pipeline.report.small_run import (
-    FOUND,
-    STORE,
-    make_dataset,
-    write_detector,
-    write_stage,
-    write_summary,
-)
+from pipeline.report import plots
+from tests.pipeline.report.small_run import make_dataset, write_run
 
 
 @pytest.fixture
@@ -19,18 +12,12 @@ def dataset(tmp_path):
 
 
 @pytest.fixture
-def empty_plots(monkeypatch):
-    """Drawing plots takes most of the time."""
-    for module in (plots, sections):
-        monkeypatch.setattr(
-            module, "plot", lambda curves, *_, **__: Markup("<svg></svg>") if curves else None
-        )
+def run(tmp_path, monkeypatch):
+    """A complete run of DeepMask and the detector, to be changed.
 
-
-@pytest.fixture
-def run(tmp_path, empty_plots):
-    """A complete run of DeepMask and the detector, to be changed."""
-    write_stage(tmp_path / "run" / "deepmask", STORE)
-    write_detector(tmp_path / "run" / "multipathnet", FOUND)
-    write_summary(tmp_path / "run", "deepmask")
-    return tmp_path / "run"
+    Its plots are empty: drawing them takes most of the time.
+    """
+    monkeypatch.setattr(
+        plots, "plot", lambda curves, *_, **__: Markup("<svg></svg>") if curves else None
+    )
+    return write_run(tmp_path / "run")

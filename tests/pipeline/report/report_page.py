@@ -1,6 +1,10 @@
 """The page of a report as its tests read it."""
 
+import base64
 from html.parser import HTMLParser
+
+import cv2
+import numpy as np
 
 from pipeline.report.report import write_report
 
@@ -29,9 +33,6 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self._open.pop()[0] == tag
 
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
     def handle_data(self, data):
         self.text += data
         tags = [tag for tag, _ in self._open]
@@ -47,6 +48,13 @@ class Page(HTMLParser):
 
     def all(self, tag, attribute):
         return [given[attribute] for name, given in self.elements if name == tag]
+
+
+def decode_uri(uri):
+    """The picture (H, W, 3) uint8 RGB in a data URI."""
+    scheme, data = uri.split(",")
+    assert scheme == "data:image/jpeg;base64"
+    return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
 def page_of(run, dataset):

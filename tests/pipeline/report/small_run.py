@@ -7,12 +7,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.evaluation.precision import METRICS
-from pipeline.inference.coco_json import results_of, write_results
+from pipeline.inference.coco_json import results_of
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
 
 SIDE = 64  # px, of the images
 SQUARE, ELSEWHERE, EVERYTHING = (8, 8, 24, 24), (40, 40, 56, 56), (0, 0, SIDE, SIDE)  # xyxy
+UPPER_HALF = (8, 8, 24, 16)  # of SQUARE
 NUM_WITH_OBJECTS = 3  # of the images of `dataset`
 
 
@@ -54,18 +55,21 @@ def object_of(image_id, box, *, iscrowd=0, category=1):
 def write_dataset(directory, names, objects):
     """Images with ids from 1 on and their annotations; returns the json and the images' folder."""
     images = [
-        {"id": n, "file_name": name, "height": SIDE, "width": SIDE}
-        for n, name in enumerate(names, start=1)
+        {"id": i, "file_name": name, "height": SIDE, "width": SIDE}
+        for i, name in enumerate(names, start=1)
     ]
-    annotations = [{"id": n} | annotation for n, annotation in enumerate(objects, start=1)]
+    annotations = [{"id": i} | annotation for i, annotation in enumerate(objects, start=1)]
     categories = [{"id": 1, "name": "ring"}, {"id": 3, "name": "bar"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    directory.mkdir(exist_ok=True)
-    for n, name in enumerate(names):
-        cv2.imwrite(str(directory / name), np.full((SIDE, SIDE, 3), (40 * n + 40) % 256, np.uint8))
     path = directory / "instances.json"
-    path.write_text(json.dumps(content))
+    write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+    for i, name in enumerate(names, start=1):
+        cv2.imwrite(str(directory / name), np.full((SIDE, SIDE, 3), 40 * i % 256, np.uint8))
     return path, directory
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 def write_store(directory, proposals):
@@ -78,19 +82,13 @@ def metrics_of(start):
     """Different values for all metrics, so that each can be told apart on the page."""
     names = ("AR@10", "AR@100", "AR@1000", "AUC", "AR@1000/medium", "AR@1000/large")
     return {
-        kind: {name: start + (10 * k + n) / 1000 for n, name in enumerate(names)}
-        | {"AR@1000/small": None}
-        for k, kind in enumerate(("box", "mask"))
+        iou_type: {name: first + i / 1000 for i, name in enumerate(names)} | {"AR@1000/small": None}
+        for iou_type, first in (("box", start), ("mask", start + 0.01))
     }
 
 
-PATCHES = {
-    "mean_iou": 0.761,
-    "median_iou": 0.792,
-    "iou_above_0.5": 0.873,
-    "iou_above_0.7": 0.664,
-    "score_accuracy": 0.915,
-}
+PATCHES = {"mean_iou": 0.761, "median_iou": 0.792, "iou_above_0.5": 0.873, "iou_above_0.7": 0.664,
+           "score_accuracy": 0.915}  # fmt: skip
 RECORDS = [
     {"split": "train", "step": 20, "epoch": 0.2, "loss": 0.7, "mask_loss": 0.711, "lr": 1e-3,
      "patches_per_second": 10.0},
@@ -102,24 +100,9 @@ RECORDS = [
 ]  # fmt: skip
 CURVES = {
     "iou_thresholds": [0.5, 0.75, 0.95], "counts": [1, 10, 100, 1000],
-    **{kind: {"recall_by_iou": {k: [0.5, 0.3, None] for k in ("10", "100", "1000")},
-              "ar_by_count": [0.1, 0.2, 0.3, None]} for kind in ("box", "mask")},
+    **{iou_type: {"recall_by_iou": {k: [0.5, 0.3, None] for k in ("10", "100", "1000")},
+                  "ar_by_count": [0.1, 0.2, 0.3, None]} for iou_type in ("box", "mask")},
 }  # fmt: skip
-
-
-def write_stage(directory, proposals, *, start=0.1):
-    (directory / "scores").mkdir(parents=True)
-    (directory / "config.yaml").write_text("seed: 7\ntrunk: {name: tiny}\n")
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    for name, content in (
-        ("metrics", metrics_of(start)),
-        ("perfect_ranking", metrics_of(start + 0.1)),
-        ("curves", CURVES),
-    ):
-        (directory / "scores" / f"{name}.json").write_text(json.dumps(content))
-    write_store(directory / "proposals", proposals)
-
-
 DETECTOR_RECORDS = [
     {"split": "train", "step": 20, "epoch": 0.2, "class_loss": 1.51, "box_loss": 0.41,
      "images_per_second": 8.0},
@@ -130,8 +113,8 @@ DETECTOR_RECORDS = [
     {"split": "val", "step": 200, "epoch": 2.0, "roi_accuracy": 0.7},
 ]  # fmt: skip
 DETECTION_METRICS = {
-    kind: dict(zip(METRICS, [start, *(start + n / 1000 for n in range(1, 9))], strict=True))
-    for kind, start in (("box", 0.3), ("mask", 0.2))
+    iou_type: {name: start + i / 1000 for i, name in enumerate(METRICS)}
+    for iou_type, start in (("box", 0.3), ("mask", 0.2))
 }
 AP_BY_IOU = {
     "iou_thresholds": [0.5, 0.75, 0.95],
@@ -149,26 +132,35 @@ CATEGORIES = [
 ]  # fmt: skip
 
 
-def write_detector(directory, detections):
-    scores = directory / "scores"
-    scores.mkdir(parents=True)
-    (directory / "config.yaml").write_text("seed: 9\n")
-    lines = "".join(json.dumps(r) + "\n" for r in DETECTOR_RECORDS)
-    (directory / "metrics.jsonl").write_text(lines)
-    for name, content in (
-        ("metrics", DETECTION_METRICS),
-        ("curves", AP_BY_IOU),
-        ("by_proposals", AP_BY_PROPOSALS),
-        ("categories", CATEGORIES),
-    ):
-        (scores / f"{name}.json").write_text(json.dumps(content))
-    results = (result for found in detections for result in results_of(found))
-    write_results(directory / "detections.json", results)
+def _write_training(directory, seed, records, **scores):
+    for name, content in scores.items():
+        write_json(directory / "scores" / f"{name}.json", content)
+    (directory / "config.yaml").write_text(f"seed: {seed}\n")
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def write_stage(directory, proposals, *, start=0.1):
+    metrics, perfect = metrics_of(start), metrics_of(start + 0.1)
+    _write_training(directory, 7, RECORDS, metrics=metrics, perfect_ranking=perfect, curves=CURVES)
+    write_store(directory / "proposals", proposals)
 
 
 def write_summary(run, *stages):
     summary = {name: {"patches": PATCHES} for name in stages}
-    (run / "summary.json").write_text(json.dumps(summary | {"seconds": {"deepmask": 251.3}}))
+    write_json(run / "summary.json", summary | {"seconds": {"deepmask": 251.3}})
+
+
+def write_run(directory):
+    """A complete run of DeepMask and the detector."""
+    write_stage(directory / "deepmask", STORE)
+    detector = directory / "multipathnet"
+    scores = {"by_proposals": AP_BY_PROPOSALS, "categories": CATEGORIES}
+    _write_training(
+        detector, 9, DETECTOR_RECORDS, metrics=DETECTION_METRICS, curves=AP_BY_IOU, **scores
+    )
+    write_json(detector / "detections.json", [r for found in FOUND for r in results_of(found)])
+    write_summary(directory, "deepmask")
+    return directory
 
 
 def make_dataset(directory):
@@ -181,7 +173,7 @@ def make_dataset(directory):
 STORE = [
     proposals_of(1, "found.png", [EVERYTHING, SQUARE]),
     proposals_of(2, "missed.png", [ELSEWHERE]),
-    proposals_of(3, "half.png", [(8, 8, 24, 16), ELSEWHERE]),
+    proposals_of(3, "half.png", [UPPER_HALF, ELSEWHERE]),
     proposals_of(4, "crowd.png", [SQUARE]),
     proposals_of(5, "empty.png", [SQUARE]),
 ]
@@ -190,6 +182,6 @@ STORE = [
 FOUND = [
     detections_of(1, "found.png", [(SQUARE, 1, 0.9)]),
     detections_of(2, "missed.png", [(SQUARE, 3, 0.8), (SQUARE, 1, 0.2)]),
-    detections_of(3, "half.png", [((8, 8, 24, 16), 1, 0.7), (ELSEWHERE, 1, 0.4)]),
+    detections_of(3, "half.png", [(UPPER_HALF, 1, 0.7), (ELSEWHERE, 1, 0.4)]),
     detections_of(5, "empty.png", [(SQUARE, 1, 0.1)]),
 ]

@@ -9,34 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.coco import CocoInstances
-from pipeline.report.comparison import (
-    object_gallery,
-    refined_objects,
-    same_proposals,
-)
-from pipeline.report.pictures import scenes_of, spread
-from pipeline.report.report import gain, write_report
+from pipeline.report.comparison import object_gallery, refined_objects, same_proposals
+from pipeline.report.pictures import scenes_of
+from tests.pipeline.report.report_page import page_of
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
     EVERYTHING,
     SQUARE,
-    STORE,
-    make_dataset,
-    metrics_of,
+    UPPER_HALF,
     object_of,
     proposals_of,
     write_dataset,
     write_stage,
-    write_summary,
 )
-
-# The same proposals, after a refinement that is right on the half-found object.
-REFINED = [
-    proposals_of(1, "found.png", [EVERYTHING, SQUARE]),
-    proposals_of(2, "missed.png", [ELSEWHERE]),
-    proposals_of(3, "half.png", [SQUARE, ELSEWHERE]),
-]
-
 
 # Which masks belong together.
 
@@ -68,10 +53,10 @@ def test_masks_of_a_cell_find_each_other(corners, seed):
     assert found == {(i, i) for i in set(cells[0]) & set(cells[1])}
 
 
-def test_equal_boxes_of_other_scores_and_equal_scores_of_other_boxes_are_no_pair():
-    assert not len(same_proposals(scored([SQUARE], [0.9]), scored([SQUARE], [0.89])))
-    assert not len(same_proposals(scored([SQUARE], [0.9]), scored([ELSEWHERE], [0.9])))
-    assert not len(same_proposals(scored([], []), scored([SQUARE], [0.9])))
+@pytest.mark.parametrize(("boxes", "scores"), [([SQUARE], [0.89]), ([ELSEWHERE], [0.9]), ([], [])])
+def test_other_scores_or_other_boxes_are_no_pair(boxes, scores):
+    assert not len(same_proposals(scored([SQUARE], [0.9]), scored(boxes, scores)))
+    assert not len(same_proposals(scored(boxes, scores), scored([SQUARE], [0.9])))
 
 
 # Which objects are shown.
@@ -86,18 +71,17 @@ def objects_found(tmp_path, coarse, refined):
 
 def test_an_object_is_shown_with_the_pair_that_fits_best_on_average(tmp_path):
     """Neither the best coarse mask (16 x 15 px, then 16 x 8) nor the best refined one wins."""
-    coarse = scored([(8, 8, 24, 23), (8, 8, 24, 22), (8, 8, 24, 16)], [0.9, 0.8, 0.7])
-    refined = scored([(8, 8, 24, 16), (8, 8, 24, 22), (8, 8, 24, 23)], [0.9, 0.8, 0.7])
+    boxes, scores = [(8, 8, 24, 23), (8, 8, 24, 22), UPPER_HALF], [0.9, 0.8, 0.7]
+    coarse, refined = scored(boxes, scores), scored(boxes[::-1], scores)
     for stores in ((coarse, refined), (refined, coarse)):
-        [found] = objects_found(tmp_path, *stores)
-        assert (found.annotation, found.file_name) == (0, "a.png")
-        assert found.ious.tolist() == [14 / 16, 14 / 16] and found.gain == 0
-        assert found.masks == [stores[0].rle(1), stores[1].rle(1)]
+        [(name, annotation, masks, ious)] = objects_found(tmp_path, *stores)
+        assert (name, annotation, ious.tolist()) == ("a.png", 0, [14 / 16, 14 / 16])
+        assert masks == [store.rle(1) for store in stores]
 
 
 def test_an_object_that_only_one_stage_proposes_is_not_found(tmp_path):
     coarse, refined = scored([SQUARE, ELSEWHERE], [0.9, 0.8]), scored([SQUARE], [0.9])
-    assert [o.annotation for o in objects_found(tmp_path, coarse, refined)] == [0]
+    assert [annotation for _, annotation, *_ in objects_found(tmp_path, coarse, refined)] == [0]
     assert objects_found(tmp_path, coarse, scored([], [])) == []
 
 
@@ -107,63 +91,40 @@ def test_images_of_two_stores_meet_in_any_order(tmp_path):
     objects = [object_of(i, SQUARE) for i in range(1, 9)]
     path, images = write_dataset(tmp_path / "data", names, objects)
     coco = CocoInstances.load(path)
-    first, second = (
+    stores = (
         scenes_of([proposals_of(i, f"{i}.png", [SQUARE]) for i in ids], coco)
         for ids in ((5, 3, 1, 6, 2, 4), (8, 4, 3, 7, 6, 5))
     )
-    gallery = object_gallery(first, second, coco, images)
-    assert sorted(e.file_name for e in gallery.examples[""]) == ["3.png", "4.png", "5.png", "6.png"]
-    assert gallery.totals == {"proposals": 4, "pairs": 4, "objects": 4, "better": 0}
-
-
-def test_items_stand_for_equal_parts():
-    assert spread(list(range(80)), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
-
-
-@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
-def test_items_keep_their_order_and_none_is_shown_twice(values, count):
-    chosen = spread(list(enumerate(values)), count)
-    assert chosen == sorted(chosen, key=lambda item: item[0])
-    assert len({i for i, _ in chosen}) == len(chosen) == min(count, len(values))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "absolute", "relative"),
-    [
-        (0.5, 0.6, "+0.100", "+20.0 %"),
-        (0.5, 0.4, "−0.100", "−20.0 %"),
-        (0.0, 0.1, "+0.100", "–"),
-        (None, 0.1, "–", "–"),
-        (0.1, None, "–", "–"),
-    ],
-)
-def test_difference_and_relative_difference(before, after, absolute, relative):
-    assert gain(before, after) == absolute and gain(before, after, relative=True) == relative
+    gallery = object_gallery(*stores, coco, images)
+    assert {e["file_name"] for e in gallery.pop("examples")} == set(names[2:6])
+    assert gallery == {"proposals": 4, "pairs": 4, "objects": 4, "better": 0}
 
 
 # The page.
 
 
 @pytest.fixture
-def page(tmp_path, empty_plots):
-    """Writes the page of a run of both stages and gives its section; a part may be removed."""
-    run, (annotations, images) = tmp_path / "run", make_dataset(tmp_path / "data")
-    write_stage(run / "deepmask", STORE)
-    write_stage(run / "sharpmask", REFINED, start=0.16)
-    write_summary(run, "deepmask", "sharpmask")
+def section_of(run, dataset):
+    """The section of a run of both stages; a part may be removed before."""
+    # The same proposals, after a refinement that is right on the half-found object.
+    refined = [
+        proposals_of(1, "found.png", [EVERYTHING, SQUARE]),
+        proposals_of(2, "missed.png", [ELSEWHERE]),
+        proposals_of(3, "half.png", [SQUARE, ELSEWHERE]),
+    ]
+    write_stage(run / "sharpmask", refined, start=0.16)
 
-    def write(*, without: str | None = None) -> str:
+    def write(*, without=None):
         if without:
             shutil.rmtree(run / without)
-        html = write_report(run, annotations=annotations, images=images).read_text()
+        html = page_of(run, dataset).html
         return html.partition('<h2 id="comparison">')[2].partition("<h2 ")[0]
 
     return write
 
 
-def test_section_shows_differences_and_objects(page):
-    section = page()
-    assert metrics_of(0.16)["mask"]["AR@10"] == 0.17
+def test_section_shows_differences_and_objects(section_of):
+    section = section_of()
     for cell in ("0.110", "0.170", "+0.060", "+54.5 %"):
         assert f"<td>{cell}</td>" in section
     assert section.count('src="data:image/jpeg;base64,') == 4 and section.count("<svg>") == 2
@@ -174,12 +135,11 @@ def test_section_shows_differences_and_objects(page):
     assert "2 objects have one" in section and "Of all 2, 1 (50 %) gained" in section
 
 
-def test_section_says_what_is_not_there(page):
-    assert "have not been scored" in page(without="sharpmask/scores")
-    section = page(without="sharpmask/proposals")
+def test_section_says_what_is_not_there(section_of):
+    assert "have not been scored" in section_of(without="sharpmask/scores")
+    section = section_of(without="sharpmask/proposals")
     assert "both stages need proposals" in section and "<img" not in section
 
 
-def test_no_section_without_both_stages(page, tmp_path):
-    write_summary(tmp_path / "run", "deepmask")
-    assert page(without="sharpmask") == ""
+def test_no_section_without_both_stages(section_of):
+    assert section_of(without="sharpmask") == ""

@@ -1,33 +1,17 @@
 """What the report draws on images, and where."""
 
-import base64
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.images import read_image
-from pipeline.report.drawing import (
-    MASK_RGB,
-    TILE_SIDE,
-    TRUTH_RGB,
-    Mark,
-    crop_window,
-    draw_marks,
-    draw_object,
-    draw_outline,
-    fit_picture,
-    jpeg_uri,
-    scale_image,
-)
-from pipeline.report.pictures import FULL, detection_mark
-from tests.pipeline.report.small_run import SIDE, SQUARE, detections_of, rle_of
-
-sides = st.integers(1, 200)
-
+from pipeline.report import drawing
+from pipeline.report.drawing import Mark, draw_marks
+from pipeline.report.pictures import FULL
+from tests.pipeline.report.report_page import decode_uri
+from tests.pipeline.report.small_run import SIDE, SQUARE, UPPER_HALF, rle_of
 
 # Masks on images.
 
@@ -46,10 +30,9 @@ def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
 
 def test_box_and_mask_are_where_they_are_in_the_image():
     """Mask and box differ: on a picture of half the size, each is where it belongs."""
-    found = detections_of(1, "a.png", [(SQUARE, 1, 0.9)])
-    found.boxes[0] = (8, 8, 56, 40)
     image = np.full((SIDE // 2, SIDE // 2, 3), 200, np.uint8)
-    picture = draw_marks(image, [replace(detection_mark(found, 0, {1: "ring"}, FULL), label="")])
+    mark = Mark(rle_of(SQUARE), (255, 0, 0), FULL, box=np.float32([8, 8, 56, 40]))
+    picture = draw_marks(image, [mark])
     changed = (picture != 200).any(axis=-1)
     assert changed[19, 10:28].all() and changed[10:20, 27].all(), "the box's lower right sides"
     assert not changed[14:18, 16:26].any(), "inside of the box, beside the mask"
@@ -65,78 +48,70 @@ def test_label_stands_at_the_top_left_of_its_mask():
     assert (rows.max(), columns.min()) == pytest.approx((40, 80), abs=6)
 
 
-@pytest.mark.parametrize(
-    ("size", "max_scale", "expected"),
-    [
+def test_pictures_fit_the_page():
+    for size, max_scale, expected in (
         ((1000, 700), 1, (480, 336)),
         ((64, 32), 1, (64, 32)),
         ((64, 32), 2, (128, 64)),
         ((300, 400), 2, (360, 480)),
         ((1000, 1), 1, (480, 1)),
-    ],
-)
-def test_pictures_fit_the_page(size, max_scale, expected):
-    assert fit_picture(np.zeros((*size, 3), np.uint8), max_scale=max_scale).shape[:2] == expected
+    ):
+        picture = drawing.fit_picture(np.zeros((*size, 3), np.uint8), max_scale=max_scale)
+        assert picture.shape == (*expected, 3)
 
 
 def test_a_mask_keeps_its_values_when_it_is_enlarged():
     mask = np.eye(5, dtype=np.uint8)
-    assert np.array_equal(scale_image(mask, 3), mask.repeat(3, axis=0).repeat(3, axis=1))
+    assert np.array_equal(drawing.scale_image(mask, 3), mask.repeat(3, axis=0).repeat(3, axis=1))
 
 
 def test_a_picture_is_a_data_uri():
-    picture = np.zeros((8, 16, 3), np.uint8)
-    picture[..., 0] = 200
-    scheme, data = jpeg_uri(picture).split(",")
-    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert scheme == "data:image/jpeg;base64" and np.abs(decoded.astype(int) - picture).max() < 5
+    picture = np.full((8, 16, 3), (200, 0, 0), np.uint8)
+    decoded = decode_uri(drawing.jpeg_uri(picture))
+    assert np.abs(decoded.astype(int) - picture).max() < 5
 
 
 # Enlarged objects.
 
 
-@given(sides, sides, st.tuples(*[st.floats(0, 0.99)] * 4))
+@given(st.integers(1, 200), st.integers(1, 200), st.tuples(*[st.floats(0, 0.99)] * 4))
 def test_window_holds_the_object_and_lies_in_the_image(height, width, fractions):
     (x1, x2), (y1, y2) = sorted(fractions[:2]), sorted(fractions[2:])
     box = np.float32([x1 * width, y1 * height, (x2 + 0.01) * width, (y2 + 0.01) * height])
     box = box.clip(max=[width, height] * 2)
-    rows, columns = crop_window(box, (height, width))
+    rows, columns = drawing.crop_window(box, (height, width))
     assert 0 <= rows.start <= box[1] and box[3] <= rows.stop <= height
     assert 0 <= columns.start <= box[0] and box[2] <= columns.stop <= width
 
 
 def test_window_is_tight_and_square():
-    rows, columns = crop_window(np.float32([100, 200, 140, 220]), (480, 640))
+    rows, columns = drawing.crop_window(np.float32([100, 200, 140, 220]), (480, 640))
     assert (columns.start, columns.stop, rows.start, rows.stop) == (94, 146, 184, 236)
 
 
-def test_outline_runs_inside_of_the_mask_and_not_along_the_edge_of_the_picture():
-    mask = np.zeros((20, 20), np.uint8)
-    mask[5:, 5:12] = 1  # goes on below the picture
-    picture = np.zeros((20, 20, 3), np.uint8)
-    draw_outline(picture, mask, (255, 0, 0), 2)
-    expected = mask.copy()
-    expected[7:, 7:10] = 0
-    assert np.array_equal(picture[..., 0] > 0, expected > 0)
-
-
-def test_outlines_of_object_and_mask_are_where_they_are_in_the_image(dataset):
+def test_outlines_of_object_and_mask_are_where_they_are_in_the_image():
     """The object is 16 px wide in a crop of 22 px; the first mask is its upper half."""
-    image = read_image(dataset[1] / "found.png")
-    coarse, exact = (
-        draw_object(image, np.float32(SQUARE), rle_of(SQUARE), rle_of(box))
-        for box in ((8, 8, 24, 16), SQUARE)
-    )
-    assert coarse.shape == exact.shape == (TILE_SIDE, TILE_SIDE, 3)
-    scale = TILE_SIDE / 22  # of the crop from 5 to 27
+    image = np.full((SIDE, SIDE, 3), 40, np.uint8)
+    masks = [rle_of(UPPER_HALF), rle_of(SQUARE)]
+    coarse, exact = drawing.draw_tiles(np.float32(SQUARE), rle_of(SQUARE), masks, image)
+    assert coarse.shape == exact.shape == (drawing.TILE_SIDE, drawing.TILE_SIDE, 3)
+    scale = drawing.TILE_SIDE / 22  # of the crop from 5 to 27
     top, middle, bottom = (round((y - 5) * scale) for y in (8, 16, 24))
     for picture, y, rgb in (
-        (coarse, top, MASK_RGB),
-        (coarse, middle - 2, MASK_RGB),
-        (coarse, bottom - 2, TRUTH_RGB),
-        (exact, top, MASK_RGB),
-        (exact, top + 2, TRUTH_RGB),
-        (exact, bottom - 1, MASK_RGB),
+        (coarse, top, drawing.MASK_RGB),
+        (coarse, middle - 2, drawing.MASK_RGB),
+        (coarse, bottom - 2, drawing.TRUTH_RGB),
+        (exact, top - 1, (40, 40, 40)),
+        (exact, top, drawing.MASK_RGB),
+        (exact, top + 2, drawing.TRUTH_RGB),
+        (exact, bottom - 1, drawing.MASK_RGB),
         (exact, middle, (40, 40, 40)),
     ):
-        assert tuple(picture[y, TILE_SIDE // 2]) == rgb, (y, picture[y, TILE_SIDE // 2])
+        assert tuple(picture[y, drawing.TILE_SIDE // 2]) == rgb, y
+
+
+def test_no_outline_runs_along_the_edge_of_the_picture():
+    whole = rle_of((0, 0, SIDE, SIDE))
+    image = np.full((SIDE, SIDE, 3), 40, np.uint8)
+    [tile] = drawing.draw_tiles(np.float32([0, 0, SIDE, SIDE]), whole, [whole], image)
+    assert (tile == 40).all()

@@ -3,8 +3,8 @@
 import re
 from xml.etree import ElementTree
 
-from pipeline.report.plots import PROPOSALS, plot, plot_average_recall, plot_metrics
-from pipeline.report.sections import PATCH_LOSSES, plot_ap
+from pipeline.report.plots import PROPOSALS, plot_ap, plot_average_recall, plot_metrics
+from pipeline.report.sections import PATCH_LOSSES
 from tests.pipeline.report.small_run import AP_BY_IOU, AP_BY_PROPOSALS, CURVES, RECORDS, metrics_of
 
 
@@ -38,11 +38,7 @@ def test_plots_of_ap_keep_the_colors_of_mask_and_box():
 
 
 def test_perfect_ranking_is_beside_the_curves():
-    recalls = {iou_type: CURVES[iou_type]["ar_by_count"] for iou_type in ("mask", "box")}
-    svg = plot_average_recall(CURVES["counts"], recalls, metrics_of(0.5))
+    curves = {iou_type: CURVES[iou_type] for iou_type in ("mask", "box")}
+    svg = plot_average_recall(CURVES["counts"], curves, metrics_of(0.5))
     assert {"mask", "box", "mask, perfect ranking", "box, perfect ranking"} <= texts_of(svg)
-    assert "mask, perfect ranking" not in texts_of(plot_average_recall(CURVES["counts"], recalls))
-
-
-def test_no_curve_is_no_plot():
-    assert plot([], "step", "loss") is None
+    assert "mask, perfect ranking" not in texts_of(plot_average_recall(CURVES["counts"], curves))

@@ -1,18 +1,15 @@
 """The page of a whole run: its tables, pictures, commands and links."""
 
-import base64
 import json
 import re
 import shutil
+from functools import partial
 
-import cv2
-import numpy as np
 import pytest
 
-from pipeline.report.report import decimal, duration
-from tests.pipeline.report.report_page import page_of
+from pipeline.report.report import decimal, duration, gain
+from tests.pipeline.report.report_page import decode_uri, page_of
 from tests.pipeline.report.small_run import (
-    FOUND,
     NUM_WITH_OBJECTS,
     SIDE,
     SQUARE,
@@ -21,23 +18,21 @@ from tests.pipeline.report.small_run import (
     object_of,
     proposals_of,
     write_dataset,
-    write_detector,
+    write_run,
     write_stage,
     write_store,
     write_summary,
 )
 
 DETECTOR = "multipathnet"
+relative = partial(gain, relative=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The page of a complete run of DeepMask and the detector, with its plots."""
     directory = tmp_path_factory.mktemp("whole")
-    write_stage(directory / "deepmask", STORE)
-    write_detector(directory / DETECTOR, FOUND)
-    write_summary(directory, "deepmask")
-    return page_of(directory, make_dataset(directory / "data"))
+    return page_of(write_run(directory), make_dataset(directory / "data"))
 
 
 def assert_tables(page, *tables):
@@ -93,33 +88,23 @@ def test_whole_run_has_all_plots_and_pictures_and_no_warning(whole):
     uris, alts = whole.all("img", "src"), whole.all("img", "alt")
     assert len(uris) == (3 + 2) * NUM_WITH_OBJECTS
     assert len([alt for alt in alts if "annotated objects" in alt]) == 2 * NUM_WITH_OBJECTS
-    for uri in uris:
-        kind, data = uri.split(",")
-        assert kind == "data:image/jpeg;base64"
-        picture = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
-        assert picture.shape in ((SIDE, SIDE, 3), (2 * SIDE, 2 * SIDE, 3))
+    sizes = {decode_uri(uri).shape for uri in uris}
+    assert sizes == {(SIDE, SIDE, 3), (2 * SIDE, 2 * SIDE, 3)}
     assert "1 of 1 object found" in whole.text and "0 of 1 object found" in whole.text
     assert "score of 0.3 or more: 4 of all 6" in whole.text
     assert "the 3 images with objects were ordered" in whole.text
 
 
-def test_page_needs_nothing_else(whole):
-    sources = [
-        value
-        for _, attributes in whole.elements
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "srcset")
-    ]
+def test_page_needs_nothing_else_and_its_links_lead_somewhere(whole):
+    attributes = [item for _, given in whole.elements for item in given.items()]
+    sources = [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset")]
     assert sources and all(source.startswith(("data:", "#")) for source in sources)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in whole.elements}
     urls = re.findall(r"url\(([^)]{,80})", whole.html)
     assert urls and all(url.startswith("#") for url in urls)
-
-
-def test_links_of_the_page_lead_somewhere(whole):
-    ids = {given["id"] for _, given in whole.elements if "id" in given}
-    links = {href[1:] for href in whole.all("a", "href")}
-    assert DETECTOR in links and links <= ids
+    ids = {f"#{v}" for k, v in attributes if k == "id"}
+    links = set(whole.all("a", "href"))
+    assert f"#{DETECTOR}" in links and links <= ids
 
 
 def test_seconds_settings_and_software(run, dataset):
@@ -164,7 +149,7 @@ def test_stages_stand_side_by_side_in_their_order(run, dataset):
     page = page_of(run, dataset)
     assert [row[0] for row in page.rows[1:9]] == ["deepmask"] * 4 + ["sharpmask"] * 4
     assert page.rows[5][1:4] == ["mask", "by score", "0.510"]
-    assert page.warning == ""
+    assert DETECTOR not in page.text and "Detections" not in page.text and page.warning == ""
     assert len(page.all("img", "alt")) == 2 * 3 * NUM_WITH_OBJECTS + 4  # two found by both
 
 
@@ -174,6 +159,7 @@ def test_text_from_files_is_escaped(tmp_path, run):
     shutil.rmtree(run / "deepmask" / "proposals")
     write_store(run / "deepmask" / "proposals", [proposals_of(1, name, [SQUARE])])
     (run / "deepmask" / "config.yaml").write_text("trunk: <script>alert(1)</script>\n")
+    (run / DETECTOR / "detections.json").unlink()  # of other images
     odd = run.rename(tmp_path / "<b>run")
     page = page_of(odd, dataset)
     assert not {"i", "script"} & {tag for tag, _ in page.elements}
@@ -182,22 +168,14 @@ def test_text_from_files_is_escaped(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [
-        (0.03333, 3, "0.033"),
-        (0.0, 3, "0.000"),
-        (None, 3, "–"),
-        (float("nan"), 1, "–"),
-        (12345, 0, "12,345"),
-    ],
-)
-def test_decimal(value, digits, text):
-    assert decimal(value, digits) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(9.87, "9.9 s"), (62.1, "1 min 02 s"), (3599, "59 min 59 s"), (7384, "2 h 3 min")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+    ("function", "given", "text"),
+    [(decimal, (0.03333,), "0.033"), (decimal, (0.0,), "0.000"), (decimal, (None,), "–"),
+     (decimal, (float("nan"), 1), "–"), (decimal, (12345, 0), "12,345"),
+     (duration, (9.87,), "9.9 s"), (duration, (62.1,), "1 min 02 s"),
+     (duration, (3599,), "59 min 59 s"), (duration, (7384,), "2 h 3 min"),
+     (gain, (0.5, 0.6), "+0.100"), (gain, (0.5, 0.4), "−0.100"), (gain, (0.0, 0.1), "+0.100"),
+     (gain, (None, 0.1), "–"), (gain, (0.1, None), "–"), (relative, (0.5, 0.6), "+20.0 %"),
+     (relative, (0.5, 0.4), "−20.0 %"), (relative, (0.0, 0.1), "–"), (relative, (0.1, None), "–")],
+)  # fmt: skip
+def test_numbers_as_text(function, given, text):
+    assert function(*given) == text
