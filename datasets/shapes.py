@@ -55,7 +55,7 @@ def write_shapes(
     """
     folder = Path(directory) / "images" / split
     path = Path(directory) / "annotations" / f"instances_{split}.json"
-    info = {"description": DESCRIPTION, "version": VERSION}
+    info: dict = {"description": DESCRIPTION, "version": VERSION}
     info |= {"num_images": num_images, "seed": seed, "split": split}
     if path.exists():
         old = _read_info(path)
