@@ -1,9 +1,7 @@
 """Textures and cluttered backgrounds for the synthetic images of `datasets/shapes.py`.
 
 Objects and background take their textures from here alike, so that neither texture nor color tells
-them apart. Colors are RGB in [0, 255].
-
-Letters: H, W: size of the image; h, w: size of what is drawn, in pixels.
+them apart. Colors are RGB in [0, 255]; h, w: size of what is drawn, in pixels.
 """
 
 import math
@@ -19,11 +17,7 @@ def random_colors(rng: Generator, num: int) -> np.ndarray:
 
 
 def texture(rng: Generator, h: int, w: int, base: np.ndarray | None = None) -> np.ndarray:
-    """A random texture of colors around `base` (3,), or around a random color.
-
-    Returns:
-        (h, w, 3) float32 in [0, 255].
-    """
+    """A random texture around the color `base` (3,), or a random one: (h, w, 3) float32."""
     base = random_colors(rng, 1)[0] if base is None else base
     period = math.exp(rng.uniform(math.log(6), math.log(48)))
     field = _pattern(rng, h, w, period)

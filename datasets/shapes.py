@@ -45,21 +45,18 @@ SUPERSAMPLING = 4
 def write_shapes(
     directory: str | Path, *, num_images: int, seed: int, split: str = "train"
 ) -> Path:
-    """Writes `images/{split}/000001.jpg ...` and `annotations/instances_{split}.json`.
+    """Writes `images/{split}/000001.jpg ...` and `annotations/instances_{split}.json`, its result.
 
     Image i depends on (seed, split, i) alone. The json is written last and names the parameters: a
     finished dataset of the same parameters is kept, one of other parameters is replaced.
-
-    Returns:
-        the json's path.
 
     Raises:
         ValueError: there is a json of that name which this function did not write.
     """
     folder = Path(directory) / "images" / split
     path = Path(directory) / "annotations" / f"instances_{split}.json"
-    parameters = {"num_images": num_images, "seed": seed, "split": split}
-    info = {"description": DESCRIPTION, "version": VERSION, **parameters}
+    info: dict = {"description": DESCRIPTION, "version": VERSION}
+    info |= {"num_images": num_images, "seed": seed, "split": split}
     if path.exists():
         old = _read_info(path)
         if old == info:
@@ -67,9 +64,21 @@ def write_shapes(
         path.unlink()  # first, for it must never describe images of another dataset
         for image_id in range(1, old["num_images"] + 1):
             (folder / FILE_NAME.format(image_id)).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"info": info, **_write_images(folder, num_images, seed, split)}
+    images: list[dict] = []
+    annotations: list[dict] = []
+    image_ids = range(1, num_images + 1)
+    for image_id in tqdm(image_ids, desc=f"drawing {split}", unit="image", disable=None):
+        image, objects = render(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]))
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        name, (height, width) = FILE_NAME.format(image_id), image.shape[:2]
+        write_atomically(folder / name, jpeg.tobytes())
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for shape in objects:
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append(ids | annotate(shape))
+    categories = [{"id": CATEGORY_IDS[k], "name": k, "supercategory": "shape"} for k in OUTLINES]
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     write_atomically(path, json.dumps(content).encode())
     return path
 
@@ -84,25 +93,8 @@ def _read_info(path: Path) -> dict:
     raise ValueError(f"{path}: not made by write_shapes, so it is kept; choose another directory")
 
 
-def _write_images(folder: Path, num_images: int, seed: int, split: str) -> dict[str, list[dict]]:
-    """Writes the images; returns COCO's `images`, `annotations` and `categories`."""
-    images: list[dict] = []
-    annotations: list[dict] = []
-    image_ids = range(1, num_images + 1)
-    for image_id in tqdm(image_ids, desc=f"drawing {split}", unit="image", disable=None):
-        image, objects = render(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]))
-        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        name, (height, width) = FILE_NAME.format(image_id), image.shape[:2]
-        write_atomically(folder / name, jpeg.tobytes())
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for shape in objects:
-            ids = {"id": len(annotations) + 1, "image_id": image_id}
-            annotations.append({**ids, **annotate(shape)})
-    categories = [
-        {"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORY_IDS.items()
-    ]
-    return {"images": images, "annotations": annotations, "categories": categories}
+# How much of each pixel an outline covers, (h, w) float32, and where the pixels lie in the image.
+Stencil = tuple[np.ndarray, tuple[slice, slice]]
 
 
 class ShapeObject(NamedTuple):
@@ -114,7 +106,7 @@ class ShapeObject(NamedTuple):
 
 
 def annotate(shape: ShapeObject) -> dict:
-    """COCO's `category_id`, `iscrowd`, `segmentation`, `area` (px) and `bbox` (xywh, px).
+    """An object as COCO has it, without the ids of the annotation and its image.
 
     The segmentation is polygons, or uncompressed RLE for a crowd and for an object with a hole,
     where a smaller object lies before it.
@@ -123,12 +115,18 @@ def annotate(shape: ShapeObject) -> dict:
     area = int(np.count_nonzero(shape.mask))
     borders = _outer_borders(shape.mask[top : top + h, left : left + w])
     hole_area = sum(cv2.contourArea(border) for border in borders) - area
-    as_rle = shape.iscrowd or hole_area > MAX_HOLE_FRACTION * area
-    polygons = [(_smooth(border) + [left, top]).ravel().tolist() for border in borders]
+    segmentation: dict | list
+    if shape.iscrowd or hole_area > MAX_HOLE_FRACTION * area:
+        pixels = shape.mask.ravel(order="F").astype(np.int8)  # runs go down the columns
+        changes = np.flatnonzero(np.diff(pixels, prepend=0))
+        runs = np.diff(changes, prepend=0, append=pixels.size)
+        segmentation = {"counts": runs.tolist(), "size": list(shape.mask.shape)}
+    else:
+        segmentation = [(_smooth(border) + [left, top]).ravel().tolist() for border in borders]
     return {
         "category_id": CATEGORY_IDS[shape.category],
         "iscrowd": int(shape.iscrowd),
-        "segmentation": _uncompressed_rle(shape.mask) if as_rle else polygons,
+        "segmentation": segmentation,
         "area": area,
         "bbox": [left, top, w, h],
     }
@@ -153,27 +151,15 @@ def _smooth(border: np.ndarray) -> np.ndarray:
     return cv2.approxPolyDP(middles[:, None], POLYGON_TOLERANCE, True)[:, 0]
 
 
-def _uncompressed_rle(mask: np.ndarray) -> dict:
-    """COCO's RLE as its json has it for crowds: run lengths down the columns, background first."""
-    pixels = mask.ravel(order="F").astype(np.int8)
-    changes = np.flatnonzero(np.diff(pixels, prepend=0))
-    counts = np.diff(changes, prepend=0, append=mask.size)
-    return {"counts": counts.tolist(), "size": list(mask.shape)}
-
-
 # Scenes -------------------------------------------------------------------------------------------
 
 
 def render(rng: Generator) -> tuple[np.ndarray, list[ShapeObject]]:
-    """Draws one image.
-
-    Returns:
-        the image, (H, W, 3) uint8 RGB, and all objects that can be seen in it. Their masks do not
-        overlap.
-    """
-    longer, shorter = (int(rng.integers(low, high + 1)) for low, high in IMAGE_SIDES)
-    portrait = rng.random() < PORTRAIT_PROB
-    scene = _Scene(rng, *((longer, shorter) if portrait else (shorter, longer)))
+    """Draws an image, (H, W, 3) uint8 RGB, and all objects seen in it; masks do not overlap."""
+    width, height = (int(rng.integers(low, high + 1)) for low, high in IMAGE_SIDES)
+    if rng.random() < PORTRAIT_PROB:
+        width, height = height, width
+    scene = _Scene(rng, height, width)
     if rng.random() >= EMPTY_PROB:
         num = rng.integers(OBJECTS_PER_IMAGE[0], OBJECTS_PER_IMAGE[1] + 1)
         least, most_frequent, largest = np.log(OBJECT_SIDE).tolist()
@@ -183,7 +169,11 @@ def render(rng: Generator) -> tuple[np.ndarray, list[ShapeObject]]:
             scene.paint_object(side)
         if rng.random() < CROWD_PROB / (1 - EMPTY_PROB):
             scene.paint_crowd()
-    return _expose(rng, scene.canvas), scene.objects()
+    objects = [
+        ShapeObject(category, scene.shown == i, iscrowd)
+        for i, (category, iscrowd) in enumerate(scene.labels, 1)
+    ]
+    return _expose(rng, scene.canvas), objects
 
 
 def _expose(rng: Generator, canvas: np.ndarray) -> np.ndarray:
@@ -197,37 +187,28 @@ def _expose(rng: Generator, canvas: np.ndarray) -> np.ndarray:
     return canvas.clip(0, 255).astype(np.uint8)
 
 
-class _Stencil(NamedTuple):
-    """The pixels of an outline: how much of each it covers, (h, w) float32; where they lie."""
-
-    coverage: np.ndarray
-    crop: tuple[slice, slice]
-
-
 class _Scene:
-    """A canvas, and the object that shows at each pixel: 0 is the background, i + 1 object i."""
+    """A canvas, and the object that shows at each pixel: 0 is the background."""
 
     def __init__(self, rng: Generator, height: int, width: int) -> None:
         self.rng = rng
         self.canvas = draw_background(rng, height, width)  # (H, W, 3) float32
         self.shown = np.zeros((height, width), np.uint8)
         self.labels: list[tuple[str, bool]] = []  # category and iscrowd of each object
-        self.least_visible: list[float] = []  # px of each object
-
-    def objects(self) -> list[ShapeObject]:
-        return [
-            ShapeObject(category, self.shown == i + 1, iscrowd)
-            for i, (category, iscrowd) in enumerate(self.labels)
-        ]
+        self.least_visible = [0.0]  # px of the background and of each object
 
     def paint_object(self, side: float) -> None:
         """Paints an object, if a place is found where it and those before it stay visible."""
         category = str(self.rng.choice(list(OUTLINES)))
+        height, width = self.shown.shape
+        middle = np.array([width, height]) / 2
         for _ in range(PLACEMENT_TRIES):
-            outline = posed_outline(self.rng, category, side) + self._random_center(side)
-            stencil = _cut_stencil(outline, *self.shown.shape)
-            full_area = float(cv2.contourArea(outline.astype(np.float32)))
-            if self._add(stencil, category, full_area):
+            outline = posed_outline(self.rng, category, side)
+            margin = 0 if self.rng.random() < CUT_PROB else side / 2
+            outline += middle + self.rng.uniform(-1, 1, 2) * np.maximum(middle - margin, 0)
+            stencil = _cut_stencil(outline, height, width)
+            full_area = cv2.contourArea(outline.astype(np.float32))
+            if self._add(stencil, (category, False), full_area):
                 self._paint(stencil, self._contrasting_color(stencil))
                 return
 
@@ -238,55 +219,45 @@ class _Scene:
         radius = self.rng.uniform(30, 60)
         center = self.rng.uniform(0.2, 0.8, 2) * [width, height]
         side = self.rng.uniform(12, 20)
-        swarm = _Stencil(np.zeros((height, width), np.float32), (slice(None), slice(None)))
+        swarm = np.zeros((height, width), np.float32), (slice(None), slice(None))
         stencils = []
         for position in self.rng.standard_normal((int(radius), 2)) * radius * 0.5 + center:
             outline = posed_outline(self.rng, category, side * self.rng.uniform(0.8, 1.25))
             stencils.append(_cut_stencil(outline + position, height, width))
             coverage, crop = stencils[-1]
-            np.maximum(swarm.coverage[crop], coverage, out=swarm.coverage[crop])
-        if self._add(swarm, category, float(swarm.coverage.sum()), iscrowd=True):
+            np.maximum(swarm[0][crop], coverage, out=swarm[0][crop])
+        if self._add(swarm, (category, True), float(swarm[0].sum())):
             base = self._contrasting_color(swarm)
             for stencil in stencils:
                 self._paint(stencil, base + self.rng.uniform(-25, 25, 3))
 
-    def _random_center(self, side: float) -> np.ndarray:
-        """(x, y), mostly where `side` px fit in, else anywhere in the image."""
-        height, width = self.shown.shape
-        margin = 0 if self.rng.random() < CUT_PROB else side / 2
-        middle = np.array([width, height]) / 2
-        return middle + self.rng.uniform(-1, 1, 2) * np.maximum(middle - margin, 0)
-
-    def _add(
-        self, stencil: _Stencil, category: str, full_area: float, *, iscrowd: bool = False
-    ) -> bool:
+    def _add(self, stencil: Stencil, label: tuple[str, bool], full_area: float) -> bool:
         """Adds an object to be painted; False if it, or one it covers, would be hidden too much.
 
-        Args:
-            full_area: px, with what is hidden or outside the image.
+        `full_area` (px) includes what is hidden or outside the image.
         """
-        solid = stencil.coverage >= 0.5
+        coverage, crop = stencil
+        solid = coverage >= 0.5
         least_visible = max(MIN_VISIBLE_AREA, MIN_VISIBLE_FRACTION * full_area)
-        if np.count_nonzero(solid) < least_visible:
+        num = len(self.least_visible)
+        left = np.bincount(self.shown.ravel(), minlength=num)
+        left -= np.bincount(self.shown[crop][solid], minlength=num)
+        if np.count_nonzero(solid) < least_visible or (left < self.least_visible).any():
             return False
-        hidden = np.bincount(self.shown[stencil.crop][solid], minlength=1)
-        for i in np.flatnonzero(hidden[1:]):
-            if np.count_nonzero(self.shown == i + 1) - hidden[i + 1] < self.least_visible[i]:
-                return False
-        self.labels.append((category, iscrowd))
+        self.labels.append(label)
         self.least_visible.append(least_visible)
         return True
 
-    def _contrasting_color(self, stencil: _Stencil) -> np.ndarray:
+    def _contrasting_color(self, stencil: Stencil) -> np.ndarray:
         """A random color that differs from the mean of what it will be painted on."""
-        solid = (stencil.coverage >= 0.5).astype(np.uint8)
-        ground = cv2.mean(self.canvas[stencil.crop], solid)[:3]
+        coverage, crop = stencil
+        ground = cv2.mean(self.canvas[crop], (coverage >= 0.5).astype(np.uint8))[:3]
         candidates = random_colors(self.rng, 16)
         distance = np.linalg.norm(candidates - ground, axis=1)
-        far_enough = np.flatnonzero(distance >= MIN_COLOR_DISTANCE)
-        return candidates[far_enough[0] if len(far_enough) else distance.argmax()]
+        # The first that is far enough, or the farthest.
+        return candidates[np.minimum(distance, MIN_COLOR_DISTANCE).argmax()]
 
-    def _paint(self, stencil: _Stencil, base: np.ndarray) -> None:
+    def _paint(self, stencil: Stencil, base: np.ndarray) -> None:
         """Paints a texture through the stencil, for the object that was added last."""
         coverage, crop = stencil
         if coverage.size:
@@ -296,30 +267,29 @@ class _Scene:
             self.shown[crop][coverage >= 0.5] = len(self.labels)
 
 
-def _cut_stencil(outline: np.ndarray, height: int, width: int) -> _Stencil:
+def _cut_stencil(outline: np.ndarray, height: int, width: int) -> Stencil:
     """The part of a (K, 2) outline within the image; empty if there is none."""
-    low = np.clip(np.floor(outline.min(axis=0)), 0, [width, height]).astype(int)
-    high = np.clip(np.ceil(outline.max(axis=0)), 0, [width, height]).astype(int)
+    box = [np.floor(outline.min(axis=0)), np.ceil(outline.max(axis=0))]
+    low, high = np.clip(box, 0, [width, height]).astype(int)
     crop = slice(low[1], high[1]), slice(low[0], high[0])
     w, h = (high - low).tolist()
     if h == 0 or w == 0:
-        return _Stencil(np.zeros((h, w), np.float32), crop)
+        return np.zeros((h, w), np.float32), crop
     fine = np.zeros((h * SUPERSAMPLING, w * SUPERSAMPLING), np.uint8)
     # cv2's whole numbers are pixel centers: -.5 brings the outline's 0 to the first pixel's edge.
     points = np.round(((outline - low) * SUPERSAMPLING - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(fine, [points], 255, cv2.LINE_8, shift=4)
     coverage = cv2.resize(fine, (w, h), interpolation=cv2.INTER_AREA)
-    return _Stencil(coverage.astype(np.float32) / 255, crop)
+    return coverage.astype(np.float32) / 255, crop
 
 
 # Outlines: closed polygons around the origin, of any size until posed -----------------------------
 
 
 def posed_outline(rng: Generator, category: str, side: float) -> np.ndarray:
-    """A random outline of the category: squeezed, rotated, in mild perspective.
+    """A random outline of the category, (K, 2) in px: squeezed, rotated, in mild perspective.
 
-    Returns:
-        (K, 2) float64 x, y in pixels; its box is centered on the origin, its longer side is `side`.
+    Its box is centered on the origin, and the longer side of the box is `side`.
     """
     points = OUTLINES[category](rng)
     points = points / np.abs(points).max() * [1, rng.uniform(0.7, 1)]
@@ -339,8 +309,8 @@ def _arc(start: float, stop: float, num: int = 48) -> np.ndarray:
 def _cross(rng: Generator) -> np.ndarray:
     a = rng.uniform(0.28, 0.4)
     quarter = np.array([[1, -a], [1, a], [a, a]])
-    turns = [np.array([[0, 1], [-1, 0]]), -np.eye(2), np.array([[0, -1], [1, 0]])]
-    return np.concatenate([quarter] + [quarter @ turn for turn in turns])
+    turn = np.array([[0, 1], [-1, 0]])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
 
 
 def _crescent(rng: Generator) -> np.ndarray:

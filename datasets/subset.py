@@ -29,8 +29,7 @@ def cut_subset(
     without the other images and their annotations. Annotations that are not usable are kept.
 
     Returns:
-        The new json's path, and a message for each drawn image that could not be read; another
-        one was drawn in its place.
+        The new json's path, and a message for each unreadable image; another took its place.
 
     Raises:
         FileNotFoundError: no such annotations or image folder.
@@ -50,11 +49,15 @@ def cut_subset(
     broken: list[str] = []
 
     def copy(row: int) -> bool:
+        source, target = images / coco.file_name(row), folder / coco.file_name(row)
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f'"file_name": "{coco.file_name(row)}" leads out of the image folder')
         try:
-            _copy_image(images, folder, coco.file_name(row))
+            read_image(source)  # a broken file is not worth copying
         except ImageError as error:
             broken.append(str(error))
             return False
+        write_atomically(target, source.read_bytes())
         return True
 
     rows = choose_images(coco, num_images, seed=seed, accept=copy)
@@ -71,14 +74,6 @@ def cut_subset(
     return path, broken
 
 
-def _copy_image(images: Path, folder: Path, file_name: str) -> None:
-    target = folder / file_name
-    if not target.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f'"file_name": "{file_name}" leads out of the image folder')
-    read_image(images / file_name)  # a broken file is not worth copying
-    write_atomically(target, (images / file_name).read_bytes())
-
-
 def choose_images(
     coco: CocoInstances, num_images: int, *, seed: int, accept: Callable[[int], bool]
 ) -> list[int]:
@@ -86,14 +81,8 @@ def choose_images(
 
     The first half is drawn uniformly, so that the subset looks like the dataset. Then each image is
     drawn from those that show the category with the fewest chosen images, among the categories
-    that have any image left.
-
-    Args:
-        accept: called once for every drawn image; a refused one is replaced.
-
-    Returns:
-        At most `num_images` rows; fewer when no image is left or `GIVE_UP_AFTER` in a row were
-        refused.
+    that have any image left. `accept` is called once for every drawn image; a refused one is
+    replaced. There are fewer rows when no image is left or `GIVE_UP_AFTER` in a row were refused.
     """
     rng = np.random.default_rng(seed)
     shows = np.zeros((len(coco.category_ids), len(coco)), bool)  # (C, I), crowds do not count

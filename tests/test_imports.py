@@ -102,29 +102,21 @@ def test_the_files_were_found():
     assert {"train_stage.py", "propose.py", "score_coco.py"} <= {path.name for path in TOOLS}
 
 
-@pytest.fixture(scope="module")
-def help_of(tmp_path_factory) -> dict[Path, subprocess.CompletedProcess]:
-    """What each tool answers to --help, asked in a foreign folder."""
-
+def test_every_tool_answers_help_from_anywhere(tmp_path):
     def ask(tool: Path) -> subprocess.CompletedProcess:
         command = [sys.executable, str(tool), "--help"]
-        return subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TOOLS, pool.map(ask, TOOLS), strict=True))
+        for tool, answer in zip(TOOLS, pool.map(ask, TOOLS), strict=True):
+            assert answer.returncode == 0, answer.stderr
+            assert answer.stdout.startswith(f"usage: {tool.name}")
 
 
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_every_tool_answers_help_from_anywhere(help_of, tool):
-    answer = help_of[tool]
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith("usage:") and tool.name in answer.stdout
-
-
-def test_no_tool_shadows_a_module():
-    """tools/ is on sys.path when a tool runs: `import x` finds tools/x.py before any other x."""
+@pytest.mark.parametrize("folder", ["tools", "tools/benchmarks"])
+def test_no_script_shadows_a_module(folder):
+    """A script's folder is on sys.path: `import x` finds its x.py before any other x."""
     wanted = set(sys.stdlib_module_names) | PACKAGES
     for path in FILES:
         wanted |= packages(ast.walk(ast.parse(path.read_text())))
-    assert {tool.stem for tool in TOOLS}.isdisjoint(wanted)
+    assert {script.stem for script in (ROOT / folder).glob("*.py")}.isdisjoint(wanted)

@@ -37,11 +37,7 @@ def main() -> int:
         metavar="K",
         help="only write a checkpoint whose fc6 and fc7 have rank K into --output",
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        help="folder of the images (default: the one that the proposals were made for)",
-    )
+    parser.add_argument("--images", type=Path, help="folder (default: that of the proposals)")
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
     parser.add_argument(
         "--output", required=True, type=Path, help="folder; a file with --compress-fc"
@@ -65,11 +61,7 @@ def main() -> int:
         "--flip", action="store_true", default=None, help="average with the mirrored image"
     )
     parser.add_argument(
-        "--short-sides",
-        type=int,
-        nargs="+",
-        metavar="PX",
-        help="of the image (default: as trained)",
+        "--short-sides", type=int, nargs="+", metavar="PX", help="of the image (default: trained)"
     )
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K of an image"

@@ -28,34 +28,22 @@ def main() -> int:
     parser.add_argument("--images", required=True, metavar="DIR_OR_FILE_OR_GLOB")
     parser.add_argument("--output", required=True, type=Path, help="folder of the proposal store")
     parser.add_argument(
-        "--annotations",
-        metavar="COCO.json",
-        help="take image ids from here, and only images that are listed here",
+        "--annotations", metavar="COCO.json", help="gives image ids and which images to take"
     )
-    parser.add_argument(
-        "--num-proposals",
-        type=int,
-        help="per image (default: the checkpoint's config, 1000 as published)",
-    )
+    parser.add_argument("--num-proposals", type=int, help="per image (default: the checkpoint's)")
     parser.add_argument(
         "--scales",
         type=float,
         nargs=3,
         metavar=("MIN", "MAX", "STEP"),
-        help="log2 of the image scales (default: the checkpoint's config, -2.5 .5 .5 as published)",
+        help="log2 of the image scales (default: the checkpoint's; -2.5 .5 .5 as published)",
     )
     parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
     parser.add_argument(
-        "--no-refine",
-        dest="refine",
-        action="store_false",
-        help="of a SharpMask: take the coarse masks of the DeepMask in it",
+        "--no-refine", dest="refine", action="store_false", help="coarse masks of a SharpMask"
     )
     parser.add_argument(
-        "--nms",
-        type=float,
-        metavar="IOU",
-        help="drop proposals whose mask has this IoU with that of a better one (default: keep all)",
+        "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
     )
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"

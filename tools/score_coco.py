@@ -30,9 +30,7 @@ def main() -> None:
     proposals = commands.add_parser(
         "proposals", help="average recall (AR) of class-agnostic proposals, by box and by mask"
     )
-    proposals.add_argument(
-        "--results", required=True, help="a proposal store, or COCO results json"
-    )
+    proposals.add_argument("--results", required=True, help="proposal store or COCO results json")
     proposals.add_argument(
         "--no-perfect-ranking",
         dest="perfect_ranking",
@@ -55,19 +53,14 @@ def main() -> None:
     patches.add_argument("--images", required=True, help="the folder of the annotated images")
     patches.add_argument("--checkpoint", required=True)
     patches.add_argument(
-        "--batches",
-        type=int,
-        default=64,
-        help="minibatches to draw, half mask and half score patches",
+        "--batches", type=int, default=64, help="minibatches, half mask and half score patches"
     )
     patches.add_argument("--workers", type=int, default=2)
     add_device(patches)
 
     for command in (proposals, detections, patches):
         command.add_argument("--annotations", required=True, help="COCO instances json")
-        command.add_argument(
-            "--output", required=True, type=Path, help="folder for metrics.json and the tables"
-        )
+        command.add_argument("--output", required=True, type=Path, help="folder of the tables")
     args = parser.parse_args()
 
     if args.command == "proposals":

@@ -30,14 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="other images")
     args = parser.parse_args()
 
-    path, broken = cut_subset(
-        args.annotations,
-        args.images,
-        args.output,
-        num_images=args.num_images,
-        split=args.split,
-        seed=args.seed,
-    )
+    path, broken = cut_subset(**vars(args))
     for message in broken:
         print(f"left out: {message}")
     print(CocoInstances.load(path).summary())

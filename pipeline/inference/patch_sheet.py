@@ -1,5 +1,7 @@
 """A contact sheet of training patches."""
 
+from functools import partial
+
 import cv2
 import numpy as np
 from torch import Tensor
@@ -24,16 +26,14 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
     groups = -(-count // data.patches_per_image)
     tiles: list[np.ndarray] = []
     for head in (MASK, SCORE):
-        tiles += [tile for group in range(groups) for tile in _tiles(data, head, group)][:count]
+        drawn: list[np.ndarray] = []
+        for group in range(groups):
+            item, patches = data.load(head, 0, group)
+            targets = item.get("targets", [None] * len(patches))
+            drawn += map(partial(_tile, data), item["patches"], patches, targets)
+        tiles += drawn[:count]
         tiles += [np.full_like(tiles[0], 255)] * (-count % COLUMNS)  # the next head starts a row
     return contact_sheet(tiles, COLUMNS)
-
-
-def _tiles(data: PatchDataset, head: str, group: int) -> list[np.ndarray]:
-    item, patches = data.load(head, 0, group)
-    targets = item.get("targets", [None] * len(patches))
-    triples = zip(item["patches"], patches, targets, strict=True)
-    return [_tile(data, pixels, patch, target) for pixels, patch, target in triples]
 
 
 def _tile(data: PatchDataset, pixels: Tensor, patch: Patch, target: Tensor | None) -> np.ndarray:
@@ -46,14 +46,10 @@ def _tile(data: PatchDataset, pixels: Tensor, patch: Patch, target: Tensor | Non
         color = GREEN if patch.label > 0 else RED
     else:
         color = YELLOW
-        size = (data.patch_size, data.patch_size)
-        mask = cv2.resize(
-            (target.numpy() > 0).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST
-        )
-        contours, _ = cv2.findContours(
-            mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(border, border)
-        )
-        cv2.drawContours(tile, contours, -1, color, 1)
+        mask, size = (target.numpy() > 0).astype(np.uint8), (data.patch_size, data.patch_size)
+        mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+        contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(tile, contours, -1, color, 1, offset=(border, border))
     cv2.rectangle(tile, (0, 0), (tile.shape[1] - 1, tile.shape[0] - 1), color, 3)
     category = data.coco.category_index[patch.annotation]
     name = data.coco.category_names[category] if patch.annotation >= 0 else "negative"

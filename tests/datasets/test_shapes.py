@@ -34,10 +34,6 @@ def decode(segmentation, height: int, width: int) -> np.ndarray:
     return coco_mask.decode(coco_mask.merge(rle) if isinstance(rle, list) else rle).astype(bool)
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return np.count_nonzero(a & b) / np.count_nonzero(a | b)
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -65,17 +61,13 @@ def test_loads_with_pycocotools(tmp_path):
         assert coco.annToMask(annotation).shape == (image["height"], image["width"])
 
 
-def test_second_call_leaves_the_files_alone(tmp_path):
-    path = write_shapes(tmp_path, num_images=2, seed=0)
-    image = tmp_path / "images/train/000001.jpg"
-    image.write_bytes(b"left alone")
-    assert write_shapes(tmp_path, num_images=2, seed=0) == path
-    assert image.read_bytes() == b"left alone"
-
-
 @pytest.mark.parametrize("other", [{"num_images": 1, "seed": 0}, {"num_images": 3, "seed": 1}])
-def test_other_parameters_rewrite(tmp_path, other):
-    write_shapes(tmp_path / "both", num_images=2, seed=0)
+def test_the_same_parameters_keep_the_files_and_others_rewrite_them(tmp_path, other):
+    path = write_shapes(tmp_path / "both", num_images=2, seed=0)
+    image = tmp_path / "both/images/train/000001.jpg"
+    image.write_bytes(b"left alone")
+    assert write_shapes(tmp_path / "both", num_images=2, seed=0) == path
+    assert image.read_bytes() == b"left alone"
     write_shapes(tmp_path / "both", **other)
     write_shapes(tmp_path / "fresh", **other)
     assert contents(tmp_path / "both") == contents(tmp_path / "fresh")
@@ -119,7 +111,7 @@ def test_segmentation_box_and_area_agree_with_the_painted_mask(rendered):
     for (height, width), pairs in rendered:
         for shape, annotation in pairs:
             decoded = decode(annotation["segmentation"], height, width)
-            agreement = iou(decoded, shape.mask)
+            agreement = np.sum(decoded & shape.mask) / np.sum(decoded | shape.mask)
             exact = isinstance(annotation["segmentation"], dict)
             assert agreement == 1 if exact else agreement >= 0.95, (shape.category, agreement)
             box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(decoded)))
@@ -158,23 +150,16 @@ def test_a_rectangle_is_one_polygon_along_pixel_edges_cut_it_is_two_with_a_hole_
 # --- what there is to learn from ------------------------------------------------------------------
 
 
-def test_every_category_is_drawn_and_ids_have_gaps(rendered):
-    assert {shape.category for _, pairs in rendered for shape, _ in pairs} == set(CATEGORY_IDS)
-    assert max(CATEGORY_IDS.values()) > len(CATEGORY_IDS) == len(set(CATEGORY_IDS.values()))
-
-
-def test_sizes_span_the_range(rendered):
-    longest = np.array([max(a["bbox"][2:]) for _, pairs in rendered for _, a in pairs])
-    assert longest.max() > 250
-    assert np.mean(longest < 32) > 0.05
-    assert np.mean(longest > 96) > 0.25
-
-
-def test_empty_images_crowds_and_both_segmentations_occur(rendered):
+def test_all_categories_sizes_crowds_and_segmentations_occur(rendered):
     pairs = [pair for _, pairs in rendered for pair in pairs]
+    assert {shape.category for shape, _ in pairs} == set(CATEGORY_IDS)
+    assert max(CATEGORY_IDS.values()) > len(CATEGORY_IDS) == len(set(CATEGORY_IDS.values()))
+    longest = np.array([max(annotation["bbox"][2:]) for _, annotation in pairs])
+    assert longest.max() > 250
+    assert np.mean(longest < 32) > 0.05 and np.mean(longest > 96) > 0.25
     crowds = [annotation for shape, annotation in pairs if shape.iscrowd]
     single = [annotation["segmentation"] for shape, annotation in pairs if not shape.iscrowd]
-    assert 0.03 < np.mean([not pairs for _, pairs in rendered]) < 0.15
+    assert 0.03 < np.mean([not pairs for _, pairs in rendered]) < 0.15  # empty images
     assert 3 <= len(crowds) <= 30
     assert all(a["iscrowd"] == 1 and "counts" in a["segmentation"] for a in crowds)
     assert any(isinstance(segmentation, dict) for segmentation in single)

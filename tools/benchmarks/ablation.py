@@ -10,7 +10,6 @@ has mean and standard deviation. Started again with the same --work-dir, it cont
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from datasets.files import write_json
 from datasets.images import read_image
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask, SharpMaskConfig
@@ -32,6 +30,7 @@ from pipeline.config import Config
 from pipeline.data import split_files
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import load_detector
 from pipeline.inference.proposals import ProposalStore
 from pipeline.recipe import load_config, settings_of
@@ -107,13 +106,15 @@ CHANGES: dict[str, Callable[[SharpMask, Config], SharpMask]] = {
 
 def main() -> None:
     """Trains and scores all variants."""
-    parser = make_parser(__doc__)
+    parser = make_parser(
+        __doc__,
+        config="configs/shapes.yaml",
+        run=Path("runs/demo"),
+        batches=300,
+        seeds=3,
+        work_dir=Path("runs/ablation"),
+    )
     parser.add_argument("part", choices=VARIANTS)
-    parser.add_argument("--config", default="configs/shapes.yaml", help="the recipe of --run")
-    parser.add_argument("--run", required=True, type=Path, help="of tools/run_pipeline.py")
-    parser.add_argument("--batches", type=int, default=300, help="minibatches for each variant")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/ablation"))
     add_device(parser)
     args = parser.parse_args()
     rows: Rows = {}
@@ -127,56 +128,39 @@ def main() -> None:
     report({args.part: rows}, args.output)
 
 
-def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Trains a variant, unless that has been done; returns its metrics."""
-    output = args.work_dir / args.part / f"{name.replace(' ', '_')}_seed{seed}"
-    path = output / "metrics.json"
-    if not path.exists():
-        print(f"\n{name}, seed {seed}", flush=True)
-        stage = {"refinement": "sharpmask", "detector": "multipathnet"}[args.part]
-        length = {"optim.epochs": 1, "optim.batches_per_epoch": args.batches}
-        settings = {
-            **{f"{stage}.{k}": v for k, v in (VARIANTS[args.part][name] | length).items()},
-            "seed": seed,
-            "init.deepmask": args.run / "deepmask" / "checkpoints" / "best.pt",
-            "init.proposer": args.run / "sharpmask" / "checkpoints" / "best.pt",
-            "init.train_proposals": args.run / "multipathnet" / "proposals" / "train",
-            "init.val_proposals": args.run / "sharpmask" / "proposals",
-        }
-        config = load_config(args.config, [f"{key}={value}" for key, value in settings.items()])
-        write_json(path, train(stage, CHANGES.get(name), config, output, args.device))
-    return json.loads(path.read_text())
-
-
-def train(
-    name: str,
-    change: Callable[[SharpMask, Config], SharpMask] | None,
-    config: Config,
-    output: Path,
-    device_name: str,
-) -> dict[str, float]:
-    """Trains a stage; returns the patch metrics of a refinement, the AP of a detector."""
-    device = torch.device(device_name)
+def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Trains a variant; the patch metrics of a refinement, the AP of a detector in percent."""
+    print(f"\n{variant}, seed {seed}", flush=True)
+    name = {"refinement": "sharpmask", "detector": "multipathnet"}[args.part]
+    length = {"optim.epochs": 1, "optim.batches_per_epoch": args.batches}
+    settings = {
+        **{f"{name}.{k}": v for k, v in (VARIANTS[args.part][variant] | length).items()},
+        "seed": seed,
+        "init.deepmask": args.run / "deepmask" / "checkpoints" / "best.pt",
+        "init.proposer": args.run / "sharpmask" / "checkpoints" / "best.pt",
+        "init.train_proposals": args.run / "multipathnet" / "proposals" / "train",
+        "init.val_proposals": args.run / "sharpmask" / "proposals",
+    }
+    config = load_config(args.config, [f"{key}={value}" for key, value in settings.items()])
+    output = args.work_dir / args.part / f"{variant.replace(' ', '_')}_seed{seed}"
+    device = torch.device(args.device)
     stage = build_stage(name, config, prepare_stage(name, config, output, device))
-    if change is not None and isinstance(stage.model, SharpMask):
+    if variant in CHANGES and isinstance(stage.model, SharpMask):
         with torch.no_grad():
-            stage.model = change(stage.model, config)
+            stage.model = CHANGES[variant](stage.model, config)
     best = fit(stage, config, output, device=device, resume=True)
-    return stage.validate(device) if name == "sharpmask" else detect(best, config, device)
-
-
-def detect(checkpoint: Path, config: Config, device: torch.device) -> dict[str, float]:
-    """AP of a detector on the validation images, in percent."""
+    if args.part == "refinement":
+        return stage.validate(device)
     annotations, images = split_files(config, "val")
-    detector, _ = load_detector(checkpoint, device)
+    detector, _ = load_detector(best, device)
     results = []
     for proposals in ProposalStore(str(config.init.val_proposals)):
-        results += detector(read_image(images / proposals.file_name), proposals).results()
+        results += results_of(detector(read_image(images / proposals.file_name), proposals))
     metrics = evaluate_detections(load_ground_truth(annotations), results).metrics()
     return {
-        f"{iou_type} {name}": 100 * (values[name] or 0.0)
+        f"{iou_type} {metric}": 100 * (values[metric] or 0.0)
         for iou_type, values in metrics.items()
-        for name in ("AP", "AP50", "AP75")
+        for metric in ("AP", "AP50", "AP75")
     }
 
 

@@ -3,13 +3,11 @@ r"""Resident memory while proposals are made for a folder of images: flat after 
 
     python tools/benchmarks/memory.py --images 200
 
-One folder of images of one size and one of ever other sizes, each through tools/propose.py in a
-process of its own. A small network by default, since the question is growth.
+One folder of images of one size and one of ever other sizes, each in a process of its own, as
+tools/propose.py goes through them. A small network by default, since the question is growth.
 """
 
-import contextlib
 import multiprocessing
-import runpy
 import statistics
 import sys
 import tempfile
@@ -21,13 +19,15 @@ from unittest import mock
 import cv2
 import numpy as np
 import psutil
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import run_tool
+from pipeline.inference.folders import propose_images
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import Proposals
-from pipeline.inference.propose import Proposer
+from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.recipe import load_config
 from tools.benchmarks.synthetic import draw_image, write_sharpmask
 from tools.benchmarks.timing import make_parser, report
@@ -36,61 +36,51 @@ SETTLED = 10  # images
 
 
 def main() -> None:
-    """Watches two runs of tools/propose.py."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--config", default="configs/shapes.yaml", help="a recipe: the network")
-    parser.add_argument("--images", type=int, default=200, help=f"at least {SETTLED}")
-    parser.add_argument("--num-proposals", type=int, default=100)
-    args = parser.parse_args()
+    """Watches two runs over a folder."""
+    args = make_parser(
+        __doc__, config="configs/shapes.yaml", images=200, num_proposals=100
+    ).parse_args()
     if args.images < SETTLED:
         raise ValueError(f"--images must be at least {SETTLED}, got {args.images}")
     rows = {}
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "sharpmask.pt"
         write_sharpmask(load_config(args.config), checkpoint)
-        for name, same_size in (("one size", True), ("ever other sizes", False)):
-            folder = Path(directory) / name.replace(" ", "_")
-            write_images(folder, args.images, same_size=same_size)
-            command = ["propose.py", "--checkpoint", str(checkpoint), "--images", str(folder)]
-            command += ["--output", f"{folder}_proposals", "--device", "cpu"]
-            command += ["--num-proposals", str(args.num_proposals)]
+        for name in ("one size", "ever other sizes"):
+            folder = Path(directory) / name
+            write_images(folder, args.images, same_size=name == "one size")
             # Spawned: what an earlier measurement has left would count.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as executor:
-                rows[name] = summarize(executor.submit(watch_propose, command).result())
+                run = executor.submit(watch, checkpoint, folder, args.num_proposals)
+            megabytes = run.result()
+            settled, rest = megabytes[SETTLED - 1], megabytes[SETTLED - 1 :]
+            last = statistics.median(megabytes[-max(1, len(megabytes) // 10) :])
+            rows[name] = {
+                f"MB after {SETTLED}": settled,
+                "MB at the end": last,
+                "growth": last / settled - 1,
+                "lowest": min(rest) / settled - 1,
+                "highest": max(rest) / settled - 1,
+            }
     report({"resident memory": rows}, args.output)
 
 
-def watch_propose(command: list[str]) -> list[float]:
-    """Resident megabytes after each image of a run of tools/propose.py in this process."""
-    megabytes = []
+def watch(checkpoint: Path, images: Path, num_proposals: int) -> list[float]:
+    """Resident megabytes of this process after each image that it makes proposals for."""
+    keep_freed_blocks()
+    proposer, settings = load_proposer(checkpoint, torch.device("cpu"), num_proposals=num_proposals)
     propose = Proposer.__call__
+    megabytes: list[float] = []
 
     def watched(proposer: Proposer, image: np.ndarray, **options: Any) -> Proposals:
         proposals = propose(proposer, image, **options)
         megabytes.append(psutil.Process().memory_info().rss / 2**20)
         return proposals
 
-    with (
-        mock.patch.object(Proposer, "__call__", watched),
-        mock.patch.object(sys, "argv", command),
-        contextlib.suppress(SystemExit),
-    ):
-        runpy.run_path(str(ROOT / "tools" / "propose.py"), run_name="__main__")
+    with mock.patch.object(Proposer, "__call__", watched):
+        propose_images(proposer, images, images.with_suffix(".proposals"), settings=settings)
     return megabytes
-
-
-def summarize(megabytes: list[float]) -> dict[str, float]:
-    """Memory once it has settled, and how far it goes from there; growth is the last tenth's."""
-    settled, rest = megabytes[SETTLED - 1], megabytes[SETTLED - 1 :]
-    last = statistics.median(megabytes[-max(1, len(megabytes) // 10) :])
-    return {
-        f"MB after {SETTLED}": settled,
-        "MB at the end": last,
-        "growth": last / settled - 1,
-        "lowest": min(rest) / settled - 1,
-        "highest": max(rest) / settled - 1,
-    }
 
 
 def write_images(folder: Path, count: int, *, same_size: bool) -> None:

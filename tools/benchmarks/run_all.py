@@ -7,7 +7,7 @@ r"""Runs the benchmarks, each in a process of its own, and gathers their figures
 
 Writes what each measured, its seconds and peak memory, and the machine. With --compare each figure
 is printed beside that of an earlier run. Machines drift: what counts are the ratios within a run.
-The ablations run on request only: they need the demo's run and take half an hour each.
+The ablations run on request only: they need the demo's run and take half an hour each. Linux only.
 
 PyTorch is not imported here: a process's peak memory starts with that of its parent.
 """
@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,25 +36,32 @@ BENCHMARKS = {
         "speed.py",
         "--config configs/shapes.yaml --num-proposals 10 --rois 20 --batch 4 --rounds 1",
     ),
-    "loading": ("loading.py", "--patches 16 --images 200 --rounds 1"),
+    "loading": ("loading.py", "--patches 16 --rounds 1"),
     "memory": ("memory.py", "--images 12 --num-proposals 10"),
     "scoring": ("scoring.py", "--images 2 --rounds 1"),
-    "refinement": ("ablation.py refinement --run runs/demo", "--batches 2 --work-dir runs/quick"),
-    "detector": ("ablation.py detector --run runs/demo", "--batches 2 --work-dir runs/quick"),
+    "refinement": ("ablation.py refinement", "--batches 2 --work-dir runs/quick"),
+    "detector": ("ablation.py detector", "--batches 2 --work-dir runs/quick"),
 }
-DEFAULT = ["speed", "loading", "memory", "scoring"]
 
 
 def main() -> int:
     """Runs benchmarks and gathers what they measured."""
     parser = make_parser(__doc__)
+    default = [name for name, (command, _) in BENCHMARKS.items() if "ablation" not in command]
     parser.set_defaults(output=Path("runs/benchmarks.json"))
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=DEFAULT)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=default)
     parser.add_argument("--quick", action="store_true", help="whether they work, not how fast")
     parser.add_argument("--compare", type=Path, help="the output of an earlier run")
     args = parser.parse_args()
     earlier = json.loads(args.compare.read_text()) if args.compare else None
-    results: dict = {"machine": describe_machine(), "quick": args.quick, "benchmarks": {}}
+    cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": importlib.metadata.version("torch"),
+        "date": datetime.date.today().isoformat(),
+    }
+    results: dict = {"machine": machine, "quick": args.quick, "benchmarks": {}}
     failed = []
     for name in args.only:
         command, quick = BENCHMARKS[name]
@@ -62,7 +70,7 @@ def main() -> int:
             failed.append(name)
             continue
         results["benchmarks"][name] = result
-        write_json(args.output, results)  # so that nothing is lost by what comes after it
+        write_json(args.output, results)  # after each, so that nothing is lost
     if earlier:
         print(f"\n{format_table('figure', compare(results['benchmarks'], earlier['benchmarks']))}")
     if failed:
@@ -85,20 +93,6 @@ def run_script(command: str) -> dict | None:
             "peak_mb": round(usage.ru_maxrss / 1024),
             "figures": json.loads(output.read_text()),
         }
-
-
-def describe_machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count() or 1,
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def compare(benchmarks: dict, earlier: dict) -> Rows:

@@ -10,7 +10,6 @@ how long the network takes. Every round calls everything once, and the table has
 """
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -28,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.losses import box_loss, integral_loss, mask_loss, score_loss
+from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config, OptimConfig
 from pipeline.inference.detect import Detector
@@ -39,24 +38,25 @@ from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 from pipeline.recipe import load_config
 from pipeline.training.engine import build_optimizer
 from tools.benchmarks.synthetic import draw_boxes, draw_image, write_sharpmask
-from tools.benchmarks.timing import Rows, interleave, make_parser, median_ratio, report
+from tools.benchmarks.timing import Calls, Rows, interleave, make_parser, median_ratio, report
 
 CPU = torch.device("cpu")
-NUM_CLASSES = 80
 PRODUCT_SIDE = 1024  # of the matrices whose product gives the peak
-Calls = dict[str, Callable[[], object]]
 
 
 def main() -> None:
     """Times the calls of each section."""
-    parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("--config", default="configs/coco.yaml", help="a recipe: the networks")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE")
+    parser = make_parser(
+        __doc__,
+        rounds=5,
+        config="configs/coco.yaml",
+        num_proposals=[10, 1000],
+        megapixels=[0.3],
+        rois=[400],
+        batch=8,
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--num-proposals", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--megapixels", type=float, nargs="+", default=[0.3])
-    parser.add_argument("--rois", type=int, nargs="+", default=[400], help="of a detection")
-    parser.add_argument("--batch", type=int, default=8, help="patches of a training step")
     args = parser.parse_args()
     keep_freed_blocks()  # as the tools do
     torch.manual_seed(0)
@@ -80,11 +80,11 @@ def measure(calls: Calls, rounds: int) -> Rows:
     fastest = map(min, *(seconds[name] for name in products))
     peaks = [5 * 2 * PRODUCT_SIDE**3 / each for each in fastest]  # FLOP/s in each round
     rows = {}
-    for name in calls:
-        floors = [operations[name] / peak for peak in peaks]
+    for name, count in operations.items():
+        floors = [count / peak for peak in peaks]
         rows[name] = {
             "seconds": statistics.median(seconds[name]),
-            "GFLOP": operations[name] / 1e9,
+            "GFLOP": count / 1e9,
             "floor": statistics.median(floors),
             "times the floor": median_ratio(seconds[name], floors),
         }
@@ -105,10 +105,8 @@ def proposal_calls(config: Config, args: argparse.Namespace) -> Calls:
         checkpoint = Path(directory) / "sharpmask.pt"
         write_sharpmask(config, checkpoint)
         for name, refine in (("DeepMask", False), ("SharpMask", True)):
-            proposer, _ = load_proposer(checkpoint, CPU, refine=refine)
             for count in args.num_proposals:
-                proposer = copy.copy(proposer)
-                proposer.num_proposals = count
+                proposer, _ = load_proposer(checkpoint, CPU, num_proposals=count, refine=refine)
                 for size in args.megapixels:
                     width = 64 * round(math.sqrt(size * 1e6 * 4 / 3) / 64)  # .3: 640 x 480
                     image = draw_image(np.random.default_rng(0), width * 3 // 4, width)
@@ -118,99 +116,53 @@ def proposal_calls(config: Config, args: argparse.Namespace) -> Calls:
 
 def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
     """Detection in an image that has the network's size already, by number of RoIs."""
+    calls: Calls = {}
     sampling, rng = config.multipathnet.sampling, np.random.default_rng(0)
     height, width = sampling.short_side, sampling.long_side
     image = draw_image(rng, height, width)
-    model = make_multipathnet(config, num_classes=NUM_CLASSES)
-    categories = [{"id": i, "name": str(i)} for i in range(1, NUM_CLASSES + 1)]
-    calls: Calls = {}
+    categories = [{"id": i, "name": str(i)} for i in range(1, 81)]
+    model = make_multipathnet(config, num_classes=len(categories))
     for count in args.rois:
-        boxes, scores = draw_rois(count, height, width), np.linspace(1, 0, count, dtype=np.float32)
+        boxes = draw_boxes(rng, count, height, width).astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]  # xyxy
+        scores = np.linspace(1, 0, count, dtype=np.float32)
         # Detection only hands the masks on: empty strings will do.
-        rles = [b""] * count
-        proposals = Proposals(1, "noise.jpg", height, width, scores, boxes.numpy(), rles)
+        proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * count)
+        options = replace(config.detect, num_proposals=count)
         detector = Detector(
-            model,
-            categories,
-            device=CPU,
-            short_sides=[height],
-            long_side=width,
-            options=replace(config.detect, num_proposals=count),
+            model, categories, device=CPU, short_sides=[height], long_side=width, options=options
         )
         calls[f"MultiPathNet, {count} RoIs"] = partial(detector, image, proposals)
     return calls
 
 
-def draw_rois(count: int, height: int, width: int) -> Tensor:
-    """Boxes of all sizes, (count, 4) xyxy."""
-    x, y, w, h = draw_boxes(np.random.default_rng(0), count, height, width).T
-    return torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1)).float()
-
-
 def training_calls(config: Config, args: argparse.Namespace) -> Calls:
-    """Training steps of all networks on random minibatches: forward, backward, optimizer."""
+    """Training steps on a random minibatch of mask patches."""
     c, batch = config.deepmask, args.batch
-    deepmask, sharpmask = make_deepmask(config), make_sharpmask(config)
     side = c.patch_size + c.context
     patches = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     coarse = torch.randn(batch, c.target_size, c.target_size).sign()
     fine = torch.randn(batch, c.patch_size, c.patch_size).sign()
-    labels = torch.randn(batch).sign()
-
-    steps: dict[str, tuple[nn.Module, OptimConfig, Callable[[], Tensor]]] = {
-        f"DeepMask, {batch} mask patches": (
-            deepmask,
-            c.optim,
-            lambda: mask_loss(deepmask(patches, head="mask")["mask_logits"], coarse),
+    deepmask, sharpmask = make_deepmask(config), make_sharpmask(config)
+    return {
+        f"DeepMask, {batch} patches": training_step(deepmask, c.optim, patches, coarse),
+        f"SharpMask, {batch} patches": training_step(
+            sharpmask, config.sharpmask.optim, patches, fine
         ),
-        f"DeepMask, {batch} score patches": (
-            deepmask,
-            c.optim,
-            lambda: score_loss(deepmask(patches, head="score")["score_logits"], labels),
-        ),
-        f"SharpMask, {batch} patches": (
-            sharpmask,
-            config.sharpmask.optim,
-            lambda: mask_loss(sharpmask(patches, head="mask")["mask_logits"], fine),
-        ),
-        "MultiPathNet, an image": detector_step(config),
     }
-    return {name: training_step(*step) for name, step in steps.items()}
-
-
-def detector_step(config: Config) -> tuple[nn.Module, OptimConfig, Callable[[], Tensor]]:
-    """A detector, how it is optimized, and its loss on one random image."""
-    c = config.multipathnet
-    height, width, count = c.sampling.short_side, c.sampling.long_side, c.sampling.rois_per_image
-    model = make_multipathnet(config, num_classes=NUM_CLASSES)
-    for level in model.trunk.levels[: c.trunk.frozen_levels]:
-        level.requires_grad_(False)
-    images = torch.randn(1, 3, height, width).contiguous(memory_format=torch.channels_last)
-    boxes = draw_rois(count, height, width)
-    rois = torch.cat([torch.zeros(count, 1), boxes], dim=1)
-    is_foreground = torch.rand(count) < c.sampling.fg_fraction
-    classes = torch.randint(1, NUM_CLASSES + 1, (count,)) * is_foreground
-    labels = classes.expand(len(c.iou_thresholds), -1)
-
-    def loss() -> Tensor:
-        outputs = model(images, rois)
-        deltas = box_loss(outputs["deltas"], model.delta_targets(boxes, boxes + 4), labels)
-        return integral_loss(outputs["class_logits"], labels) + c.box_weight * deltas
-
-    return model, c.optim, loss
 
 
 def training_step(
-    model: nn.Module, optim: OptimConfig, loss: Callable[[], Tensor]
+    model: nn.Module, optim: OptimConfig, patches: Tensor, targets: Tensor
 ) -> Callable[[], None]:
-    """One step of the training loop on the same minibatch."""
+    """One step of the training loop, always on the same minibatch: forward, backward, optimizer."""
     model.train().to(memory_format=torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(optim, [{"params": trained}])
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        mask_loss(model(patches, head="mask")["mask_logits"], targets).backward()
         optimizer.step()
 
     return step

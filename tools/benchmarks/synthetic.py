@@ -13,9 +13,8 @@ from pipeline.config import Config
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import config_to_dict
 
-# Of COCO: the mean number of objects of an image, and how many of them are crowds.
-OBJECTS, CROWD_FRACTION = 7.3, 0.012
-IMAGE_SIZES = ((480, 640), (640, 480), (427, 640), (375, 500))  # heights and widths
+# Of COCO: the mean number of objects of an image, and a common size.
+OBJECTS, HEIGHT, WIDTH = 7.3, 480, 640
 
 
 def draw_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -59,28 +58,18 @@ def draw_polygon(rng: np.random.Generator, box: np.ndarray, height: int, width: 
 
 
 def draw_dataset(rng: np.random.Generator, images: int, *, categories: int = 80) -> dict:
-    """An instances json with the keys of COCO's."""
+    """An instances json with as many objects and points as COCO's, but without crowds."""
     records: list[dict] = []
     annotations: list[dict] = []
     for image_id in range(1, images + 1):
-        height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
         name = f"{image_id:012d}.jpg"
-        records.append({
-            "license": 1, "file_name": name, "height": height, "width": width, "id": image_id,
-            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
-            "date_captured": "2013-11-14 16:28:13",
-        })  # fmt: skip
-        for box in draw_boxes(rng, max(1, rng.poisson(OBJECTS)), height, width):
-            is_crowd = int(rng.random() < CROWD_FRACTION)
-            shape: object = [draw_polygon(rng, box, height, width)]
-            if is_crowd:
-                count = 2 * int(rng.integers(20, 400))
-                runs = 1 + rng.multinomial(height * width - count, rng.dirichlet(np.ones(count)))
-                shape = {"counts": runs.tolist(), "size": [height, width]}
+        records.append({"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH})
+        for box in draw_boxes(rng, max(1, rng.poisson(OBJECTS)), HEIGHT, WIDTH):
             annotations.append({
-                "id": len(annotations) + 1, "image_id": image_id, "iscrowd": is_crowd,
-                "category_id": int(rng.integers(1, categories + 1)), "segmentation": shape,
+                "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
+                "category_id": int(rng.integers(1, categories + 1)),
+                "segmentation": [draw_polygon(rng, box, HEIGHT, WIDTH)],
                 "bbox": box.round(2).tolist(), "area": float(box[2] * box[3] * 0.6),
             })  # fmt: skip
-    names = [{"supercategory": "", "id": i, "name": f"{i}"} for i in range(1, categories + 1)]
+    names = [{"id": i, "name": f"{i}"} for i in range(1, categories + 1)]
     return {"images": records, "categories": names, "annotations": annotations}

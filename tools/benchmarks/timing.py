@@ -3,43 +3,44 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from datasets.files import write_json
 
-Key = TypeVar("Key", bound=Hashable)
+Calls = dict[str, Callable[[], object]]  # what is timed, by name
 Rows = dict[str, dict[str, float]]  # the figures of a table, by row and column
 
 
-def make_parser(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A benchmark's parser with the options of all: --output, and --rounds if it has some."""
+def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A benchmark's parser: an option for each default, of its type, and --output."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    for name, default in defaults.items():
+        several = isinstance(default, list)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            default=default,
+            help="default: %(default)s",
+        )
     parser.add_argument("--output", type=Path, help="write the figures as json")
-    if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     return parser
 
 
 def interleave(
-    alternatives: Mapping[Key, Callable[[], object]],
-    *,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Key, list[float]]:
+    calls: Calls, *, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every call: each round calls every alternative once; one more round warms up.
 
-    Args:
-        alternatives: what to call, by name.
-        rounds: that are timed.
-        clock: `time.process_time` for seconds of the CPU, which other processes do not disturb.
+    With `time.process_time` they are seconds of the CPU, which other processes do not disturb.
     """
-    seconds: dict[Key, list[float]] = {name: [] for name in alternatives}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):
-        for name, function in alternatives.items():
+        for name, function in calls.items():
             start = clock()
             function()
             if index > 0:
@@ -50,6 +51,16 @@ def interleave(
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """The median over the rounds of the ratio within each: a slow minute hits both sides."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def compare(calls: Calls, *, rounds: int) -> Rows:
+    """Seconds of the CPU of each alternative, and how many times as fast as the first it is."""
+    seconds = interleave(calls, rounds=rounds, clock=time.process_time)
+    first, *_ = seconds.values()
+    return {
+        name: {"seconds": statistics.median(each), "times as fast": median_ratio(first, each)}
+        for name, each in seconds.items()
+    }
 
 
 def report(tables: Mapping[str, Rows], output: Path | None) -> None:
