@@ -9,28 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "avif",
-        "bmp",
-        "dib",
-        "gif",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "tif",
-        "tiff",
-        "webp",
-    ]
-)
+_NAMES = "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 
 # Who calls `read_image` reports a broken file in one line; OpenCV would print several beside it.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
