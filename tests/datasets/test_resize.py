@@ -1,7 +1,4 @@
-"""Images at another size: sides as asked, pixels by a slow formula, boxes that follow.
-
-Pixels for a network and back.
-"""
+"""Images at another size: sides, pixels by a slow formula, boxes; pixels for a network and back."""
 
 import numpy as np
 import pytest

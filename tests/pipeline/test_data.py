@@ -26,14 +26,11 @@ def make_dataset(folder, *, objects=True, offset=0.0, **sampling):
 
 def test_delta_statistics_are_those_of_all_foreground(tmp_path):
     data = make_dataset(tmp_path, fg_fraction=1.0, rois_per_image=41, flip=False)
-    deltas = []
-    for image in range(6):
-        sample = data.sampler.sample(image, np.random.default_rng(0))
-        rois, boxes = torch.from_numpy(
-            np.stack([sample.rois, sample.boxes])[:, sample.labels[0] > 0]
-        )
-        deltas.append(encode_boxes(rois, boxes))
-    expected = torch.cat(deltas)
+    samples = [data.sampler.sample(image, np.random.default_rng(0)) for image in range(6)]
+    foreground = np.concatenate([sample.labels[0] > 0 for sample in samples])
+    rois = np.concatenate([sample.rois for sample in samples])[foreground]
+    boxes = np.concatenate([sample.boxes for sample in samples])[foreground]
+    expected = encode_boxes(torch.from_numpy(rois), torch.from_numpy(boxes))
     mean, std = delta_statistics(data)
     assert mean.dtype == std.dtype == torch.float32
     torch.testing.assert_close(mean, expected.mean(0), rtol=0, atol=1e-5)
