@@ -7,7 +7,7 @@ image that cannot be read is named and the sample drawn again, the same way in a
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -26,11 +26,7 @@ Drawn = TypeVar("Drawn")
 def draw_until_readable(
     draw: Callable[[int], Drawn], read: Callable[[Drawn], np.ndarray]
 ) -> tuple[Drawn, np.ndarray, list[str]]:
-    """The first draw whose image can be read.
-
-    Args:
-        draw: what attempt 0, 1, ... draws.
-        read: the image of a draw.
+    """The first draw (of attempt 0, 1, ...) whose image can be read.
 
     Returns:
         The draw, its image, and the messages on those that could not be read.
@@ -66,16 +62,13 @@ def read_annotated_image(coco: CocoInstances, images: Path, row: int) -> np.ndar
 
 
 def rank_samples(batch: int, size: int, rank: int = 0, world_size: int = 1) -> range:
-    """The samples of an epoch that one process loads for a minibatch.
+    """The samples of an epoch that one process loads for its minibatch of index `batch`.
 
-    Args:
-        batch: index of the minibatch in its epoch.
-        size: samples of a whole minibatch, over all processes; a multiple of `world_size`.
+    `size` is of the whole minibatch, over all processes; a multiple of `world_size`.
     """
     assert size % world_size == 0, (size, world_size)
-    each = size // world_size
-    first = batch * size + rank * each
-    return range(first, first + each)
+    first = batch * size + rank * size // world_size
+    return range(first, first + size // world_size)
 
 
 def batch_loader(
@@ -87,7 +80,6 @@ def batch_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Serves the minibatches whose indices are given, in order."""
-    options: dict[str, Any] = {"prefetch_factor": PREFETCH} if workers else {}
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -95,7 +87,7 @@ def batch_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        **options,
+        prefetch_factor=PREFETCH if workers else None,
     )
 
 

@@ -15,7 +15,6 @@ the original.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,24 +27,15 @@ MAX_NEGATIVE_DRAWS = 100  # then the farthest of them is taken
 
 @dataclass(frozen=True)
 class Patch:
-    """One drawn patch.
+    """One drawn patch."""
 
-    Attributes:
-        image: row of the image.
-        annotation: row of the annotation that the patch shows, or -1 (negative patch).
-        label: 1 or -1.
-        x, y: center in the original image.
-        scale: see the module.
-        flip: mirror left-right.
-    """
-
-    image: int
-    annotation: int
-    label: int
-    x: float
+    image: int  # row
+    annotation: int  # row of the one that the patch shows, -1 for a negative patch
+    label: int  # 1 or -1
+    x: float  # of the center, in the original image
     y: float
-    scale: float
-    flip: bool
+    scale: float  # see the module
+    flip: bool  # mirror left-right
 
 
 @dataclass(frozen=True)
@@ -81,11 +71,6 @@ class PatchSamplingConfig:
             )
 
 
-def canonical_size(patch_size: int) -> int:
-    """O, the longest side in pixels of a canonical object: it fills 128 / 224 of the patch."""
-    return math.ceil(patch_size * 128 / 224)
-
-
 class PatchSampler:
     """Draws groups of patches from a dataset (ECCV 2016, section 3.3, and the released code)."""
 
@@ -99,24 +84,22 @@ class PatchSampler:
     ):
         """
         Raises:
-            ValueError: the dataset has no annotation that a mask patch could show.
+            ValueError: the dataset has no object that a patch could show.
         """
         self.coco, self.config, self.seed = coco, config or PatchSamplingConfig(), seed
-        self.canonical = canonical_size(patch_size)
+        # The longest side in pixels of a canonical object: it fills 128 / 224 of the patch.
+        self.canonical = math.ceil(patch_size * 128 / 224)
         self._index_mask_objects()
         self._index_score_objects()
 
     def draw(self, head: str, epoch: int, group: int, *, attempt: int = 0) -> list[Patch]:
         """The patches of one group: `patches_per_image` patches of one image.
 
-        Args:
-            head: what they train, "mask" or "score".
-            attempt: counts up when the group's image turned out to be unreadable.
+        `head` is what they train, "mask" or "score"; `attempt` counts up when the group's image
+        turned out to be unreadable.
         """
         rng = np.random.default_rng([self.seed, epoch, group, attempt])
-        draw_group = {MASK: self._draw_mask_group, SCORE: self._draw_score_group}[head]
-        draw_one = draw_group(rng)
-        return [draw_one() for _ in range(self.config.patches_per_image)]
+        return self._draw_mask_group(rng) if head == MASK else self._draw_score_group(rng)
 
     # Mask patches ---------------------------------------------------------------------------------
 
@@ -134,48 +117,42 @@ class PatchSampler:
                 f"{coco.path}: no annotation is large enough for a mask patch "
                 f"(not a crowd, area >= {config.min_area:g}, sides >= {config.min_side:g} px)"
             )
-        # Only categories that have an object are drawn: an empty one would be searched for ever.
-        order = np.argsort(coco.category_index[rows], kind="stable")
-        self.mask_rows = rows[order]  # usable annotations by category
-        categories, starts, counts = np.unique(
+        # Usable annotations by category. Only categories that have one are drawn: an empty one
+        # would be searched for ever.
+        self.mask_rows = rows[np.argsort(coco.category_index[rows], kind="stable")]
+        _, self.category_starts, self.category_counts = np.unique(
             coco.category_index[self.mask_rows], return_index=True, return_counts=True
         )
-        self.category_starts, self.category_counts = starts, counts
         # Weight of an annotation within its image: P(category) x P(annotation | category), up to a
         # constant.
         self.mask_weight = np.zeros(len(coco.image_index), np.float32)
-        self.mask_weight[self.mask_rows] = np.repeat(1.0 / counts, counts)
-        assert len(categories) == len(starts)
+        self.mask_weight[self.mask_rows] = np.repeat(
+            1.0 / self.category_counts, self.category_counts
+        )
 
-    def _draw_mask_group(self, rng: np.random.Generator) -> Callable[[], Patch]:
+    def _draw_mask_group(self, rng: np.random.Generator) -> list[Patch]:
         category = rng.integers(len(self.category_starts))
-        anchor = self.mask_rows[
-            self.category_starts[category] + rng.integers(self.category_counts[category])
-        ]
+        in_category = rng.integers(self.category_counts[category])
+        anchor = self.mask_rows[self.category_starts[category] + in_category]
         image = int(self.coco.image_index[anchor])
-        rows = np.arange(self.coco.image_starts[image], self.coco.image_starts[image + 1])
-        cumulative = np.cumsum(self.mask_weight[rows])
+        start, stop = self.coco.image_starts[image : image + 2].tolist()
+        cumulative = np.cumsum(self.mask_weight[start:stop])
 
         def draw_one() -> Patch:
-            row = rows[
-                np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right").clip(
-                    max=len(rows) - 1
-                )
-            ]
-            return self._mask_patch(rng, image, int(row))
+            i = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+            return self._mask_patch(rng, image, min(start + int(i), stop - 1))
 
-        return draw_one
+        return [draw_one() for _ in range(self.config.patches_per_image)]
 
     def _mask_patch(self, rng: np.random.Generator, image: int, row: int) -> Patch:
         config = self.config
         x1, y1, x2, y2 = self.coco.boxes[row].tolist()
-        octaves = math.log2(max(x2 - x1, y2 - y1) / self.canonical)
-        octaves += rng.uniform(-config.jitter_scale, config.jitter_scale)
-        pixels = 2.0**octaves  # of the original, in a pixel of the patch
+        log2_pixels = math.log2(max(x2 - x1, y2 - y1) / self.canonical)
+        log2_pixels += rng.uniform(-config.jitter_scale, config.jitter_scale)
+        pixels = 2.0**log2_pixels  # of the original, in a pixel of the patch
         dx, dy = rng.uniform(-config.jitter_shift, config.jitter_shift, size=2) * pixels
-        return Patch(
-            image, row, 1, (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy, 1 / pixels, self._flip(rng)
-        )
+        x, y = (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy
+        return Patch(image, row, 1, x, y, 1 / pixels, self._flip(rng))
 
     # Score patches --------------------------------------------------------------------------------
 
@@ -183,50 +160,41 @@ class PatchSampler:
         coco = self.coco
         self.centers = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
         longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
-        self.object_quarter = canonical_quarter(
-            longest, self.canonical, self.config.score_log2_scales
-        )
+        scales = self.config.score_log2_scales
+        self.object_quarter = canonical_quarter(longest, self.canonical, scales)
         self.object_quarter[coco.is_crowd] = NO_SCALE
-        positive_images = np.zeros(len(coco), bool)
-        positive_images[coco.image_index[self.object_quarter != NO_SCALE]] = True
-        annotated = np.diff(coco.image_starts) > 0
-        self.positive_images = np.flatnonzero(positive_images)
+        self.positive_images = np.unique(coco.image_index[self.object_quarter != NO_SCALE])
         # An image known to show no object gives negatives. One whose annotations were left out
         # proves nothing.
+        annotated = np.diff(coco.image_starts) > 0
         self.empty_images = np.flatnonzero(~annotated & ~coco.has_left_out)
         if len(self.positive_images) == 0:
             raise ValueError(f"{coco.path}: no image has an object that a score patch could show")
 
-    def _draw_score_group(self, rng: np.random.Generator) -> Callable[[], Patch]:
-        """A group's draws: half of all patches are positive.
-
-        Negatives come from all images alike, whether or not they show an object.
-        """
+    def _draw_score_group(self, rng: np.random.Generator) -> list[Patch]:
+        """Half of all patches are positive; negatives come from all images alike."""
         empty = len(self.empty_images)
         empty_fraction = empty / (empty + len(self.positive_images))
+        group = range(self.config.patches_per_image)
         if empty and rng.random() < empty_fraction / 2:
             image = int(rng.choice(self.empty_images))
-            return lambda: self._negative_patch(rng, image)
+            return [self._negative_patch(rng, image) for _ in group]
         image = int(self.positive_images[rng.integers(len(self.positive_images))])
         positive_probability = 0.5 / (1 - empty_fraction / 2)
-
-        def draw_one() -> Patch:
-            positive = rng.random() < positive_probability
-            return (
-                self._positive_patch(rng, image) if positive else self._negative_patch(rng, image)
-            )
-
-        return draw_one
+        return [
+            self._positive_patch(rng, image)
+            if rng.random() < positive_probability
+            else self._negative_patch(rng, image)
+            for _ in group
+        ]
 
     def _positive_patch(self, rng: np.random.Generator, image: int) -> Patch:
         start, stop = self.coco.image_starts[image : image + 2]
         quarters = self.object_quarter[start:stop]
         quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
-        x, y = self.centers[row].tolist()
-        return Patch(
-            image, row, 1, *self._clamp(image, x, y), 2.0 ** (quarter / 4), self._flip(rng)
-        )
+        x, y = self.centers[row].clip(0, self.coco.image_sizes[image, ::-1]).tolist()
+        return Patch(image, row, 1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
 
     def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
         low, high = self.config.score_log2_scales
@@ -244,25 +212,15 @@ class PatchSampler:
         return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
 
     def _distance_to_objects(self, image: int, x: float, y: float, quarter: int) -> float:
-        """Pixels of the resized image from a center to the nearest object of similar scale.
-
-        It is 0 inside a crowd.
-        """
+        """Pixels of the resized image to the nearest object of similar scale; 0 in a crowd."""
         start, stop = self.coco.image_starts[image : image + 2]
         crowds = self.coco.boxes[start:stop][self.coco.is_crowd[start:stop]]
         if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
             return 0.0  # what is centered there may well be an object
-        near = (
-            np.abs(self.object_quarter[start:stop] - quarter) <= self.config.negative_log2_scale * 4
-        )
-        offsets = self.centers[start:stop][near] - (x, y)
-        return float(np.hypot(offsets[:, 0], offsets[:, 1]).min(initial=np.inf)) * 2.0 ** (
-            quarter / 4
-        )
-
-    def _clamp(self, image: int, x: float, y: float) -> tuple[float, float]:
-        height, width = self.coco.image_sizes[image].tolist()
-        return min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
+        similar = np.abs(self.object_quarter[start:stop] - quarter)
+        similar = similar <= self.config.negative_log2_scale * 4
+        offsets = self.centers[start:stop][similar] - (x, y)
+        return float(np.hypot(*offsets.T).min(initial=np.inf)) * 2.0 ** (quarter / 4)
 
     def _flip(self, rng: np.random.Generator) -> bool:
         return bool(rng.random() < 0.5) and self.config.flip
@@ -274,16 +232,10 @@ NO_SCALE = -1000  # quarters; far enough from any scale to be near none
 def canonical_quarter(
     longest: np.ndarray, canonical: int, log2_scales: tuple[float, float]
 ) -> np.ndarray:
-    """The scale at which each object is canonical, as log2 in quarters.
+    """The scale at which each object is canonical, as log2 in quarters, (A,) int32.
 
-    It is the largest scale at which the longest side is at most 2^(1/4) canonical.
-
-    Args:
-        longest: (A,) longest sides in pixels of the original.
-        log2_scales: lowest and highest.
-
-    Returns:
-        (A,) int32; `NO_SCALE` where the object is too large for the smallest factor.
+    It is the largest of the scales (lowest and highest are given) at which the longest side (A,) is
+    at most 2^(1/4) canonical; `NO_SCALE` where the object is too large for the lowest.
     """
     low, high = (round(s * 4) for s in log2_scales)
     with np.errstate(divide="ignore"):

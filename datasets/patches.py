@@ -8,6 +8,7 @@ Letters: m patches of a group (one decoded image), B batch, S input size P + C, 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +25,24 @@ from datasets.resize import GRAY, normalize
 
 
 def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
-    """The pixels that a patch covers, resampled; gray .5 outside the image.
-
-    Args:
-        image: (H, W, 3) uint8. size: S.
+    """The pixels of an image (H, W, 3) uint8 that a patch covers; gray .5 outside the image.
 
     Returns:
-        (S, S, 3) float32 in [0, 1], mirrored if the patch says so.
+        (size, size, 3) float32 in [0, 1], mirrored if the patch says so.
     """
-    pixels = resample(image, patch, size).astype(np.float32) / 255
+    pixels = _resample(image, patch, size).astype(np.float32) / 255
     inside = _coverage(image.shape, patch, size)
     if inside is not None:
         pixels = inside[..., None] * pixels + (1 - inside[..., None]) * np.float32(GRAY)
     return pixels[:, ::-1] if patch.flip else pixels
 
 
-def resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
-    """The patch's square, edges repeated outside.
+def _resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
+    """The patch's square of a uint8 image, with or without channels; edges repeated outside.
 
     Where several original pixels fall on one of the patch, whole blocks are averaged first, and
     the remaining factor (.75 to 1.5) is bilinear: close to an exact area average at a fraction of
     its cost, and sub-pixel at any scale.
-
-    Args:
-        image: (H, W) or (H, W, C) uint8.
-
-    Returns:
-        (size, size) or (size, size, C) uint8.
     """
     height, width = image.shape[:2]
     block = max(1, round(1 / patch.scale))
@@ -79,21 +71,14 @@ def resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
 
 
 def _block_range(low: float, high: float, length: int, block: int) -> tuple[int, int]:
-    """Original pixels that [low, high] needs, with a block to spare; never empty.
-
-    They start on a block.
-    """
+    """Original pixels that [low, high] needs, from a block's first; a block to spare, not empty."""
     first = min(max(int(low // block) - 1, 0), (length - 1) // block)
     last = min(max(int(high // block) + 2, first + 1), -(-length // block))
     return first * block, min(last * block, length)
 
 
 def _coverage(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
-    """How much of each patch pixel lies inside the image.
-
-    Returns:
-        (size, size) float32 in [0, 1]; None if the whole patch lies inside.
-    """
+    """How much of each patch pixel lies inside the image, (size, size); None for all of all."""
     axes = []
     for center, length in ((patch.y, shape[0]), (patch.x, shape[1])):
         edges = center + (np.arange(size + 1) - size / 2) / patch.scale
@@ -117,10 +102,10 @@ def mask_target(
     polygons = coco.polygons(patch.annotation)
     if polygons is None:
         full = coco_mask.decode(coco.rle(patch.annotation)) * np.uint8(255)
-        square = Patch(**{**vars(patch), "scale": patch.scale * target_size / patch_size})
+        square = replace(patch, scale=patch.scale * target_size / patch_size)
         # The edge is repeated by the resampling; outside the image there is no object.
         inside = _coverage(full.shape, square, target_size)
-        soft = resample(full, square, target_size) * (1 if inside is None else inside)
+        soft = _resample(full, square, target_size) * (1 if inside is None else inside)
         mask = soft > 127
     else:
         mask = rasterize(polygons, patch, patch_size=patch_size, target_size=target_size)
@@ -131,14 +116,7 @@ def mask_target(
 def rasterize(
     polygons: list[np.ndarray], patch: Patch, *, patch_size: int, target_size: int
 ) -> np.ndarray:
-    """Union of polygons, drawn in the patch's frame.
-
-    Args:
-        polygons: each (n, 2), in the original frame.
-
-    Returns:
-        (G, G) bool, not mirrored.
-    """
+    """Union of polygons, each (n, 2), drawn in the patch's frame: (G, G) bool, not mirrored."""
     factor = patch.scale * target_size / patch_size
     shift = target_size / 2 - factor * np.array([patch.x, patch.y])
     rings = [(ring * factor + shift).ravel().tolist() for ring in polygons]
@@ -196,45 +174,25 @@ class PatchDataset(Dataset):
         return tensors | {"broken": [message for item in items for message in item["broken"]]}
 
 
-class PatchBatchSampler:
+def patch_batches(
+    steps: range,
+    *,
+    batches_per_epoch: int,
+    groups_per_batch: int,
+    seed: int = 0,
+    mask_batch_prob: float = 0.5,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[tuple[str, int, int]]]:
     """Indices of one process's part of the minibatches of a range of training steps.
 
     The head that a minibatch trains depends on (seed, epoch, batch) and is the same in every
-    process; the groups of a minibatch are dealt out to the processes in order.
+    process; its groups, `groups_per_batch` over all processes, are dealt out in order. Steps count
+    over all epochs: a resumed run starts in the middle of one.
     """
-
-    def __init__(
-        self,
-        steps: range,
-        *,
-        batches_per_epoch: int,
-        groups_per_batch: int,
-        seed: int = 0,
-        mask_batch_prob: float = 0.5,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """
-        Args:
-            steps: minibatches counted over all epochs (a resumed run starts in the middle of one).
-            groups_per_batch: of the whole minibatch, over all processes.
-            mask_batch_prob: probability of a minibatch of mask patches.
-        """
-        self.steps, self.batches_per_epoch, self.seed = steps, batches_per_epoch, seed
-        self.groups_per_batch, self.mask_batch_prob = groups_per_batch, mask_batch_prob
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
-        for step in self.steps:
-            epoch, batch = divmod(step, self.batches_per_epoch)
-            groups = rank_samples(batch, self.groups_per_batch, self.rank, self.world_size)
-            head = self.head(epoch, batch)
-            yield [(head, epoch, group) for group in groups]
-
-    def head(self, epoch: int, batch: int) -> str:
-        """What a minibatch trains, "mask" or "score"."""
-        coin = np.random.default_rng([self.seed, epoch, batch, 1 << 30]).random()
-        return MASK if coin < self.mask_batch_prob else SCORE
+    for step in steps:
+        epoch, batch = divmod(step, batches_per_epoch)
+        coin = np.random.default_rng([seed, epoch, batch, 1 << 30]).random()
+        head = MASK if coin < mask_batch_prob else SCORE
+        groups = rank_samples(batch, groups_per_batch, rank, world_size)
+        yield [(head, epoch, group) for group in groups]

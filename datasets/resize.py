@@ -37,10 +37,11 @@ IMAGENET = PixelConfig()
 
 def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
     """(H, W, 3) uint8 resized by a scale, averaging areas when it shrinks; at least one pixel."""
-    size = tuple(max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
-    if size == (image.shape[1], image.shape[0]):
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    if (height, width) == image.shape[:2]:
         return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=method)
 
 
 def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
@@ -50,43 +51,36 @@ def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
         (h, w, 3) float32, not rounded to integers.
     """
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[:2])
-    return _interpolate(image, (height, width))
+    return _interpolate(image, height, width)
 
 
 def resize_sides(
     image: np.ndarray, *, short_side: int, long_side: int, align_corners: bool = False
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """The image with its short side as given, or smaller if its long side would be too long.
-
-    Args:
-        image: (H, W, 3) uint8.
+    """The image (H, W, 3) uint8 with a short side as given; smaller if the long side is too long.
 
     Returns:
-        (h, w, 3), uint8 or with `align_corners` float32 of values that were not rounded; and the
+        (h, w, 3) uint8, or with `align_corners` float32 of values that were not rounded; and the
         (x, y) scales of boxes. Sides are whole pixels, so these are w / W and h / H, where the
         released code takes one scale for both.
     """
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    if align_corners:
-        size = (max(1, math.floor(height * scale)), max(1, math.floor(width * scale)))
-        return _scale_as_lua(image, size), (scale, scale)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    pixels = cv2.resize(image, size[::-1], interpolation=method)
-    return pixels, (size[1] / width, size[0] / height)
+    if not align_corners:
+        pixels = resize_image(image, scale)
+        return pixels, (pixels.shape[1] / width, pixels.shape[0] / height)
+    # As image.scale of Lua Torch, which averages areas where it shrinks.
+    h, w = (max(1, math.floor(side * scale)) for side in (height, width))
+    if h * w < height * width:
+        pixels = cv2.resize(image.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
+    else:
+        pixels = _interpolate(image, h, w)
+    return pixels, (scale, scale)
 
 
-def _scale_as_lua(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """As image.scale of Lua Torch: averages areas where it shrinks."""
-    if size[0] * size[1] < image.shape[0] * image.shape[1]:
-        return cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
-    return _interpolate(image, size)
-
-
-def _interpolate(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _interpolate(image: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
+    resized = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -108,14 +102,9 @@ def denormalize(pixels: np.ndarray) -> np.ndarray:
 def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
     """A network's input from a whole image: normalized, with a gray border on all sides.
 
-    Args:
-        pixels: (H, W, 3), values 0 to 255, on any device.
-
-    Returns:
-        (1, 3, H + 2 border, W + 2 border) float32, channels last.
+    (H, W, 3) of values 0 to 255 to (1, 3, H + 2 border, W + 2 border) float32, channels last.
     """
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
     height, width = pixels.shape[:2]
     gray = (GRAY - mean) / std
     canvas = gray.expand(height + 2 * border, width + 2 * border, 3).contiguous()

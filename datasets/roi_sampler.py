@@ -66,36 +66,15 @@ class RoiSamplingConfig:
 class RoiSample:
     """The RoIs drawn from one image.
 
-    Attributes:
-        image: row of the image.
-        flip: whether the image is mirrored; the RoIs and boxes are already.
-        rois: (R, 4) float32 xyxy in pixels of the original image.
-        labels: (K, R) int64: category row + 1 for foreground, 0 for background, -1 for no sample:
-            another threshold was drawn, or the RoI only repeats one to make up R.
-        boxes: (R, 4) float32 xyxy, the object's box for what is foreground in a row of `labels`;
-            the RoI itself for the others.
+    Labels are the category's row + 1 for foreground, 0 for background, and -1 for no sample:
+    another threshold was drawn, or the RoI only repeats one to make up R.
     """
 
-    image: int
-    flip: bool
-    rois: np.ndarray
-    labels: np.ndarray
-    boxes: np.ndarray
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The boxes of an image that may be drawn.
-
-    Attributes:
-        boxes: (n, 4) float32 xyxy, proposals and then ground-truth boxes.
-        overlaps: (n,) float64, the highest IoU with an object.
-        matches: (n,) int64, the annotation that it is with; any if the IoU is 0.
-    """
-
-    boxes: np.ndarray
-    overlaps: np.ndarray
-    matches: np.ndarray
+    image: int  # row
+    flip: bool  # whether the image is mirrored; the RoIs and boxes are already
+    rois: np.ndarray  # (R, 4) float32 xyxy in pixels of the original image
+    labels: np.ndarray  # (K, R) int64
+    boxes: np.ndarray  # (R, 4) float32, the objects' of what is foreground, else the RoIs
 
 
 class RoiSampler:
@@ -110,9 +89,7 @@ class RoiSampler:
         iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS,
         seed: int = 0,
     ):
-        """
-        Args:
-            iou_thresholds: of the classifiers; (.5,) is Fast R-CNN.
+        """`iou_thresholds` are the classifiers'; (.5,) is Fast R-CNN.
 
         Raises:
             ValueError: the dataset has no image that could be drawn.
@@ -121,64 +98,46 @@ class RoiSampler:
         self.config, self.iou_thresholds = config or RoiSamplingConfig(), iou_thresholds
         # VOC's difficult objects teach nothing, as in Fast R-CNN; what lies in one is no negative.
         self.not_objects = coco.is_crowd | coco.is_difficult
-        assert self.config.bg_iou_low < min(iou_thresholds), iou_thresholds
-        self._index_images()
-
-    def _index_images(self) -> None:
-        """The images that may be drawn, and those among them that show an object."""
-        has_object = np.zeros(len(self.coco), bool)
-        has_object[self.coco.image_index[~self.not_objects]] = True
+        has_object = np.zeros(len(coco), bool)
+        has_object[coco.image_index[~self.not_objects]] = True
+        drawable = has_object.copy()
         # Only images without an object need a look: the others have a ground-truth box at least.
-        empty = [
-            image
-            for image in np.flatnonzero(~has_object & ~self.coco.has_left_out).tolist()
-            if len(self.candidates(image).boxes)
-        ]
-        self.object_images = np.flatnonzero(has_object)
-        drawable = np.sort(np.concatenate([self.object_images, empty]).astype(np.int64))
-        limit = len(self.coco) if self.config.max_images is None else self.config.max_images
-        self.drawable = drawable[drawable < limit]
-        self.object_images = self.object_images[self.object_images < limit]
+        for image in np.flatnonzero(~has_object & ~coco.has_left_out).tolist():
+            drawable[image] = len(self.candidates(image)[0]) > 0
+        self.object_images = np.flatnonzero(has_object[: self.config.max_images])
+        self.drawable = np.flatnonzero(drawable[: self.config.max_images])
         if len(self.drawable) == 0:
             raise ValueError(
-                f"{self.coco.path}: no image to train on: none has an object (not a crowd) "
+                f"{coco.path}: no image to train on: none has an object (not a crowd) "
                 "or a proposal that is background; check that the proposals are of these images"
             )
 
     def draw(self, epoch: int, index: int, threshold: int = -1, *, attempt: int = 0) -> RoiSample:
-        """Sample `index` of an epoch.
-
-        Args:
-            threshold: see `sample`.
-            attempt: counts up when the drawn image turned out to be unreadable.
-        """
+        """Sample `index` of an epoch; `attempt` counts up when its image was unreadable."""
         rng = np.random.default_rng([self.seed, epoch, index, attempt])
         image = int(self.drawable[rng.integers(len(self.drawable))])
         return self.sample(image, rng, threshold)
 
     def sample(self, image: int, rng: np.random.Generator, threshold: int = -1) -> RoiSample:
-        """RoIs of one image.
+        """RoIs of one image, for the IoU threshold of the given index or, with -1, for all.
 
-        Args:
-            threshold: index of the one IoU threshold to sample for; the labels of the others are
-                all -1. With -1 the RoIs are for all of them: foreground for the lowest, whose
-                background is background for every other.
+        For all, foreground is that of the lowest, whose background is background for every other.
         """
         rows = slice(None) if threshold < 0 else slice(threshold, threshold + 1)
         thresholds, count = np.array(self.iou_thresholds)[rows], self.config.rois_per_image
         flip = bool(rng.random() < 0.5) and self.config.flip
-        candidates = self.candidates(image)
-        foreground, background = self._choose(
-            rng, candidates.overlaps, thresholds.min(), not self.coco.has_left_out[image]
-        )
-        matches = candidates.matches[foreground]
+        candidates, overlaps, matches = self.candidates(image)
+        complete = not self.coco.has_left_out[image]
+        foreground, background = self._choose(rng, overlaps, thresholds.min(), complete)
+        matches = matches[foreground]
         classes = self.coco.category_index[matches] + 1
-        reached = candidates.overlaps[foreground] >= thresholds[:, None]
         labels = np.full((len(self.iou_thresholds), count), -1, np.int64)
         labels[rows, : len(foreground) + len(background)] = 0
-        labels[rows, : len(foreground)] = np.where(reached, classes, 0)
+        labels[rows, : len(foreground)] = np.where(
+            overlaps[foreground] >= thresholds[:, None], classes, 0
+        )
         # Where there are fewer than R they are repeated, so that every sample has one shape.
-        rois = np.resize(candidates.boxes[np.concatenate([foreground, background])], (count, 4))
+        rois = np.resize(candidates[np.concatenate([foreground, background])], (count, 4))
         boxes = rois.copy()
         boxes[: len(foreground)] = self.coco.boxes[matches]
         if flip:
@@ -186,59 +145,58 @@ class RoiSampler:
             rois, boxes = mirror(rois, width), mirror(boxes, width)
         return RoiSample(image, flip, rois, labels, boxes)
 
-    def candidates(self, image: int) -> Candidates:
-        """The best proposals of an image, less those in a crowd, and its ground-truth boxes."""
+    def candidates(self, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best proposals of an image, less those in a crowd, and its ground-truth boxes.
+
+        Returns:
+            Boxes (n, 4) float32 xyxy; the highest IoU of each with an object, (n,) float64; and the
+            annotation that it is with, (n,) int64, any if the IoU is 0.
+        """
         coco, config = self.coco, self.config
-        rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
+        rows = np.arange(*coco.image_starts[image : image + 2])
         crowd = self.not_objects[rows]
         proposals = self.proposals.of(int(coco.image_ids[image]))[0][: config.max_proposals]
         boxes = np.concatenate([proposals, coco.boxes[rows[~crowd]]])
-        overlaps = box_overlaps(boxes, coco.boxes[rows], crowd)
+        overlaps = _overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does
         # have it, in a crowd or not.
-        usable = np.ones(len(boxes), bool)
-        usable[: len(proposals)] = (overlaps[: len(proposals), crowd] <= config.crowd_overlap).all(
-            1
-        )
+        in_crowd = (overlaps[:, crowd] > config.crowd_overlap).any(axis=1)
+        usable = ~in_crowd | (np.arange(len(boxes)) >= len(proposals))
         boxes, overlaps = boxes[usable], overlaps[usable][:, ~crowd]
         if crowd.all():  # or no annotation at all
-            return Candidates(boxes, np.zeros(len(boxes)), np.zeros(len(boxes), np.int64))
-        return Candidates(boxes, overlaps.max(axis=1), rows[~crowd][overlaps.argmax(axis=1)])
+            return boxes, np.zeros(len(boxes)), np.zeros(len(boxes), np.int64)
+        return boxes, overlaps.max(axis=1), rows[~crowd][overlaps.argmax(axis=1)]
 
     def _choose(
         self, rng: np.random.Generator, overlaps: np.ndarray, lowest: float, complete: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the candidates for the sample, none twice: foreground and background.
 
-        Args:
-            complete: all objects of the image are annotated.
+        `complete`: all objects of the image are annotated.
         """
         config = self.config
+
+        def choose(pool: np.ndarray, at_most: int) -> np.ndarray:
+            rows = np.flatnonzero(pool)
+            return rng.choice(rows, min(at_most, len(rows)), replace=False)
+
         # At least one: an image may have nothing but its objects.
-        at_most = max(1, round(config.fg_fraction * config.rois_per_image))
-        touching = (overlaps >= config.bg_iou_low) & (overlaps < lowest)
+        foreground = choose(
+            overlaps >= lowest, max(1, round(config.fg_fraction * config.rois_per_image))
+        )
+        left = config.rois_per_image - len(foreground)
         # Background that touches an object teaches most. But an image with few proposals of it,
         # or without an object, would give little or none: the rest is taken from what is clear of
         # objects, unless that might show one whose annotation was left out.
-        clear = (overlaps < config.bg_iou_low) & complete
-        foreground = _draw(rng, np.flatnonzero(overlaps >= lowest), at_most)
-        near = _draw(rng, np.flatnonzero(touching), config.rois_per_image - len(foreground))
-        left = config.rois_per_image - len(foreground) - len(near)
-        return foreground, np.concatenate([near, _draw(rng, np.flatnonzero(clear), left)])
+        touching = choose((overlaps >= config.bg_iou_low) & (overlaps < lowest), left)
+        clear = choose((overlaps < config.bg_iou_low) & complete, left - len(touching))
+        return foreground, np.concatenate([touching, clear])
 
 
-def _draw(rng: np.random.Generator, pool: np.ndarray, at_most: int) -> np.ndarray:
-    return rng.choice(pool, min(at_most, len(pool)), replace=False)
+def _overlaps(boxes: np.ndarray, annotated: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """COCO's overlap of boxes (n, 4) and (m, 4) xyxy, (n, m) float64.
 
-
-def box_overlaps(boxes: np.ndarray, annotated: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """COCO's overlap: IoU, but with a crowd the intersection's share of the box's own area.
-
-    Args:
-        boxes: (n, 4) xyxy. annotated: (m, 4) xyxy. crowd: (m,) bool.
-
-    Returns:
-        (n, m) float64 in [0, 1].
+    IoU, but with a crowd the intersection's share of the box's own area.
     """
     if not len(boxes) or not len(annotated):
         return np.zeros((len(boxes), len(annotated)))
@@ -251,6 +209,5 @@ def box_overlaps(boxes: np.ndarray, annotated: np.ndarray, crowd: np.ndarray) ->
 
 def mirror(boxes: np.ndarray, width: float) -> np.ndarray:
     """Boxes (n, 4) xyxy in the left-right mirrored image."""
-    return np.stack(
-        [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1
-    ).astype(np.float32)
+    x1, y1, x2, y2 = boxes.T
+    return np.stack([width - x2, y1, width - x1, y2], axis=1).astype(np.float32)

@@ -38,10 +38,9 @@ class RoiDataset(Dataset):
         align_corners: bool = False,
         inclusive_boxes: bool = False,
     ):
-        """
-        Args:
-            images: the folder of the files. align_corners: see `resize_sides`.
-            inclusive_boxes: boxes are given by their first and last pixel (released code).
+        """Files are in the folder `images`; `align_corners` as in `resize_sides`.
+
+        `inclusive_boxes`: boxes are given by their first and last pixel (released code).
         """
         self.coco, self.images, self.sampler = coco, Path(images), sampler
         self.pixels, self.align_corners = pixels, align_corners
@@ -57,7 +56,7 @@ class RoiDataset(Dataset):
             lambda sample: read_annotated_image(self.coco, self.images, sample.image),
         )
         config = self.sampler.config
-        pixels, (x_scale, y_scale) = resize_sides(
+        pixels, scale_xy = resize_sides(
             image,
             short_side=config.short_side,
             long_side=config.long_side,
@@ -65,22 +64,20 @@ class RoiDataset(Dataset):
         )
         if sample.flip:
             pixels = pixels[:, ::-1]
-        scales = np.array([x_scale, y_scale] * 2, np.float32)
-        rois, boxes = self.corners(sample.rois), self.corners(sample.boxes)
+        scales = np.array(scale_xy * 2, np.float32)
         item = {
             "image": torch.from_numpy(normalize(pixels.astype(np.float32) / 255, self.pixels)),
-            "rois": torch.from_numpy(rois * scales),
-            "boxes": torch.from_numpy(boxes * scales),
+            "rois": torch.from_numpy(self.corners(sample.rois) * scales),
+            "boxes": torch.from_numpy(self.corners(sample.boxes) * scales),
             "labels": torch.from_numpy(sample.labels),
             "broken": broken,
         }
         return item, sample
 
     def corners(self, boxes: np.ndarray) -> np.ndarray:
-        """The corners of boxes (n, 4) xyxy as the network is given them, in the same pixels.
+        """Boxes (n, 4) xyxy as the network is given them, in the same pixels.
 
-        With `inclusive_boxes` those are the first and the last pixel, for whose distance at least 1
-        is taken.
+        With `inclusive_boxes` by the first and the last pixel, at least 1 apart.
         """
         if not self.inclusive_boxes:
             return boxes
@@ -91,10 +88,9 @@ class RoiDataset(Dataset):
     def collate(items: list[dict]) -> dict:
         """Images to one minibatch.
 
-        Returns:
-            "images" (B, 3, H, W), each at the top left, the rest 0, which is the mean color;
-            "rois" (B * R, 5), the row of the image and xyxy, as torchvision's RoI pooling takes
-            them; "boxes" (B * R, 4); "labels" (K, B * R); "broken" joined.
+        "images" (B, 3, H, W), each at the top left, the rest 0, which is the mean color; "rois"
+        (B * R, 5), the row of the image and xyxy, as torchvision's RoI pooling takes them;
+        "boxes" (B * R, 4); "labels" (K, B * R); "broken" joined.
         """
         sizes = torch.tensor([item["image"].shape[1:] for item in items])
         height, width = (-(-sizes.amax(dim=0) // PAD_TO) * PAD_TO).tolist()
@@ -111,47 +107,25 @@ class RoiDataset(Dataset):
         }
 
 
-class RoiBatchSampler:
+def roi_batches(
+    steps: range,
+    *,
+    batches_per_epoch: int,
+    images_per_batch: int,
+    num_thresholds: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[tuple[int, int, int]]]:
     """Indices of one process's part of the minibatches of a range of training steps.
 
-    The threshold of a minibatch depends on (seed, epoch, batch) and is the same in every process;
-    its images are dealt out to the processes in order.
+    The threshold of a minibatch is one of `num_thresholds`, or -1 (all of them) for None. It
+    depends on (seed, epoch, batch) and is the same in every process; its images,
+    `images_per_batch` over all processes, are dealt out in order. Steps count over all epochs.
     """
-
-    def __init__(
-        self,
-        steps: range,
-        *,
-        batches_per_epoch: int,
-        images_per_batch: int,
-        num_thresholds: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """
-        Args:
-            steps: minibatches counted over all epochs (a resumed run starts in the middle of one).
-            images_per_batch: of the whole minibatch, over all processes.
-            num_thresholds: how many one threshold is drawn from; None to sample for all of them.
-        """
-        self.steps, self.num_thresholds, self.seed = steps, num_thresholds, seed
-        self.batches_per_epoch, self.images_per_batch = batches_per_epoch, images_per_batch
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step in self.steps:
-            epoch, batch = divmod(step, self.batches_per_epoch)
-            threshold = self.threshold(epoch, batch)
-            indices = rank_samples(batch, self.images_per_batch, self.rank, self.world_size)
-            yield [(epoch, index, threshold) for index in indices]
-
-    def threshold(self, epoch: int, batch: int) -> int:
-        """Index of the minibatch's IoU threshold, each with the same probability; -1 for all."""
-        if self.num_thresholds is None:
-            return -1
-        rng = np.random.default_rng([self.seed, epoch, batch, 1 << 30])
-        return int(rng.integers(self.num_thresholds))
+    for step in steps:
+        epoch, batch = divmod(step, batches_per_epoch)
+        rng = np.random.default_rng([seed, epoch, batch, 1 << 30])
+        threshold = -1 if num_thresholds is None else int(rng.integers(num_thresholds))
+        indices = rank_samples(batch, images_per_batch, rank, world_size)
+        yield [(epoch, index, threshold) for index in indices]

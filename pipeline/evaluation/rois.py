@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from datasets.rois import RoiBatchSampler, RoiDataset
+from datasets.rois import RoiDataset, roi_batches
 from models.multipathnet import MultiPathNet
 from pipeline import distributed
 from pipeline.data import device_batches
@@ -37,7 +37,7 @@ def evaluate_rois(
     """
     model.eval()
     sampler, sampling = data.sampler, data.sampler.config
-    indices = RoiBatchSampler(
+    indices = roi_batches(
         range(batches),
         batches_per_epoch=batches,
         images_per_batch=batch_size,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.patches import PatchBatchSampler, PatchDataset
+from datasets.patches import PatchDataset, patch_batches
 from datasets.proposal_boxes import ProposalBoxes
-from datasets.rois import RoiBatchSampler
+from datasets.rois import roi_batches
 from models.deepmask import DeepMask
 from models.losses import box_loss, integral_loss, mask_loss, score_loss
 from models.multipathnet import MultiPathNet
@@ -143,7 +143,7 @@ class PatchStage(Stage):
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
         """Mask and score minibatches, as `mask_batch_prob` draws them."""
-        indices = PatchBatchSampler(
+        indices = patch_batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             groups_per_batch=self.optim.batch_size // self.sampling.patches_per_image,
@@ -274,7 +274,7 @@ class MultiPathNetStage(Stage):
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
         """Images with their RoIs."""
         c = self.config.multipathnet
-        indices = RoiBatchSampler(
+        indices = roi_batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             images_per_batch=self.optim.batch_size,

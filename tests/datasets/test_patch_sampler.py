@@ -1,6 +1,7 @@
 """The draws of the patch sampler against the published procedure, 20,000 draws each."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,9 +15,8 @@ from datasets.patch_sampler import (
     PatchSampler,
     PatchSamplingConfig,
     canonical_quarter,
-    canonical_size,
 )
-from tests.coco_json import rectangle, write_coco
+from tests.coco_json import assert_frequency, rectangle, write_coco
 
 DRAWS = 20_000
 CANONICAL = 92
@@ -24,14 +24,14 @@ WIDTH, HEIGHT = 640, 480
 
 
 def load(path, annotations, images=(1, 2, 3, 4), size=(HEIGHT, WIDTH)):
-    return write_coco(path, dict.fromkeys(images, size), annotations, (3, 7, 20, 90))
+    return write_coco(path, dict.fromkeys(images, size), annotations, (3, 7, 20, 80, 90))
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Image 1 has three objects, 2 has two and a crowd, 3 has one, 4 is empty.
+    """Image 1 has three objects, 2 has two and a crowd, 3 has three, 4 is empty.
 
-    Category 90 has no annotation.
+    Category 80 has no object that is large enough for a mask patch, 90 no annotation.
     """
     annotations = [
         rectangle(1, 1, 3, 30, 40, 100, 50),
@@ -41,7 +41,8 @@ def coco(tmp_path_factory):
         rectangle(5, 2, 20, 10, 10, 6, 90),
         rectangle(6, 2, 20, 420, 330, 200, 140, iscrowd=1),
         rectangle(7, 3, 3, 200, 150, 21, 33),
-        rectangle(8, 3, 20, 400, 300, 9, 9),  # area below 100: no mask patch
+        rectangle(8, 3, 20, 400, 300, 9, 9),  # area below 100
+        rectangle(9, 3, 80, 300, 300, 4, 60),  # a side below 5
     ]
     return load(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
 
@@ -50,33 +51,35 @@ def make_sampler(coco, per_group=1, **options):
     return PatchSampler(coco, config=PatchSamplingConfig(patches_per_image=per_group), **options)
 
 
+@cache
 def draw_many(coco, head, per_group=1):
     sampler = make_sampler(coco, per_group)
     return [p for group in range(DRAWS // per_group) for p in sampler.draw(head, 0, group)]
 
 
-def frequencies(values):
+def assert_frequencies(values, expected, draws):
+    """Of values by name: no other occurs. Patches of a group count as one draw."""
     names, counts = np.unique(np.asarray(values), return_counts=True)
-    return dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
+    assert set(names.tolist()) == set(expected)
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        assert_frequency(count / len(values), expected[name], draws)
 
 
-def assert_frequency(found, expected, draws=DRAWS):
-    deviation = math.sqrt(expected * (1 - expected) / draws)
-    assert abs(found - expected) < 4.5 * deviation + 1e-9, (found, expected)
+def assert_even(values):
+    """Uniform on [-1, 1], by Kolmogorov and Smirnov's distance (p < 1e-5 beyond)."""
+    ordered = np.sort((np.asarray(values) + 1) / 2)
+    distance = np.abs(ordered - (np.arange(len(ordered)) + 0.5) / len(ordered)).max()
+    assert distance < 2.5 / math.sqrt(len(ordered)), distance
 
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_mask_patches_draw_a_category_then_one_of_its_annotations(coco, per_group):
     """Sharing a decoded image must not change how often an annotation is drawn."""
     patches = draw_many(coco, MASK, per_group)
-    found = frequencies(coco.annotation_ids[[p.annotation for p in patches]])
-    # Categories 3, 7, 20 have 2, 3, 1 annotations of at least 100 px²; the crowd and the 9x9 px one
-    # are not drawn.
+    # Categories 3, 7 and 20 have 2, 3 and 1 annotations that are large enough and no crowd.
     expected = {1: 1 / 6, 7: 1 / 6, 2: 1 / 9, 3: 1 / 9, 4: 1 / 9, 5: 1 / 3}
-    assert set(found) == set(expected)
-    for annotation, probability in expected.items():
-        # Patches of a group are not independent: a group counts as one draw for the tolerance.
-        assert_frequency(found[annotation], probability, DRAWS / per_group)
+    annotations = coco.annotation_ids[[p.annotation for p in patches]]
+    assert_frequencies(annotations, expected, DRAWS / per_group)
 
 
 def test_mask_patches_jitter_scale_and_center_evenly(coco):
@@ -93,41 +96,19 @@ def test_mask_patches_jitter_scale_and_center_evenly(coco):
         assert_even(values / bound)
     correlations = np.corrcoef([scale_jitter, *shift.T])
     assert np.abs(correlations - np.eye(3)).max() < 0.03
-    assert_frequency(np.mean([p.flip for p in patches]), 0.5)
+    assert_frequency(np.mean([p.flip for p in patches]), 0.5, DRAWS)
     assert all(p.label == 1 for p in patches)
-
-
-def assert_even(values):
-    """Uniform on [-1, 1], by Kolmogorov and Smirnov's distance (p < 1e-5 beyond)."""
-    ordered = np.sort((np.asarray(values) + 1) / 2)
-    distance = np.abs(ordered - (np.arange(len(ordered)) + 0.5) / len(ordered)).max()
-    assert distance < 2.5 / math.sqrt(len(ordered)), distance
 
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_score_patches_are_balanced_and_empty_images_give_negatives(coco, per_group):
     patches = draw_many(coco, SCORE, per_group)
     draws = DRAWS / per_group
-    assert_frequency(np.mean([p.label > 0 for p in patches]), 0.5, draws)
-    assert_frequency(np.mean([p.flip for p in patches]), 0.5)
-    images = coco.image_ids[[p.image for p in patches if p.label < 0]]
-    for frequency in frequencies(images).values():
-        assert_frequency(frequency, 1 / 4, draws / 2)
-    positive = frequencies(coco.image_ids[[p.image for p in patches if p.label > 0]])
-    assert set(positive) == {1, 2, 3}
-    for frequency in positive.values():
-        assert_frequency(frequency, 1 / 3, draws / 2)
-
-
-def test_without_empty_images_every_score_patch_is_from_an_image_with_an_object(tmp_path):
-    coco = load(
-        tmp_path / "a.json",
-        [rectangle(1, 1, 3, 30, 40, 100, 50), rectangle(2, 2, 3, 9, 9, 50, 50)],
-        images=(1, 2),
-    )
-    patches = draw_many(coco, SCORE)
-    assert_frequency(np.mean([p.label > 0 for p in patches]), 0.5)
-    assert_frequency(np.mean([p.image == 0 for p in patches]), 0.5)
+    assert_frequencies([p.label for p in patches], {-1: 0.5, 1: 0.5}, draws)
+    assert_frequency(np.mean([p.flip for p in patches]), 0.5, DRAWS)
+    for label, images in ((-1, (1, 2, 3, 4)), (1, (1, 2, 3))):
+        drawn = coco.image_ids[[p.image for p in patches if p.label == label]]
+        assert_frequencies(drawn, dict.fromkeys(images, 1 / len(images)), draws / 2)
 
 
 def test_positives_are_centered_and_of_canonical_size_up_to_a_quarter_octave(coco):
@@ -144,17 +125,18 @@ def test_positives_are_centered_and_of_canonical_size_up_to_a_quarter_octave(coc
     assert not coco.is_crowd[[p.annotation for p in positives]].any()
 
 
-def test_positives_draw_a_scale_of_the_image_then_an_object_at_it(tmp_path):
+def test_positives_draw_an_image_a_scale_in_it_then_an_object_at_it(tmp_path):
     """Two objects of one scale share its probability with the single object of another."""
     annotations = [
         rectangle(1, 1, 3, 0, 0, 100, 50),
         rectangle(2, 1, 3, 200, 0, 50, 100),
         rectangle(3, 1, 3, 0, 200, 400, 200),
+        rectangle(4, 2, 3, 9, 9, 50, 50),
     ]
-    coco = load(tmp_path / "a.json", annotations, images=(1,))
-    drawn = [coco.annotation_ids[p.annotation] for p in draw_many(coco, SCORE) if p.label > 0]
-    for annotation, probability in {1: 0.25, 2: 0.25, 3: 0.5}.items():
-        assert_frequency(frequencies(drawn)[annotation], probability, DRAWS / 2)
+    patches = draw_many(load(tmp_path / "a.json", annotations, images=(1, 2)), SCORE)
+    drawn = [p.annotation + 1 for p in patches if p.label > 0]
+    assert_frequencies(drawn, {1: 1 / 8, 2: 1 / 8, 3: 1 / 4, 4: 1 / 2}, DRAWS / 2)
+    assert_frequencies([p.label for p in patches], {-1: 0.5, 1: 0.5}, DRAWS)  # none is empty
 
 
 def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
@@ -173,8 +155,7 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
             assert difference > 2.5 or distance >= 48 * (1 - 1e-5)
     empty = [p for p in negatives if coco.image_ids[p.image] == 4]
     quarters = np.rint(4 * np.log2([p.scale for p in empty])).astype(int)
-    assert set(quarters.tolist()) == set(range(-12, 9))
-    assert max(abs(f - 1 / 21) for f in frequencies(quarters).values()) < 0.02
+    assert_frequencies(quarters, dict.fromkeys(range(-12, 9), 1 / 21), len(empty))
     assert_even(np.array([p.x for p in empty]) / WIDTH * 2 - 1)
     assert_even(np.array([p.y for p in empty]) / HEIGHT * 2 - 1)
 
@@ -185,11 +166,9 @@ def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
     config = PatchSamplingConfig(negative_distance=1000, negative_log2_scale=5)
     sampler = PatchSampler(coco, config=config)
     patches = [p for group in range(50) for p in sampler.draw(SCORE, 0, group)]
-    negatives = [p for p in patches if p.label < 0]
-    assert 0 < len(negatives) < 50
+    distances = [math.hypot(p.x - 10, p.y - 10) * p.scale for p in patches if p.label < 0]
     # A corner at the largest scale, 4, is the farthest from the object in the middle.
     farthest = math.hypot(10, 10) * 4
-    distances = [math.hypot(p.x - 10, p.y - 10) * p.scale for p in negatives]
     assert 0.4 * farthest < min(distances) <= max(distances) <= farthest
 
 
@@ -199,29 +178,15 @@ def test_an_image_whose_annotations_were_left_out_is_not_taken_for_empty(tmp_pat
     assert coco.image_ids[PatchSampler(coco).empty_images].tolist() == [2, 3]
 
 
-def test_categories_without_a_usable_annotation_are_never_drawn(tmp_path):
-    annotations = [
-        rectangle(1, 1, 3, 0, 0, 100, 50),
-        rectangle(2, 1, 7, 0, 0, 4, 60),
-        rectangle(3, 1, 20, 5, 5, 99, 99, iscrowd=1),
-    ]
-    coco = load(tmp_path / "a.json", annotations)
-    drawn = {p.annotation for p in draw_many(coco, MASK)[:500]}
-    assert coco.annotation_ids[list(drawn)].tolist() == [1]
-
-
-def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path):
-    coco = load(tmp_path / "a.json", [rectangle(1, 1, 3, 0, 0, 4, 4)])
-    with pytest.raises(ValueError, match="a.json.*mask patch"):
+@pytest.mark.parametrize(("side", "reason"), [(4, "mask patch"), (900, "score patch")])
+def test_a_dataset_without_usable_objects_is_an_error_not_a_hang(tmp_path, side, reason):
+    only = rectangle(1, 1, 3, 0, 0, side, side)
+    coco = load(tmp_path / "a.json", [only], images=(1,), size=(1000, 1000))
+    with pytest.raises(ValueError, match=f"a.json.*{reason}"):
         PatchSampler(coco)
 
 
-@given(
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 9),
-    group=st.integers(0, 99),
-    head=st.sampled_from([MASK, SCORE]),
-)
+@given(st.integers(0, 5), st.integers(0, 9), st.integers(0, 99), st.sampled_from([MASK, SCORE]))
 @settings(max_examples=60, deadline=None)
 def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group, head):
     sampler = make_sampler(coco, 3, seed=seed)
@@ -233,7 +198,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(coco, seed, epoch, group
         make_sampler(coco, 3, seed=seed + 1).draw(head, epoch, group),
     ]
     assert sampler.draw(head, epoch, group) == first  # whatever was drawn before
-    assert all(other != first for other in others)
+    assert first not in others
     assert len({p.image for p in first}) == 1
 
 
@@ -247,5 +212,5 @@ def test_the_canonical_scale_is_the_first_at_which_the_object_is_small_enough(lo
 
 
 @pytest.mark.parametrize(("patch", "canonical"), [(160, 92), (224, 128), (112, 64)])
-def test_canonical_size(patch, canonical):
-    assert canonical_size(patch) == canonical
+def test_canonical_size(coco, patch, canonical):
+    assert PatchSampler(coco, patch_size=patch).canonical == canonical

@@ -1,7 +1,4 @@
-"""Images at another size: sides as asked, pixels by a slow formula, boxes that follow.
-
-Pixels for a network and back.
-"""
+"""Images at another size: sides, pixels by a slow formula, boxes; pixels for a network and back."""
 
 import numpy as np
 import pytest
@@ -27,27 +24,12 @@ def test_the_short_side_is_as_asked_unless_the_long_side_would_be_too_long(heigh
     image = np.zeros((height, width, 3), np.uint8)
     resized, scales = resize_sides(image, short_side=s, long_side=s + more)
     short, long = sorted(resized.shape[:2])
-    if s * max(height, width) / min(height, width) <= s + more:
-        assert short == s
-    else:
-        assert long == s + more
+    fits = s * max(height, width) / min(height, width) <= s + more
+    assert short == s if fits else long == s + more
     # The shape is the image's, up to whole pixels, and so are the boxes.
     y_scale, x_scale = np.divide(resized.shape[:2], (height, width))
     assert abs(y_scale - x_scale) <= 0.5 / height + 0.5 / width or short == 1
     assert scales == (x_scale, y_scale)
-
-
-@given(SIZES, SIZES, st.integers(20, 60), st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
-def test_the_released_sides_are_rounded_down_and_boxes_are_not(height, width, short, more):
-    image = np.zeros((height, width, 3), np.uint8)
-    resized, scales = resize_sides(
-        image, short_side=short, long_side=short + more, align_corners=True
-    )
-    scale = min(short / min(height, width), (short + more) / max(height, width))
-    assert scales == (scale, scale)
-    for side, old in zip(resized.shape[:2], (height, width), strict=True):
-        assert side == 1 or 0 <= old * scale - side < 1
 
 
 def slow(line: np.ndarray, count: int) -> np.ndarray:
@@ -63,11 +45,16 @@ def slow(line: np.ndarray, count: int) -> np.ndarray:
 @given(SIZES, SIZES, st.integers(1, 90), st.integers(0, 50), st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None)
 def test_released_pixels_are_those_of_lines_one_by_one(height, width, short, more, seed):
+    """Their sides are rounded down, the scales of boxes are not."""
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    resized, _ = resize_sides(image, short_side=short, long_side=short + more, align_corners=True)
+    sides = {"short_side": short, "long_side": short + more}
+    resized, scales = resize_sides(image, **sides, align_corners=True)
+    scale = min(short / min(height, width), (short + more) / max(height, width))
+    assert scales == (scale, scale) and resized.dtype == np.float32
+    for side, old in zip(resized.shape[:2], (height, width), strict=True):
+        assert side == 1 or 0 <= old * scale - side < 1
     rows = np.apply_along_axis(slow, 1, image.astype(float), resized.shape[1])
     expected = np.apply_along_axis(slow, 0, rows, resized.shape[0])
-    assert resized.dtype == np.float32
     np.testing.assert_allclose(resized, expected, atol=0.01)
 
 
@@ -76,9 +63,8 @@ def test_corners_stay_in_the_corners(scale):
     image = np.random.default_rng(0).integers(0, 256, (11, 21, 3), np.uint8)
     resized = resize_align_corners(image, scale)
     assert resized.shape == (int(11 * scale + 0.5), int(21 * scale + 0.5), 3)
-    for y in (0, -1):
-        for x in (0, -1):
-            np.testing.assert_allclose(resized[y, x], image[y, x], atol=1e-3)
+    corners = np.ix_([0, -1], [0, -1])
+    np.testing.assert_allclose(resized[corners], image[corners], atol=1e-3)
 
 
 def test_a_scale_averages_areas_when_it_shrinks_and_leaves_at_least_a_pixel():
