@@ -21,19 +21,11 @@ def evaluate_rois(
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """RoI metrics over the first minibatches of a dataset.
+    """RoI metrics over the first `batches` minibatches, of `batch_size` images, of a dataset.
 
     The processes share the minibatches; each gets the result of all. "roi_accuracy" is the mean of
     the accuracies on foreground (IoU >= the lowest threshold) and background: guessing background
     for all RoIs gives 0.5.
-
-    Args:
-        model: on `device`.
-        data: the RoIs.
-        device: where to run it.
-        batches: number of minibatches.
-        batch_size: images per minibatch.
-        workers: data-loading processes.
     """
     model.eval()
     sampler, sampling = data.sampler, data.sampler.config
