@@ -85,6 +85,7 @@ def evaluate_detections(ground_truth: COCO, results: list[dict]) -> DetectionSco
         evaluation = hotcoco.COCOeval(truth, truth.load_res(found), IOU_TYPES[iou_type])
         evaluation.evaluate()
         evaluation.accumulate()
+        assert evaluation.eval is not None
         evaluations[iou_type] = {k: np.asarray(evaluation.eval[k]) for k in ("precision", "recall")}
     ids = sorted(ground_truth.cats)
     objects_of = _group_by(ground_truth.dataset["annotations"], "category_id")
