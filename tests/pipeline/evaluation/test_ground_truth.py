@@ -56,17 +56,8 @@ def test_every_form_of_segmentation_is_read(tmp_path):
     assert len(masks) == 3 and all(np.array_equal(mask, expected) for mask in masks)
 
 
-UNUSABLE = {
-    "two points": {"segmentation": [[1, 2, 30, 40]]},
-    "RLE garbled": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "zzzz"}},
-    "unknown image": {"image_id": 77},
-    "unknown category": {"category_id": 2},
-}
-
-
-@pytest.mark.parametrize("change", UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_annotations_are_left_out_and_counted(tmp_path, caplog, change):
-    path = write_dataset(tmp_path, [annotation(1, BOX), annotation(2, (90, 20, 30, 40), **change)])
+def test_unusable_annotations_are_left_out_and_counted(tmp_path, caplog):
+    path = write_dataset(tmp_path, [annotation(1, BOX), annotation(2, BOX, category_id=2)])
     with caplog.at_level(logging.WARNING):
         ground_truth = load_ground_truth(path)
     assert [a["bbox"] for a in ground_truth.dataset["annotations"]] == [list(BOX)]
