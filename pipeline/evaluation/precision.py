@@ -69,13 +69,10 @@ def evaluate_detections(ground_truth: COCO, results: list[dict]) -> DetectionSco
     apart by the mask's area, as on COCO's server and in pycocotools for results without boxes
     (given both, `loadRes` takes the box's area).
 
-    Args:
-        ground_truth: from `load_ground_truth`.
-        results: COCO results, see `check_results`. Equal scores keep the order of the list within
-            an image; images follow each other by id.
+    Equal scores keep the order of the list within an image; images follow each other by id.
 
     Raises:
-        ValueError: a result that cannot be scored; one line with its index in the list.
+        ValueError: a result that cannot be scored (`check_results`); one line with its index.
     """
     iou_types = check_results(results, ground_truth.imgs, ground_truth.cats)
     truth = hotcoco.COCO(ground_truth.dataset)
@@ -118,18 +115,14 @@ def _group_by(items: list[dict], key: str) -> defaultdict[int, list[dict]]:
 def voc_ap(objects: list[dict], detections: list[dict]) -> float:
     """AP of one category's boxes, as PASCAL VOC's development kit computes it since 2010.
 
+    Takes objects {"image_id", "bbox" xywh, "iscrowd", "ignore"} and detections {"image_id", "bbox"
+    xywh, "score"}; nan if all objects are difficult.
+
     A detection belongs to the object that it overlaps most, even if that one has been found
     already; COCO would give it the second best. A second detection of an object is false. Difficult
     objects ("ignore" in VOC jsons of COCO's format; crowds as well) may be missed, and their
     detections do not count. AP is the whole area under the precision envelope, not a mean over 101
     recall points.
-
-    Args:
-        objects: {"image_id", "bbox" xywh, "iscrowd", "ignore"}.
-        detections: {"image_id", "bbox" xywh, "score"}.
-
-    Returns:
-        AP in [0, 1]; nan if all objects are difficult.
     """
     num_objects = sum(not _is_difficult(item) for item in objects)
     if not num_objects:

@@ -65,12 +65,10 @@ def evaluate_proposals(
     Every image of the ground truth counts, with or without proposals.
 
     Args:
-        ground_truth: from `load_ground_truth`.
         results: COCO results, {"image_id", "score", "bbox" xywh, "segmentation" RLE}. Without a
             box, the mask's is taken; masks are needed for "mask" only. Categories are ignored;
             equal scores keep their order. A list may be in any order; any other iterable must give
             one image after the other, and one image is held at a time.
-        iou_types: what to match by, "box" and/or "mask".
 
     Raises:
         ValueError: a result names an image that the annotations do not list, or cannot be scored.

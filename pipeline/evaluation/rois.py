@@ -28,12 +28,12 @@ def evaluate_rois(
     for all RoIs gives 0.5.
     """
     model.eval()
-    sampler, sampling = data.sampler, data.sampler.config
+    sampler = data.sampler
     indices = RoiBatchSampler(
         range(batches),
         batches_per_epoch=batches,
         images_per_batch=batch_size,
-        num_thresholds=len(sampler.iou_thresholds) if sampling.draw_threshold else None,
+        num_thresholds=len(sampler.iou_thresholds) if sampler.config.draw_threshold else None,
         seed=ROI_VALIDATION_SEED,
     )
     indices_of_rank = list(indices)[distributed.rank() :: distributed.world_size()]
