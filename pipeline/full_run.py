@@ -7,28 +7,22 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets.files import write_json
 from pipeline import distributed
 from pipeline.config import Config
 from pipeline.data import prepare_data, split_files
-from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, load_detector
-from pipeline.inference.detections import Detections
-from pipeline.inference.folders import (
-    DETECTIONS,
-    detect_images,
-    detect_in_shard,
-    propose_images,
-)
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.folders import DETECTIONS, detect_images, detect_in_shard, propose_images
+from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
@@ -55,7 +49,9 @@ def run_pipeline(
             "run; fine-tune a stage by tools/train_stage.py"
         )
     prepare_data(config)
-    summary = _read_summary(output / SUMMARY)
+    path = output / SUMMARY
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    seconds = summary.setdefault("seconds", {})
     for name in config.stages:
         start = time.monotonic()
         distributed.say(f"\n== {name} ==")
@@ -67,15 +63,14 @@ def run_pipeline(
         stage = build_stage(name, stage_config, inputs)
         checkpoint = fit(stage, stage_config, output / name, device=device, resume=True)
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
-        seconds = summary["seconds"].get(name, 0) + time.monotonic() - start
-        summary["seconds"][name] = round(seconds, 1)
+        seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)
         if distributed.is_main():
-            write_json(output / SUMMARY, summary)
+            write_json(path, summary)
     if distributed.is_main():
         save_config(config, output / "config.yaml")
         annotations, images = split_files(config, "val")
         report = write_report(output, annotations=annotations, images=images)
-        print(f"\nsummary in {output / SUMMARY}, report in {report}")
+        print(f"\nsummary in {path}, report in {report}")
     return summary
 
 
@@ -95,8 +90,13 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
     )
     proposer, settings = load_proposer(checkpoint, device)
     store = output / "proposals"
-    if distributed.is_main():
-        _drop_stale(ProposalStore(store), settings)
+    # Proposals of an earlier checkpoint are made again: here, unlike elsewhere, they are ours.
+    if distributed.is_main() and ProposalStore(store).changed_settings(settings):
+        print(f"{store}: made with an earlier checkpoint, made again")
+        stale = store.with_name("proposals.stale")
+        shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed right here
+        store.rename(stale)  # at once: half a store would pass for a whole one
+        shutil.rmtree(stale)
     distributed.barrier()
     propose_images(proposer, images, store, settings=settings, annotations=annotations)
     scores = {}
@@ -126,43 +126,17 @@ def score_by_proposals(
     detector: Detector, store: ProposalStore, annotations: Path, images: Path
 ) -> dict[str, list]:
     """AP for growing numbers of proposals: where more stop to help."""
-    found: list[list[Detections]] = [[] for _ in PROPOSAL_COUNTS]
-    broken: list[str] = []  # images left out, named before
-
-    def detect(image: np.ndarray, proposals: Proposals) -> list[Detections]:
-        return detector.detect_by_count(image, proposals, PROPOSAL_COUNTS)
-
+    detect = partial(detector.detect_by_count, num_proposals=PROPOSAL_COUNTS)
+    results: list[list[dict]] = [[] for _ in PROPOSAL_COUNTS]
     for shard in store.shards():
-        for _, by_count in detect_in_shard(detect, store, shard, images, broken):
-            for detections, one in zip(found, by_count, strict=True):
-                detections.append(one)
+        # Images that are left out (broken) have been named before.
+        for _, by_count in detect_in_shard(detect, store, shard, images, broken=[]):
+            for found, detections in zip(results, by_count, strict=True):
+                found += results_of(detections)
     ground_truth = load_ground_truth(annotations)
-    content: dict[str, list] = {"counts": list(PROPOSAL_COUNTS), "box": [], "mask": []}
-    for detections in found:
-        results = [result for one in detections for result in results_of(one)]
-        metrics = evaluate_detections(ground_truth, results).metrics()
-        for iou_type in ("box", "mask"):
-            content[iou_type].append(metrics[iou_type]["AP"] if iou_type in metrics else None)
-    return content
+    metrics = [evaluate_detections(ground_truth, found).metrics() for found in results]
+    by_type = {t: [m.get(t, {}).get("AP") for m in metrics] for t in IOU_TYPES}
+    return {"counts": list(PROPOSAL_COUNTS)} | by_type
 
 
-SCORERS = {
-    "deepmask": score_masks,
-    "sharpmask": score_masks,
-    "multipathnet": score_detector,
-}
-
-
-def _drop_stale(store: ProposalStore, settings: dict) -> None:
-    """Proposals of an earlier checkpoint are made anew: here, unlike elsewhere, they are ours."""
-    if store.changed_settings(settings):
-        print(f"{store.directory}: made with an earlier checkpoint, made anew")
-        stale = store.directory.with_name(f"{store.directory.name}.stale")
-        shutil.rmtree(stale, ignore_errors=True)  # of a run that was killed right here
-        store.directory.rename(stale)  # at once: half a store would pass for a whole one
-        shutil.rmtree(stale)
-
-
-def _read_summary(path: Path) -> dict:
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    return {**summary, "seconds": summary.get("seconds", {})}
+SCORERS = {"deepmask": score_masks, "sharpmask": score_masks, "multipathnet": score_detector}

@@ -36,36 +36,32 @@ def load_ground_truth(annotations: str | Path) -> COCO:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
     if instances.left_out:
         logger.warning(instances.summary())
-    sizes = zip(instances.image_ids.tolist(), instances.image_sizes.tolist(), strict=True)
-    images = [{"id": image_id, "height": h, "width": w} for image_id, (h, w) in sizes]
-    names = zip(instances.category_ids.tolist(), instances.category_names, strict=True)
-    categories = [{"id": category_id, "name": name} for category_id, name in names]
-    return make_coco(images, _annotations(instances), categories)
-
-
-def make_coco(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
-    """An indexed COCO object, without pycocotools' prints."""
+    heights, widths = instances.image_sizes.T
+    objects = _rows(
+        id=np.arange(1, len(instances.areas) + 1),
+        image_id=instances.image_ids[instances.image_index],
+        category_id=instances.category_ids[instances.category_index],
+        iscrowd=instances.is_crowd.astype(int),
+        ignore=instances.is_difficult.astype(int),  # read by VOC's AP; COCOeval ignores it
+        area=instances.areas,
+        bbox=_as_xywh(instances.boxes),
+    )
     coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with contextlib.redirect_stdout(io.StringIO()):
+    coco.dataset = {
+        "images": _rows(id=instances.image_ids, height=heights, width=widths),
+        "annotations": [o | {"segmentation": instances.rle(a)} for a, o in enumerate(objects)],
+        "categories": _rows(
+            id=instances.category_ids, name=np.array(instances.category_names, object)
+        ),
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco.createIndex()
     return coco
 
 
-def _annotations(instances: CocoInstances) -> list[dict]:
-    columns = {
-        "image_id": instances.image_ids[instances.image_index],
-        "category_id": instances.category_ids[instances.category_index],
-        "iscrowd": instances.is_crowd.astype(int),
-        "ignore": instances.is_difficult.astype(int),  # read by VOC's AP; COCOeval ignores it
-        "area": instances.areas,
-        "bbox": _as_xywh(instances.boxes),
-    }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        {"id": a + 1, "segmentation": instances.rle(a)} | dict(zip(columns, row, strict=True))
-        for a, row in enumerate(rows)
-    ]
+def _rows(**columns: np.ndarray) -> list[dict]:
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def _as_xywh(boxes: np.ndarray) -> np.ndarray:

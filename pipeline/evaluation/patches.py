@@ -23,17 +23,13 @@ def evaluate_patches(
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """Patch metrics over the first minibatches of a dataset.
+    """Metrics of a DeepMask or SharpMask over the first minibatches of a dataset.
 
     The processes share the minibatches; each gets the result of all.
 
     Args:
-        model: a DeepMask or SharpMask on `device`.
-        data: the patches.
-        device: where to run it.
-        heads: "mask" or "score" for each minibatch.
+        heads: "mask" or "score" for each minibatch, see `validation_heads`.
         batch_size: patches per minibatch.
-        workers: data-loading processes.
     """
     model.eval()
     groups = max(1, batch_size // data.patches_per_image)
@@ -46,9 +42,9 @@ def evaluate_patches(
             ious.append(mask_ious(logits, batch["targets"]).cpu())
         else:
             logits = model(batch["patches"], head=SCORE)["score_logits"]
-            hits.append(score_hits(logits, batch["labels"]).cpu())
+            hits.append(((logits > 0) == (batch["labels"] > 0)).cpu())
     parts = distributed.gather((torch.cat(ious), torch.cat(hits)))
-    return patch_metrics(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    return patch_metrics(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def validation_heads(batches: int, mask_batch_prob: float = 0.5) -> list[str]:
@@ -57,14 +53,9 @@ def validation_heads(batches: int, mask_batch_prob: float = 0.5) -> list[str]:
 
 
 def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU of each predicted mask, binarized at probability .5, with its target.
+    """IoU (B,) of masks (B, M, M), binarized at probability .5, with targets (B, G, G) in {-1, 1}.
 
-    Args:
-        mask_logits: (B, M, M).
-        targets: (B, G, G) in {-1, 1}.
-
-    Returns:
-        (B,); 1 where both are empty.
+    1 where both are empty.
     """
     predicted = resize_mask_logits(mask_logits, targets.shape[-1]) > 0
     truth = targets > 0
@@ -73,13 +64,11 @@ def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
 
 
-def score_hits(score_logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether each score has the sign of its label, (B,) bool."""
-    return (score_logits > 0) == (labels > 0)
-
-
 def patch_metrics(ious: Tensor, hits: Tensor) -> dict[str, float]:
-    """Metrics by name; those without any patch are left out."""
+    """Metrics by name, from IoUs of masks and which scores have the sign of their label.
+
+    Those without any patch are left out.
+    """
     metrics = {}
     if len(ious):
         metrics = {

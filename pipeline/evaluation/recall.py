@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS, IOU_TYPES
+from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS
 from pipeline.inference.coco_json import box_of, results_by_image
 
 NUM_PROPOSALS = (10, 100, 1000)  # per image, for which AR is reported
@@ -27,34 +27,34 @@ ALMOST_ONE = 1 - 1e-10  # COCOeval's highest threshold: an IoU of 1 may come out
 
 @dataclass(frozen=True)
 class ProposalScores:
-    """Recall of proposals by IoU threshold, number of proposals and area range.
+    """Recall by IoU type ("box" and/or "mask"): (T, K, A) in [0, 1].
 
-    Attributes:
-        recall: for "box" and/or "mask" a (T, K, A) array in [0, 1]; row k - 1 of K is the recall of
-            the k best proposals of each image; nan where no object is in the area range.
+    Row k - 1 of K is the recall of the k best proposals of each image. Masked where no object is in
+    the area range.
     """
 
-    recall: dict[str, np.ndarray]
+    recall: dict[str, np.ma.MaskedArray]
 
-    def average_recall(self, iou_type: str, area: str = "all") -> np.ndarray:
-        """AR for each number of proposals, (K,): recall averaged over the IoU thresholds."""
-        return self.recall[iou_type][:, :, AREAS.index(area)].mean(axis=0)
+    def average_recall(self, iou_type: str) -> np.ma.MaskedArray:
+        """AR for each number of proposals, (K, A): recall averaged over the IoU thresholds."""
+        return self.recall[iou_type].mean(axis=0)
 
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """AR@k, AUC and AR by area for each IoU type; None where there is no ground truth.
 
         AUC is AR averaged over log10 k, k = 1..1000 (trapezoidal rule).
         """
-        return {iou_type: self._metrics_of(iou_type) for iou_type in self.recall}
-
-    def _metrics_of(self, iou_type: str) -> dict[str, float | None]:
-        average = self.average_recall(iou_type)
-        values = {f"AR@{k}": average[k - 1] for k in NUM_PROPOSALS}
         widths = np.diff(np.log10(np.arange(1, MAX_PROPOSALS + 1)))
-        values["AUC"] = np.sum(widths * (average[1:] + average[:-1]) / 2) / np.sum(widths)
-        for area in AREAS[1:]:
-            values[f"AR@{MAX_PROPOSALS}/{area}"] = self.average_recall(iou_type, area)[-1]
-        return {name: None if np.isnan(value) else float(value) for name, value in values.items()}
+        metrics = {}
+        for iou_type in self.recall:
+            average = self.average_recall(iou_type)
+            middles = (average[1:, 0] + average[:-1, 0]) / 2
+            values = {f"AR@{k}": average[k - 1, 0] for k in NUM_PROPOSALS}
+            values["AUC"] = (widths * middles).sum() / widths.sum()
+            for area, value in zip(AREAS[1:], average[-1, 1:], strict=True):
+                values[f"AR@{MAX_PROPOSALS}/{area}"] = value
+            metrics[iou_type] = {name: value.tolist() for name, value in values.items()}
+        return metrics
 
 
 def evaluate_proposals(
@@ -65,17 +65,14 @@ def evaluate_proposals(
     Every image of the ground truth counts, with or without proposals.
 
     Args:
-        ground_truth: from `load_ground_truth`.
         results: COCO results, {"image_id", "score", "bbox" xywh, "segmentation" RLE}. Without a
             box, the mask's is taken; masks are needed for "mask" only. Categories are ignored;
             equal scores keep their order. A list may be in any order; any other iterable must give
             one image after the other, and one image is held at a time.
-        iou_types: what to match by, "box" and/or "mask".
 
     Raises:
         ValueError: a result names an image that the annotations do not list, or cannot be scored.
     """
-    assert set(iou_types) <= set(IOU_TYPES)
     shape = (len(IOU_THRESHOLDS), MAX_PROPOSALS, len(AREAS))
     num_hits = {iou_type: np.zeros(shape, np.int64) for iou_type in iou_types}
     by_image = results_by_image(ground_truth, results, masks="mask" in iou_types)
@@ -92,10 +89,8 @@ def evaluate_proposals(
             overlaps = _overlaps(ground_truth, best, objects, iou_type)
             num_hits[iou_type][:, : len(best)] += find_hits(overlaps, countable)
     num_objects = _countable(ground_truth.dataset["annotations"]).sum(axis=1)  # (A,)
-    with np.errstate(invalid="ignore"):  # 0 / 0 = nan: no object in this area range
-        return ProposalScores(
-            {t: hits.cumsum(axis=1) / num_objects for t, hits in num_hits.items()}
-        )
+    some = np.ma.masked_equal(num_objects, 0)
+    return ProposalScores({t: hits.cumsum(axis=1) / some for t, hits in num_hits.items()})
 
 
 def _overlaps(ground_truth: COCO, proposals: list, objects: list, iou_type: str) -> np.ndarray:
@@ -118,17 +113,12 @@ def _countable(objects: list[dict]) -> np.ndarray:
 def find_hits(overlaps: np.ndarray, countable: np.ndarray) -> np.ndarray:
     """Which proposals find an object when each, best first, takes the free one it overlaps most.
 
+    From IoUs (D, G), the best proposal first, and the objects that count (A, G), to (T, D, A) bool.
+
     This is COCOeval.evaluateImg for all IoU thresholds and area ranges at once. Objects that do not
     count can be left out: COCOeval gives them only to proposals that no countable object is left
     for, and does not count these as hits. Between equal overlaps the last object wins. Since
     matching is greedy, the first k columns are the matching of the k best proposals alone.
-
-    Args:
-        overlaps: (D, G) IoU, the best proposal first.
-        countable: (A, G) bool, the objects that count.
-
-    Returns:
-        (T, D, A) bool.
     """
     thresholds = np.minimum(IOU_THRESHOLDS, ALMOST_ONE)[:, None, None]
     num_proposals, num_objects = overlaps.shape
@@ -168,31 +158,20 @@ def rank_by_overlap(ground_truth: COCO, results: Iterable[dict], iou_type: str) 
     proposals, as long as no proposal reaches IoU .5 with two objects: true of the masks of disjoint
     objects, nearly true of boxes.
 
-    Args:
-        results: as for `evaluate_proposals`.
-
-    Yields:
-        Copies of the results (the masks shared), one image after the other.
-
-    Raises:
-        ValueError: as `evaluate_proposals`.
+    Takes results and raises errors as `evaluate_proposals`. Yields copies (the masks shared), one
+    image after the other.
     """
     for image, proposals in results_by_image(ground_truth, results, masks=iou_type == "mask"):
         annotations = ground_truth.imgToAnns.get(image["id"], [])
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
-        scores = np.zeros(len(proposals))
         if objects:
-            scores = _perfect_scores(_overlaps(ground_truth, proposals, objects, iou_type))
+            free = _overlaps(ground_truth, proposals, objects, iou_type)
+            scores = free.max(axis=1)
+            while free.max() > 0:
+                i, taken = np.unravel_index(np.argmax(free), free.shape)
+                scores[i] = 1 + free[i, taken]
+                free[i, :] = free[:, taken] = 0
+        else:
+            scores = np.zeros(len(proposals))
         for proposal, score in zip(proposals, scores.tolist(), strict=True):
             yield proposal | {"score": score}
-
-
-def _perfect_scores(overlaps: np.ndarray) -> np.ndarray:
-    """Best IoU of each proposal, plus 1 for those that stand for an object: (D, G) -> (D,)."""
-    scores = overlaps.max(axis=1)
-    free = overlaps.copy()
-    while free.max() > 0:
-        proposal, taken = np.unravel_index(np.argmax(free), free.shape)
-        scores[proposal] = 1 + free[proposal, taken]
-        free[proposal, :] = free[:, taken] = 0
-    return scores

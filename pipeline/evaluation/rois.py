@@ -21,27 +21,19 @@ def evaluate_rois(
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """RoI metrics over the first minibatches of a dataset.
+    """RoI metrics over the first `batches` minibatches, of `batch_size` images, of a dataset.
 
     The processes share the minibatches; each gets the result of all. "roi_accuracy" is the mean of
     the accuracies on foreground (IoU >= the lowest threshold) and background: guessing background
     for all RoIs gives 0.5.
-
-    Args:
-        model: on `device`.
-        data: the RoIs.
-        device: where to run it.
-        batches: number of minibatches.
-        batch_size: images per minibatch.
-        workers: data-loading processes.
     """
     model.eval()
-    sampler, sampling = data.sampler, data.sampler.config
+    sampler = data.sampler
     indices = roi_batches(
         range(batches),
         batches_per_epoch=batches,
         images_per_batch=batch_size,
-        num_thresholds=len(sampler.iou_thresholds) if sampling.draw_threshold else None,
+        num_thresholds=len(sampler.iou_thresholds) if sampler.config.draw_threshold else None,
         seed=ROI_VALIDATION_SEED,
     )
     indices_of_rank = list(indices)[distributed.rank() :: distributed.world_size()]

@@ -14,16 +14,10 @@ from pipeline import distributed
 from pipeline.data import patch_dataset
 from pipeline.evaluation.ground_truth import IOU_THRESHOLDS, IOU_TYPES, load_ground_truth
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
-from pipeline.evaluation.precision import (
-    METRICS,
-    RECALL_POINTS,
-    DetectionScores,
-    evaluate_detections,
-)
+from pipeline.evaluation.precision import METRICS, RECALL_POINTS, evaluate_detections
 from pipeline.evaluation.recall import (
     MAX_PROPOSALS,
     NUM_PROPOSALS,
-    ProposalScores,
     evaluate_proposals,
     rank_by_overlap,
 )
@@ -32,11 +26,7 @@ from pipeline.networks import load_network
 
 
 def score_proposals(
-    annotations: str | Path,
-    results: str | Path,
-    output: Path,
-    *,
-    perfect_ranking: bool = True,
+    annotations: str | Path, results: str | Path, output: Path, *, perfect_ranking: bool = True
 ) -> dict:
     """AR of a proposal store or results file.
 
@@ -55,7 +45,8 @@ def score_proposals(
     proposals = read_results(results)
     try:
         scores = evaluate_proposals(ground_truth, proposals)
-        rankings = {"as ranked": scores.metrics()}
+        metrics = scores.metrics()
+        rankings = {"as ranked": metrics}
         if perfect_ranking:
             perfect: dict = {}
             for iou_type in IOU_TYPES:
@@ -65,31 +56,26 @@ def score_proposals(
             write_json(output / "perfect_ranking.json", perfect)
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from None
-    names = [name.removeprefix("AR@1000/") for name in rankings["as ranked"]["box"]]
-    rows = [
-        [f"{iou_type:4}  {ranking}", *metrics[iou_type].values()]
-        for iou_type in IOU_TYPES
-        for ranking, metrics in rankings.items()
-    ]
-    write_json(output / "metrics.json", scores.metrics())
-    write_json(output / "curves.json", _proposal_curves(scores))
-    _write_table(output, _table(["average recall, percent", *names], rows))
-    return scores.metrics()
-
-
-def _proposal_curves(scores: ProposalScores) -> dict:
-    """AR by number of proposals and recall by IoU threshold, for plots."""
     num_proposals = np.unique(np.geomspace(1, MAX_PROPOSALS, 40).round().astype(int))
-    content: dict = {
-        "iou_thresholds": np.round(IOU_THRESHOLDS, 2).tolist(),
+    curves = {
+        "iou_thresholds": IOU_THRESHOLDS.round(2).tolist(),
         "counts": num_proposals.tolist(),
     }
     for iou_type, recall in scores.recall.items():
-        content[iou_type] = {
-            "recall_by_iou": {str(k): _no_nan(recall[:, k - 1, 0]) for k in NUM_PROPOSALS},
-            "ar_by_count": _no_nan(scores.average_recall(iou_type)[num_proposals - 1]),
+        curves[iou_type] = {
+            "recall_by_iou": {str(k): recall[:, k - 1, 0].tolist() for k in NUM_PROPOSALS},
+            "ar_by_count": scores.average_recall(iou_type)[num_proposals - 1, 0].tolist(),
         }
-    return content
+    write_json(output / "metrics.json", metrics)
+    write_json(output / "curves.json", curves)
+    names = [name.removeprefix("AR@1000/") for name in metrics["box"]]
+    rows = [
+        [f"{iou_type:4}  {ranking}", *values[iou_type].values()]
+        for iou_type in IOU_TYPES
+        for ranking, values in rankings.items()
+    ]
+    _write_text(output, _table(["average recall, percent", *names], rows))
+    return metrics
 
 
 def score_detections(annotations: str | Path, results: str | Path, output: Path) -> dict:
@@ -111,67 +97,41 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
         scores = evaluate_detections(ground_truth, detections)
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from None
-    columns = _category_columns(scores)
+    metrics, columns = scores.metrics(), dict(scores.categories)
+    thresholds = IOU_THRESHOLDS.round(2).tolist()
+    curves = {"iou_thresholds": thresholds, "recall_points": RECALL_POINTS.round(2).tolist()}
+    for iou_type in metrics:
+        precision = scores.precision(iou_type)
+        columns[f"{iou_type}_AP"] = precision.mean(axis=(0, 1)).tolist()
+        columns[f"{iou_type}_AP50"] = precision[0].mean(axis=0).tolist()
+        by_recall = dict(zip(map(str, thresholds), precision.mean(axis=2).tolist(), strict=True))
+        curves[iou_type] = {
+            "ap_by_iou": precision.mean(axis=(1, 2)).tolist(),
+            "precision_by_recall": {iou: by_recall[iou] for iou in ("0.5", "0.75")},
+        }
+    columns["box_VOC_AP50"] = scores.voc_ap50.tolist()
+    curves["voc_ap50"] = scores.voc_ap50.mean().tolist()
     rows = list(zip(*columns.values(), strict=True))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(columns), *rows])
-    write_json(output / "metrics.json", scores.metrics())
-    write_json(output / "curves.json", _detection_curves(scores))
+    write_json(output / "metrics.json", metrics)
+    write_json(output / "curves.json", curves)
     write_json(output / "categories.json", [dict(zip(columns, row, strict=True)) for row in rows])
     write_atomically(output / "categories.csv", text.getvalue().encode())
-    _write_table(output, _detection_tables(scores, list(columns), rows))
-    return scores.metrics()
-
-
-def _category_columns(scores: DetectionScores) -> dict[str, list]:
-    """A column for each key of categories.json; APs are fractions, None without an object."""
-    columns: dict[str, list] = {
-        "category_id": scores.category_ids,
-        "category": scores.category_names,
-        "annotations": scores.num_objects,
-        "detections": scores.num_detections,
-    }
-    for iou_type in scores.precision:
-        columns[f"{iou_type}_AP"] = _no_nan(scores.ap_by_category(iou_type))
-        columns[f"{iou_type}_AP50"] = _no_nan(scores.ap50_by_category(iou_type))
-    return columns | {"box_VOC_AP50": _no_nan(scores.voc_ap50)}
-
-
-def _detection_curves(scores: DetectionScores) -> dict:
-    """AP by IoU, and precision by recall at IoU .5 and .75, for plots; VOC's AP50 of boxes."""
-    thresholds = np.round(IOU_THRESHOLDS, 2).tolist()
-    content: dict = {
-        "iou_thresholds": thresholds,
-        "recall_points": np.round(RECALL_POINTS, 2).tolist(),
-    }
-    for iou_type in scores.precision:
-        by_recall = scores.precision_by_recall(iou_type)
-        content[iou_type] = {
-            "ap_by_iou": _no_nan(scores.ap_by_iou(iou_type)),
-            "precision_by_recall": {
-                str(iou): _no_nan(by_recall[thresholds.index(iou)]) for iou in (0.5, 0.75)
-            },
-        }
-    return content | {"voc_ap50": scores.mean_voc_ap50()}
-
-
-def _detection_tables(scores: DetectionScores, names: list[str], rows: list[tuple]) -> str:
-    """The metrics, AP by IoU threshold, and the columns of categories.json as text."""
-    metrics = scores.metrics()
-    by_iou = {iou_type: _no_nan(scores.ap_by_iou(iou_type)) for iou_type in metrics}
     tables = [
         _table(
             ["average precision and recall, percent", *METRICS],
             [[iou_type, *values.values()] for iou_type, values in metrics.items()],
         ),
         _table(
-            ["by IoU threshold", *(f"AP{100 * iou:.0f}" for iou in IOU_THRESHOLDS)],
-            [[iou_type, *values] for iou_type, values in by_iou.items()],
+            ["by IoU threshold", *(f"AP{100 * iou:.0f}" for iou in thresholds)],
+            [[iou_type, *curves[iou_type]["ap_by_iou"]] for iou_type in metrics],
         ),
-        f"VOC AP50 of boxes (all-point): {_cell(scores.mean_voc_ap50())}",
-        _table([name.replace("_", " ") for name in names[1:]], [row[1:] for row in rows]),
+        f"VOC AP50 of boxes (all-point): {_cell(curves['voc_ap50'])}",
+        _table([name.replace("_", " ") for name in columns][1:], [row[1:] for row in rows]),
     ]
-    return "\n\n".join(tables)
+    _write_text(output, "\n\n".join(tables))
+    return metrics
 
 
 def score_patches(
@@ -184,10 +144,10 @@ def score_patches(
     workers: int = 2,
     device: torch.device,
 ) -> dict:
-    """Patch metrics of a checkpoint on patches drawn from a dataset as in training.
+    """Metrics of a checkpoint on patches drawn as in training, the same patches in every call.
 
-    The patches are the same in every call, and for DeepMask and SharpMask; masks are compared at
-    the full resolution of the patch. Writes metrics.json and scores.txt; returns the metrics.
+    Masks are compared at the full resolution of the patch, of SharpMask as of DeepMask. Writes
+    metrics.json and scores.txt; returns the metrics.
 
     Raises:
         FileNotFoundError, ValueError: an input that does not exist or cannot be used.
@@ -211,23 +171,16 @@ def score_patches(
     )
     if distributed.is_main():
         write_json(output / "metrics.json", metrics)
-        _write_table(output, "\n".join(f"{name:16} {v:.4f}" for name, v in metrics.items()))
+        _write_text(output, "\n".join(f"{name:16} {v:.4f}" for name, v in metrics.items()))
     return metrics
-
-
-def _no_nan(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else value for value in values.tolist()]
 
 
 def _table(headings: list[str], rows: Iterable[Sequence]) -> str:
     """Lines of columns: the first aligned left, the others right; fractions in percent."""
     cells = [headings, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        padded = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *padded]))
-    return "\n".join(lines)
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+    line = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in others)])
+    return "\n".join(line.format(*row) for row in cells)
 
 
 def _cell(value: str | int | float | None) -> str:
@@ -236,7 +189,7 @@ def _cell(value: str | int | float | None) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _write_table(output: Path, table: str) -> None:
-    """Print a table and write it to scores.txt."""
-    print(table)
-    write_atomically(output / "scores.txt", (table + "\n").encode())
+def _write_text(output: Path, text: str) -> None:
+    """Print tables and write them to scores.txt."""
+    print(text)
+    write_atomically(output / "scores.txt", (text + "\n").encode())

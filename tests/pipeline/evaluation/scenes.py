@@ -4,12 +4,15 @@ import copy
 import json
 
 import numpy as np
+import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.evaluation.ground_truth import IOU_TYPES
+from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
+from tests.real_data import COCO_MINI_VAL
 
+needs_real_data = pytest.mark.skipif(not COCO_MINI_VAL.exists(), reason="data/coco-mini not there")
 HEIGHT, WIDTH = 200, 260
 CATEGORIES = {1: "person", 3: "car", 5: 'a "plane", large', 90: "nowhere"}  # the last has no object
 
@@ -51,17 +54,22 @@ def without(key, results):
     return [{k: v for k, v in r.items() if k != key} for r in results]
 
 
-def write_dataset(path, annotations, *, num_images=1):
+def write_dataset(folder, annotations, *, num_images=1):
     sizes = {"height": HEIGHT, "width": WIDTH}
     images = [{"id": i, "file_name": f"{i}.jpg"} | sizes for i in range(1, num_images + 1)]
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
     dataset = {"images": images, "annotations": annotations, "categories": categories}
+    path = folder / "truth.json"
     path.write_text(json.dumps(dataset))
     return path
 
 
+def make_truth(folder, annotations, *, num_images=1):
+    return load_ground_truth(write_dataset(folder, annotations, num_images=num_images))
+
+
 def random_box(rng):
-    """From a few pixels to most of the image, so that every area range is met; whole pixels."""
+    """From a few whole pixels to most of the image, so that every area range is met."""
     w, h = np.exp(rng.uniform(np.log(6), np.log([WIDTH - 20, HEIGHT - 20])))
     x, y = rng.uniform(0, WIDTH - w), rng.uniform(0, HEIGHT - h)
     return [int(v) for v in (x, y, w, h)]
@@ -98,8 +106,7 @@ def random_scene(folder, seed, *, num_images=4, per_image=100):
         where = {"image_id": image_id, "category_id": category_id, "outline": triangle}
         results.append(result([int(v) for v in box], round(float(rng.random()), 1), **where))
     results += copy.deepcopy(results[: per_image // 4])
-    path = folder / f"truth_{seed}.json"
-    return write_dataset(path, annotations, num_images=num_images), results
+    return write_dataset(folder, annotations, num_images=num_images), results
 
 
 def separate_objects(**other):

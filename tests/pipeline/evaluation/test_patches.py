@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.deepmask import resize_mask_logits
-from pipeline.evaluation.patches import mask_ious, patch_metrics, score_hits, validation_heads
+from pipeline.evaluation.patches import mask_ious, patch_metrics, validation_heads
 from pipeline.evaluation.rois import roi_metrics
 
 
@@ -18,8 +18,7 @@ def test_mask_ious_are_of_masks_at_probability_one_half():
 
 
 def test_patch_metrics_leave_out_what_was_not_measured():
-    hits = score_hits(torch.tensor([0.2, -3, 1, -1]), torch.tensor([1.0, -1, -1, 1]))
-    ious = torch.tensor([0.4, 0.6, 0.8])
+    ious, hits = torch.tensor([0.4, 0.6, 0.8]), torch.tensor([True, True, False, False])
     masks = {"mean_iou": 0.6, "median_iou": 0.6, "iou_above_0.5": 2 / 3, "iou_above_0.7": 1 / 3}
     assert patch_metrics(ious, hits) == pytest.approx(masks | {"score_accuracy": 0.5})
     assert patch_metrics(ious, hits[:0]) == pytest.approx(masks)

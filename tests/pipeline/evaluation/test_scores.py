@@ -20,6 +20,11 @@ from tests.pipeline.report.small_run import (
     write_store,
 )
 
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 # Proposals
 
 
@@ -37,26 +42,26 @@ def test_a_store_and_its_results_file_score_alike(tmp_path, store, capsys):
     for results, output in zip((store, tmp_path / "results.json"), outputs, strict=True):
         metrics = score_proposals(annotations, results, output)
         assert (output / "scores.txt").read_text() == capsys.readouterr().out
-    for name in ("metrics", "curves", "perfect_ranking"):
-        first, second = (json.loads((o / f"{name}.json").read_text()) for o in outputs)
-        assert first == second
+    for name in ("metrics.json", "curves.json", "perfect_ranking.json"):
+        assert read_json(outputs[0] / name) == read_json(outputs[1] / name)
+    assert read_json(outputs[0] / "metrics.json") == metrics
     # Of three objects one is found exactly, one with IoU .5: at one threshold of ten.
     assert metrics["mask"]["AR@10"] == metrics["box"]["AR@10"] == pytest.approx((1 + 0.1) / 3)
 
 
 def test_the_table_and_curves_of_proposals(tmp_path, store):
     annotations, _ = make_dataset(tmp_path / "data")
-    metrics = score_proposals(annotations, store, tmp_path / "scores")
-    heading, *lines = (tmp_path / "scores" / "scores.txt").read_text().splitlines()
+    metrics = score_proposals(annotations, store, tmp_path)
+    heading, *lines = (tmp_path / "scores.txt").read_text().splitlines()
     names = ["AR@10", "AR@100", "AR@1000", "AUC", "small", "medium", "large"]
     assert heading.split() == ["average", "recall,", "percent", *names]
     labels = [f"{t} {ranking}" for t in IOU_TYPES for ranking in ("as ranked", "perfect ranking")]
     assert [" ".join(line.split()[:3]) for line in lines] == labels
     assert lines[0].split()[3:6] == ["36.7"] * 3 and lines[0].split()[-2:] == ["-", "-"]
-    perfect = json.loads((tmp_path / "scores" / "perfect_ranking.json").read_text())
+    perfect = read_json(tmp_path / "perfect_ranking.json")
     assert perfect["box"]["AUC"] > metrics["box"]["AUC"]
 
-    curves = json.loads((tmp_path / "scores" / "curves.json").read_text())
+    curves = read_json(tmp_path / "curves.json")
     assert (curves["counts"][0], curves["counts"][-1]) == (1, 1000)
     for iou_type in IOU_TYPES:
         assert curves[iou_type]["ar_by_count"][-1] == metrics[iou_type]["AR@1000"]
@@ -84,49 +89,62 @@ def test_an_image_that_was_done_twice_is_named(tmp_path, store):
 # Detections
 
 
-def test_the_tool_writes_json_csv_and_text(tmp_path, call_tool, capsys):
-    path, results = random_scene(tmp_path, 1)
-    (tmp_path / "detections.json").write_text(json.dumps(results))
-    output = tmp_path / "scores"
-    arguments = ("--annotations", path, "--results", tmp_path / "detections.json")
-    assert call_tool("score_coco", "detections", *arguments, "--output", output) == 0
-    table = capsys.readouterr().out
-    scores = evaluate_detections(load_ground_truth(path), results)
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics == scores.metrics()
-    assert (output / "scores.txt").read_text() == table
-    for iou_type in IOU_TYPES:
-        assert f"{100 * metrics[iou_type]['AP']:.1f}" in table
+@pytest.fixture
+def score(tmp_path, call_tool, capsys):
+    """Scores a file of detections by the tool: (truth, path) -> exit status and what it says."""
+
+    def call(truth, results):
+        arguments = ("--annotations", truth, "--results", results, "--output", tmp_path / "scores")
+        status = call_tool("score_coco", "detections", *arguments)
+        return status, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_the_tool_writes_json_csv_and_text(tmp_path, score):
+    truth, results = random_scene(tmp_path, 1)
+    path, output = tmp_path / "detections.json", tmp_path / "scores"
+    path.write_text(json.dumps(results))
+    status, table = score(truth, path)
+    metrics, curves = (read_json(output / f"{name}.json") for name in ("metrics", "curves"))
+    assert status == 0 and (output / "scores.txt").read_text() == table
+    assert metrics == evaluate_detections(load_ground_truth(truth), results).metrics()
     assert all(f"AP{iou}" in table for iou in range(50, 100, 5))
 
-    curves = json.loads((output / "curves.json").read_text())
-    assert curves["mask"]["ap_by_iou"] == scores.ap_by_iou("mask").tolist()
-    assert len(curves["recall_points"]) == len(curves["box"]["precision_by_recall"]["0.5"]) == 101
-    assert curves["voc_ap50"] == pytest.approx(np.nanmean(scores.voc_ap50))
-
+    rows = read_json(output / "categories.json")
     with (output / "categories.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    as_json = json.loads((output / "categories.json").read_text())
-    texts = [{k: "" if v is None else str(v) for k, v in row.items()} for row in as_json]
-    assert texts == rows and as_json[-1]["box_AP"] is None
-    assert [row["category"] for row in rows] == list(CATEGORIES.values())
-    objects = [a for a in json.loads(path.read_text())["annotations"] if not a["iscrowd"]]
-    for row in rows:
-        category_id = int(row["category_id"])
-        same = [[r for r in rs if r["category_id"] == category_id] for rs in (objects, results)]
-        assert [int(row["annotations"]), int(row["detections"])] == [len(rs) for rs in same]
-    assert rows[-1]["box_AP"] == rows[-1]["mask_AP50"] == ""
-    mean = np.mean([float(row["mask_AP"]) for row in rows[:-1]])
-    assert mean == pytest.approx(metrics["mask"]["AP"])
+        texts = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+        assert list(csv.DictReader(file)) == texts
+    objects = [a for a in read_json(truth)["annotations"] if not a["iscrowd"]]
+    for row, (category_id, name) in zip(rows, CATEGORIES.items(), strict=True):
+        same = [sum(r["category_id"] == category_id for r in rs) for rs in (objects, results)]
+        assert [row["annotations"], row["detections"]] == same
+        assert (row["category_id"], row["category"]) == (category_id, name)
+
+    def average(column):
+        values = [row[column] for row in rows]
+        assert values.pop() is None, "the last category has no object"
+        return pytest.approx(np.mean(values))
+
+    assert curves["voc_ap50"] == average("box_VOC_AP50")
+    for iou_type, values in metrics.items():
+        assert f"{100 * values['AP']:.1f}" in table
+        assert values["AP"] == average(f"{iou_type}_AP")
+        assert values["AP50"] == average(f"{iou_type}_AP50")
+        by_iou = dict(zip(curves["iou_thresholds"], curves[iou_type]["ap_by_iou"], strict=True))
+        assert np.mean([*by_iou.values()]) == pytest.approx(values["AP"])
+        assert (by_iou[0.5], by_iou[0.75]) == pytest.approx((values["AP50"], values["AP75"]))
+        for iou, by_recall in curves[iou_type]["precision_by_recall"].items():
+            assert len(by_recall) == len(curves["recall_points"]) == 101
+            assert np.mean(by_recall) == pytest.approx(by_iou[float(iou)])
 
 
-def test_no_objects_write_none(tmp_path, call_tool, capsys):
-    truth = write_dataset(tmp_path / "truth.json", [])
+def test_no_objects_write_none(tmp_path, score):
     (tmp_path / "detections.json").write_text(json.dumps([result([1, 1, 9, 9], 0.5)]))
-    arguments = ("--annotations", truth, "--results", tmp_path / "detections.json")
-    assert call_tool("score_coco", "detections", *arguments, "--output", tmp_path / "out") == 0
-    assert "VOC AP50 of boxes (all-point): -" in capsys.readouterr().out
-    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    status, table = score(write_dataset(tmp_path, []), tmp_path / "detections.json")
+    assert status == 0 and "VOC AP50 of boxes (all-point): -" in table
+    metrics, curves = (read_json(tmp_path / "scores" / f"{n}.json") for n in ("metrics", "curves"))
+    assert [set(values.values()) for values in metrics.values()] == [{None}, {None}]
     assert curves["voc_ap50"] is None and set(curves["mask"]["ap_by_iou"]) == {None}
 
 
@@ -137,27 +155,17 @@ BAD_FILES = {
     "latin": ("\xff", "is not JSON"),
     "missing": (None, "do not exist"),
     "wrong result": ('[{"image_id": 7}]', "results[0]"),
+    "folder": ("folder", "is a folder; give the detections.json in it"),
 }
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_results_file_is_named_in_one_line(text, message, tmp_path, call_tool, capsys):
+def test_a_bad_results_file_is_named_in_one_line(text, message, tmp_path, score):
     path = tmp_path / "detections.json"
-    if text is not None:
+    if text == "folder":
+        path.mkdir()
+    elif text is not None:
         path.write_bytes(text.encode("latin-1"))
-    line = error_line(tmp_path, path, call_tool, capsys)
-    assert "detections.json" in line and message in line
-
-
-def test_the_folder_of_the_results_is_told_from_the_file(tmp_path, call_tool, capsys):
-    line = error_line(tmp_path, tmp_path, call_tool, capsys)
-    assert "is a folder; give the detections.json in it" in line
-
-
-def error_line(folder, results, call_tool, capsys):
-    truth = write_dataset(folder / "truth.json", [])
-    arguments = ("--annotations", truth, "--results", results, "--output", folder / "out")
-    assert call_tool("score_coco", "detections", *arguments) == 2
-    assert not (folder / "out").exists()
-    [line] = capsys.readouterr().err.splitlines()
-    return line
+    status, line = score(write_dataset(tmp_path, []), path)
+    assert status == 2 and not (tmp_path / "scores").exists()
+    assert "detections.json" in line and message in line and line.count("\n") == 1
