@@ -46,9 +46,10 @@ def _tile(data: PatchDataset, pixels: Tensor, patch: Patch, target: Tensor | Non
         color = GREEN if patch.label > 0 else RED
     else:
         color = YELLOW
-        mask, size = (target.numpy() > 0).astype(np.uint8), (data.patch_size, data.patch_size)
-        mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
-        contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        mask = (target.numpy() > 0).astype(np.uint8)
+        side = (data.patch_size, data.patch_size)
+        resized = cv2.resize(mask, side, interpolation=cv2.INTER_NEAREST)
+        contours, _ = cv2.findContours(resized, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(tile, contours, -1, color, 1, offset=(border, border))
     cv2.rectangle(tile, (0, 0), (tile.shape[1] - 1, tile.shape[0] - 1), color, 3)
     category = data.coco.category_index[patch.annotation]
