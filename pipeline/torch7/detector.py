@@ -121,7 +121,7 @@ def _parts(network: Module) -> Parts:
     return Parts(
         features=steps(inputs.modules[0]),
         pooling=modules[at],
-        head=[step for part in modules[at + 1 : end] for step in steps(part)],
+        head=steps(*modules[at + 1 : end]),
         classes=heads,
         boxes=boxes,
         norm=_delta_norm(modules[end + 1 :], heads=len(heads)),

@@ -26,7 +26,6 @@ from pipeline.torch7.modules import (
     steps,
     unpacked,
 )
-from pipeline.torch7.reader import short
 
 SKIPS = [8, 6, 5, 3]  # the trunk's modules whose outputs the horizontal nets take
 # A refinement module: both nets, their sum, ReLU, twice the size.
@@ -84,10 +83,10 @@ def _read_deepmask(
         weights.add_conv(f"{prefix}trunk.{trunk_key(key)}", conv, norm=True)
 
     crop, *_ = tail = parts[stages[-1] + 1 :]
-    layers = [s for part in tail if part.typename != "SpatialZeroPadding" for s in steps(part)]
+    layers = steps(*(part for part in tail if part.typename != "SpatialZeroPadding"))
     reduce, _, embed = expect(layers, CONVOLUTIONS, RELUS, "Linear", where="trunk")
     cells = file.integer("fSz")
-    weights.add_conv(f"{prefix}tail.0", convolutions([reduce], norms=False)[0])
+    weights.add_conv(f"{prefix}tail.0", *convolutions([reduce], "p?c", where=reduce.path))
     weights.add_linear(f"{prefix}tail.2", embed, window=cells)
 
     layers = steps(file.child(mask_branch))
@@ -103,7 +102,7 @@ def _read_deepmask(
     hidden, _, last = expect(steps(score), "Linear", RELUS, "Linear", where=score.path)
     weights.add_linear(f"{prefix}score_head.1", hidden, window=1)
     weights.add_linear(f"{prefix}score_head.4", last, window=1)
-    dropouts = [part for part in score.modules if part.typename == "Dropout"]
+    dropouts = [part.fraction("p") for part in score.modules if part.typename == "Dropout"]
     return TrunkConfig(name=name, weights=None, width=width), DeepMaskStageConfig(
         patch_size=STRIDE * cells,
         context=2 * STRIDE * _crop(crop),
@@ -112,7 +111,7 @@ def _read_deepmask(
         reduction=weights.outputs(f"{prefix}tail.0"),
         embedding=weights.outputs(f"{prefix}tail.2"),
         score_hidden=weights.outputs(f"{prefix}score_head.1"),
-        dropout=max(map(_dropout, dropouts), default=0.0),
+        dropout=max(dropouts, default=0.0),
     )
 
 
@@ -126,16 +125,9 @@ def _crop(module: Module) -> int:
     return -left
 
 
-def _dropout(module: Module) -> float:
-    p = module.plain("p")
-    if type(p) not in (int, float) or not 0 <= p < 1:
-        raise ValueError(f"{module.path}: p must be from 0 to below 1, got {short(p)}")
-    return float(p)
-
-
 def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMaskStageConfig:
     """Takes the encoder and the refinement modules; returns the settings that they show."""
-    encode, _ = expect(file.entry("netvs", 0).modules, "Linear", "View", where="netvs[0]")
+    encode, _ = expect(file.child("netvs", 0).modules, "Linear", "View", where="netvs[0]")
     weights.add_linear("encode", encode)
     neths = file.field("neths")
     if file.field("skpos") != SKIPS or not isinstance(neths, list):
@@ -157,18 +149,17 @@ def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMask
 
 def _read_module(file: Module, weights: Weights, i: int, *, is_last: bool) -> None:
     """Takes refinement module `i`, from 1; the last one predicts the mask, too."""
-    module = file.entry("refs", i)
+    module = file.child("refs", i)
     sides, *_ = expect(module.modules[:4], *STEP, where=module.path)
-    final = [step for part in module.modules[4:] for step in steps(part)]
+    final = steps(*module.modules[4:])
     nets = expect(sides.modules, "Sequential", "Sequential", where=sides.path)
     for net, side, field in zip(nets, ("horizontal", "vertical"), ("neths", "netvs"), strict=True):
-        if net.value is not file.entry(field, i).value:
+        if net.value is not file.child(field, i).value:
             raise ValueError(f"{net.path}: expected {field}[{i}]")
         layers = [part for part in steps(net) if part.typename != "SpatialZeroPadding"]
-        for j, conv in enumerate(convolutions(layers, norms=False)):
+        for j, conv in enumerate(convolutions(layers, "(p?cr?)*", where=net.path)):
             weights.add_conv(f"refinements.{i - 1}.{side}.{2 * j}", conv)
     if is_last != bool(final):
         raise ValueError(f"{module.path}: the last module, and only it, predicts the mask")
     if is_last:
-        expect(final[-1:], CONVOLUTIONS, where=module.path)
-        weights.add_conv("predict", convolutions(final, norms=False)[0])
+        weights.add_conv("predict", *convolutions(final, "p?c", where=module.path))
