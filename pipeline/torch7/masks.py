@@ -6,6 +6,7 @@ nothing is copied.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,44 +31,29 @@ from pipeline.torch7.modules import (
 SKIPS = [8, 6, 5, 3]  # the trunk's modules whose outputs the horizontal nets take
 # A refinement module: both nets, their sum, ReLU, twice the size.
 STEP = ("ParallelTable", "CAddTable", RELUS, "SpatialUpSamplingNearest")
-PROPOSE = ProposeConfig(align_corners=True)  # as the released code does
 
 
-def convert_deepmask(value: dict, used: Used) -> tuple[str, dict]:
-    """Words for a DeepMask, and its checkpoint with the config as it is.
+def convert_masks(value: dict, used: Used) -> tuple[str, dict]:
+    """Words for a DeepMask or SharpMask, and its checkpoint with the config as it is.
 
     Raises:
         ValueError: another structure, or layers of other shapes or padding: all are listed.
     """
     file, weights = Module(unpacked(value), "", used), Weights()
-    trunk, deepmask = _read_deepmask(file, weights, prefix="", mask_branch="maskBranch")
-    config = Config(trunk=trunk, deepmask=deepmask, propose=PROPOSE)
+    refines = file.typename == "SharpMask"
+    prefix, mask_branch = ("deepmask.", "maskBranchDM") if refines else ("", "maskBranch")
+    trunk, c = _read_deepmask(file, weights, prefix=prefix, mask_branch=mask_branch)
+    config = Config(trunk=trunk, deepmask=c, propose=ProposeConfig(align_corners=True))
+    if refines:
+        sharpmask = _read_refinement(file, weights, cells=c.patch_size // STRIDE)
+        config = replace(config, sharpmask=sharpmask)
     with torch.device("meta"):
-        weights.check(make_deepmask(config))
-    return _words("DeepMask", config), _checkpoint("deepmask", config, weights)
-
-
-def convert_sharpmask(value: dict, used: Used) -> tuple[str, dict]:
-    """Words for a SharpMask, and its checkpoint. See `convert_deepmask`."""
-    file, weights = Module(unpacked(value), "", used), Weights()
-    trunk, deepmask = _read_deepmask(file, weights, prefix="deepmask.", mask_branch="maskBranchDM")
-    sharpmask = _read_refinement(file, weights, cells=deepmask.patch_size // STRIDE)
-    config = Config(trunk=trunk, deepmask=deepmask, sharpmask=sharpmask, propose=PROPOSE)
-    with torch.device("meta"):
-        weights.check(make_sharpmask(config))
-    return _words("SharpMask", config), _checkpoint("sharpmask", config, weights)
-
-
-def _words(method: str, config: Config) -> str:
-    trunk, c = config.trunk, config.deepmask
-    return (
-        f"{method} on {title(trunk.name, trunk.width)}, patch {c.patch_size}, mask {c.mask_size}, "
-        f"embedding {c.embedding}"
+        weights.check(make_sharpmask(config) if refines else make_deepmask(config))
+    words = (
+        f"{file.typename} on {title(trunk.name, trunk.width)}, patch {c.patch_size}, "
+        f"mask {c.mask_size}, embedding {c.embedding}"
     )
-
-
-def _checkpoint(stage: str, config: Config, weights: Weights) -> dict:
-    return {"stage": stage, "config": config, "model": weights.state}
+    return words, {"stage": file.typename.lower(), "config": config, "model": weights.state}
 
 
 def _read_deepmask(

@@ -11,7 +11,7 @@ from models.backbone import load_backbone
 from models.trunk import build_trunk
 from pipeline.torch7.convert import convert_file, find_converter
 from pipeline.torch7.imagenet import convert_caffe_network, convert_resnet
-from pipeline.torch7.masks import convert_deepmask
+from pipeline.torch7.masks import convert_masks
 from pipeline.torch7.modules import unused_parameters
 from pipeline.torch7.reader import LuaFunction, read_torch7
 from tests.pipeline.torch7.lua_networks import (
@@ -35,7 +35,7 @@ def test_live_batch_norm_is_what_the_original_froze():
     """The ImageNet network that the reference DeepMask is made from, without its epsilon."""
     words, state = convert_resnet(read_torch7(DATA / "resnet-50_narrow.t7"), set())
     assert words == "ImageNet ResNet-50 of width 4"
-    deepmask = convert_deepmask(read_torch7(DATA / "deepmask.t7"), set())[1]["model"]
+    deepmask = convert_masks(read_torch7(DATA / "deepmask.t7"), set())[1]["model"]
     network = load_backbone("resnet50", width=4)
     assert not network.load_state_dict(state, strict=False).unexpected_keys
     for name, live in network.named_modules():

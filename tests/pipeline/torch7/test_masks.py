@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
-from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
+from pipeline.torch7.masks import convert_masks
 from pipeline.torch7.reader import Torch7Object, read_torch7
 from tests.pipeline.torch7.torch7_writer import written
 from tests.real_data import TORCH7
@@ -26,7 +26,7 @@ DATA = TORCH7 / "deepmask_sharpmask"
 if not DATA.is_dir():
     pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
 
-FILES = {"deepmask": convert_deepmask, "sharpmask": convert_sharpmask}
+FILES = {"deepmask": convert_masks, "sharpmask": convert_masks}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_parameter_that_nothing_uses_is_named(originals, tmp_path):
 
 
 def test_both_forms_of_frozen_batch_norm_and_legacy_names(deepmask):
-    before = convert_deepmask({"model": deepmask}, set())[1]["model"]
+    before = convert_masks({"model": deepmask}, set())[1]["model"]
     for module in objects(deepmask):
         if module.typename == "nn.SpatialConstDiagonal":
             module.typename = "inn.ConstAffine"
@@ -107,7 +107,7 @@ def test_both_forms_of_frozen_batch_norm_and_legacy_names(deepmask):
             module.fields["weight"] = module.fields["weight"].flatten(1)
         elif module.typename == "cudnn.ReLU":
             module.typename = "nn.ReLU"
-    after = convert_deepmask({"model": deepmask}, set())[1]["model"]
+    after = convert_masks({"model": deepmask}, set())[1]["model"]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -181,7 +181,7 @@ def no_module(model):
 def test_what_does_not_fit_is_named(deepmask, change, reason):
     change(deepmask)
     with pytest.raises(ValueError, match=reason) as error:
-        convert_deepmask({"model": deepmask}, set())
+        convert_masks({"model": deepmask}, set())
     assert "\n" not in str(error.value)
 
 
@@ -189,7 +189,7 @@ def test_refinement_of_other_nets_than_the_horizontal_ones_is_refused(originals)
     model = copy.deepcopy(originals["sharpmask"]["model"])
     model.fields["neths"][1] = copy.deepcopy(model.fields["neths"][1])
     with pytest.raises(ValueError, match=r"refs\[2\].*: expected neths\[2\]"):
-        convert_sharpmask({"model": model}, set())
+        convert_masks({"model": model}, set())
 
 
 def test_sharpmask_shares_its_modules(originals):
