@@ -46,7 +46,8 @@ def convert_proposals(
     if store.shards():
         raise ValueError(f"{output} holds proposals already; choose another --output")
     store.open_for({"converted_from": source, "masks": "filled boxes"})
-    total, shard, rows = 0, [], 0
+    total, rows = 0, 0
+    shard: list[Proposals] = []
     for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):
         xyxy = _boxes(image_boxes, name)
         shard.append(_proposals(name, xyxy, image_scores, sizes[name]))
@@ -82,13 +83,14 @@ def _sizes(
     for i, name in enumerate(names, 1):
         if not isinstance(name, str):
             raise ValueError(f"images[{i}]: expected a file name, got {name!r}")
-    sizes, wanted = {}, set(names)
+    sizes: dict[str, Size] = {}
+    wanted = set(names)
     if annotations is not None:
         for image in read_image_list(Path(annotations)):
-            size = image.get("height"), image.get("width")
-            if not all(isinstance(side, int) for side in size):
+            height, width = image.get("height"), image.get("width")
+            if not isinstance(height, int) or not isinstance(width, int):
                 raise ValueError(f'{annotations}: {image["file_name"]} has no "height" and "width"')
-            sizes[image["file_name"]] = (image["id"], *size)
+            sizes[image["file_name"]] = image["id"], height, width
     elif images is not None:
         for file in find_images(images, None, {}):
             if file.file_name in wanted:

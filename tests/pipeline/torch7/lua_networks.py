@@ -10,6 +10,13 @@ from models.roi_pooling import roi_pool_lua
 from pipeline.torch7.reader import LuaFunction, Torch7Object, walk
 
 
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """The largest difference, relative to the largest value, is small."""
+    assert ours.shape == theirs.shape
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert error <= tolerance, f"{error:.1e}"
+
+
 def module(name: str, *modules: Torch7Object, **fields: object) -> Torch7Object:
     return Torch7Object(name, fields | ({"modules": list(modules)} if modules else {}))
 

@@ -6,7 +6,6 @@ There is no file of these networks here: theirs are trees with what is known of 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from datasets.resize import normalize
 from models.multipathnet import MultiPathNet
@@ -22,6 +21,7 @@ from tests.pipeline.torch7.lua_networks import (
     CAFFE_NETWORKS,
     CLASSES,
     RandomLayers,
+    assert_near,
     change,
     fast_rcnn,
     module,
@@ -29,11 +29,6 @@ from tests.pipeline.torch7.lua_networks import (
 )
 
 CPU = torch.device("cpu")
-
-
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
 
 
 def filled(content: dict) -> MultiPathNet:
