@@ -8,7 +8,7 @@ from pipeline.checkpoint import save_checkpoint
 from pipeline.recipe import config_to_dict, save_config
 from pipeline.torch7.detector import convert_detector
 from pipeline.torch7.imagenet import convert_caffe_network, convert_resnet
-from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
+from pipeline.torch7.masks import convert_masks
 from pipeline.torch7.modules import (
     Used,
     is_stage,
@@ -17,7 +17,7 @@ from pipeline.torch7.modules import (
     unpacked,
     unused_parameters,
 )
-from pipeline.torch7.proposals import convert_proposals, is_proposals
+from pipeline.torch7.proposals import FIELDS, convert_proposals
 from pipeline.torch7.reader import read_torch7
 
 # A converter returns a description and either a checkpoint, its config as a Config, or a state dict
@@ -29,10 +29,8 @@ def find_converter(value: Any) -> Converter | None:
     """The converter of a network that `read_torch7` gave; None for anything else."""
     network = unpacked(value)  # DeepMask and SharpMask are saved as {model, config}
     parts = submodules(network)
-    if typename(network) == "DeepMask":
-        return convert_deepmask
-    if typename(network) == "SharpMask":
-        return convert_sharpmask
+    if typename(network) in ("DeepMask", "SharpMask"):
+        return convert_masks
     if typename(network) == "Sequential" and "ROIPooling" in map(typename, parts):
         return convert_detector
     if len(parts) == 11 and sum(map(is_stage, parts)) == 4:
@@ -70,27 +68,22 @@ def convert_file(
         raise ValueError(f"--output {output} is the file to convert; choose another name")
     value, source = read_torch7(path), Path(path).name
     try:
-        if is_proposals(value):
+        if isinstance(value, dict) and set(FIELDS) <= set(value):
             return convert_proposals(
                 value, output, source=source, annotations=annotations, images=images
             )
         if annotations or images:
             raise ValueError("--annotations and --images are for proposals, and this is a network")
-        return _convert_network(value, output, source=source)
+        if (convert := find_converter(value)) is None:
+            raise ValueError(
+                "expected DeepMask, SharpMask, an ImageNet ResNet of fb.resnet.torch, an ImageNet "
+                "VGG or CaffeNet of multipathnet, a detector of one region (integral loss, Fast "
+                "R-CNN) or proposals; --describe shows what is in the file"
+            )
+        used: Used = set()
+        description, content = convert(value, used)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _convert_network(value: Any, output: str | Path, *, source: str) -> list[str]:
-    convert = find_converter(value)
-    if convert is None:
-        raise ValueError(
-            "expected DeepMask, SharpMask, an ImageNet ResNet of fb.resnet.torch, an ImageNet VGG "
-            "or CaffeNet of multipathnet, a detector of one region (integral loss, Fast R-CNN) or "
-            "proposals; --describe shows what is in the file"
-        )
-    used: Used = set()
-    description, content = convert(value, used)
     unused = unused_parameters(value, used)
     lines = [
         description,

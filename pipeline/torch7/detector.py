@@ -2,10 +2,9 @@
 
 A detector is features -> RoI pooling -> head -> K class linears and one of boxes (Fast R-CNN,
 Girshick, ICCV 2015; integral loss, BMVC 2016), with VGG, CaffeNet or a ResNet inside. The file does
-not say how images and boxes come to it: that is the released code's, see `_config`.
+not say how images and boxes come to it: that is the released code's, see `convert_detector`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,53 +40,56 @@ COCO = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
 VOC = FCN_ResNet50_Weights.DEFAULT.meta["categories"]
 
 
-@dataclass
-class Parts:
-    """A detector's modules.
-
-    Attributes:
-        features, head: before and after `pooling`, the RoI pooling. classes: K linears.
-        boxes: one linear. norm: of the box deltas, if there is one.
-    """
-
-    features: list[Module]
-    pooling: Module
-    head: list[Module]
-    classes: list[Module]
-    boxes: Module
-    norm: Module | None
-
-    @property
-    def residual(self) -> bool:
-        """Whether it is a ResNet."""
-        return any(is_stage(part.value) for part in self.features)
-
-
 def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
     """Words for a detector, and its checkpoint with the config as it is.
+
+    Images: 800 pixels and 400 proposals for COCO, 600 and 2000 for VOC (scripts/eval_*.sh).
 
     Raises:
         ValueError: another structure, or layers that do not fit: all are listed.
     """
-    path = "model" if isinstance(value, dict) else ""
-    parts, weights = _parts(Module(unpacked(value), path, used)), Weights()
-    size = _pooled_size(parts.pooling)
-    _read_outputs(parts, weights)
-    read = _read_residual if parts.residual else _read_plain
-    config = _config(parts, pooled_size=size, settings=read(parts, weights, size))
+    network = Module(unpacked(value), "model" if isinstance(value, dict) else "", used)
+    features, pooling, head, outputs, ends = _split(network)
+    weights, residual = Weights(), any(is_stage(part.value) for part in features)
+    size = pooling.integer("H")
+    if not size or size != pooling.integer("W") or pooling.plain("spatial_scale") != 1 / 16:
+        raise ValueError(f"{pooling.path}: expected square pooling at stride 16")
+    count = _read_outputs(outputs, ends, weights)
+    read = _read_residual if residual else _read_plain
+    config = MultiPathNetStageConfig(
+        head="layer4" if residual else "fc",
+        foveal=False,
+        skip=False,
+        use_box_tower=False,
+        iou_thresholds=THRESHOLDS[:count],
+        normalize=False,
+        pooled_size=size,
+        # Files from before version 2 of the pooling have no such field.
+        roi_pool="lua" if pooling.plain("v2") else "caffe",
+        align_corners=True,
+        inclusive_boxes=True,
+        pixels=RESNET_PIXELS if residual else imagenet.CAFFE_PIXELS,
+        sampling=RoiSamplingConfig(
+            draw_threshold=count > 1, short_side=800 if residual else 600, long_side=1000
+        ),
+        **read(features, head, weights, size),
+    )
+    whole = Config(
+        multipathnet=config, detect=DetectConfig(num_proposals=400 if residual else 2000)
+    )
     num_classes = weights.outputs("bbox_pred") // 4 - 1
     if num_classes < 1:
-        raise ValueError(f"{parts.boxes.path}: expected 4 outputs for background and each class")
+        raise ValueError(f"{outputs.path}: expected 4 outputs for background and each class")
     with torch.device("meta"):
-        weights.check(make_multipathnet(config, num_classes=num_classes))
-    trunk, count = config.multipathnet.trunk, len(parts.classes)
+        weights.check(make_multipathnet(whole, num_classes=num_classes))
     description = (
         f"{f'Integral loss of {count}' if count > 1 else 'Fast R-CNN'} on "
-        f"{imagenet.title(trunk.name, trunk.width)}, {num_classes} classes, RoIs {size} x {size}"
+        f"{imagenet.title(config.trunk.name, config.trunk.width)}, {num_classes} classes, "
+        f"RoIs {size} x {size}"
     )
     return description, {
         "stage": "multipathnet",
-        "config": config,
+        "config": whole,
         "model": weights.state,
         "categories": known_categories(num_classes),
     }
@@ -102,7 +104,8 @@ def known_categories(count: int) -> list[dict]:
     return [{"id": i, "name": f"class {i}"} for i in range(1, count + 1)]
 
 
-def _parts(network: Module) -> Parts:
+def _split(network: Module) -> tuple[list[Module], Module, list[Module], Module, list[Module]]:
+    """Layers before the RoI pooling, it, layers after it, the table of outputs, and the end."""
     modules = network.modules
     names = [part.typename for part in modules]
     at = names.index("ROIPooling")
@@ -112,91 +115,60 @@ def _parts(network: Module) -> Parts:
     if "ConcatTable" not in names[at:]:
         raise ValueError("expected a ConcatTable of class and box linears after the RoI pooling")
     end = names.index("ConcatTable", at)
-    outputs = modules[end]
+    head = steps(*modules[at + 1 : end])
+    return steps(inputs.modules[0]), modules[at], head, modules[end], modules[end + 1 :]
+
+
+def _read_outputs(outputs: Module, ends: list[Module], weights: Weights) -> int:
+    """Takes the class and box linears and the norm of the deltas; returns the number of heads.
+
+    Raises:
+        ValueError: the end of the network is not the mean of the heads' probabilities.
+    """
     if len(outputs.modules) != 2:
         raise ValueError(f"{outputs.path}: expected classes and boxes")
     classes, boxes = outputs.modules
     heads = classes.modules if classes.typename == "ConcatTable" else [classes]
     expect([*heads, boxes], *["Linear"] * (len(heads) + 1), where=outputs.path)
-    return Parts(
-        features=steps(inputs.modules[0]),
-        pooling=modules[at],
-        head=[step for part in modules[at + 1 : end] for step in steps(part)],
-        classes=heads,
-        boxes=boxes,
-        norm=_delta_norm(modules[end + 1 :], heads=len(heads)),
-    )
-
-
-def _delta_norm(ends: list[Module], *, heads: int) -> Module | None:
-    """What turns the box linear's output into deltas.
-
-    Raises:
-        ValueError: the end of the network is not the mean of the heads' probabilities.
-    """
-    norm, switches = None, 0
+    if len(heads) > len(THRESHOLDS):
+        raise ValueError(f"{len(heads)} class linears, and at most {len(THRESHOLDS)} are known")
+    taken = [(head.take("weight", dimensions=2), head.take("bias")) for head in heads]
+    try:
+        weight, bias = (torch.cat(each) for each in zip(*taken, strict=True))
+    except RuntimeError:
+        raise ValueError(f"{heads[0].path}: class linears of different inputs") from None
+    weights.state |= {"cls_score.weight": weight, "cls_score.bias": bias}
+    weights.add_linear("bbox_pred", boxes)
+    weights.state |= {"delta_mean": torch.zeros(4), "delta_std": torch.ones(4)}
+    switches = 0
     for part in ends:
         if part.typename == "ParallelTable" and len(part.modules) == 2:
-            classes = ("Identity", "SoftMax"), ("BBoxNorm", "Identity")
-            _, norm = expect(part.modules, *classes, where=part.path)
+            choices = ("Identity", "SoftMax"), ("BBoxNorm", "Identity")
+            _, norm = expect(part.modules, *choices, where=part.path)
+            if norm.typename == "BBoxNorm":
+                weights.state["delta_mean"] = norm.take("mean").flatten()
+                weights.state["delta_std"] = norm.take("std").flatten()
         elif part.typename == "ModeSwitch":
             switches += 1
         elif part.typename != "SoftMax":
             raise ValueError(f"{part.path}: unexpected {part.typename}")
-    if heads > 1 and switches != 1:
-        raise ValueError(f"{heads} class linears, and no ModeSwitch that takes their mean")
-    return norm if norm is not None and norm.typename == "BBoxNorm" else None
+    if len(heads) > 1 and switches != 1:
+        raise ValueError(f"{len(heads)} class linears, and no ModeSwitch that takes their mean")
+    return len(heads)
 
 
-def _pooled_size(pooling: Module) -> int:
-    height, width = pooling.integer("H", 0), pooling.integer("W", 0)
-    if height != width or pooling.plain("spatial_scale") != 1 / 16:
-        raise ValueError(f"{pooling.path}: expected square pooling at stride 16")
-    return height
-
-
-def _config(parts: Parts, *, pooled_size: int, settings: dict[str, Any]) -> Config:
-    """The file's settings, and the released code's for what is around the network.
-
-    Images: 800 pixels and 400 proposals for COCO, 600 and 2000 for VOC (scripts/eval_*.sh).
-    """
-    count = len(parts.classes)
-    if count > len(THRESHOLDS):
-        raise ValueError(f"{count} class linears, and at most {len(THRESHOLDS)} are known")
-    network = MultiPathNetStageConfig(
-        head="layer4" if parts.residual else "fc",
-        foveal=False,
-        skip=False,
-        use_box_tower=False,
-        iou_thresholds=THRESHOLDS[:count],
-        normalize=False,
-        pooled_size=pooled_size,
-        # Files from before version 2 of the pooling have no such field.
-        roi_pool="lua" if parts.pooling.plain("v2") else "caffe",
-        align_corners=True,
-        inclusive_boxes=True,
-        pixels=RESNET_PIXELS if parts.residual else imagenet.CAFFE_PIXELS,
-        sampling=RoiSamplingConfig(
-            draw_threshold=count > 1, short_side=800 if parts.residual else 600, long_side=1000
-        ),
-        **settings,
-    )
-    return Config(
-        multipathnet=network, detect=DetectConfig(num_proposals=400 if parts.residual else 2000)
-    )
-
-
-def _read_residual(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, Any]:
+def _read_residual(
+    features: list[Module], head: list[Module], weights: Weights, pooled_size: int
+) -> dict[str, Any]:
     """Takes a ResNet's trunk and layer4; returns the settings that they show."""
-    *layer4, pool = expect(
-        parts.head, "Sequential", "SpatialAveragePooling", where="after the RoI pooling"
+    layer4, pool = expect(
+        head, "Sequential", "SpatialAveragePooling", where="after the RoI pooling"
     )
-    name, width, convs = imagenet.read_resnet([*parts.features, *layer4], stages=4)
+    name, width, convs = imagenet.read_resnet([*features, layer4], stages=4)
     for key, conv in convs.items():
         top, _, rest = key.partition(".")
-        ours = "towers.0.head.stage." + rest
-        if top != "layer4":
-            ours = "trunk." + imagenet.trunk_key(key)
+        is_head = top == "layer4"
+        ours = f"towers.0.head.stage.{rest}" if is_head else f"trunk.{imagenet.trunk_key(key)}"
         weights.add_conv(ours, conv, norm=True)
     side = -(-pooled_size // 2)  # layer4 has stride 2
     if (pool.plain("kH"), pool.plain("kW")) != (side, side):
@@ -205,21 +177,22 @@ def _read_residual(parts: Parts, weights: Weights, pooled_size: int) -> dict[str
     return {"trunk": trunk}
 
 
-def _read_plain(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, Any]:
+def _read_plain(
+    features: list[Module], head: list[Module], weights: Weights, pooled_size: int
+) -> dict[str, Any]:
     """Takes trunk, fc6 and fc7 of a VGG or CaffeNet; returns the settings that they show."""
     trunk = TrunkConfig(
-        name=imagenet.plain_network(parts.features),
+        name=imagenet.plain_network(features),
         weights=None,
         frozen_levels=1,  # conv1 and conv2 of VGG, conv1 of CaffeNet (ICCV 2015, section 4.5)
         padding="zero",
-        ceil_pooling=imagenet.rounds_up(parts.features),
+        ceil_pooling=imagenet.rounds_up(features),
     )
     with torch.device("meta"):
         ours = build_trunk(**vars(trunk))
-    imagenet.add_plain_layers(weights, parts.features, ours, prefix="trunk.")
-    fc6, _, fc7, _ = expect(
-        parts.head, "Linear", RELUS, "Linear", RELUS, where="after the RoI pooling"
-    )
+    imagenet.add_plain_layers(weights, features, ours, prefix="trunk.")
+    classes = "Linear", RELUS, "Linear", RELUS
+    fc6, _, fc7, _ = expect(head, *classes, where="after the RoI pooling")
     weights.add_linear("towers.0.head.fc6", fc6)
     weights.add_linear("towers.0.head.fc7", fc7)
     return {
@@ -228,18 +201,3 @@ def _read_plain(parts: Parts, weights: Weights, pooled_size: int) -> dict[str, A
         # As many channels as the trunk has: no convolution between pooling and fc6.
         "width": weights.state["towers.0.head.fc6.weight"].shape[1] // pooled_size**2,
     }
-
-
-def _read_outputs(parts: Parts, weights: Weights) -> None:
-    """Takes the class and box linears and the norm of the deltas."""
-    taken = [(head.take("weight", dimensions=2), head.take("bias")) for head in parts.classes]
-    try:
-        weight, bias = (torch.cat(each) for each in zip(*taken, strict=True))
-    except RuntimeError:
-        raise ValueError(f"{parts.classes[0].path}: class linears of different inputs") from None
-    weights.state |= {"cls_score.weight": weight, "cls_score.bias": bias}
-    weights.add_linear("bbox_pred", parts.boxes)
-    weights.state |= {"delta_mean": torch.zeros(4), "delta_std": torch.ones(4)}
-    if parts.norm is not None:
-        weights.state["delta_mean"] = parts.norm.take("mean").flatten()
-        weights.state["delta_std"] = parts.norm.take("std").flatten()

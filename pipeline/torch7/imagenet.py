@@ -3,8 +3,6 @@
 The detectors and DeepMask's trunk are made of the same parts, which are read here, too.
 """
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from models.backbone import load_backbone
 from models.trunk import RESNET_LEVELS
 from pipeline.torch7.modules import (
     CONVOLUTIONS,
-    NORMS,
     RELUS,
     Convolution,
     Module,
@@ -37,8 +34,6 @@ RESNETS = {
 }
 VGGS = {(1, 1, 2, 2, 2): "vgg11", (2, 2, 3, 3, 3): "vgg16"}  # convolutions between pools
 TITLES = {"vgg11": "VGG-11", "vgg16": "VGG-16", "caffenet": "CaffeNet"}
-# Letters for the order of a block's layers.
-LETTERS = dict.fromkeys(CONVOLUTIONS, "c") | dict.fromkeys(NORMS, "n") | dict.fromkeys(RELUS, "r")
 POOLS = ("SpatialMaxPooling",)
 RESPONSE_NORMS = ("SpatialCrossMapLRN", "SpatialCrossResponseNormalization")
 # The Lua classes of our layers.
@@ -93,51 +88,34 @@ def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, dict[str
     Raises:
         ValueError: another structure.
     """
-    blocks = [stage.modules for stage in parts[len(parts) - stages :]]
-    stem = [step for part in parts[: len(parts) - stages] for step in steps(part)]
-    expect(stem[-1:], "SpatialMaxPooling", where="the stem")
-    *stem, pool = stem
-    if not re.fullmatch("cn?r", _order(stem)):
-        raise ValueError(f"{pool.path}: expected a convolution, its norm and a ReLU before it")
-    sizes = [pool.plain(name) for name in ("kH", "kW", "dH", "dW", "padH", "padW")]
-    if sizes != [3, 3, 2, 2, 1, 1] or pool.plain("ceil_mode"):
+    stem = steps(*parts[:-stages])
+    (pool,) = expect(stem[-1:], POOLS, where="the stem")
+    if _pool_sizes(pool) != [3, 3, 2, 2, 1, 1] or pool.plain("ceil_mode"):
         raise ValueError(f"{pool.path}: expected a max-pool of 3x3, stride 2 and padding 1")
-    convs = {"conv1": convolutions(stem, norms=True)[0]}
-    for i, stage in enumerate(blocks, 1):
-        for j, block in enumerate(stage):
-            convs |= {f"layer{i}.{j}.{name}": conv for name, conv in _block_convs(block)}
+    (conv1,) = convolutions(stem[:-1], "p?cn?r", where=f"before {pool.path}")
+    convs, counts = {"conv1": conv1}, []
+    for i, stage in enumerate(parts[-stages:], 1):
+        counts.append(len(stage.modules))
+        for j, block in enumerate(stage.modules):
+            both, *_ = expect(block.modules, "ConcatTable", "CAddTable", RELUS, where=block.path)
+            branches = "Sequential", ("Sequential", "Identity")
+            main, shortcut = expect(both.modules, *branches, where=both.path)
+            inner = convolutions(steps(main), "(p?cn?r)*p?cn?", where=main.path)
+            convs |= {f"layer{i}.{j}.conv{k}": conv for k, conv in enumerate(inner, 1)}
+            for conv in convolutions(steps(shortcut), "(p?cn?)?", where=shortcut.path):
+                convs[f"layer{i}.{j}.downsample.0"] = conv
     depth = sum(name.startswith("layer1.0.conv") for name in convs)
-    layout = depth, tuple(map(len, blocks))
-    width = convs["conv1"].module.integer("nOutputPlane")
-    for name, (convs_in_block, counts) in RESNETS.items():
-        if (convs_in_block, counts[:stages]) == layout:
-            return name, width, convs
+    for name, (convs_in_block, blocks) in RESNETS.items():
+        if (convs_in_block, list(blocks[:stages])) == (depth, counts):
+            return name, conv1.module.integer("nOutputPlane"), convs
     raise ValueError(
-        f"{parts[-stages].path}: stages of {', '.join(map(str, layout[1]))} blocks of {depth} "
+        f"{parts[-stages].path}: stages of {', '.join(map(str, counts))} blocks of {depth} "
         f"convolutions are of no known ResNet ({', '.join(RESNETS)})"
     )
 
 
-def _order(parts: list[Module]) -> str:
-    return "".join(LETTERS.get(part.typename, "") for part in parts)
-
-
-def _block_convs(block: Module) -> Iterator[tuple[str, Convolution]]:
-    branches, *_ = expect(block.modules, "ConcatTable", "CAddTable", RELUS, where=block.path)
-    main, shortcut = expect(
-        branches.modules, "Sequential", ("Sequential", "Identity"), where=branches.path
-    )
-    inner = steps(main)
-    convs = convolutions(inner, norms=True)
-    if not re.fullmatch("(cn?r)*cn?", _order(inner)):
-        raise ValueError(
-            f"{main.path}: expected a norm and a ReLU after each convolution, and after the last "
-            "no ReLU"
-        )
-    for i, conv in enumerate(convs, 1):
-        yield f"conv{i}", conv
-    for conv in convolutions(steps(shortcut), norms=True):
-        yield "downsample.0", conv
+def _pool_sizes(pool: Module) -> list[Any]:
+    return [pool.plain(name, 0) for name in ("kH", "kW", "dH", "dW", "padH", "padW")]
 
 
 def trunk_key(name: str) -> str:
@@ -219,17 +197,16 @@ def add_plain_layers(
     expect(parts, *(COUNTERPARTS[type(layer)] for _, layer in layers), where=prefix.strip("."))
     for part, (name, layer) in zip(parts, layers, strict=True):
         if isinstance(layer, nn.Conv2d):
-            weights.add_conv(prefix + name, convolutions([part], norms=False)[0])
+            weights.add_conv(prefix + name, *convolutions([part], "c", where=part.path))
         elif isinstance(layer, nn.MaxPool2d):
-            sizes = [part.plain(name, 0) for name in ("kH", "kW", "dH", "dW", "padH", "padW")]
-            wanted = [layer.kernel_size] * 2 + [layer.stride] * 2 + [layer.padding] * 2
+            sizes = [layer.kernel_size] * 2 + [layer.stride] * 2 + [layer.padding] * 2
             weights.problems += part.differences(
-                {"kernel, stride and padding": sizes, "ceil_mode": _rounds_up(part)},
-                {"kernel, stride and padding": wanted, "ceil_mode": layer.ceil_mode},
+                {
+                    "kernel, stride and padding": (_pool_sizes(part), sizes),
+                    "ceil_mode": (_rounds_up(part), layer.ceil_mode),
+                }
             )
         elif isinstance(layer, nn.LocalResponseNorm):
             names = ("size", "alpha", "beta", "k")
-            weights.problems += part.differences(
-                {name: part.plain(name) for name in names},
-                {name: getattr(layer, name) for name in names},
-            )
+            settings = {name: (part.plain(name), getattr(layer, name)) for name in names}
+            weights.problems += part.differences(settings)

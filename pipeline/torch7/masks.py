@@ -6,6 +6,7 @@ nothing is copied.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,49 +27,33 @@ from pipeline.torch7.modules import (
     steps,
     unpacked,
 )
-from pipeline.torch7.reader import short
 
 SKIPS = [8, 6, 5, 3]  # the trunk's modules whose outputs the horizontal nets take
 # A refinement module: both nets, their sum, ReLU, twice the size.
 STEP = ("ParallelTable", "CAddTable", RELUS, "SpatialUpSamplingNearest")
-PROPOSE = ProposeConfig(align_corners=True)  # as the released code does
 
 
-def convert_deepmask(value: dict, used: Used) -> tuple[str, dict]:
-    """Words for a DeepMask, and its checkpoint with the config as it is.
+def convert_masks(value: dict, used: Used) -> tuple[str, dict]:
+    """Words for a DeepMask or SharpMask, and its checkpoint with the config as it is.
 
     Raises:
         ValueError: another structure, or layers of other shapes or padding: all are listed.
     """
     file, weights = Module(unpacked(value), "", used), Weights()
-    trunk, deepmask = _read_deepmask(file, weights, prefix="", mask_branch="maskBranch")
-    config = Config(trunk=trunk, deepmask=deepmask, propose=PROPOSE)
+    refines = file.typename == "SharpMask"
+    prefix, mask_branch = ("deepmask.", "maskBranchDM") if refines else ("", "maskBranch")
+    trunk, c = _read_deepmask(file, weights, prefix=prefix, mask_branch=mask_branch)
+    config = Config(trunk=trunk, deepmask=c, propose=ProposeConfig(align_corners=True))
+    if refines:
+        sharpmask = _read_refinement(file, weights, cells=c.patch_size // STRIDE)
+        config = replace(config, sharpmask=sharpmask)
     with torch.device("meta"):
-        weights.check(make_deepmask(config))
-    return _words("DeepMask", config), _checkpoint("deepmask", config, weights)
-
-
-def convert_sharpmask(value: dict, used: Used) -> tuple[str, dict]:
-    """Words for a SharpMask, and its checkpoint. See `convert_deepmask`."""
-    file, weights = Module(unpacked(value), "", used), Weights()
-    trunk, deepmask = _read_deepmask(file, weights, prefix="deepmask.", mask_branch="maskBranchDM")
-    sharpmask = _read_refinement(file, weights, cells=deepmask.patch_size // STRIDE)
-    config = Config(trunk=trunk, deepmask=deepmask, sharpmask=sharpmask, propose=PROPOSE)
-    with torch.device("meta"):
-        weights.check(make_sharpmask(config))
-    return _words("SharpMask", config), _checkpoint("sharpmask", config, weights)
-
-
-def _words(method: str, config: Config) -> str:
-    trunk, c = config.trunk, config.deepmask
-    return (
-        f"{method} on {title(trunk.name, trunk.width)}, patch {c.patch_size}, mask {c.mask_size}, "
-        f"embedding {c.embedding}"
+        weights.check(make_sharpmask(config) if refines else make_deepmask(config))
+    words = (
+        f"{file.typename} on {title(trunk.name, trunk.width)}, patch {c.patch_size}, "
+        f"mask {c.mask_size}, embedding {c.embedding}"
     )
-
-
-def _checkpoint(stage: str, config: Config, weights: Weights) -> dict:
-    return {"stage": stage, "config": config, "model": weights.state}
+    return words, {"stage": file.typename.lower(), "config": config, "model": weights.state}
 
 
 def _read_deepmask(
@@ -84,10 +69,10 @@ def _read_deepmask(
         weights.add_conv(f"{prefix}trunk.{trunk_key(key)}", conv, norm=True)
 
     crop, *_ = tail = parts[stages[-1] + 1 :]
-    layers = [s for part in tail if part.typename != "SpatialZeroPadding" for s in steps(part)]
+    layers = steps(*(part for part in tail if part.typename != "SpatialZeroPadding"))
     reduce, _, embed = expect(layers, CONVOLUTIONS, RELUS, "Linear", where="trunk")
     cells = file.integer("fSz")
-    weights.add_conv(f"{prefix}tail.0", convolutions([reduce], norms=False)[0])
+    weights.add_conv(f"{prefix}tail.0", *convolutions([reduce], "p?c", where=reduce.path))
     weights.add_linear(f"{prefix}tail.2", embed, window=cells)
 
     layers = steps(file.child(mask_branch))
@@ -103,7 +88,7 @@ def _read_deepmask(
     hidden, _, last = expect(steps(score), "Linear", RELUS, "Linear", where=score.path)
     weights.add_linear(f"{prefix}score_head.1", hidden, window=1)
     weights.add_linear(f"{prefix}score_head.4", last, window=1)
-    dropouts = [part for part in score.modules if part.typename == "Dropout"]
+    dropouts = [part.fraction("p") for part in score.modules if part.typename == "Dropout"]
     return TrunkConfig(name=name, weights=None, width=width), DeepMaskStageConfig(
         patch_size=STRIDE * cells,
         context=2 * STRIDE * _crop(crop),
@@ -112,7 +97,7 @@ def _read_deepmask(
         reduction=weights.outputs(f"{prefix}tail.0"),
         embedding=weights.outputs(f"{prefix}tail.2"),
         score_hidden=weights.outputs(f"{prefix}score_head.1"),
-        dropout=max(map(_dropout, dropouts), default=0.0),
+        dropout=max(dropouts, default=0.0),
     )
 
 
@@ -126,16 +111,9 @@ def _crop(module: Module) -> int:
     return -left
 
 
-def _dropout(module: Module) -> float:
-    p = module.plain("p")
-    if type(p) not in (int, float) or not 0 <= p < 1:
-        raise ValueError(f"{module.path}: p must be from 0 to below 1, got {short(p)}")
-    return float(p)
-
-
 def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMaskStageConfig:
     """Takes the encoder and the refinement modules; returns the settings that they show."""
-    encode, _ = expect(file.entry("netvs", 0).modules, "Linear", "View", where="netvs[0]")
+    encode, _ = expect(file.child("netvs", 0).modules, "Linear", "View", where="netvs[0]")
     weights.add_linear("encode", encode)
     neths = file.field("neths")
     if file.field("skpos") != SKIPS or not isinstance(neths, list):
@@ -157,18 +135,17 @@ def _read_refinement(file: Module, weights: Weights, *, cells: int) -> SharpMask
 
 def _read_module(file: Module, weights: Weights, i: int, *, is_last: bool) -> None:
     """Takes refinement module `i`, from 1; the last one predicts the mask, too."""
-    module = file.entry("refs", i)
+    module = file.child("refs", i)
     sides, *_ = expect(module.modules[:4], *STEP, where=module.path)
-    final = [step for part in module.modules[4:] for step in steps(part)]
+    final = steps(*module.modules[4:])
     nets = expect(sides.modules, "Sequential", "Sequential", where=sides.path)
     for net, side, field in zip(nets, ("horizontal", "vertical"), ("neths", "netvs"), strict=True):
-        if net.value is not file.entry(field, i).value:
+        if net.value is not file.child(field, i).value:
             raise ValueError(f"{net.path}: expected {field}[{i}]")
         layers = [part for part in steps(net) if part.typename != "SpatialZeroPadding"]
-        for j, conv in enumerate(convolutions(layers, norms=False)):
+        for j, conv in enumerate(convolutions(layers, "(p?cr?)*", where=net.path)):
             weights.add_conv(f"refinements.{i - 1}.{side}.{2 * j}", conv)
     if is_last != bool(final):
         raise ValueError(f"{module.path}: the last module, and only it, predicts the mask")
     if is_last:
-        expect(final[-1:], CONVOLUTIONS, where=module.path)
-        weights.add_conv("predict", convolutions(final, norms=False)[0])
+        weights.add_conv("predict", *convolutions(final, "p?c", where=module.path))

@@ -3,7 +3,6 @@
 A file has no masks, and a store has a mask for each proposal: here it is the box, filled.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,8 @@ from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
 FIELDS = ("images", "boxes", "scores")
-MAX_IMAGES_IN_SHARD = 1000
 
 Size = tuple[int, int, int]  # an image's id, height and width
-
-
-def is_proposals(value: Any) -> bool:
-    """Whether this is a table of images, boxes and scores."""
-    return isinstance(value, dict) and set(FIELDS) <= set(value)
 
 
 def convert_proposals(
@@ -36,10 +29,7 @@ def convert_proposals(
     annotations: str | Path | None,
     images: str | Path | None,
 ) -> list[str]:
-    """Writes the store.
-
-    Args:
-        annotations, images: see `pipeline.torch7.convert.convert_file`.
+    """Writes the store; see `pipeline.torch7.convert.convert_file`.
 
     Returns:
         Lines that say what was done, and what was left out.
@@ -57,12 +47,19 @@ def convert_proposals(
     if store.shards():
         raise ValueError(f"{output} holds proposals already; choose another --output")
     store.open_for({"converted_from": source, "masks": "filled boxes"})
-    written = 0
-    for shard in _shards(names, boxes, scores, sizes):
+    total, rows = 0, 0
+    shard: list[Proposals] = []
+    for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):
+        xyxy = _boxes(image_boxes, name)
+        shard.append(_proposals(name, xyxy, image_scores, sizes[name]))
+        total, rows = total + len(xyxy), rows + len(shard[-1])
+        if rows >= MAX_ROWS:
+            store.write_shard(shard)
+            shard, rows = [], 0
+    if shard:
         store.write_shard(shard)
-        written += sum(map(len, shard))
     write_proposals(store)
-    total = sum(len(_boxes(each, name)) for each, name in zip(boxes, names, strict=True))
+    written = store.count()
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",
         "there are no masks in such a file: the masks in the store are the filled boxes",
@@ -87,15 +84,17 @@ def _sizes(
     for i, name in enumerate(names, 1):
         if not isinstance(name, str):
             raise ValueError(f"images[{i}]: expected a file name, got {name!r}")
+    sizes: dict[str, Size] = {}
+    wanted = set(names)
     if annotations is not None:
-        sizes = _listed_sizes(Path(annotations))
+        for image in read_image_list(Path(annotations)):
+            if image.height is None or image.width is None:
+                raise ValueError(f'{annotations}: {image.file_name} has no "height" and "width"')
+            sizes[image.file_name] = image.id, image.height, image.width
     elif images is not None:
-        wanted = set(names)
-        sizes = {
-            file.file_name: (file.image_id, *read_image(file.path).shape[:2])
-            for file in find_images(images, None, {})
-            if file.file_name in wanted
-        }
+        for file in find_images(images, None, {}):
+            if file.file_name in wanted:
+                sizes[file.file_name] = (file.image_id, *read_image(file.path).shape[:2])
     else:
         raise ValueError(
             "proposals without the sizes of their images; give --annotations (a COCO json) or "
@@ -109,45 +108,6 @@ def _sizes(
     return sizes
 
 
-def _listed_sizes(annotations: Path) -> dict[str, Size]:
-    sizes = {}
-    for image in read_image_list(annotations):
-        if image.height is None or image.width is None:
-            raise ValueError(f'{annotations}: {image.file_name} has no "height" and "width"')
-        sizes[image.file_name] = image.id, image.height, image.width
-    return sizes
-
-
-def _shards(
-    names: list, boxes: list, scores: list, sizes: dict[str, Size]
-) -> Iterator[list[Proposals]]:
-    shard: list[Proposals] = []
-    for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):
-        shard.append(_proposals(name, image_boxes, image_scores, sizes[name]))
-        if sum(map(len, shard)) >= MAX_ROWS or len(shard) == MAX_IMAGES_IN_SHARD:
-            yield shard
-            shard = []
-    if shard:
-        yield shard
-
-
-def _proposals(name: str, table: Any, scores: Any, size: Size) -> Proposals:
-    image_id, height, width = size
-    boxes = _boxes(table, name)
-    scores = np.asarray(scores if isinstance(scores, Tensor) else [], np.float32).ravel()
-    if len(scores) != len(boxes):
-        raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{name}: a score that is not finite")
-    limits = np.array([width, height, width, height])
-    pixels = np.ceil(boxes - 0.5).clip(0, limits)  # those whose centers lie in the box
-    order = np.argsort(-scores, kind="stable")
-    order = order[(pixels[order, 2:] > pixels[order, :2]).all(1)]
-    rles = _filled_boxes(pixels[order], height, width)
-    boxes = boxes[order].clip(0, limits).astype(np.float32)
-    return Proposals(image_id, name, height, width, scores[order], boxes, rles)
-
-
 def _boxes(table: Any, name: str) -> np.ndarray:
     """(N, 4) float64 xyxy from 0 on: Lua counts from 1, and the last pixel is in the box."""
     values = np.asarray(table if isinstance(table, Tensor) else [], np.float64)
@@ -159,7 +119,19 @@ def _boxes(table: Any, name: str) -> np.ndarray:
     return np.stack([x1 - 1, y1 - 1, x2, y2], axis=1)
 
 
-def _filled_boxes(boxes: np.ndarray, height: int, width: int) -> list[bytes]:
-    """RLE strings of boxes (N, 4) xyxy at whole pixels, each filled."""
-    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    return [rle["counts"] for rle in coco_mask.frPyObjects(xywh, height, width)]
+def _proposals(name: str, boxes: np.ndarray, scores: Any, size: Size) -> Proposals:
+    image_id, height, width = size
+    scores = np.asarray(scores if isinstance(scores, Tensor) else [], np.float32).ravel()
+    if len(scores) != len(boxes):
+        raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name}: a score that is not finite")
+    limits = np.array([width, height, width, height])
+    pixels = np.ceil(boxes - 0.5).clip(0, limits)  # those whose centers lie in the box
+    order = np.argsort(-scores, kind="stable")
+    order = order[(pixels[order, 2:] > pixels[order, :2]).all(1)]
+    corner, end = np.split(pixels[order], 2, axis=1)
+    filled = coco_mask.frPyObjects(np.hstack([corner, end - corner]), height, width)
+    boxes = boxes[order].clip(0, limits).astype(np.float32)
+    rles = [rle["counts"] for rle in filled]
+    return Proposals(image_id, name, height, width, scores[order], boxes, rles)

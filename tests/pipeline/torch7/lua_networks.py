@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from models.roi_pooling import roi_pool_lua
-from pipeline.torch7.reader import LuaFunction, Torch7Object
+from pipeline.torch7.reader import LuaFunction, Torch7Object, walk
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    """The largest difference, relative to the largest value, is small."""
+    assert ours.shape == theirs.shape
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert error <= tolerance, f"{error:.1e}"
 
 
 def module(name: str, *modules: Torch7Object, **fields: object) -> Torch7Object:
@@ -24,17 +31,19 @@ def relu() -> Torch7Object:
 
 def conv(weight: Tensor, bias: Tensor | None = None, *, stride=1, padding=0, groups=1):
     out, inputs, height, width = weight.shape
-    sizes = {
-        "kW": width,
-        "kH": height,
-        "dW": stride,
-        "dH": stride,
-        "padW": padding,
-        "padH": padding,
-    }
-    sizes |= {"nInputPlane": inputs * groups, "nOutputPlane": out, "groups": groups}
+    sizes = dict(kW=width, kH=height, dW=stride, dH=stride, padW=padding, padH=padding)
+    sizes |= dict(nInputPlane=inputs * groups, nOutputPlane=out, groups=groups)
     fields = {} if bias is None else {"bias": bias}
     return module("cudnn.SpatialConvolution", weight=weight, **fields, **sizes)
+
+
+def change(value: object, edits: dict[str, dict]) -> None:
+    """Sets fields of the modules at paths, in place; a function gives the new value for the old."""
+    modules = dict(walk(value))
+    for path, fields in edits.items():
+        for name, new in fields.items():
+            old = modules[path].fields
+            old[name] = new(old[name]) if callable(new) else new
 
 
 def lua_resnet(network: torchvision.models.ResNet, *, frozen: bool) -> Torch7Object:

@@ -6,7 +6,6 @@ There is no file of these networks here: theirs are trees with what is known of 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from datasets.resize import normalize
 from models.multipathnet import MultiPathNet
@@ -22,19 +21,14 @@ from tests.pipeline.torch7.lua_networks import (
     CAFFE_NETWORKS,
     CLASSES,
     RandomLayers,
-    caffenet_features,
+    assert_near,
+    change,
     fast_rcnn,
     module,
     run,
-    vgg16_features,
 )
 
 CPU = torch.device("cpu")
-
-
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
 
 
 def filled(content: dict) -> MultiPathNet:
@@ -91,15 +85,20 @@ def test_categories_are_cocos_vocs_or_numbers():
     assert known_categories(2) == [{"id": 1, "name": "class 1"}, {"id": 2, "name": "class 2"}]
 
 
+FEATURES = "model.modules[1].modules[1].modules[1]"
+
+
 def test_what_does_not_fit_is_listed():
-    features = caffenet_features(RandomLayers(0))
-    first, _, pool, norm, second, *_ = features.fields["modules"]
-    first.fields["dW"] = 2
-    pool.fields["padW"] = 0
-    norm.fields["k"] = 2
-    second.fields["weight"] = torch.zeros(256, 48, 3, 3)
+    value = fast_rcnn("caffenet")
+    settings = {
+        1: {"dW": 2},
+        3: {"padW": 0},
+        4: {"k": 2},
+        5: {"weight": torch.zeros(256, 48, 3, 3)},
+    }
+    change(value, {f"{FEATURES}.modules[{i}]": fields for i, fields in settings.items()})
     with pytest.raises(ValueError) as error:
-        convert_detector(fast_rcnn("caffenet", features=features), set())
+        convert_detector(value, set())
     message = str(error.value)
     assert "modules[1]: stride 4 2 instead of 4 4" in message
     assert "modules[3]: kernel, stride and padding 3 3 2 2 1 0 instead of 3 3 2 2 1 1" in message
@@ -118,43 +117,30 @@ def test_parameters_that_nothing_uses_are_named():
     ]
 
 
-def used_twice(value):
-    outputs = value["model"].fields["modules"][-1].fields["modules"]
-    outputs[0] = outputs[1]
+RANDOM = RandomLayers(0)
+HEADS = module("nn.ConcatTable", *(RANDOM.linear(size, CLASSES + 1) for size in (8, 3)))
+OTHERS = [
+    ({"model.modules[5]": {"modules": lambda m: [m[1]] * 2}}, "is in the network twice"),
+    (
+        {"model.modules[5]": {"modules": lambda m: [HEADS, m[1]]}},
+        r"modules\[1\]: class linears of different inputs",
+    ),
+    ({"model": {"modules": lambda m: m[:-1]}}, "expected a ConcatTable of class and box linears"),
+    ({"model.modules[2]": {"spatial_scale": 1 / 8}}, r"2\]: expected square pooling at stride 16"),
+    (
+        {"model": {"modules": lambda m: [*m, module("nn.Linear")]}},
+        r"model.modules\[6\]: unexpected Linear",
+    ),
+    (
+        {FEATURES: {"modules": lambda m: [part for part in m if "Norm" not in part.typename]}},
+        "1, 1, 3 convolutions between pools",
+    ),
+]
 
 
-def heads_of_different_inputs(value):
-    outputs = value["model"].fields["modules"][-1].fields["modules"]
-    outputs[0] = module("nn.ConcatTable", outputs[0], RandomLayers(0).linear(3, CLASSES + 1))
-    value["model"].fields["modules"].append(module("nn.ModeSwitch"))
-
-
-def no_outputs(value):
-    value["model"].fields["modules"].pop()
-
-
-def other_stride(value):
-    value["model"].fields["modules"][1].fields["spatial_scale"] = 1 / 8
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (used_twice, "the parameter is in the network twice"),
-        (heads_of_different_inputs, r"modules\[1\]: class linears of different inputs"),
-        (no_outputs, "expected a ConcatTable of class and box linears"),
-        (other_stride, r"model.modules\[2\]: expected square pooling at stride 16"),
-    ],
-)
-def test_other_structures_are_refused(change, reason):
+@pytest.mark.parametrize("edits, reason", OTHERS)
+def test_other_structures_are_refused(edits, reason):
     value = fast_rcnn("caffenet")
-    change(value)
+    change(value, edits)
     with pytest.raises(ValueError, match=reason):
         convert_detector(value, set())
-
-
-def test_another_network_is_named():
-    features = vgg16_features(RandomLayers(0))
-    del features.fields["modules"][2:4]
-    with pytest.raises(ValueError, match="1, 2, 3, 3, 3 convolutions between pools"):
-        convert_detector(fast_rcnn("vgg16", features=features), set())

@@ -11,12 +11,13 @@ from models.backbone import load_backbone
 from models.trunk import build_trunk
 from pipeline.torch7.convert import convert_file, find_converter
 from pipeline.torch7.imagenet import convert_caffe_network, convert_resnet
-from pipeline.torch7.masks import convert_deepmask
+from pipeline.torch7.masks import convert_masks
 from pipeline.torch7.modules import unused_parameters
 from pipeline.torch7.reader import LuaFunction, read_torch7
 from tests.pipeline.torch7.lua_networks import (
     CAFFE_NETWORKS,
     RandomLayers,
+    assert_near,
     lua_resnet,
     module,
     relu,
@@ -25,7 +26,6 @@ from tests.pipeline.torch7.lua_networks import (
 )
 from tests.real_data import TORCH7
 
-CPU = torch.device("cpu")
 DATA = TORCH7 / "deepmask_sharpmask"
 needs_originals = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
 
@@ -35,19 +35,16 @@ def test_live_batch_norm_is_what_the_original_froze():
     """The ImageNet network that the reference DeepMask is made from, without its epsilon."""
     words, state = convert_resnet(read_torch7(DATA / "resnet-50_narrow.t7"), set())
     assert words == "ImageNet ResNet-50 of width 4"
-    deepmask = convert_deepmask(read_torch7(DATA / "deepmask.t7"), set())[1]["model"]
+    deepmask = convert_masks(read_torch7(DATA / "deepmask.t7"), set())[1]["model"]
     network = load_backbone("resnet50", width=4)
     assert not network.load_state_dict(state, strict=False).unexpected_keys
     for name, live in network.named_modules():
         if isinstance(live, nn.BatchNorm2d) and not name.startswith("layer4"):
             scale = live.weight * live.running_var.rsqrt()
             shift = live.bias - live.running_mean * scale
-            key = next(
-                k for k in deepmask if k.startswith("trunk") and k.endswith(f"{name}.weight")
-            )
-            torch.testing.assert_close(deepmask[key], scale, rtol=1e-6, atol=1e-6)
-            shifted = deepmask[key.replace("weight", "bias")]
-            torch.testing.assert_close(shifted, shift, rtol=1e-6, atol=1e-6)
+            for key, expected in ((f"{name}.weight", scale), (f"{name}.bias", shift)):
+                found = next(deepmask[k] for k in deepmask if k[:5] == "trunk" and k.endswith(key))
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @needs_originals
@@ -109,5 +106,4 @@ def test_networks_of_caffe_become_weights_of_a_trunk(name, tmp_path):
     trunk = build_trunk(name, weights=tmp_path / "weights.pth", **settings)
     x = torch.randn(1, 3, 45, 70)
     with torch.inference_mode():
-        theirs = run(features, x)
-        assert float((trunk(x)[-1] - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
+        assert_near(trunk(x)[-1], run(features, x))

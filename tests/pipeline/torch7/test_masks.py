@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
-from pipeline.torch7.masks import convert_deepmask, convert_sharpmask
-from pipeline.torch7.reader import Torch7Object, read_torch7
+from pipeline.torch7.masks import convert_masks
+from pipeline.torch7.reader import Torch7Object, read_torch7, walk
+from tests.pipeline.torch7.lua_networks import change
 from tests.pipeline.torch7.torch7_writer import written
 from tests.real_data import TORCH7
 
@@ -26,7 +26,7 @@ DATA = TORCH7 / "deepmask_sharpmask"
 if not DATA.is_dir():
     pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
 
-FILES = {"deepmask": convert_deepmask, "sharpmask": convert_sharpmask}
+FILES = ("deepmask", "sharpmask")
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +35,16 @@ def originals() -> dict[str, dict]:
     return {name: read_torch7(DATA / f"{name}.t7") for name in FILES}
 
 
-@pytest.fixture
-def deepmask(originals) -> Torch7Object:
-    """The model of DeepMask's file, to be changed."""
-    return copy.deepcopy(originals["deepmask"]["model"])
-
-
-def objects(value: object, seen: set[int] | None = None) -> Iterator[Torch7Object]:
+def objects(value: object) -> list[Torch7Object]:
     """All modules in a tree, each once."""
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Torch7Object):
-        yield value
-        value = value.fields
-    if isinstance(value, dict):
-        value = list(value.values())
-    for item in value if isinstance(value, list) else ():
-        yield from objects(item, seen)
+    return [item for _, item in walk(value) if isinstance(item, Torch7Object)]
 
 
 @pytest.mark.parametrize("name, used", [("deepmask", 139), ("sharpmask", 183)])
 def test_every_parameter_is_used(name, used, originals, tmp_path):
     lines = convert_file(DATA / f"{name}.t7", tmp_path / "out.pt")
-    modules = list(objects(originals[name]))
-    parameters = [
-        m.fields[k] for m in modules for k in ("weight", "bias", "a", "b") if k in m.fields
-    ]
+    modules, names = objects(originals[name]), ("weight", "bias", "a", "b")
+    parameters = [m.fields[k] for m in modules for k in names if k in m.fields]
     assert len(parameters) == used
     assert lines[1] == f"{used} parameters used, each once; 0 not used"
     model, config, content = load_network(tmp_path / "out.pt")
@@ -96,8 +78,9 @@ def test_a_parameter_that_nothing_uses_is_named(originals, tmp_path):
     ]
 
 
-def test_both_forms_of_frozen_batch_norm_and_legacy_names(deepmask):
-    before = convert_deepmask({"model": deepmask}, set())[1]["model"]
+def test_both_forms_of_frozen_batch_norm_and_legacy_names(originals):
+    deepmask = copy.deepcopy(originals["deepmask"]["model"])
+    before = convert_masks({"model": deepmask}, set())[1]["model"]
     for module in objects(deepmask):
         if module.typename == "nn.SpatialConstDiagonal":
             module.typename = "inn.ConstAffine"
@@ -107,89 +90,65 @@ def test_both_forms_of_frozen_batch_norm_and_legacy_names(deepmask):
             module.fields["weight"] = module.fields["weight"].flatten(1)
         elif module.typename == "cudnn.ReLU":
             module.typename = "nn.ReLU"
-    after = convert_deepmask({"model": deepmask}, set())[1]["model"]
+    after = convert_masks({"model": deepmask}, set())[1]["model"]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def trunk_module(model: Torch7Object, index: int) -> Torch7Object:
-    return model.fields["trunk"].fields["modules"][index - 1]
+TWO = "trunk.modules[6].modules[1].modules[1].modules[1]"  # a first block's main branch
+LOOP = Torch7Object("nn.Sequential", {})
+LOOP.fields["modules"] = [LOOP]
+MISFITS = [
+    (
+        {
+            "scoreBranch.modules[2]": {"weight": torch.ones(64, 31)},
+            "trunk.modules[9]": {"bias": torch.ones(5)},
+        },
+        r"2 other shapes: deepmask.tail.0.bias is \(5,\) instead of \(16,\), deepmask.score_head.1",
+    ),
+    (  # as in the original ResNet paper
+        {
+            f"{TWO}.modules[1]": {"dH": 2, "dW": 2},
+            f"{TWO}.modules[4].modules[2]": {"dH": 1, "dW": 1},
+        },
+        r"1\]: stride 2 2 instead of 1 1; .*2\]: stride 1 1 instead of 2 2",
+    ),
+    (
+        {
+            "trunk.modules[1].modules[1]": {f"pad_{side}": 0 for side in "lrtb"},
+            "trunk.modules[1].modules[2]": {"padH": 3, "padW": 3},
+        },
+        r"trunk.modules\[1\].*: padding 3 zeros instead of 3 mirrored",
+    ),
+    ({"trunk.modules[1].modules[1]": {"pad_l": 2}}, r"1\].*: padding that is not the same on all"),
+    (
+        {"trunk.modules[5]": {"modules": lambda blocks: [*blocks[:2], blocks[1]]}},
+        r"trunk.modules\[5\].modules\[3\].*weight: .* is in the network twice",
+    ),
+    (
+        {"trunk.modules[6]": {"modules": lambda blocks: blocks[:-1]}},
+        r"stages of 3, 3, 6 blocks of 3 convolutions are of no known ResNet",
+    ),
+    ({TWO: {"modules": lambda m: m[::-1]}}, r"6\].*: a convolution, norm or ReLU is not where it"),
+    (
+        {"trunk.modules[12]": {"weight": lambda weight: weight * float("nan")}},
+        r"trunk.modules\[12\].weight: not all numbers are finite",
+    ),
+    ({"maskBranchDM": {"modules": [LOOP]}}, "nested deeper than 30"),
+    ({"trunk": {"modules": lambda m: [*m[:4], []]}}, r"5\]: expected a module, got list"),
+    ({"trunk.modules[8]": {"pad_l": 1}}, r"8\]: expected a crop that is the same on all sides"),
+    ({"": {"neths": copy.deepcopy}}, r"refs\[1\].*: expected neths\[1\]"),
+    ({"": {"skpos": [8, 6]}}, "skpos and neths: expected"),
+]
 
 
-def first_block(model: Torch7Object, stage: int) -> list[Torch7Object]:
-    """The modules of the main branch of a stage's first block."""
-    block = trunk_module(model, stage).fields["modules"][0].fields["modules"]
-    return block[0].fields["modules"][0].fields["modules"]
-
-
-def wrong_shapes(model):
-    hidden = model.fields["scoreBranch"].fields["modules"][1].fields
-    hidden["weight"] = hidden["weight"][:, :-1]
-    trunk_module(model, 9).fields["bias"] = torch.ones(5)
-
-
-def stride_in_the_first_convolution(model):  # as in the original ResNet paper
-    main = first_block(model, 6)
-    main[0].fields |= {"dH": 2, "dW": 2}
-    main[3].fields["modules"][1].fields |= {"dH": 1, "dW": 1}
-
-
-def zeros_around(model):
-    stem = trunk_module(model, 1).fields["modules"]
-    stem[1].fields |= {"padH": 3, "padW": 3}
-    model.fields["trunk"].fields["modules"][0] = stem[1]
-
-
-def one_block_twice(model):
-    blocks = trunk_module(model, 5).fields["modules"]
-    blocks[2] = blocks[1]
-
-
-def one_block_less(model):
-    trunk_module(model, 6).fields["modules"].pop()
-
-
-def not_finite(model):
-    trunk_module(model, 12).fields["weight"][3, 4] = float("nan")
-
-
-def itself(model):
-    branch = model.fields["maskBranch"].fields["modules"]
-    branch[0].fields["modules"].append(branch[0])
-
-
-def no_module(model):
-    model.fields["trunk"].fields["modules"][4] = []
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (wrong_shapes, r"2 other shapes: tail.0.bias is \(5,\) instead of \(16,\), score_head.1"),
-        (
-            stride_in_the_first_convolution,
-            r"1\]: stride 2 2 instead of 1 1; .*2\]: stride 1 1 instead of 2 2",
-        ),
-        (zeros_around, r"trunk.modules\[1\]: padding 3 zeros instead of 3 mirrored"),
-        (one_block_twice, r"trunk.modules\[5\].modules\[3\].*weight: .* is in the network twice"),
-        (one_block_less, r"stages of 3, 3, 6 blocks of 3 convolutions are of no known ResNet"),
-        (not_finite, r"trunk.modules\[12\].weight: not all numbers are finite"),
-        (itself, "nested deeper than 30"),
-        (no_module, r"trunk.modules\[5\]: expected a module, got list"),
-    ],
-)
-def test_what_does_not_fit_is_named(deepmask, change, reason):
-    change(deepmask)
-    with pytest.raises(ValueError, match=reason) as error:
-        convert_deepmask({"model": deepmask}, set())
-    assert "\n" not in str(error.value)
-
-
-def test_refinement_of_other_nets_than_the_horizontal_ones_is_refused(originals):
+@pytest.mark.parametrize("edits, reason", MISFITS)
+def test_what_does_not_fit_is_named(originals, edits, reason):
     model = copy.deepcopy(originals["sharpmask"]["model"])
-    model.fields["neths"][1] = copy.deepcopy(model.fields["neths"][1])
-    with pytest.raises(ValueError, match=r"refs\[2\].*: expected neths\[2\]"):
-        convert_sharpmask({"model": model}, set())
+    change(model, edits)
+    with pytest.raises(ValueError, match=reason) as error:
+        convert_masks({"model": model}, set())
+    assert "\n" not in str(error.value)
 
 
 def test_sharpmask_shares_its_modules(originals):
@@ -204,7 +163,7 @@ JUNK += (torch.ones(3), torch.ones(2, 2, dtype=torch.int64))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(FILES)), st.integers(0, 10**6), st.sampled_from(JUNK))
+@given(st.sampled_from(FILES), st.integers(0, 10**6), st.sampled_from(JUNK))
 def test_any_other_field_converts_or_is_refused(originals, name, index, junk):
     model = originals[name]["model"]
     fields = [(m, key) for m in objects(model) for key in m.fields if not key.startswith("grad")]
@@ -212,7 +171,7 @@ def test_any_other_field_converts_or_is_refused(originals, name, index, junk):
     before = module.fields[key]
     module.fields[key] = junk
     try:
-        FILES[name]({"model": model}, set())
+        convert_masks({"model": model}, set())
     except ValueError as error:
         assert str(error)
     finally:

@@ -6,12 +6,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.inference.proposals import ProposalStore
 from pipeline.torch7.convert import convert_file
-from pipeline.torch7.proposals import _filled_boxes
 from tests.pipeline.torch7.torch7_writer import Storage, Tensor, written
 
 HEIGHT, WIDTH = 30, 40
@@ -90,19 +87,6 @@ def test_sizes_from_the_images_themselves(write, tmp_path):
     convert_file(file, output, images=tmp_path / "images")
     sizes = {(image["height"], image["width"]) for image in ProposalStore(output).images().values()}
     assert sizes == {(HEIGHT, WIDTH)}
-
-
-@given(st.data())
-def test_filled_boxes_are_their_pixels(data):
-    height, width = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
-    x0, y0 = data.draw(st.tuples(st.integers(0, width - 1), st.integers(0, height - 1)))
-    x1, y1 = data.draw(st.tuples(st.integers(x0 + 1, width), st.integers(y0 + 1, height)))
-    expected = np.zeros((height, width), np.uint8)
-    expected[y0:y1, x0:x1] = 1
-    boxes = np.array([[x0, y0, x1, y1]], np.float64)
-    assert _filled_boxes(boxes, height, width) == [
-        coco_mask.encode(np.asfortranarray(expected))["counts"]
-    ]
 
 
 @pytest.mark.parametrize(
