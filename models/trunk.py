@@ -93,8 +93,7 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
         settings: the other fields of `TrunkConfig`; `frozen_levels` is left to the caller.
 
     Raises:
-        ValueError: a setting that cannot be, or weights of another network (the keys and shapes
-            that differ are listed).
+        ValueError: a setting that cannot be, or weights of another network.
     """
     c = TrunkConfig(name=name, **settings)
     if name == "tiny":

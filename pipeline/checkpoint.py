@@ -61,11 +61,7 @@ def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copies a state dict into a model.
-
-    Raises:
-        ValueError: one that names `source` and lists all that does not fit.
-    """
+    """Copies a state dict into a model, or raises a ValueError that lists all that does not fit."""
     difference = describe_mismatch(model.state_dict(), state)
     if difference:
         raise ValueError(f"{source} does not fit the configured model: {difference}")
