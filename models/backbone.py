@@ -33,16 +33,10 @@ def load_backbone(
     whole: bool = False,
     width: int = STEM_WIDTH,
 ) -> nn.Module:
-    """A whole network, with the layers that a trunk uses loaded from `weights`.
+    """A whole network, with the layers that a trunk uses loaded; see `models.trunk.build_trunk`.
 
     Args:
-        name: one of `BACKBONES`.
-        weights: see `models.trunk.build_trunk`.
-        width: of a ResNet's first convolution; the others are in proportion.
         whole: load the layers after the trunk, too, if `weights` has them.
-
-    Raises:
-        ValueError: see `models.trunk.build_trunk`.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(BACKBONES)}")
@@ -101,15 +95,10 @@ def _set_width(network: Any, width: int) -> None:
                 setattr(parent, name, nn.BatchNorm2d(scaled(layer.num_features)))
             elif isinstance(layer, nn.Conv2d):
                 shortcut = layer.kernel_size == (1, 1) and layer.stride != (1, 1)
-                narrow_shortcut = shortcut and width < STEM_WIDTH
-                conv = (NarrowShortcut if narrow_shortcut else nn.Conv2d)(
-                    scaled(layer.in_channels),
-                    scaled(layer.out_channels),
-                    layer.kernel_size[0],
-                    layer.stride[0],
-                    int(layer.padding[0]),
-                    bias=False,
-                )
+                conv = (NarrowShortcut if shortcut and width < STEM_WIDTH else nn.Conv2d)(
+                    scaled(layer.in_channels), scaled(layer.out_channels), layer.kernel_size[0],
+                    layer.stride[0], int(layer.padding[0]), bias=False,
+                )  # fmt: skip
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 setattr(parent, name, conv)
     network.fc = nn.Linear(scaled(network.fc.in_features), network.fc.out_features)
@@ -134,21 +123,27 @@ def _load_checked(network: nn.Module, name: str, weights: str | Path, *, whole: 
     network.load_state_dict({key: state[key] for key in expected}, strict=False)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A file's state dict: tensors by name; a `model` or `state_dict` wrapper around it is opened.
+def load_file(path: str | Path) -> Any:
+    """The content of a PyTorch file, its tensors on the CPU.
 
     Raises:
-        ValueError: the file holds no state dict, or cannot be read as one.
-        FileNotFoundError: there is none.
+        ValueError or FileNotFoundError: there is no such file, or it is of another kind.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        raise ValueError(
-            f"{path} is not a PyTorch weights file ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"{path} is not a PyTorch file ({type(error).__name__})") from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """A file's tensors by name; a `model` or `state_dict` wrapper around them is opened.
+
+    Raises:
+        ValueError or FileNotFoundError: there is no such file, or it holds no state dict.
+    """
+    state = load_file(path)
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -162,8 +157,7 @@ def describe_mismatch(
 ) -> str:
     """The differences between two state dicts, in words; empty when `found` fits `expected`.
 
-    Args:
-        optional: keys of `found` that may be there without being expected.
+    `optional` are keys that need not be expected.
     """
     missing = [k for k in expected if k not in found]
     unexpected = [k for k in found if k not in expected and k not in optional]

@@ -14,11 +14,7 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # no box grows by more: keeps exp() finite,
 
 
 def foveal_regions(rois: Tensor, factor: float) -> Tensor:
-    """RoIs enlarged about their centers (BMVC 2016, section 3.2).
-
-    Args:
-        rois: (N, 5). factor: on both sides; the result is not clipped to the image.
-    """
+    """RoIs (N, 5) enlarged about their centers, not clipped (BMVC 2016, section 3.2)."""
     if factor == 1:
         return rois
     centers = (rois[:, 1:3] + rois[:, 3:5]) / 2
@@ -27,14 +23,7 @@ def foveal_regions(rois: Tensor, factor: float) -> Tensor:
 
 
 def encode_boxes(rois: Tensor, boxes: Tensor) -> Tensor:
-    """The deltas that move each RoI onto its box, not normalized: the inverse of `decode_boxes`.
-
-    Args:
-        rois, boxes: (N, 4) xyxy, in the same pixels; the deltas are the same in any.
-
-    Returns:
-        (N, 4) float32.
-    """
+    """The deltas (N, 4) float32 that move RoIs (N, 4) xyxy onto boxes (N, 4), not normalized."""
     rois, boxes = rois.double(), boxes.double()
     sides, new_sides = rois[:, 2:] - rois[:, :2], boxes[:, 2:] - boxes[:, :2]
     shifts = (boxes[:, :2] + boxes[:, 2:] - rois[:, :2] - rois[:, 2:]) / 2
@@ -42,15 +31,7 @@ def encode_boxes(rois: Tensor, boxes: Tensor) -> Tensor:
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes moved and resized by deltas.
-
-    Args:
-        boxes: (N, 4) xyxy.
-        deltas: (N, C, 4) of each class, not normalized.
-
-    Returns:
-        (N, C, 4) xyxy.
-    """
+    """Boxes (N, 4) xyxy moved by the deltas (N, C, 4) of each class, not normalized: (N, C, 4)."""
     sides = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (N, 1, 2)
     centers = (boxes[:, 2:] + boxes[:, :2])[:, None] / 2 + deltas[..., :2] * sides
     halves = sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2

@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.settings import require
 from models.trunk import STRIDES, Trunk
 
 STRIDE = STRIDES[-1]
@@ -33,17 +34,12 @@ class DeepMaskConfig:
     dropout: float = 0.5  # probability to drop, in the score head
 
     def __post_init__(self) -> None:
-        if self.patch_size % STRIDE or self.patch_size <= 0:
-            raise ValueError(
-                f"patch_size must be a positive multiple of {STRIDE}, got {self.patch_size}"
-            )
-        if self.context % (2 * STRIDE) or self.context < 0:
-            raise ValueError(f"context must be a multiple of {2 * STRIDE}, got {self.context}")
-        for name in ("mask_size", "reduction", "embedding", "score_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        require(self, "greater than 0", lambda v: v > 0, "patch_size", "mask_size", "reduction",
+                "embedding", "score_hidden")  # fmt: skip
+        require(self, "at least 0", lambda v: v >= 0, "context")
+        require(self, "a multiple of 16", lambda v: v % STRIDE == 0, "patch_size")
+        require(self, "a multiple of 32", lambda v: v % (2 * STRIDE) == 0, "context")
+        require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "dropout")
 
 
 class DeepMask(nn.Module):
@@ -52,7 +48,6 @@ class DeepMask(nn.Module):
     def __init__(self, trunk: Trunk, **settings: Any):
         """
         Args:
-            trunk: gives the stride-16 map.
             settings: fields of `DeepMaskConfig`.
 
         Raises:
@@ -81,15 +76,10 @@ class DeepMask(nn.Module):
         )
 
     def forward(self, patches: Tensor, *, head: str = "both") -> dict[str, Tensor]:
-        """Logits for patches.
+        """Logits of normalized patches (B, 3, S, S): "mask_logits" (B, M, M), "score_logits" (B,).
 
-        Args:
-            patches: (B, 3, S, S), normalized. S is P plus an even number of cells of surroundings,
-                in training P + C; the P x P center of the trunk's map is used.
-            head: which outputs to compute: "mask", "score" or "both".
-
-        Returns:
-            "mask_logits" (B, M, M), "score_logits" (B,), or both.
+        S is P plus an even number of cells of surroundings, in training P + C; the P x P center of
+        the trunk's map is used. `head` is "mask", "score" or "both".
         """
         embedding = self.embed(self.crop_center(self.trunk(patches)[-1]))  # (B, E, 1, 1)
         outputs = {}
@@ -137,10 +127,7 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     of matrix products. As N images of one pixel each it would be the slowest.
 
     Args:
-        x: (N, E). weight: (K, E), or (K, E, 1, 1). bias: (K,), or None.
-
-    Returns:
-        (N, K).
+        x: (N, E). weight: (K, E), or (K, E, 1, 1). The result is (N, K).
     """
     pixels = x.reshape(1, len(x), 1, -1).permute(0, 3, 1, 2)  # (1, E, N, 1), channels last
     rows = F.conv2d(pixels, weight.reshape(*weight.shape[:2], 1, 1), bias)

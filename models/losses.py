@@ -13,30 +13,20 @@ from models.deepmask import resize_mask_logits
 
 
 def soft_margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """log(1 + exp(-y f)) for targets y in {-1, 1}.
-
-    Same shape as the logits, finite for any finite logit.
-    """
+    """log(1 + exp(-y f)) for each logit f and target y in {-1, 1}; finite for any finite f."""
     return F.softplus(-targets * logits)
 
 
 def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean soft margin over patches and pixels (NIPS 2015, equation 1, first term).
+    """Mean soft margin of logits (B, M, M), resized bilinearly to targets (B, G, G) in {-1, 1}.
 
-    Args:
-        mask_logits: (B, M, M), resized bilinearly to the targets.
-        targets: (B, G, G) in {-1, 1}.
+    NIPS 2015, equation 1, first term.
     """
     return soft_margin(resize_mask_logits(mask_logits, targets.shape[-1]), targets).mean()
 
 
 def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean soft margin over patches (NIPS 2015, equation 1, second term).
-
-    Args:
-        score_logits: (B,).
-        labels: (B,) in {-1, 1}.
-    """
+    """Mean soft margin of logits (B,), labels in {-1, 1} (NIPS 2015, equation 1, second term)."""
     return soft_margin(score_logits, labels).mean()
 
 

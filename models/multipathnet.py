@@ -12,7 +12,7 @@ pooled block. Layers are called by their stride: 4, 8 and 16 are conv3, conv4 an
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,27 @@ from torch import Tensor, nn
 
 from models.boxes import decode_boxes, encode_boxes, foveal_regions
 from models.roi_pooling import roi_pool_caffe, roi_pool_lua
+from models.settings import require, require_one_of
 from models.trunk import Trunk
 
 # Without normalization: factors by layer that make its activations as large as conv5's.
 UNNORMALIZED_SCALE = {4: 1 / 200, 8: 1 / 30, 16: 1.0}
 ROI_POOLS = {"caffe": roi_pool_caffe, "lua": roi_pool_lua}
 HEADS = ("fc", "layer4")
+
+
+class Region(NamedTuple):
+    """The input of a tower: the proposal enlarged by `factor`, in the layers of `strides`."""
+
+    factor: float
+    strides: tuple[int, ...]
+
+
+# BMVC 2016, figure 3.
+CLASSIFIER_REGIONS = (
+    Region(1.0, (4, 8, 16)), Region(1.5, (8, 16)), Region(2.0, (8, 16)), Region(4.0, (16,))
+)  # fmt: skip
+BOX_REGION = Region(1.5, (4, 8, 16))
 
 
 @dataclass(frozen=True)
@@ -49,50 +64,16 @@ class MultiPathNetConfig:
     dropout: float = 0.5  # probability to drop, after fc6 and fc7
 
     def __post_init__(self) -> None:
-        for name, choices in (("head", HEADS), ("roi_pool", tuple(ROI_POOLS))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("pooled_size", "width", "features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.norm_scale < 0:
-            raise ValueError(f"norm_scale must be at least 0, got {self.norm_scale}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        require_one_of(self, "head", HEADS)
+        require_one_of(self, "roi_pool", ROI_POOLS)
+        require(self, "greater than 0", lambda v: v > 0, "pooled_size", "width", "features")
+        require(self, "at least 0", lambda v: v >= 0, "norm_scale")
+        require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "dropout")
         ious = self.iou_thresholds
         if not ious or not all(0 < v < 1 for v in ious) or list(ious) != sorted(set(ious)):
             raise ValueError(
                 f"iou_thresholds must be ascending IoUs between 0 and 1, got {list(ious)}"
             )
-
-
-@dataclass(frozen=True)
-class Region:
-    """The input of a tower: the proposal enlarged by `factor`, in the layers of `strides`."""
-
-    factor: float
-    strides: tuple[int, ...]
-
-
-def classifier_regions(*, foveal: bool = True, skip: bool = True) -> tuple[Region, ...]:
-    """The classifier's regions (BMVC 2016, figure 3).
-
-    Args:
-        foveal: 1x, 1.5x, 2x and 4x; otherwise 1x only.
-        skip: finer layers where the paper has them; otherwise conv5 only.
-    """
-    regions: tuple[Region, ...] = (
-        Region(1.0, (4, 8, 16)), Region(1.5, (8, 16)), Region(2.0, (8, 16)), Region(4.0, (16,))
-    )  # fmt: skip
-    regions = regions if foveal else regions[:1]
-    return regions if skip else tuple(Region(region.factor, (16,)) for region in regions)
-
-
-def box_region(*, skip: bool = True) -> Region:
-    """The box regressor's region."""
-    return Region(1.5, (4, 8, 16) if skip else (16,))
 
 
 class SkipPooling(nn.Module):
@@ -101,24 +82,16 @@ class SkipPooling(nn.Module):
     BMVC 2016, section 3.1.
     """
 
-    def __init__(
-        self,
-        channels: dict[int, int],
-        strides: tuple[int, ...],
-        width: int,
-        *,
-        normalize: bool,
-        norm_scale: float,
-    ):
+    def __init__(self, channels: dict[int, int], width: int, *, norm_scale: float | None):
         """
         Args:
             channels: of the layers, by stride.
             width: channels of the block.
-            normalize: each layer's block to L2 norm `norm_scale`; otherwise fixed factors.
+            norm_scale: the L2 norm of each layer's block; None for fixed factors.
         """
         super().__init__()
-        self.strides, self.normalize, self.norm_scale = strides, normalize, norm_scale
-        inputs = sum(channels[stride] for stride in strides)
+        self.strides, self.norm_scale, normalize = (*channels,), norm_scale, norm_scale is not None
+        strides, inputs = self.strides, sum(channels.values())
         self.reduce = None
         if normalize or len(strides) > 1 or inputs != width:
             self.reduce = nn.Conv2d(inputs, width, 1)
@@ -142,7 +115,7 @@ class SkipPooling(nn.Module):
 
     def _factor(self, i: int, block: Tensor) -> Tensor | float:
         """The factor of layer i: (R, 1, 1, 1), or the same for all RoIs."""
-        if not self.normalize:
+        if self.norm_scale is None:
             return UNNORMALIZED_SCALE[self.strides[i]]
         norm = torch.linalg.vector_norm(block, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
         return (self.norm_scale / norm.clamp(min=1e-12)).to(block.dtype)
@@ -206,9 +179,6 @@ class MultiPathNet(nn.Module):
             num_classes: C.
             layer4: the head for `head="layer4"`; every tower gets a copy.
             settings: fields of `MultiPathNetConfig`.
-
-        Raises:
-            ValueError: a setting that cannot be.
         """
         super().__init__()
         c = MultiPathNetConfig(**settings)
@@ -220,14 +190,14 @@ class MultiPathNet(nn.Module):
         head = layer4 or FullyConnectedHead(width, c.pooled_size, c.features, dropout=c.dropout)
 
         def tower(region: Region) -> Tower:
-            pooling = SkipPooling(
-                channels, region.strides, width, normalize=c.normalize, norm_scale=c.norm_scale
-            )
+            region = region if c.skip else Region(region.factor, (16,))
+            inputs = {stride: channels[stride] for stride in region.strides}
+            pooling = SkipPooling(inputs, width, norm_scale=c.norm_scale if c.normalize else None)
             return Tower(region, pooling, copy.deepcopy(head))
 
-        regions = classifier_regions(foveal=c.foveal, skip=c.skip)
+        regions = CLASSIFIER_REGIONS if c.foveal else CLASSIFIER_REGIONS[:1]
         self.towers = nn.ModuleList(tower(region) for region in regions)
-        self.box_tower = tower(box_region(skip=c.skip)) if c.use_box_tower else None
+        self.box_tower = tower(BOX_REGION) if c.use_box_tower else None
         features = head.out_features * len(regions)
         box_features = head.out_features if c.use_box_tower else features
         self.cls_score = nn.Linear(features, self.num_thresholds * (num_classes + 1))
@@ -240,11 +210,7 @@ class MultiPathNet(nn.Module):
         self.register_buffer("delta_std", torch.ones(4))
 
     def forward(self, images: Tensor, rois: Tensor) -> dict[str, Tensor]:
-        """Logits and normalized deltas of RoIs, see `classify_rois`.
-
-        Args:
-            images: (B, 3, H, W), normalized. rois: (R, 5), in pixels of these images.
-        """
+        """`classify_rois` of normalized images (B, 3, H, W) and RoIs (R, 5) in their pixels."""
         return self.classify_rois(self.layers(images), rois)
 
     def layers(self, images: Tensor) -> dict[int, Tensor]:
@@ -252,14 +218,10 @@ class MultiPathNet(nn.Module):
         return dict(zip(self.trunk.strides, self.trunk(images), strict=True))
 
     def classify_rois(self, layers: dict[int, Tensor], rois: Tensor) -> dict[str, Tensor]:
-        """Classifies RoIs on precomputed features; call it in chunks to bound memory.
+        """RoIs (R, 5) on `layers`: "class_logits" (R, K, C + 1) and "deltas" (R, C + 1, 4).
 
-        Args:
-            layers: from `layers`. rois: (R, 5).
-
-        Returns:
-            "class_logits" (R, K, C + 1), class 0 the background; "deltas" (R, C + 1, 4),
-            normalized by `delta_mean` and `delta_std`.
+        Class 0 is the background; deltas are normalized by `delta_mean` and `delta_std`. Call it in
+        chunks to bound memory.
         """
         pooled = self.pool_regions(layers, rois)
         features = torch.cat([tower(pooled) for tower in self.towers], dim=1)
@@ -277,10 +239,9 @@ class MultiPathNet(nn.Module):
     def pool_regions(
         self, layers: dict[int, Tensor], rois: Tensor
     ) -> dict[tuple[float, int], Tensor]:
-        """Blocks (R, C_l, s, s) by region factor and stride, each computed once.
+        """Blocks (R, C_l, s, s) by region factor and stride.
 
-        All regions of a layer are pooled in one call, so that its gradient is one map, not a sum of
-        maps.
+        All regions of a layer are pooled in one call, so that its gradient is one map.
         """
         inputs = {
             (tower.region.factor, stride)
@@ -306,13 +267,11 @@ class MultiPathNet(nn.Module):
         return (encode_boxes(rois, boxes) - self.delta_mean) / self.delta_std
 
     def decode(self, outputs: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and boxes of RoIs.
+        """Probabilities (R, C + 1), the K classifiers' mean, and boxes (R, C, 4) of RoIs.
 
         Args:
-            outputs: of `classify_rois`. boxes: (R, 4) xyxy, the RoIs in any frame.
-
-        Returns:
-            (R, C + 1), the mean of the K classifiers' probabilities, and (R, C, 4) in that frame.
+            outputs: of `classify_rois`. boxes: (R, 4) xyxy, the RoIs in any frame; so is the
+                result.
         """
         probabilities = outputs["class_logits"].float().softmax(-1).mean(dim=1)
         deltas = outputs["deltas"][:, 1:].float() * self.delta_std + self.delta_mean

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deepmask import DeepMask, convolve_rows
+from models.settings import require, require_one_of
 from models.trunk import STRIDES
 
 CARRIED_RANGE = 4.0  # logits below -4 (probability .02) are carried as -4, see start_from_deepmask
@@ -39,24 +40,13 @@ class SharpMaskConfig:
     horizontal_widths: tuple[int, int, int, int] = (64, 64, 64, 32)  # first layer of H_1 to H_4
 
     def __post_init__(self) -> None:
-        for name, choices in (("widths", ("halving", "constant")), ("merge", ("sum", "concat"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if not 1 <= self.num_modules <= len(STRIDES):
-            raise ValueError(
-                f"num_modules must be from 1 to {len(STRIDES)}, got {self.num_modules}"
-            )
+        require_one_of(self, "widths", ("halving", "constant"))
+        require_one_of(self, "merge", ("sum", "concat"))
+        require(self, "from 1 to 4", lambda v: 1 <= v <= len(STRIDES), "num_modules")
         divisor = 2**self.num_modules if self.widths == "halving" else 1
-        for name in ("km", "ks"):
-            if getattr(self, name) < 1 or getattr(self, name) % divisor:
-                raise ValueError(
-                    f"{name} must be a positive multiple of {divisor} "
-                    f"({self.num_modules} modules), got {getattr(self, name)}"
-                )
-        if min(self.horizontal_widths) < 1:
-            raise ValueError(f"horizontal_widths must be widths > 0, got {self.horizontal_widths}")
+        words = f"a positive multiple of {divisor} ({self.num_modules} modules)"
+        require(self, words, lambda v: v > 0 and v % divisor == 0, "km", "ks")
+        require(self, "widths > 0", lambda v: min(v) > 0, "horizontal_widths")
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -85,8 +75,7 @@ class RefinementModule(nn.Module):
         Args:
             skip_channels: of F^i.
             width: of the first layer of the horizontal net.
-            ks, km: channels of skip features and mask encoding, before and after the merge; the
-                output has km[1].
+            ks, km: channels of skip features and mask encoding, before and after the merge.
             merge: "sum" or "concat".
         """
         super().__init__()
@@ -106,10 +95,8 @@ class RefinementModule(nn.Module):
 
         Args:
             skip: (N, c, s, s), windows of `horizontal`'s maps.
-            mask: (N, km[0], s, s), or half that side if it is to be doubled first.
-
-        Returns:
-            (N, km[1], s, s): M^{i+1} before it is doubled.
+            mask: (N, km[0], s, s), or half that side if it is to be doubled first. The result,
+                (N, km[1], s, s), is not yet doubled.
         """
         first, *others = self.vertical
         assert isinstance(first, nn.Conv2d)
@@ -142,7 +129,7 @@ class SharpMask(nn.Module):
     def __init__(self, deepmask: DeepMask, **settings: Any):
         """
         Args:
-            deepmask: gives trunk, embedding and score; its parameters are frozen here.
+            deepmask: its parameters are frozen here.
             settings: fields of `SharpMaskConfig`.
 
         Raises:
@@ -199,15 +186,7 @@ class SharpMask(nn.Module):
         return self
 
     def forward(self, patches: Tensor, *, head: str = "both") -> dict[str, Tensor]:
-        """Refined logits for patches, in the form of `DeepMask.forward`.
-
-        Args:
-            patches: (B, 3, S, S), normalized.
-            head: "mask", "score" or "both".
-
-        Returns:
-            "mask_logits" (B, P, P), "score_logits" (B,), or both.
-        """
+        """As `DeepMask.forward`, but "mask_logits" are refined: (B, P, P)."""
         with torch.no_grad():
             features = self.deepmask.trunk(patches)
             embedding = self.deepmask.embed(self.deepmask.crop_center(features[-1]))
@@ -221,10 +200,7 @@ class SharpMask(nn.Module):
         return outputs
 
     def crop_windows(self, features: list[Tensor]) -> list[Tensor]:
-        """Crops each level's features to the patch, like the released code.
-
-        (B, C, s + 2 border, s + 2 border) to (B, C, s, s), in the trunk's order.
-        """
+        """Each level's features (B, C, s + 2 border, s + 2 border) cropped to the patch's s x s."""
         windows = []
         for stride, feature in zip(STRIDES, features, strict=True):
             size = self.patch_size // stride
@@ -233,28 +209,16 @@ class SharpMask(nn.Module):
         return windows
 
     def horizontal_maps(self, features: list[Tensor]) -> list[Tensor]:
-        """H_i(F^i) for every module, of patches or of a whole image.
-
-        Args:
-            features: of the trunk, from stride 2 to stride 16.
-
-        Returns:
-            Maps from stride 16 on, in the order in which `refine` takes them.
-        """
+        """H_i(F^i) for every module, from stride 16 on, of patches or of a whole image."""
         return [
             module.get_submodule("horizontal")(feature)
             for module, feature in zip(self.refinements, reversed(features), strict=False)
         ]
 
     def refine(self, embeddings: Tensor, windows: list[Tensor]) -> Tensor:
-        """Mask logits of proposals.
+        """Mask logits (N, P, P) of embeddings (N, E).
 
-        Args:
-            embeddings: (N, E).
-            windows: for each module (N, c, s, s) of the horizontal maps, s = F 2^(i - 1).
-
-        Returns:
-            (N, P, P).
+        `windows` are for each module (N, c, s, s) of its horizontal map, s = F 2^(i - 1).
         """
         mask = convolve_rows(embeddings, self.encode.weight, self.encode.bias)
         mask = mask.view(-1, self.km, self.cells, self.cells)
@@ -274,12 +238,7 @@ def convolve_doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:
     Each of the four pixels made from one pixel sees only 2 x 2 different ones. So the layer equals
     one of four times as many output channels on `x` itself. With few channels these fill the vector
     registers better, and a quarter of the pixels is padded: it takes a third to half of the time.
-
-    Args:
-        x: (N, C, h, w), channels last.
-
-    Returns:
-        (N, C_out, 2 h, 2 w), channels last.
+    (N, C, h, w) to (N, C_out, 2 h, 2 w), both channels last.
     """
     taps = layer.weight.new_tensor(
         [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
@@ -312,13 +271,8 @@ class DenseNetwork(nn.Module):
         self.deepmask, self.refinement = deepmask, refinement
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """
-        Args:
-            pixels: (1, 3, H, W), normalized.
-
-        Returns:
-            Embeddings (1, E, h, w), score logits (1, h, w), and for each refinement module the
-            horizontal map (1, c, h', w').
+        """Embeddings (1, E, h, w), score logits (1, h, w), a horizontal map (1, c, h', w') for
+        each refinement module, of normalized pixels (1, 3, H, W).
         """
         features = self.deepmask.trunk(pixels)
         embeddings = self.deepmask.embed(features[-1])

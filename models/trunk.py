@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, load_backbone
+from models.settings import require, require_one_of
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
@@ -49,19 +50,12 @@ class TrunkConfig:
     ceil_pooling: bool = False  # pools round sizes up, as Caffe's do
 
     def __post_init__(self) -> None:
-        for name, choices in (("name", TRUNKS), ("padding", PADDINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if self.width < 1:
-            raise ValueError(f"width must be greater than 0, got {self.width}")
+        require_one_of(self, "name", TRUNKS)
+        require_one_of(self, "padding", PADDINGS)
+        require(self, "greater than 0", lambda v: v > 0, "width")
+        require(self, "from 0 to 4", lambda v: 0 <= v <= len(STRIDES), "frozen_levels")
         if self.width != STEM_WIDTH and self.name not in RESNETS:
             raise ValueError(f"width {self.width} is only for ResNets; use 64 for {self.name}")
-        if not 0 <= self.frozen_levels <= len(STRIDES):
-            raise ValueError(
-                f"frozen_levels must be from 0 to {len(STRIDES)}, got {self.frozen_levels}"
-            )
 
 
 class Trunk(nn.Module):
@@ -81,14 +75,7 @@ class Trunk(nn.Module):
             self.channels = tuple(level.shape[1] for level in self(torch.zeros(1, 3, 32, 32)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Features of every level.
-
-        Args:
-            images: (N, 3, H, W), normalized.
-
-        Returns:
-            A tensor for each of `strides`: the skip features and, last, the stride-16 map.
-        """
+        """Features of normalized images (N, 3, H, W), for each of `strides`."""
         features = []
         for level in self.levels:
             images = level(images)
@@ -106,8 +93,7 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
         settings: the other fields of `TrunkConfig`; `frozen_levels` is left to the caller.
 
     Raises:
-        ValueError: a setting that cannot be, or weights of another network (the keys and shapes
-            that differ are listed).
+        ValueError: a setting that cannot be, or weights of another network.
     """
     c = TrunkConfig(name=name, **settings)
     if name == "tiny":
@@ -152,15 +138,7 @@ def _cut(name: str, network: Any) -> list[nn.Module]:
 
 
 def symmetric_pad(x: Tensor, pad: int) -> Tensor:
-    """Pads all four sides with a mirror that repeats the edge: cba|abc..xyz|zyx.
-
-    Args:
-        x: (N, C, H, W) with H and W at least `pad`.
-        pad: pixels on each side, at least 1.
-
-    Returns:
-        (N, C, H + 2 pad, W + 2 pad).
-    """
+    """(N, C, H, W) with `pad` > 0 more pixels on each side, the edge repeated: cba|abc..xyz|zyx."""
     x = torch.cat([x[..., :pad].flip(-1), x, x[..., -pad:].flip(-1)], dim=-1)
     return torch.cat([x[..., :pad, :].flip(-2), x, x[..., -pad:, :].flip(-2)], dim=-2)
 
@@ -177,11 +155,7 @@ class SymmetricConv2d(nn.Conv2d):
 def to_trunk_layers(
     module: nn.Module, *, padding: str = "symmetric", ceil_pooling: bool = False
 ) -> None:
-    """Freezes batch norm, sets the padding of convolutions and the rounding of pools; in place.
-
-    Args:
-        padding: one of `PADDINGS`.
-    """
+    """Freezes batch norm, sets the padding of convolutions and the rounding of pools; in place."""
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.BatchNorm2d):
@@ -194,21 +168,7 @@ def to_trunk_layers(
                 if layer.padding == (1, 1):
                     layer.padding_mode = "replicate"  # the mirror of one pixel is that pixel
                 elif layer.padding != (0, 0):
-                    setattr(parent, name, _symmetric(layer))
-
-
-def _symmetric(conv: nn.Conv2d) -> SymmetricConv2d:
-    new = SymmetricConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size[0],
-        conv.stride[0],
-        int(conv.padding[0]),
-        groups=conv.groups,
-        bias=conv.bias is not None,
-    )
-    new.load_state_dict(conv.state_dict())
-    return new
+                    layer.__class__ = SymmetricConv2d  # the same weights
 
 
 # --- frozen batch norm ----------------------------------------------------------------------------
@@ -229,10 +189,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 def norm_name(conv_name: str) -> str:
-    """The name of the batch norm after a convolution: layer1.0.conv2 -> layer1.0.bn2.
-
-    For a convolution without one, this is no batch norm's name.
-    """
+    """The name that the batch norm after a convolution has, if there is one: conv2 -> bn2."""
     for pattern, norm in NORM_NAMES:
         name, found = pattern.subn(norm, conv_name)
         if found:
@@ -252,10 +209,7 @@ def frozen_norm_state(scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
 
 
 def upgrade_trunk_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a network that contains trunks, under the names of today.
-
-    In earlier checkpoints, convolutions have `scale` and `shift` of their frozen batch norm.
-    """
+    """Weights of earlier checkpoints, whose convolutions have their norm's `scale` and `shift`."""
     upgraded = dict(state)
     for key in state:
         conv, _, kind = key.rpartition(".")
@@ -269,10 +223,7 @@ def upgrade_trunk_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fold_norms(module: nn.Module) -> nn.Module:
     """Multiplies frozen batch norms into the convolutions before them, for inference; in place.
 
-    This changes the keys of the state dict.
-
-    Returns:
-        The module.
+    Returns the module; the keys of its state dict are others.
     """
     layers = dict(module.named_modules())
     for name, conv in layers.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.files import atomic_path
-from models.backbone import describe_mismatch
+from models.backbone import describe_mismatch, load_file
 from models.trunk import upgrade_trunk_weights
 
 LAST, BEST = "last.pt", "best.pt"  # in a run directory's checkpoints/
@@ -32,22 +32,12 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, *, stage: str | tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """Reads a checkpoint of this project.
-
-    Args:
-        path: the file.
-        stage: the stages that the caller can use; None for any.
+    """Reads a checkpoint of this project, of the given stages; None for any.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, or a checkpoint of another stage.
+        ValueError or FileNotFoundError: no such file, another kind of file, or another stage.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        raise ValueError(f"{path} is not a checkpoint ({type(error).__name__})") from error
+    checkpoint = load_file(path)
     if not isinstance(checkpoint, Mapping) or not all(key in checkpoint for key in KEYS):
         raise ValueError(
             f"{path} is a PyTorch file but not a checkpoint of this project: "
@@ -71,11 +61,7 @@ def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copies a state dict into a model.
-
-    Raises:
-        ValueError: one that names `source` and lists all that does not fit.
-    """
+    """Copies a state dict into a model, or raises a ValueError that lists all that does not fit."""
     difference = describe_mismatch(model.state_dict(), state)
     if difference:
         raise ValueError(f"{source} does not fit the configured model: {difference}")

@@ -6,29 +6,20 @@ Each class checks its own values.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
+from models.settings import require, require_one_of
 from models.sharpmask import SharpMaskConfig
 from models.trunk import RESNETS, TrunkConfig
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def _require(config: Any, words: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raises a ValueError if a field that is set is not what `words` say."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{name} must be {words}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -52,8 +43,8 @@ class ShapesConfig:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
-        _require(self, "greater than 0", lambda v: v > 0, "train_images", "val_images")
-        _require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
+        require(self, "greater than 0", lambda v: v > 0, "train_images", "val_images")
+        require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,8 @@ class DataConfig:
     max_broken_fraction: float = 0.01  # of the training images; more unreadable ones stop the run
 
     def __post_init__(self) -> None:
-        _require(self, "at least 0", lambda v: v >= 0, "workers")
-        _require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "max_broken_fraction")
+        require(self, "at least 0", lambda v: v >= 0, "workers")
+        require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "max_broken_fraction")
 
 
 @dataclass(frozen=True)
@@ -95,20 +86,17 @@ class OptimConfig:
     log_every: int = 20  # minibatches
 
     def __post_init__(self) -> None:
-        _require(self, "one of sgd, adamw", ("sgd", "adamw").__contains__, "optimizer")
-        _require(self, "one of steps, cosine", ("steps", "cosine").__contains__, "schedule")
-        _require(self, "greater than 0", lambda v: v > 0, "batch_size", "batches_per_epoch",
-                 "epochs", "lr", "clip_gradient", "validate_every", "validation_batches",
-                 "log_every")  # fmt: skip
-        _require(self, "at least 0", lambda v: v >= 0, "weight_decay", "warmup_batches",
-                 "trunk_lr_factor", "save_every_minutes")  # fmt: skip
-        _require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "momentum")
-        _require(
-            self,
-            "epochs with factors > 0",
-            lambda v: all(epoch >= 0 and factor > 0 for epoch, factor in v.items()),
-            "lr_drops",
-        )
+        require_one_of(self, "optimizer", ("sgd", "adamw"))
+        require_one_of(self, "schedule", ("steps", "cosine"))
+        require(self, "greater than 0", lambda v: v > 0, "batch_size", "batches_per_epoch",
+                "epochs", "lr", "clip_gradient", "validate_every", "validation_batches",
+                "log_every")  # fmt: skip
+        require(self, "at least 0", lambda v: v >= 0, "weight_decay", "warmup_batches",
+                "trunk_lr_factor", "save_every_minutes")  # fmt: skip
+        require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "momentum")
+        require(self, "epochs with factors > 0",
+                lambda v: all(epoch >= 0 and f > 0 for epoch, f in v.items()),
+                "lr_drops")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,8 +112,8 @@ class DeepMaskStageConfig(DeepMaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "greater than 0", lambda v: v > 0, "target_size")
-        _require(self, "at least 0", lambda v: v >= 0, "mask_weight", "score_weight")
+        require(self, "greater than 0", lambda v: v > 0, "target_size")
+        require(self, "at least 0", lambda v: v >= 0, "mask_weight", "score_weight")
 
 
 @dataclass(frozen=True)
@@ -144,7 +132,7 @@ class SharpMaskStageConfig(SharpMaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "at least 0", lambda v: v >= 0, "mask_weight")
+        require(self, "at least 0", lambda v: v >= 0, "mask_weight")
 
 
 @dataclass(frozen=True)
@@ -174,7 +162,7 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
+        require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
         if self.head == "layer4" and self.trunk.name not in RESNETS:
             raise ValueError(
                 f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "
@@ -217,10 +205,10 @@ class ProposeConfig:
     nms: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self, "greater than 0", lambda v: v > 0, "num_proposals")
-        _require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
-        _require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
-        _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
+        require(self, "greater than 0", lambda v: v > 0, "num_proposals")
+        require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
+        require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
+        require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
 
 
 @dataclass(frozen=True)
@@ -238,12 +226,11 @@ class DetectConfig:
     chunk: int = 128  # RoIs at once: bounds memory
 
     def __post_init__(self) -> None:
-        _require(
-            self, "greater than 0", lambda v: v > 0, "num_proposals", "max_detections", "chunk"
-        )
-        _require(self, "at least 0", lambda v: v >= 0, "score_threshold", "box_refinement_iters")
-        _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms", "box_voting_iou")
-        _require(self, "sides > 0", lambda v: all(side > 0 for side in v), "short_sides")
+        require(self, "greater than 0", lambda v: v > 0, "num_proposals", "max_detections",
+                "chunk")  # fmt: skip
+        require(self, "at least 0", lambda v: v >= 0, "score_threshold", "box_refinement_iters")
+        require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms", "box_voting_iou")
+        require(self, "sides > 0", lambda v: all(side > 0 for side in v), "short_sides")
 
 
 @dataclass(frozen=True)
@@ -262,12 +249,8 @@ class Config:
     detect: DetectConfig = field(default_factory=DetectConfig)
 
     def __post_init__(self) -> None:
-        _require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
+        require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
         if self.trunk.name == "caffenet":  # it has no level at stride 2
             raise ValueError("trunk.name caffenet can only be a detector's trunk")
-        _require(
-            self,
-            f"a prefix of {', '.join(STAGES)}",
-            lambda v: len(v) > 0 and tuple(v) == STAGES[: len(v)],
-            "stages",
-        )
+        words = f"a prefix of {', '.join(STAGES)}"
+        require(self, words, lambda v: len(v) > 0 and tuple(v) == STAGES[: len(v)], "stages")

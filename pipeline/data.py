@@ -42,10 +42,8 @@ def prepare_data(config: Config) -> None:
 
 def _shapes_directory(shapes: ShapesConfig) -> Path:
     """Looked for as other paths of a config are; where it is not yet, below the cwd."""
-    found = [
-        base / shapes.directory for base in (Path(), ROOT) if (base / shapes.directory).is_dir()
-    ]
-    return found[0] if found else Path(shapes.directory)
+    here, below_root = Path(shapes.directory), ROOT / shapes.directory
+    return below_root if below_root.is_dir() and not here.is_dir() else here
 
 
 def split_files(config: Config, split: str) -> tuple[Path, Path]:
@@ -54,13 +52,10 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
     Raises:
         ValueError or FileNotFoundError: they are not named, or not there.
     """
-    paths: SplitConfig = getattr(config.data, split)
     if config.data.shapes is not None:
         directory = _shapes_directory(config.data.shapes)
-        paths = SplitConfig(
-            annotations=str(directory / "annotations" / f"instances_{split}.json"),
-            images=str(directory / "images" / split),
-        )
+        return directory / "annotations" / f"instances_{split}.json", directory / "images" / split
+    paths: SplitConfig = getattr(config.data, split)
     if not paths.annotations or not paths.images:
         raise ValueError(
             f"the config names no {split} data: "
@@ -111,15 +106,7 @@ def roi_dataset(
     seed: int,
     all_images: bool = False,
 ) -> RoiDataset:
-    """RoIs of annotated images.
-
-    Args:
-        c: the detector's section.
-        coco: the annotations.
-        images: the folder of the files.
-        proposals: of these images.
-        seed: of the draws.
-        all_images: whatever `max_images` says.
+    """RoIs of annotated images and their proposals; of `all_images`, whatever `max_images` says.
 
     Raises:
         ValueError: no proposal is of these images.
@@ -143,17 +130,14 @@ def roi_dataset(
 def delta_statistics(
     data: RoiDataset, *, images: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the box deltas, over what training draws as foreground.
+    """Mean and deviation (4,) float32 of the box deltas that training draws as foreground.
+
+    A deviation is 1 where the deltas are all the same, as they are when no proposal but the
+    ground-truth boxes is foreground.
 
     Args:
         data: the training RoIs; no pixel is read.
-        images: how many to measure on, chosen by `seed` among those with an object (all of them if
-            there are fewer).
-        seed: see above.
-
-    Returns:
-        Two tensors (4,) float32. A deviation is 1 where the deltas are all the same, as they are
-        when no proposal but the ground-truth boxes is foreground.
+        images: how many to measure on at most, chosen by `seed` among those with an object.
 
     Raises:
         ValueError: no image of the dataset has an object.
@@ -165,8 +149,8 @@ def delta_statistics(
     deltas = []
     for sample in (sampler.sample(row, rng) for row in rows):
         foreground = sample.labels.max(axis=0) > 0
-        rois, boxes = data.corners(sample.rois), data.corners(sample.boxes)
-        deltas.append(encode_boxes(*map(torch.from_numpy, (rois[foreground], boxes[foreground]))))
+        corners = (data.corners(boxes)[foreground] for boxes in (sample.rois, sample.boxes))
+        deltas.append(encode_boxes(*map(torch.from_numpy, corners)))
     values = torch.cat(deltas).double()
     mean, std = values.mean(0), values.std(0, unbiased=False)
     return mean.float(), torch.where(std > 0, std, 1.0).float()
@@ -210,7 +194,7 @@ class BrokenFiles:
         """Notes the images of a minibatch that could not be read.
 
         Raises:
-            ValueError: more than the configured fraction of the images is unreadable; has the list.
+            ValueError: more than the configured fraction of the images is unreadable.
         """
         for message in messages:
             if message not in self.messages:

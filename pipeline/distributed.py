@@ -49,10 +49,7 @@ def say(message: str) -> None:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over the processes.
-
-    The model itself when there is one process.
-    """
+    """The model, its gradients averaged over the processes if there are several."""
     if not dist.is_initialized():
         return model
     # Either head is idle in a minibatch of the other kind; its gradients must stay None, so that

@@ -20,11 +20,7 @@ FREE = ("weights", "frozen_levels", "dropout")
 
 
 def make_deepmask(config: Config, *, pretrained: bool = False) -> DeepMask:
-    """The DeepMask of a config.
-
-    Args:
-        pretrained: False leaves the trunk random, for weights that come from a checkpoint.
-    """
+    """The DeepMask of a config; its trunk is random unless it is to be `pretrained`."""
     trunk = _trunk(config.trunk, pretrained, key="trunk.weights")
     return build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
 
@@ -41,15 +37,7 @@ def make_sharpmask(config: Config) -> SharpMask:
 def make_multipathnet(
     config: Config, *, num_classes: int, pretrained: bool = False
 ) -> MultiPathNet:
-    """The detector of a config.
-
-    Args:
-        num_classes: without background.
-        pretrained: False leaves all random, for weights that come from a checkpoint.
-
-    Raises:
-        ValueError: a head that the trunk does not have.
-    """
+    """The detector of a config; all is random unless it is to be `pretrained`."""
     trunk = _trunk(config.multipathnet.trunk, pretrained, key="multipathnet.trunk.weights")
     settings = settings_of(MultiPathNetConfig, config.multipathnet)
     return build_multipathnet(trunk, num_classes=num_classes, **settings)
@@ -68,12 +56,8 @@ def load_network(
 ) -> tuple[Any, Config, dict[str, Any]]:
     """The trained network of a checkpoint, its config, and what else the checkpoint says.
 
-    Args:
-        stage: the stages that the caller can use; None for any.
-
     Raises:
-        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
-            do not fit.
+        ValueError or FileNotFoundError: see `load_checkpoint`, or weights that do not fit.
     """
     checkpoint = load_checkpoint(path, stage=stage)
     config = config_from_dict(checkpoint["config"], source=str(path))
@@ -83,11 +67,7 @@ def load_network(
 
 
 def make_network(checkpoint: dict[str, Any], config: Config, *, source: str) -> nn.Module:
-    """The network, with random weights, that a checkpoint's weights are of.
-
-    Raises:
-        ValueError: a detector that does not say what it detects.
-    """
+    """The network, with random weights, that a checkpoint's weights are of."""
     if checkpoint["stage"] == "deepmask":
         return make_deepmask(config)
     if checkpoint["stage"] == "sharpmask":
@@ -125,13 +105,9 @@ def network_settings(stage: str, config: Config) -> dict[str, Any]:
 def check_same_network(
     checkpoint: dict[str, Any], config: Config, stage: str, *, source: str
 ) -> None:
-    """Compares the settings of a checkpoint's network with a config's.
+    """Raises a ValueError that names the settings in which a checkpoint's network is another.
 
-    Weights mean the same only in the same network, and not all of it shows in their shapes: a
-    trunk may pad otherwise, RoIs be pooled otherwise.
-
-    Raises:
-        ValueError: they differ; each that does is named with both values.
+    Not all of them show in the shapes of weights: a trunk may pad otherwise.
     """
     own = network_settings(stage, config)
     theirs = network_settings(stage, config_from_dict(checkpoint["config"], source=source))

@@ -48,15 +48,12 @@ RENAMED_VALUES = {"area": False, "corners": True, "overlapping": "caffe", "round
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """A recipe: the defaults, changed by a YAML file, changed by dotted overrides.
+    """A recipe: the defaults, changed by a YAML file, changed by overrides (`seed=1`).
 
-    Args:
-        path: the YAML file, below the working directory or the project's root.
-        overrides: such as `deepmask.optim.lr=1e-4`.
+    The file is below the working directory or the project's root.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key or value that the schema does not have, in one line.
+        ValueError or FileNotFoundError: no such file, or a key or value that cannot be.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute() and (ROOT / path).is_file():
@@ -85,11 +82,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def config_from_dict(values: dict, *, source: str) -> Config:
-    """The config that a checkpoint carries.
-
-    Raises:
-        ValueError: it is of another schema; names `source`.
-    """
+    """The config that a checkpoint carries; `source` is named if it is of another schema."""
     return _resolve({source: OmegaConf.create(values)})
 
 
@@ -106,11 +99,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def find_path(path: str, *, key: str) -> Path:
-    """A path of a config: as it is below the working directory, else below the project's root.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
+    """A path of a config: below the working directory, else below the project's root."""
     if not path:
         raise ValueError(f"{key} is empty; give a path")
     for candidate in (Path(path), ROOT / path):
@@ -217,17 +206,13 @@ def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
             raise ValueError(
                 f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}"
             )
-        length = len(get_args(annotation))
-        is_list = isinstance(value, list | tuple)
         if get_origin(annotation) is not tuple:
             continue
-        if Ellipsis in get_args(annotation):
-            if not is_list:
-                raise ValueError(f"{source}: {prefix}{key} must be a list, got {value!r}")
-        elif not is_list or len(value) != length:
-            raise ValueError(
-                f"{source}: {prefix}{key} must be a list of {length} values, got {value!r}"
-            )
+        types = get_args(annotation)
+        any_length, is_list = Ellipsis in types, isinstance(value, list | tuple)
+        if not is_list or not any_length and len(value) != len(types):
+            words = "a list" if any_length else f"a list of {len(types)} values"
+            raise ValueError(f"{source}: {prefix}{key} must be {words}, got {value!r}")
 
 
 def _dataclass_of(annotation: Any) -> Any:

@@ -26,6 +26,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.stages import Stage
 
 FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is resumed
+PROGRESS = ("step", "validated", "best")  # of a run, in its checkpoints
 
 
 class Interrupted(KeyboardInterrupt):
@@ -78,14 +79,13 @@ class TrainingRun:
             self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
         if distributed.is_main():  # from here on the directory is this run's
             save_config(self.config, self.output / "config.yaml")
-        self.log = RunLog(
-            self.output,
-            enabled=distributed.is_main(),
-            resume_step=self.step if last.exists() else None,
-        )
-        self.log.say(
-            f"{self.stage.name}: step {self.step} of {self.total}, "
-            f"{_count_parameters(self.stage.model)}, on {self.device}"
+        resume_step = self.step if last.exists() else None
+        self.log = RunLog(self.output, enabled=distributed.is_main(), resume_step=resume_step)
+        counts = [(p.numel(), p.requires_grad) for p in self.stage.model.parameters()]
+        trained, count = sum(n for n, grad in counts if grad), sum(n for n, _ in counts)
+        distributed.say(
+            f"{self.stage.name}: step {self.step} of {self.total}, {trained / 1e6:.2f} M of "
+            f"{count / 1e6:.2f} M parameters trained, on {self.device}"
         )
 
     def train(self, stop: dict[str, bool]) -> None:
@@ -98,21 +98,15 @@ class TrainingRun:
             losses = self.train_step(batch)
             meter.add(losses)
             if self.step % self.optim.log_every == 0:
-                self.log.write(
-                    "train",
-                    step=self.step,
-                    epoch=self._epoch(),
-                    lr=self._rate(),
-                    **meter.flush(self.total - self.step),
-                )
-            halt, save = distributed.any_process(
-                stop["now"], self._save_due(saved), device=self.device
-            )
+                rate = learning_rate(self.optim, self.step - 1)
+                self._write("train", lr=rate, **meter.flush(self.total - self.step))
+            save_due = time.monotonic() - saved > 60 * self.optim.save_every_minutes
+            halt, save = distributed.any_process(stop["now"], save_due, device=self.device)
             if halt or save:
                 self._save(LAST)
                 saved = time.monotonic()
             if halt:
-                self.log.say(f"stopped at step {self.step}; continue with --resume")
+                distributed.say(f"stopped at step {self.step}; continue with --resume")
                 raise Interrupted
             if self._validate_if_due():
                 meter.restart()
@@ -127,7 +121,9 @@ class TrainingRun:
 
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         """Learns from one minibatch; returns its losses."""
-        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
+        # For dropout: a resumed run draws what an uninterrupted one does.
+        seeds = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         rate = learning_rate(self.optim, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -161,16 +157,12 @@ class TrainingRun:
     def _validate_if_due(self) -> bool:
         """Validates at the end of every `validate_every`-th epoch; returns whether it did."""
         epoch, rest = divmod(self.step, self.optim.batches_per_epoch)
-        due = (
-            rest == 0
-            and epoch > 0
-            and (epoch % self.optim.validate_every == 0 or self.step == self.total)
-        )
-        if not due or self.validated == self.step:
+        due = epoch % self.optim.validate_every == 0 or self.step == self.total
+        if rest or not due or self.validated == self.step:  # at first, both are 0
             return False
         metrics = self.stage.validate(self.device)
         self.stage.model.train()
-        self.log.write("val", step=self.step, epoch=self._epoch(), **metrics)
+        self._write("val", **metrics)
         self.validated = self.step
         # A metric that does not exist (no mask patch in the validation set) must not lose the run.
         value = metrics.get(self.stage.best_metric, 0.0)
@@ -180,38 +172,35 @@ class TrainingRun:
         self._save(LAST)
         return True
 
+    def _write(self, split: str, **values: float) -> None:
+        epoch = self.step / self.optim.batches_per_epoch
+        self.log.write(split, step=self.step, epoch=epoch, **values)
+
     def _save(self, name: str) -> None:
         if distributed.is_main():
-            save_checkpoint(self.checkpoints / name, self._state())
+            state = {
+                "stage": self.stage.name,
+                "config": config_to_dict(self.config),
+                "model": self.stage.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                **{key: getattr(self, key) for key in PROGRESS},
+                **self.stage.metadata,
+            }
+            save_checkpoint(self.checkpoints / name, state)
         distributed.barrier()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage.name,
-            "config": config_to_dict(self.config),
-            "model": self.stage.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "validated": self.validated,
-            "best": self.best,
-            **self.stage.metadata,
-        }
 
     def _restore(self, state: dict[str, Any], source: str) -> None:
         self._check_same_run(state["config"], source)
         load_weights(self.stage.model, state["model"], source=source)
-        current = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        # The state is the old run's; rates, decay and momentum are what the config says now.
+        groups = self.optimizer.state_dict()["param_groups"]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ValueError(f"{source}: optimizer state of other frozen layers") from error
-        # The state is the old run's; rates, decay and momentum are what the config says now.
-        for group, values in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(values)
-        self.step, self.validated, self.best = state["step"], state["validated"], state["best"]
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"param_groups": groups})
+        for key in PROGRESS:
+            setattr(self, key, state[key])
 
     def _check_same_run(self, values: dict[str, Any], source: str) -> None:
         """What decides which samples a step sees, and what the optimizer's state means."""
@@ -228,26 +217,9 @@ class TrainingRun:
                     "same value: restore it, or choose another --output"
                 )
 
-    def _save_due(self, saved: float) -> bool:
-        return time.monotonic() - saved > 60 * self.optim.save_every_minutes
-
-    def _epoch(self) -> float:
-        return self.step / self.optim.batches_per_epoch
-
-    def _rate(self) -> float:
-        return learning_rate(self.optim, max(self.step - 1, 0))
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout: a resumed run draws what an uninterrupted one does."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Learning rate of a step (counted from 0).
-
-    Warm-up times drops at epochs, or times a half cosine to zero.
-    """
+    """Of a step, from 0 on: warm-up times drops at epochs, or times a half cosine to zero."""
     warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
     if optim.schedule == "cosine":
         progress = step / (optim.epochs * optim.batches_per_epoch)
@@ -270,7 +242,6 @@ class Meter:
     """Means since the last flush; a loss counts the minibatches that had it."""
 
     def __init__(self, batch_size: int, samples: str):
-        """`samples`: what a minibatch holds so many of."""
         self.batch_size, self.samples = batch_size, samples
         self.restart()
 
@@ -311,11 +282,5 @@ def _stop_signals() -> Iterator[dict[str, bool]]:
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _count_parameters(model: nn.Module) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    return f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters trained"
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

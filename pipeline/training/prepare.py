@@ -4,7 +4,6 @@
 `build_stage` reads data and weights and nothing else.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,13 @@ class StageInputs:
 
     Attributes:
         weights: checkpoint that fills the whole network.
-        deepmask: checkpoint of the DeepMask that a SharpMask is built on.
-        trunk: checkpoint of the mask network whose trunk a detector starts from.
+        masks: checkpoint of the DeepMask that a SharpMask is built on, or of the mask network whose
+            trunk a detector starts from.
         proposals: stores of the "train" and "val" images, for a detector.
     """
 
     weights: Path | None = None
-    deepmask: Path | None = None
-    trunk: Path | None = None
+    masks: Path | None = None
     proposals: dict[str, ProposalStore] = field(default_factory=dict)
 
 
@@ -54,8 +52,6 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     """Finds or makes what a stage starts from: data, checkpoints, proposals.
 
     Args:
-        name: the stage.
-        config: its recipe.
         output: the stage's run directory; what the stages before it have left is beside it.
         device: where proposals are made.
 
@@ -64,7 +60,7 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     """
     check_batch(config, name)
     prepare_data(config)
-    weights = deepmask = trunk = None
+    weights = masks = None
     begun = (output / "checkpoints" / LAST).exists()  # its checkpoint fills the whole network
     if config.init.weights is not None and not begun:
         if name == "sharpmask" and config.init.deepmask:
@@ -76,13 +72,13 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
         check_same_network(load_checkpoint(weights, stage=name), config, name, source=str(weights))
     filled = begun or weights is not None
     if name == "sharpmask" and not filled:
-        deepmask = find_deepmask(config, output)
+        masks = find_deepmask(config, output)
     proposals = {}
     if name == "multipathnet":
         proposals = {s: find_proposals(config, s, output, device) for s in ("train", "val")}
         if config.multipathnet.trunk.weights == "deepmask" and not filled:
-            trunk = find_proposer(config, output)
-    return StageInputs(weights, deepmask, trunk, proposals)
+            masks = find_proposer(config, output)
+    return StageInputs(weights, masks, proposals)
 
 
 def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
@@ -91,59 +87,47 @@ def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
     Raises:
         ValueError or FileNotFoundError: data or weights that do not fit.
     """
-    stage = BUILDERS[name](config, inputs)
+    stage: Stage
+    if name == "deepmask":
+        stage = DeepMaskStage(config)
+    elif name == "sharpmask":
+        stage = _build_sharpmask(config, inputs.masks)
+    else:
+        stage = _build_multipathnet(config, inputs)
     if inputs.weights is not None:
         start_from(stage, load_checkpoint(inputs.weights), source=str(inputs.weights))
     return stage
 
 
-def _build_deepmask(config: Config, inputs: StageInputs) -> DeepMaskStage:
-    return DeepMaskStage(config)
-
-
-def _build_sharpmask(config: Config, inputs: StageInputs) -> SharpMaskStage:
+def _build_sharpmask(config: Config, deepmask: Path | None) -> SharpMaskStage:
     stage = SharpMaskStage(config)
-    if inputs.deepmask is not None:
-        checkpoint, source = load_checkpoint(inputs.deepmask, stage="deepmask"), inputs.deepmask
-        check_same_network(checkpoint, config, "deepmask", source=str(source))
-        load_weights(stage.model.deepmask, checkpoint["model"], source=str(source))
+    if deepmask is not None:
+        checkpoint = load_checkpoint(deepmask, stage="deepmask")
+        check_same_network(checkpoint, config, "deepmask", source=str(deepmask))
+        load_weights(stage.model.deepmask, checkpoint["model"], source=str(deepmask))
         stage.model.start_from_deepmask()
-        distributed.say(f"DeepMask from {source}")
+        distributed.say(f"DeepMask from {deepmask}")
     return stage
 
 
 def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStage:
     stores = inputs.proposals
     stage = MultiPathNetStage(config, {split: store.boxes() for split, store in stores.items()})
-    for split, data in (("train", stage.train_data), ("val", stage.val_data)):
-        check_images(stores[split], data.coco)
-    if inputs.trunk is not None:
-        checkpoint = load_checkpoint(inputs.trunk, stage=("deepmask", "sharpmask"))
+    check_images(stores["train"], stage.train_data.coco)
+    check_images(stores["val"], stage.val_data.coco)
+    if inputs.masks is not None:
+        checkpoint = load_checkpoint(inputs.masks, stage=("deepmask", "sharpmask"))
         prefix = "deepmask.trunk." if checkpoint["stage"] == "sharpmask" else "trunk."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in checkpoint["model"].items()
-            if name.startswith(prefix)
-        }
-        load_weights(stage.model.trunk, weights, source=f"the trunk of {inputs.trunk}")
+        state = checkpoint["model"].items()
+        weights = {k.removeprefix(prefix): v for k, v in state if k.startswith(prefix)}
+        load_weights(stage.model.trunk, weights, source=f"the trunk of {inputs.masks}")
     return stage
-
-
-BUILDERS: dict[str, Callable[[Config, StageInputs], Stage]] = {
-    "deepmask": _build_deepmask,
-    "sharpmask": _build_sharpmask,
-    "multipathnet": _build_multipathnet,
-}
 
 
 def start_from(stage: Stage, checkpoint: dict[str, Any], *, source: str) -> None:
     """Fills a stage's network from a checkpoint of the same stage.
 
-    The classifier and box regressor of a detector stay as they are, random, if it is for other
-    categories than the dataset's.
-
-    Raises:
-        ValueError: weights that do not fit, all of them listed.
+    A detector of other categories than the dataset's keeps its random classifier and box regressor.
     """
     state, lines = checkpoint["model"], [f"weights from {source}"]
     own, theirs = (_category_names(each) for each in (stage.metadata, checkpoint))
@@ -164,29 +148,21 @@ def _category_names(metadata: dict[str, Any]) -> list[str]:
 
 
 def find_deepmask(config: Config, output: Path) -> Path:
-    """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it.
-
-    Raises:
-        FileNotFoundError: there is none; says how to get one.
-    """
+    """The DeepMask that a SharpMask run starts from: `init.deepmask`, or of the run beside it."""
     if config.init.deepmask:
         return find_path(config.init.deepmask, key="init.deepmask")
-    beside = output.parent / "deepmask"
-    if not (beside / "checkpoints" / BEST).is_file():
+    beside = output.parent / "deepmask" / "checkpoints" / BEST
+    if not beside.is_file():
         raise FileNotFoundError(
-            f"no trained DeepMask: {beside / 'checkpoints' / BEST} does not exist; name one by "
+            f"no trained DeepMask: {beside} does not exist; name one by "
             "--set init.deepmask=CHECKPOINT, or train it first: tools/train_stage.py "
-            f"--stage deepmask --output {beside}"
+            f"--stage deepmask --output {output.parent / 'deepmask'}"
         )
-    return beside / "checkpoints" / BEST
+    return beside
 
 
 def find_proposer(config: Config, output: Path) -> Path:
-    """The network that proposes for a detector: `init.proposer`, or of the runs beside it.
-
-    Raises:
-        FileNotFoundError: there is none; says how to get one.
-    """
+    """The network that proposes for a detector: `init.proposer`, or of the runs beside it."""
     if config.init.proposer:
         return find_path(config.init.proposer, key="init.proposer")
     for name in ("sharpmask", "deepmask"):
@@ -201,11 +177,7 @@ def find_proposer(config: Config, output: Path) -> Path:
 
 
 def find_proposals(config: Config, split: str, output: Path, device: torch.device) -> ProposalStore:
-    """A split's proposals: `init.{split}_proposals`, or made in the run directory.
-
-    Raises:
-        FileNotFoundError: a store that is not there; see `find_proposer`.
-    """
+    """A split's proposals: `init.{split}_proposals`, or made in the run directory."""
     key = f"{split}_proposals"
     if given := getattr(config.init, key):
         return ProposalStore(find_path(given, key=f"init.{key}"))
@@ -232,12 +204,9 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
 
 
 def check_images(store: ProposalStore, coco: CocoInstances) -> None:
-    """Makes sure that a store's images are the annotated ones.
+    """Raises a ValueError if an image of a store has another size than the annotated one.
 
     Two splits, or two datasets, may well count their images from 1.
-
-    Raises:
-        ValueError: an image of the same id has another size.
     """
     sizes = dict(zip(coco.image_ids.tolist(), coco.image_sizes.tolist(), strict=True))
     for image in store.images().values():

@@ -15,7 +15,7 @@ class RunLog:
     def __init__(
         self, directory: str | Path, *, enabled: bool = True, resume_step: int | None = None
     ):
-        """Args: resume_step: lines of later steps, left by an interrupted run, are dropped."""
+        """Lines after `resume_step`, left by an interrupted run, are dropped."""
         self.path, self.enabled = Path(directory) / "metrics.jsonl", enabled
         if not enabled:
             return
@@ -31,26 +31,14 @@ class RunLog:
         """One line of metrics of a split ("train", "val")."""
         if not self.enabled:
             return
-        record = {
-            "split": split,
-            "step": step,
-            "epoch": round(epoch, 4),
-            "time": round(time.time(), 2),
-            **values,
-        }
+        record = {"split": split, "step": step, "epoch": round(epoch, 4)}
+        record |= {"time": round(time.time(), 2), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in values.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
-        print(
-            f"{split:5s} step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()),
-            flush=True,
-        )
-
-    def say(self, message: str) -> None:
-        """A line on stdout only."""
-        if self.enabled:
-            print(message, flush=True)
+        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"{split:5s} step {step}  {words}", flush=True)
 
     def close(self) -> None:
         """Flushes the curves."""

@@ -4,7 +4,7 @@ Reading the data and building the network is all that happens here; what a stage
 or found by `pipeline/training/prepare.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,42 +48,39 @@ class Stage:
     samples: str
     best_metric: str
     model: nn.Module
+    train_data: Any
     metadata: dict[str, Any] = {}
     phase_starts: tuple[int, ...] = ()
 
     def __init__(self, config: Config):
-        """
-        Raises:
-            ValueError: a batch size that the processes cannot share.
-        """
         self.config = config
         self.optim: OptimConfig = getattr(config, self.name).optim
         torch.manual_seed(config.seed)  # for the weights that are drawn
         check_batch(config, self.name)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters to train; each group has its factor on the learning rate as "lr_factor".
-
-        The trunk has a factor of its own.
-        """
-        trunk = getattr(self.model, "trunk", None)
-        trunk_ids = {id(p) for p in trunk.parameters()} if trunk is not None else set()
-        groups: tuple[list, list] = ([], [])
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                groups[id(parameter) in trunk_ids].append(parameter)
-        factors = (1.0, self.optim.trunk_lr_factor)
-        return [
-            {"params": params, "lr_factor": factor}
-            for params, factor in zip(groups, factors, strict=True)
-            if params
-        ]
+        """Parameters to train, the trunk's apart, with a factor on the learning rate."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        others = [p for name, p in named if not name.startswith("trunk.")]
+        trunk = [p for name, p in named if name.startswith("trunk.")]
+        groups = ((others, 1.0), (trunk, self.optim.trunk_lr_factor))
+        return [{"params": params, "lr_factor": factor} for params, factor in groups if params]
 
     def start_phase(self, step: int) -> None:
         """Marks the parameters that are trained from this step on."""
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
         """This process's part of the minibatches of the given steps, on the device."""
+        shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        data, workers = self.train_data, self.config.data.workers
+        broken = BrokenFiles(len(data.coco), self.config.data.max_broken_fraction)
+        indices = self.batch_indices(steps, seed=self.config.seed, **shares)
+        for batch in device_batches(data, indices, device, workers=workers):
+            broken.note(batch["broken"])
+            yield batch
+
+    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
+        """Indices of `train_data` for each minibatch of this process."""
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
@@ -96,11 +93,7 @@ class Stage:
 
 
 def check_batch(config: Config, stage: str) -> None:
-    """Makes sure that the processes can share a stage's minibatches.
-
-    Raises:
-        ValueError: they cannot.
-    """
+    """Raises a ValueError if the processes cannot share a stage's minibatches."""
     section = getattr(config, stage)
     size, processes = section.optim.batch_size, distributed.world_size()
     group = 1 if stage == "multipathnet" else section.sampling.patches_per_image
@@ -118,13 +111,6 @@ class PatchStage(Stage):
     samples, best_metric = "patches", "iou_above_0.7"
 
     def __init__(self, config: Config, *, target_size: int):
-        """
-        Args:
-            target_size: side of the mask targets.
-
-        Raises:
-            ValueError or FileNotFoundError: data that is not there or does not fit.
-        """
         super().__init__(config)
         self.sampling = getattr(config, self.name).sampling
 
@@ -139,23 +125,16 @@ class PatchStage(Stage):
 
         self.train_data = patches("train", config.seed)
         self.val_data = patches("val", VALIDATION_SEED)
-        self.broken = BrokenFiles(len(self.train_data.coco), config.data.max_broken_fraction)
 
-    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
         """Mask and score minibatches, as `mask_batch_prob` draws them."""
-        indices = patch_batches(
+        return patch_batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             groups_per_batch=self.optim.batch_size // self.sampling.patches_per_image,
-            seed=self.config.seed,
             mask_batch_prob=self.sampling.mask_batch_prob,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            **options,
         )
-        workers = self.config.data.workers
-        for batch in device_batches(self.train_data, indices, device, workers=workers):
-            self.broken.note(batch["broken"])
-            yield batch
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""
@@ -176,10 +155,6 @@ class DeepMaskStage(PatchStage):
     model: DeepMask
 
     def __init__(self, config: Config):
-        """
-        Raises:
-            ValueError or FileNotFoundError: data or weights that are not there or do not fit.
-        """
         super().__init__(config, target_size=config.deepmask.target_size)
         self.model = make_deepmask(config, pretrained=config.init.weights is None)
         for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
@@ -206,10 +181,6 @@ class SharpMaskStage(PatchStage):
     model: SharpMask
 
     def __init__(self, config: Config):
-        """
-        Raises:
-            ValueError or FileNotFoundError: data that is not there or does not fit.
-        """
         super().__init__(config, target_size=config.deepmask.patch_size)
         self.model = make_sharpmask(config)
 
@@ -227,13 +198,6 @@ class MultiPathNetStage(Stage):
     model: MultiPathNet
 
     def __init__(self, config: Config, proposals: dict[str, ProposalBoxes]):
-        """
-        Args:
-            proposals: of the "train" and "val" images.
-
-        Raises:
-            ValueError or FileNotFoundError: data or weights that are not there or do not fit.
-        """
         super().__init__(config)
         c = config.multipathnet
         self.train_data = roi_dataset(
@@ -247,7 +211,6 @@ class MultiPathNetStage(Stage):
             all_images=True,
         )
         coco = self.train_data.coco
-        self.broken = BrokenFiles(len(coco), config.data.max_broken_fraction)
         self.metadata = {
             "categories": [
                 {"id": int(category_id), "name": str(name)}
@@ -267,26 +230,19 @@ class MultiPathNetStage(Stage):
     def start_phase(self, step: int) -> None:
         """Phase 1 trains the heads alone; phase 2 the levels that are not frozen, too."""
         in_phase_2 = step >= self.phase_starts[0]
-        for i, level in enumerate(self.model.trunk.levels):
-            trained = in_phase_2 and i >= self.config.multipathnet.trunk.frozen_levels
-            level.requires_grad_(trained)
+        for level in self.model.trunk.levels[self.config.multipathnet.trunk.frozen_levels :]:
+            level.requires_grad_(in_phase_2)
 
-    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
-        """Images with their RoIs."""
+    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
+        """Images, each with its number of RoIs; with `draw_threshold`, of one IoU threshold."""
         c = self.config.multipathnet
-        indices = roi_batches(
+        return roi_batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             images_per_batch=self.optim.batch_size,
             num_thresholds=len(c.iou_thresholds) if c.sampling.draw_threshold else None,
-            seed=self.config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            **options,
         )
-        workers = self.config.data.workers
-        for batch in device_batches(self.train_data, indices, device, workers=workers):
-            self.broken.note(batch["broken"])
-            yield batch
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Integral loss plus the box regressor's."""

@@ -68,18 +68,6 @@ def test_dense_cell_equals_the_patch_with_its_real_surroundings(name):
         torch.testing.assert_close(masks, alone["mask_logits"], rtol=0, atol=1e-4)
 
 
-def test_margin_of_the_test_above_is_what_the_trunk_sees():
-    """A pixel just inside the margin changes a cell's features, one outside does not."""
-    model = small_deepmask("tiny")
-    margin = RECEPTIVE_MARGIN["tiny"]
-    image = torch.randn(1, 3, 2 * margin + STRIDE, 2 * margin + STRIDE, requires_grad=True)
-    cell = margin // STRIDE
-    model.trunk(image)[-1][0, :, cell, cell].sum().backward()
-    seen = image.grad.abs().sum((0, 1)) > 0
-    assert not seen[0].any() and not seen[:, 0].any() and not seen[-1].any()
-    assert seen[margin - 63].any()
-
-
 def test_heads_alone_and_together():
     model = small_deepmask("tiny")
     x = torch.randn(2, 3, 128, 128)

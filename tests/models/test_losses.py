@@ -19,25 +19,15 @@ def test_soft_margin_is_its_formula_and_survives_large_logits():
     assert soft_margin(torch.tensor(1e4), torch.tensor(1.0)).item() == 0
 
 
-def test_mask_loss_is_the_mean_over_patches_and_pixels():
+def test_mask_and_score_loss_are_means_over_patches_and_pixels():
     torch.manual_seed(0)
     logits, targets = torch.randn(3, 4, 4), torch.randn(3, 4, 4).sign()
     margins = (targets * logits).flatten().tolist()
     slow = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 48
     assert math.isclose(mask_loss(logits, targets).item(), slow, rel_tol=1e-5)
+    scores = score_loss(logits.flatten(), targets.flatten())
+    assert math.isclose(scores.item(), slow, rel_tol=1e-5)
     assert mask_loss(logits, torch.ones(3, 9, 9)).isfinite()  # resized to the targets
-
-
-def test_losses_of_halves_average_to_the_loss_of_the_whole():
-    torch.manual_seed(0)
-    logits, targets = torch.randn(8, 4, 4), torch.randn(8, 4, 4).sign()
-    halves = (mask_loss(logits[:4], targets[:4]) + mask_loss(logits[4:], targets[4:])) / 2
-    torch.testing.assert_close(mask_loss(logits, targets), halves)
-    scores, labels = torch.randn(8), torch.randn(8).sign()
-    torch.testing.assert_close(
-        score_loss(scores, labels),
-        (score_loss(scores[:4], labels[:4]) + score_loss(scores[4:], labels[4:])) / 2,
-    )
 
 
 @st.composite
@@ -76,36 +66,6 @@ def test_integral_loss_is_the_mean_over_thresholds_of_the_mean_over_samples(labe
     loss.backward()
     # What is no sample does not teach; what is one does.
     assert torch.equal(logits.grad.abs().sum(-1).T > 0, labels >= 0)
-
-
-def test_integral_loss_by_hand():
-    """Two thresholds, logits that give the labels the probabilities 1/2, 1/4 and 1/8."""
-    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.75, 0.25]], [[0.875, 0.125], [0.1, 0.9]]]))
-    labels = torch.tensor([[0, 1], [1, -1]])
-    expected = ((math.log(2) + math.log(8)) / 2 + math.log(4)) / 2
-    assert math.isclose(integral_loss(logits, labels).item(), expected, rel_tol=1e-5)
-    one = integral_loss(logits[:, :1], labels[:1])  # K = 1 is the softmax loss
-    assert math.isclose(one.item(), (math.log(2) + math.log(8)) / 2, rel_tol=1e-5)
-
-
-def test_drawing_one_threshold_estimates_the_integral_loss_without_bias():
-    """The mean over the K draws is the loss over all, and so is the gradient's."""
-    torch.manual_seed(0)
-    logits = torch.randn(7, 6, 4, requires_grad=True)
-    labels = torch.randint(-1, 4, (6, 7))
-    labels[:, 0] = 0  # every threshold has a sample, but not all the same number
-    assert len(set((labels >= 0).sum(1).tolist())) > 1
-    (gradient,) = torch.autograd.grad(integral_loss(logits, labels), logits)
-    losses, gradients = [], []
-    for k in range(6):
-        drawn = torch.full_like(labels, -1)
-        drawn[k] = labels[k]
-        loss = integral_loss(logits, drawn)
-        assert math.isclose(loss.item(), slow_integral_loss(logits, drawn), rel_tol=1e-5)
-        losses.append(loss)
-        gradients.append(torch.autograd.grad(loss, logits)[0])
-    torch.testing.assert_close(torch.stack(losses).mean(), integral_loss(logits, labels))
-    torch.testing.assert_close(torch.stack(gradients).mean(0), gradient)
 
 
 def slow_box_loss(deltas: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> float:

@@ -5,15 +5,18 @@ torchvision's.
 import math
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_pool
 
 from models import roi_pooling
-from models.roi_pooling import _pool_by_axes, roi_pool_caffe, roi_pool_lua
+from models.roi_pooling import roi_pool_caffe, roi_pool_lua
 
 HEIGHT, WIDTH, CHANNELS = 7, 11, 3
+fixed = [HealthCheck.function_scoped_fixture]  # `large` is the same for all examples
+any_fixture = settings(max_examples=150, deadline=None, suppress_health_check=fixed)
 coordinate = st.integers(-60, 260).map(lambda v: v / 2)  # halves of a pixel: edges at half cells
 rois = st.tuples(st.integers(0, 1), *[coordinate] * 4)
 
@@ -42,9 +45,15 @@ def pool_slowly(features: np.ndarray, roi: tuple, size: int, scale: float) -> np
     return pooled
 
 
+@pytest.fixture(params=[1, 1 << 19], ids=["by axes", "by torchvision"])
+def large(request, monkeypatch) -> None:
+    """From so many values on, features without a gradient are pooled by axes."""
+    monkeypatch.setattr(roi_pooling, "LARGE", request.param)
+
+
 @given(boxes=st.lists(rois, max_size=6), size=st.integers(1, 9), power=st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
-def test_lua_pooling_is_the_released_kernels(boxes, size, power):
+@any_fixture
+def test_lua_pooling_is_the_released_kernels(large, boxes, size, power):
     generator = torch.Generator().manual_seed(size)
     features = torch.randn(2, CHANNELS, HEIGHT, WIDTH, generator=generator)
     given_rois = torch.tensor(boxes, dtype=torch.float32).view(-1, 5)
@@ -52,13 +61,6 @@ def test_lua_pooling_is_the_released_kernels(boxes, size, power):
     assert pooled.shape == (len(boxes), CHANNELS, size, size)
     for ours, roi in zip(pooled.numpy(), boxes, strict=True):
         assert np.array_equal(ours, pool_slowly(features.numpy(), roi, size, 1 / 2**power))
-
-
-def test_lua_bins_do_not_overlap_and_leave_the_last_cell_out():
-    """Of cells 2 to 6 four are pooled, each by one bin: 2, 3, 4 and 5."""
-    features = torch.arange(8.0).view(1, 1, 1, 8)
-    pooled = roi_pool_lua(features, torch.tensor([[0, 32.0, 0, 96.0, 0]]), 4, 1 / 16)
-    assert pooled[0, 0].amax(dim=0).tolist() == [2, 3, 4, 5]
 
 
 def test_lua_gradient_reaches_the_largest_cell_alone():
@@ -84,23 +86,23 @@ corner = st.floats(-60, 260, allow_nan=False)
     power=st.integers(0, 4),
     channels_last=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
-def test_inference_pools_the_bins_of_torchvision(boxes, size, power, channels_last):
+@any_fixture
+def test_inference_pools_the_bins_of_torchvision(monkeypatch, boxes, size, power, channels_last):
+    monkeypatch.setattr(roi_pooling, "LARGE", 1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = torch.randn(2, 3, 200 >> power, 230 >> power).contiguous(memory_format=layout)
     given_rois = torch.tensor([(n % 2, *box) for n, box in enumerate(boxes)]).reshape(-1, 5)
-    with torch.inference_mode():
-        pooled = _pool_by_axes(features, given_rois, size, 1 / 2**power)
+    pooled = roi_pool_caffe(features, given_rois, size, 1 / 2**power)
     assert torch.equal(pooled, roi_pool(features, given_rois, size, 1 / 2**power))
 
 
-def test_bins_of_every_length_are_torchvisions():
+def test_bins_of_every_length_are_torchvisions(monkeypatch):
+    monkeypatch.setattr(roi_pooling, "LARGE", 1)
     features = torch.randn(1, 2, 1, 600)
     ends = torch.arange(600.0)
     given_rois = torch.stack([0 * ends, 0 * ends, 0 * ends, ends, 0 * ends], dim=1)
     for size in (3, 5, 7, 14):
-        with torch.inference_mode():
-            pooled = _pool_by_axes(features, given_rois, size, 1.0)
+        pooled = roi_pool_caffe(features, given_rois, size, 1.0)
         assert torch.equal(pooled, roi_pool(features, given_rois, size, 1.0))
 
 
@@ -108,9 +110,9 @@ def test_large_features_are_pooled_by_axes_where_no_gradient_is_asked_for(monkey
     features = torch.randn(1, 512, 32, 32)
     given_rois = torch.tensor([[0, 3.0, 5, 300, 200]])
     expected = roi_pool(features, given_rois, 7, 1 / 16)
-    calls = []
+    calls, by_axes = [], roi_pooling._pool_by_axes
     monkeypatch.setattr(
-        roi_pooling, "_pool_by_axes", lambda *args: calls.append(args) or _pool_by_axes(*args)
+        roi_pooling, "_pool_by_axes", lambda *args: calls.append(args) or by_axes(*args)
     )
     assert torch.equal(roi_pool_caffe(features, given_rois, 7, 1 / 16), expected)
     assert len(calls) == 1

@@ -1,15 +1,12 @@
 """Trunks: levels, padding, frozen batch norm, weights from files."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.backbone import load_backbone
 from models.trunk import (
@@ -18,15 +15,18 @@ from models.trunk import (
     FrozenNorm,
     build_trunk,
     fold_norms,
-    frozen_norm_state,
-    symmetric_pad,
     to_trunk_layers,
-    upgrade_trunk_weights,
 )
 from tests.real_data import WEIGHTS
 
 FOLDED_RESNET18 = WEIGHTS / "resnet18_c4_bnfolded_imagenet.pth"
-FAMILIES = ("resnet18", "resnet50", "vgg11", "densenet121")
+RESNET_LEVELS = ["relu", "layer1", "layer2", "layer3"]
+LEVELS = {  # the layers of torchvision's networks that end a level
+    "resnet18": RESNET_LEVELS,
+    "resnet50": RESNET_LEVELS,
+    "vgg11": [f"features.{i}" for i in (4, 9, 14, 19)],
+    "densenet121": ["features.relu0", *(f"features.transition{i}.relu" for i in (1, 2, 3))],
+}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -44,14 +44,6 @@ def randomize_norms(network: nn.Module) -> None:
 
 
 # --- levels and padding ---------------------------------------------------------------------------
-
-
-@given(pad=st.integers(1, 3), height=st.integers(3, 9), width=st.integers(3, 9))
-@settings(max_examples=40, deadline=None)
-def test_symmetric_pad_is_numpys(pad, height, width):
-    x = torch.randn(2, 3, height, width)
-    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="symmetric")
-    assert np.array_equal(symmetric_pad(x, pad).numpy(), expected)
 
 
 @pytest.mark.parametrize("size, padding, groups", [(3, 1, 1), (7, 3, 1), (5, 2, 2), (1, 0, 1)])
@@ -85,7 +77,7 @@ def test_pools_round_sizes_up_as_caffes(ceil):
     assert sizes == ([35, 18, 9, 5] if ceil else [35, 17, 8, 4])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LEVELS)
 @torch.no_grad()
 def test_trunk_computes_torchvisions_network_with_another_padding(name, tmp_path):
     """With zeros for the mirror, every level equals torchvision's own layers in eval mode."""
@@ -96,36 +88,10 @@ def test_trunk_computes_torchvisions_network_with_another_padding(name, tmp_path
     zero = build_trunk(name, weights=tmp_path / "weights.pth", padding="zero").eval()
     mirror = build_trunk(name, weights=tmp_path / "weights.pth").eval()
     x = torch.randn(1, 3, 64, 96)
-    theirs = torchvision_levels(network, name, x)
+    theirs = create_feature_extractor(network, LEVELS[name])(x).values()
     for ours, mirrored, expected in zip(zero(x), mirror(x), theirs, strict=True):
         assert_close(ours, expected)
         assert (mirrored - expected).abs().max() > 0.01 * expected.abs().max()
-
-
-def torchvision_levels(network, name, x):
-    if name.startswith("resnet"):
-        stem = network.relu(network.bn1(network.conv1(x)))
-        one = network.layer1(network.maxpool(stem))
-        two = network.layer2(one)
-        return [stem, one, two, network.layer3(two)]
-    f = network.features
-    if name.startswith("vgg"):
-        outputs, pools = [], 0
-        for layer in list(f)[:-1]:
-            if isinstance(layer, nn.MaxPool2d):
-                pools += 1
-                if pools > 1:
-                    outputs.append(x)
-            x = layer(x)
-        return [*outputs, x]
-    stem = F.relu(f.norm0(f.conv0(x)))
-    outputs, x = [stem], f.pool0(stem)
-    for i in (1, 2, 3):
-        transition = getattr(f, f"transition{i}")
-        x = F.relu(transition.norm(getattr(f, f"denseblock{i}")(x)))
-        outputs.append(x)
-        x = transition.pool(transition.conv(x))
-    return outputs
 
 
 # --- frozen batch norm ----------------------------------------------------------------------------
@@ -156,46 +122,6 @@ def test_frozen_norm_is_live_batch_norm_in_eval_mode_with_its_gradient():
     torch.testing.assert_close(slopes[1], slopes[0])
     assert not list(frozen.parameters())
     assert frozen(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_scale_and_shift_as_a_frozen_norm():
-    scale, shift, x = torch.rand(5) + 0.5, torch.randn(5), torch.randn(2, 5, 3, 3)
-    norm = FrozenNorm(5)
-    norm.load_state_dict(frozen_norm_state(scale, shift))
-    expected = scale[:, None, None] * x + shift[:, None, None]
-    torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-6)
-
-
-def leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Layers by name, in the order in which they compute."""
-    return [(key, layer) for key, layer in module.named_modules() if not list(layer.children())]
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
-@torch.no_grad()
-def test_weights_of_earlier_versions_get_the_names_of_today(name):
-    """Convolutions had the frozen norm after them as `scale` and `shift`."""
-    trunk = build_trunk(name).eval()
-    randomize_norms(trunk)
-    prefix = "towers.0.trunk."
-    state = {f"{prefix}{key}": value for key, value in trunk.state_dict().items()}
-    old = dict(state)
-    for (conv, layer), (key, norm) in itertools.pairwise(leaves(trunk)):
-        same_block = conv.rpartition(".")[0] == key.rpartition(".")[0]
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, FrozenNorm) and same_block:
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            old[f"{prefix}{conv}.scale"] = scale
-            old[f"{prefix}{conv}.shift"] = norm.bias - norm.running_mean * scale
-            for part in norm.state_dict():
-                del old[f"{prefix}{key}.{part}"]
-    upgraded = upgrade_trunk_weights(old)
-    assert upgraded.keys() == state.keys() != old.keys()
-    assert upgrade_trunk_weights(upgraded) == upgraded  # the very tensors
-    x = torch.randn(1, 3, 64, 64)
-    before = trunk(x)
-    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in upgraded.items()})
-    for actual, expected in zip(trunk(x), before, strict=True):
-        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -231,30 +157,24 @@ def test_local_file_without_the_layers_that_are_cut_away():
 
 def test_weights_of_another_network_are_refused_with_a_readable_difference(tmp_path):
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "r34.pth")
-    with pytest.raises(
-        ValueError, match=r"r34\.pth does not fit.*missing: layer1\.0\.conv3\.weight"
-    ) as error:
+    words = r"r34\.pth does not fit.*missing: layer1\.0\.conv3\.weight"
+    with pytest.raises(ValueError, match=words) as error:
         build_trunk("resnet50", weights=tmp_path / "r34.pth")
     assert "\n" not in str(error.value)
     state = torchvision.models.resnet18(weights=None).state_dict()
     state["layer2.0.conv1.weight"] = torch.zeros(128, 64, 1, 1)
     torch.save({"state_dict": state}, tmp_path / "odd.pth")
-    with pytest.raises(
-        ValueError,
-        match=r"1 other shapes: layer2\.0\.conv1\.weight is \(128, 64, 1, 1\) instead of",
-    ):
+    words = r"1 other shapes: layer2\.0\.conv1\.weight is \(128, 64, 1, 1\) instead of"
+    with pytest.raises(ValueError, match=words):
         build_trunk("resnet18", weights=tmp_path / "odd.pth")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_files_that_are_no_weights(tmp_path, content):
-    path = tmp_path / "file.pth"
-    if content is None:
-        torch.save([1, 2], path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"file\.pth"):
-        build_trunk("resnet18", weights=path)
+def test_files_that_are_no_weights(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, words in (("empty", "is not a PyTorch file"), ("list", "holds no state dict")):
+        with pytest.raises(ValueError, match=rf"{name}\.pth {words}"):
+            build_trunk("resnet18", weights=tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from pipeline.config import OptimConfig
+from pipeline.data import BrokenFiles
 from pipeline.recipe import config_from_dict, load_config
 from pipeline.training.engine import fit, learning_rate
 from pipeline.training.run_log import RunLog, read_metrics
@@ -214,19 +215,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_minibatch_saved(tiny_recipe, t
     assert all(torch.equal(v, before[k]) for k, v in stage.model.state_dict().items())
 
 
-def test_too_many_broken_images_stop_the_run_with_the_list(tiny_recipe, tmp_path, shapes_directory):
-    values = copy.deepcopy(tiny_recipe)
-    (tmp_path / "images").mkdir()
-    for file in sorted((shapes_directory / "images" / "train").iterdir())[:20]:
-        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
-    values["data"]["train"]["images"] = str(tmp_path / "images")
-    values["data"]["max_broken_fraction"] = 0.05
-    values["deepmask"]["optim"] |= {"batches_per_epoch": 20}
-    config = config_from_dict(values, source="test")
-    with pytest.raises(ValueError, match=r"of 24 images cannot be read.*00002\d\.jpg"):
-        train("deepmask", config, tmp_path / "run")
-    values["data"]["max_broken_fraction"] = 0.5
-    train("deepmask", config_from_dict(values, source="test"), tmp_path / "tolerant")
+def test_some_broken_images_do_not_stop_a_run_and_too_many_do(capsys):
+    files = BrokenFiles(40, 0.05)
+    for _ in range(2):
+        files.note(["1.jpg", "2.jpg"])
+    assert capsys.readouterr().out == (
+        "skipped (1 so far): 1.jpg\nskipped (2 so far): 2.jpg\n"  # each once
+    )
+    with pytest.raises(ValueError, match=r"3 of 40 images cannot be read.*0.05: 1.jpg; 2.jpg; 3"):
+        files.note(["3.jpg"])
 
 
 def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):

@@ -14,7 +14,6 @@ import torch
 from datasets.images import read_image
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.data import roi_dataset
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import load_network
@@ -151,26 +150,6 @@ def test_the_deepmask_run_beside_the_output_is_found(tiny_config, tiny_run, tmp_
     assert equal_names(expected, stage.model.deepmask.state_dict()) == expected.keys()
 
 
-def test_without_a_deepmask_it_says_how_to_get_one(tiny_config, tmp_path):
-    with pytest.raises(FileNotFoundError, match="init.deepmask=.*--stage deepmask --output"):
-        make_stage("sharpmask", load_config(tiny_config), tmp_path / "sharpmask")
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("trunk.name=resnet18", "trunk.name tiny instead of resnet18"),
-        ("deepmask.patch_size=64", "deepmask.patch_size 96 instead of 64"),
-    ],
-)
-def test_a_deepmask_of_another_network_is_described(
-    tiny_config, tiny_checkpoint, tmp_path, override, words
-):
-    config = load_config(tiny_config, [override, f"init.deepmask={tiny_checkpoint}"])
-    with pytest.raises(ValueError, match=words):
-        make_stage("sharpmask", config, tmp_path)
-
-
 @pytest.mark.parametrize("proposer", ["deepmask", "sharpmask"])
 def test_a_detectors_trunk_starts_from_the_mask_network(
     proposer, checkpoints, tiny_config, stores, tmp_path
@@ -198,23 +177,6 @@ def test_proposals_are_made_once_with_the_network_beside(tiny_config, tiny_sharp
     shards = store.shards()
     find_proposals(config, "val", output, CPU)
     assert store.shards() == shards
-
-
-def test_without_proposals_it_says_how_to_get_them(tiny_config, tmp_path):
-    with pytest.raises(FileNotFoundError, match="init.train_proposals=DIR.*init.proposer"):
-        make_stage("multipathnet", load_config(tiny_config), tmp_path / "multipathnet")
-
-
-def test_proposals_of_other_images_are_refused(tiny_config, stores, tmp_path):
-    train_store = stores[0].split("=")[1]
-    config = load_config(tiny_config, [*stores, f"init.val_proposals={train_store}"])
-    with pytest.raises(ValueError, match="other images than .*val.*: image_id 1 has"):
-        make_stage("multipathnet", config, tmp_path)  # ids 1 to 8 are in both
-    coco = make_stage("multipathnet", load_config(tiny_config, stores), tmp_path).val_data.coco
-    coco.image_ids[:] += 1000
-    boxes = ProposalStore(train_store).boxes()
-    with pytest.raises(ValueError, match="no id is in both"):
-        roi_dataset(config.multipathnet, coco, tmp_path, boxes, seed=0)
 
 
 @pytest.mark.parametrize("name", STAGES)
