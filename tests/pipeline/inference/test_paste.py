@@ -173,11 +173,3 @@ def test_a_mask_outside_the_image_or_empty_is_left_out():
     assert result.indices.tolist() == [3] and len(result.boxes) == len(result.rles) == 1
     nothing = paste(logits[:3], places.select(slice(3)), image_size=(50, 50), threshold=0.2)
     assert nothing.indices.shape == (0,) and nothing.boxes.shape == (0, 4) and not nothing.rles
-
-
-def test_a_full_patch_covers_its_square_to_the_pixel():
-    result = paste(
-        torch.full((1, 4, 4), 5.0), place(3, 5, 10, 20), image_size=(60, 50), threshold=0.2
-    )
-    assert result.boxes.tolist() == [[3, 5, 13, 25]]
-    assert coco_mask.area({"size": [60, 50], "counts": result.rles[0]}) == 200

@@ -12,46 +12,25 @@ from pycocotools.coco import COCO
 
 from pipeline.inference.coco_json import read_results, results_of, write_proposals
 from pipeline.inference.proposals import Proposals, ProposalStore, ResumableDirectory
+from tests.pipeline.inference.builders import proposals_of
 
 SETTINGS = {"log2_scales": (-1.0, 0.5, 0.5), "num_proposals": 5}
 
 
 def random_proposals(image_id: int, count: int, rng: np.random.Generator) -> Proposals:
-    """Random rectangles in an image of random size, best first."""
-    height, width = rng.integers(2, 60, size=2).tolist()
-    masks = np.zeros((height, width, count), np.uint8, order="F")
-    for n in range(count):
-        top, left = rng.integers(height), rng.integers(width)
-        bottom, right = rng.integers(top + 1, height + 1), rng.integers(left + 1, width + 1)
-        masks[top:bottom, left:right, n] = 1
-    rles = coco_mask.encode(masks)
-    boxes = np.array([coco_mask.toBbox(rle) for rle in rles], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Proposals(
-        image_id=image_id,
-        file_name=f"folder/é {image_id}.jpg",
-        height=height,
-        width=width,
-        scores=np.sort(rng.random(count, np.float32))[::-1],
-        boxes=boxes,
-        rles=[rle["counts"] for rle in rles],
-    )
-
-
-def assert_same(found: Proposals, expected: Proposals) -> None:
-    for name, value in vars(expected).items():
-        np.testing.assert_array_equal(getattr(found, name), value)
-    assert found.scores.dtype == found.boxes.dtype == np.float32
+    """Random masks in an image of random size, best first."""
+    masks = rng.random((count, *rng.integers(2, 60, size=2))) < 0.1
+    masks[:, 0, 0] = True
+    name, scores = f"folder/é {image_id}.jpg", np.sort(rng.random(count, np.float32))[::-1]
+    return proposals_of(masks, image_id=image_id, file_name=name, scores=scores)
 
 
 # Shards of images, each with its number of proposals, and the process that writes the shard.
-shards_of_counts = st.lists(
-    st.tuples(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 2)), max_size=4
-)
+shards = st.tuples(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 2))
 
 
 @settings(deadline=None, max_examples=40)
-@given(shards=shards_of_counts, seed=st.integers(0, 1000))
+@given(shards=st.lists(shards, max_size=4), seed=st.integers(0, 1000))
 def test_what_is_written_is_read(shards, seed):
     rng = np.random.default_rng(seed)
     ids = iter(rng.permutation(100).tolist())
@@ -68,7 +47,9 @@ def test_what_is_written_is_read(shards, seed):
         listed = json.loads((store.directory / "images.json").read_text())["images"]
     assert len(found) == sum(len(p) > 0 for p in written.values())
     for proposals in found:
-        assert_same(proposals, written[proposals.file_name])
+        for name, value in vars(written[proposals.file_name]).items():
+            np.testing.assert_array_equal(getattr(proposals, name), value)
+        assert proposals.scores.dtype == proposals.boxes.dtype == np.float32
     assert covered == {  # also those without a proposal
         name: {"id": p.image_id, "file_name": name, "height": p.height, "width": p.width}
         for name, p in written.items()
