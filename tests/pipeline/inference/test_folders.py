@@ -285,9 +285,12 @@ def test_results_of_a_network_fit_the_annotations(shapes_directory, tiny_checkpo
             image = coco.imgs[result["image_id"]]
             assert result["segmentation"]["size"] == [image["height"], image["width"]]
             assert result["bbox"] == coco_mask.toBbox(result["segmentation"]).tolist()
-            assert 0 <= result["score"] <= 1
+            assert 0 <= result["score"] <= 1 and result["category_id"] == 1
     for proposals in ProposalStore(output):
         assert (np.diff(proposals.scores) <= 0).all() and len(proposals) <= 20
+        listed = found.loadAnns(found.getAnnIds(imgIds=[proposals.image_id]))
+        assert [r["segmentation"]["counts"].encode() for r in listed] == proposals.rles
+        np.testing.assert_allclose([r["score"] for r in listed], proposals.scores, atol=1e-6)
 
 
 def test_json_and_pictures_are_written_if_asked_for(photos, tmp_path):

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
-from pipeline.inference.coco_json import read_results, results_of, write_proposals
+from pipeline.inference.coco_json import results_of, write_proposals
 from pipeline.inference.proposals import Proposals, ProposalStore, ResumableDirectory
 from tests.pipeline.inference.builders import proposals_of
 
@@ -68,22 +66,6 @@ def store(tmp_path) -> ProposalStore:
     store.write_shard([random_proposals(7, 3, rng), random_proposals(2, 0, rng)])
     store.write_shard([random_proposals(30, 5, rng)])
     return store
-
-
-def test_pycocotools_reads_the_results(store):
-    path = write_proposals(store)
-    coco = COCO(str(store.directory / "images.json"))
-    results = coco.loadRes(str(path))
-    assert len(results.anns) == store.count() == 8 and coco.getImgIds() == [2, 7, 30]
-    assert json.loads(path.read_text()) == list(read_results(store.directory))
-    stored = {proposals.image_id: proposals for proposals in store}
-    for result in json.loads(path.read_text()):
-        proposals = stored[result["image_id"]]
-        n = [rle.decode() for rle in proposals.rles].index(result["segmentation"]["counts"])
-        assert result["category_id"] == 1
-        assert abs(result["score"] - proposals.scores).min() < 1e-6
-        assert result["segmentation"]["size"] == proposals.rle(n)["size"]
-        assert result["bbox"] == coco_mask.toBbox(result["segmentation"]).tolist()
 
 
 def test_boxes_are_those_of_all_images(store):
