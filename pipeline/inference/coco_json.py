@@ -7,18 +7,15 @@ so they are checked before it sees them.
 
 import itertools
 import json
-import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from torchvision.ops import box_convert
 
 from datasets.files import atomic_path, write_json
 from datasets.segmentations import check_counts
@@ -28,21 +25,16 @@ from pipeline.inference.proposals import Proposals, ProposalStore
 BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
 SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
-CHUNK = 10_000  # masks checked at once
-
-
-def xywh(boxes: np.ndarray) -> np.ndarray:
-    """Boxes (n, 4) xyxy as COCO's x, y, width, height, of the same type."""
-    return box_convert(torch.tensor(boxes), "xyxy", "xywh").numpy()
 
 
 def results_of(found: Proposals | Detections) -> list[dict]:
     """COCO results of an image; the category of proposals is 1."""
+    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
     if isinstance(found, Detections):
-        labels, decimals = found.labels.tolist(), SCORE_DECIMALS
-        boxes = xywh(found.boxes.astype(np.float64)).round(BOX_DECIMALS)
-    else:
-        labels, decimals, boxes = [1] * len(found), 6, xywh(found.boxes)
+        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    if isinstance(found, Detections):
+        xywh = xywh.round(BOX_DECIMALS)
     results: list[dict] = [
         {
             "image_id": found.image_id,
@@ -50,7 +42,7 @@ def results_of(found: Proposals | Detections) -> list[dict]:
             "score": round(score, decimals),
             "bbox": box,
         }
-        for label, score, box in zip(labels, found.scores.tolist(), boxes.tolist(), strict=True)
+        for label, score, box in zip(labels, found.scores.tolist(), xywh.tolist(), strict=True)
     ]
     size = [found.height, found.width]
     for result, rle in zip(results, found.rles or (), strict=found.rles is not None):
@@ -85,10 +77,7 @@ def write_proposals(store: ProposalStore) -> Path:
 
 
 def load_results(path: str | Path, *, of: str = "detections") -> list:
-    """The list of results in a JSON file, unchecked.
-
-    Args:
-        of: names the results in an error.
+    """The list of results in a JSON file, unchecked; `of` names them in an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -116,8 +105,7 @@ def read_results(path: str | Path) -> Iterable[dict]:
     """COCO results of a JSON file, as a list, or of a proposal store, which is never held whole.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: neither of the two.
+        FileNotFoundError, ValueError: nothing there, or neither of the two.
     """
     if not Path(path).is_dir():
         return load_results(path, of="results")
@@ -138,10 +126,7 @@ class StoredResults:
 
 
 def read_detections(path: str | Path, images: Iterable[dict]) -> list[Detections]:
-    """The detections of images, in the order of `images`, also of those in which nothing was found.
-
-    Args:
-        images: as in COCO annotations, {"id", "file_name", "height", "width"}.
+    """The detections of COCO's images, in their order, also where nothing was found.
 
     Raises:
         FileNotFoundError, ValueError: no detections of these images; one line with file and place.
@@ -153,13 +138,12 @@ def read_detections(path: str | Path, images: Iterable[dict]) -> list[Detections
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     results_by_id = defaultdict(list)
-    for result in results:
+    for result in sorted(results, key=lambda result: -result["score"]):
         results_by_id[result["image_id"]].append(result)
     return [_detections(image, results_by_id[i], has_masks) for i, image in images_by_id.items()]
 
 
 def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections:
-    results = sorted(results, key=lambda result: -result["score"])
     boxes = np.array([box_of(result) for result in results], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(
@@ -185,31 +169,29 @@ def check_results(
 ) -> tuple[str, ...]:
     """Checks detections; returns what can be scored: ("box", "mask"), or ("box",) without masks.
 
-    Without any result both can: nothing was found.
-
-    Args:
-        results: either all or none have masks; a mask without a box gives its box as well.
-        images: COCO's images by id, with "height" and "width".
-        categories: the ids that may occur; None for any.
+    Without any result both can: nothing was found. Either all or none have masks; a mask without a
+    box gives its box as well. Images are COCO's by id, categories the ids that may occur.
 
     Raises:
         ValueError: the first result that cannot be scored, and why, in one line.
     """
-    has_masks = not results or (
-        isinstance(results[0], dict) and results[0].get("segmentation") is not None
-    )
-    for index, result in enumerate(results):
-        image_id = _image_id(index, result, images)
-        problem = _category_problem(result, categories)
-        if not problem and (result.get("segmentation") is not None) != has_masks:
+    first = results[0] if results else {"segmentation": "of any"}
+    has_masks = isinstance(first, dict) and first.get("segmentation") is not None
+
+    def problem(result: dict) -> str | None:
+        if "category_id" not in result:
+            return "has no category_id; class-agnostic proposals are scored as `proposals`"
+        category_id = result["category_id"]
+        if not isinstance(category_id, int | np.integer):
+            return f"category_id must be a whole number, not {category_id!r:.40}"
+        if categories is not None and category_id not in categories:
+            return f"category_id {category_id} is not among the annotations' categories"
+        if (result.get("segmentation") is not None) != has_masks:
             has, first = ("no", "one") if has_masks else ("a", "none")
-            problem = f"has {has} segmentation, while results[0] has {first}: give all one, or none"
-        problem = problem or _problem(result, images[image_id], needs_mask=has_masks)
-        if problem:
-            raise ValueError(f"results[{index}] (image_id {image_id}): {problem}")
-    for start in range(0, len(results) if has_masks else 0, CHUNK):
-        chunk = results[start : start + CHUNK]
-        _check_runs(range(start, start + CHUNK), chunk)
+            return f"has {has} segmentation, while results[0] has {first}: give all one, or none"
+        return None
+
+    _check(enumerate(results), images, needs_mask=has_masks, problem=problem)
     return ("box", "mask") if has_masks else ("box",)
 
 
@@ -219,7 +201,6 @@ def results_by_image(
     """The images that have results, each with all its results, checked.
 
     Args:
-        ground_truth: lists the images.
         results: a list in any order; any other iterable must give the results of an image one
             after the other, and one image is held at a time. They are not copied.
         masks: whether every result must have one.
@@ -243,18 +224,38 @@ def results_by_image(
                 "images; the image was done twice: delete its shards, or all, and propose again"
             )
         seen.add(image_id)
-        image = ground_truth.imgs[image_id]
-        for index, result in zip(indices, group, strict=True):
-            if problem := _problem(result, image, needs_mask=masks):
-                raise ValueError(f"results[{index}] (image_id {image_id}): {problem}")
+        _check(zip(indices, group, strict=True), ground_truth.imgs, needs_mask=masks)
+        yield ground_truth.imgs[image_id], group
+
+
+def _check(
+    numbered: Iterable[tuple[int, Any]],
+    images: Mapping[int, dict],
+    *,
+    needs_mask: bool,
+    problem: Callable[[dict], str | None] = lambda result: None,
+) -> None:
+    """Refuses results, with their indices, that cannot be scored, or that `problem` refuses."""
+    places, strings, pixels = [], [], []
+    for index, result in numbered:
+        image_id = _image_id(index, result, images)
+        place, image = f"results[{index}] (image_id {image_id})", images[image_id]
+        if text := problem(result) or _problem(result, image, needs_mask=needs_mask):
+            raise ValueError(f"{place}: {text}")
         # pycocotools sees the masks only if they are scored, or stand in for a box.
-        seen_masks = [n for n, result in enumerate(group) if masks or result.get("bbox") is None]
-        _check_runs([indices[n] for n in seen_masks], [group[n] for n in seen_masks])
-        yield image, group
+        if needs_mask or result.get("bbox") is None:
+            places.append(place)
+            strings.append(_rle_string(result))
+            pixels.append(image["height"] * image["width"])
+    # On other runs pycocotools.iou loops forever, or leaves its memory.
+    valid, *_ = check_counts(strings, np.array(pixels, np.int64))
+    if not valid.all():
+        raise ValueError(
+            f"{places[np.argmin(valid)]}: the runs of its segmentation do not fill the image"
+        )
 
 
 def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
-    """Which of the images a result is of; ValueError if there is none."""
     if not isinstance(result, dict) or "image_id" not in result:
         raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
     image_id: Any = result["image_id"]
@@ -264,17 +265,6 @@ def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
             "score against the file that lists these images"
         )
     return int(image_id)
-
-
-def _category_problem(result: dict, categories: Container[int] | None) -> str | None:
-    if "category_id" not in result:
-        return "has no category_id; class-agnostic proposals are scored as `proposals`"
-    category_id = result["category_id"]
-    if not isinstance(category_id, int | np.integer):
-        return f"category_id must be a whole number, not {category_id!r:.40}"
-    if categories is not None and category_id not in categories:
-        return f"category_id {category_id} is not among the annotations' categories"
-    return None
 
 
 def _problem(result: dict, image: dict, *, needs_mask: bool) -> str | None:
@@ -309,23 +299,6 @@ def _is_number(value: Any) -> bool:
 def _is_box(box: Any) -> bool:
     is_sequence = isinstance(box, list | tuple | np.ndarray)
     return is_sequence and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0
-
-
-def _check_runs(indices: Sequence[int], results: list[dict]) -> None:
-    """Refuses RLEs that make pycocotools.iou loop forever, or leave its memory.
-
-    Args:
-        indices: of the results, for the error.
-        results: with masks that say their size.
-    """
-    pixels = np.array([math.prod(r["segmentation"]["size"]) for r in results], np.int64)
-    valid, *_ = check_counts([_rle_string(result) for result in results], pixels)
-    if not valid.all():
-        n = int(np.argmin(valid))
-        raise ValueError(
-            f"results[{indices[n]}] (image_id {results[n]['image_id']}): "
-            "the runs of its segmentation do not fill the image"
-        )
 
 
 def _rle_string(result: dict) -> bytes:

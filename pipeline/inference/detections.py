@@ -26,10 +26,6 @@ class Detections:
     labels: np.ndarray
     rles: list[bytes] | None = None
 
-    def __post_init__(self) -> None:
-        assert self.boxes.shape == (len(self), 4) and self.labels.shape == self.scores.shape
-        assert self.rles is None or len(self.rles) == len(self)
-
     def __len__(self) -> int:
         return len(self.scores)
 

@@ -6,9 +6,10 @@ interrupted run, started again, does what is left. Processes share the images.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,10 +48,10 @@ class Summary:
         broken: messages on images left out: unreadable, or the network failed on them.
     """
 
-    done: int = 0
-    done_before: int = 0
+    done: int
+    done_before: int
+    broken: list[str]
     found: int = 0
-    broken: list[str] = field(default_factory=list)
 
     @property
     def none_readable(self) -> bool:
@@ -65,15 +66,10 @@ def process_images(
     broken: list[str],
     advice: str,
 ) -> Iterator[tuple[np.ndarray, T]]:
-    """Gives image after image to `process`, the next one read meanwhile.
+    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
 
-    Args:
-        process: takes a file and its pixels (H, W, 3); may raise ImageError.
-        broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
-        advice: what helps if memory runs out.
-
-    Yields:
-        The pixels of an image and what `process` returned.
+    `broken` gets a line for each image that is left out: unreadable, or `process` failed on it. The
+    advice is for when memory runs out.
     """
     for file, image in release_between_sizes(read_ahead(files)):
         try:
@@ -107,10 +103,9 @@ def propose_images(
     """Fills the proposal store `output` for a folder, file or glob.
 
     Args:
-        settings: what the proposals depend on; a store made with other settings is refused.
+        settings: what the proposals depend on.
         annotations: COCO json that gives the images' ids and which images to take.
         draw: number of proposals to draw for each image, into `output/drawn`.
-        max_images: only the first so many images.
         backend: one of `BACKENDS`.
         write_json: write proposals.json (COCO results) as well, which is larger than the store.
 
@@ -120,13 +115,12 @@ def propose_images(
             pass for done).
     """
     _check_draw(draw)
-    # Find the images, and those of them that earlier runs have not done.
+    # Leave out the images that earlier runs have done.
     store = ProposalStore(output)
     done = store.images()
     known = {name: image["id"] for name, image in done.items()}
     files = find_images(source, annotations, known)[:max_images]
     todo = [file for file in files if file.file_name not in done]
-    # Make the store, or make sure that it was made with the same settings.
     if distributed.is_main():
         store.open_for(settings | {"backend": backend, "image_folder": str(common_folder(files))})
     distributed.barrier()  # every process has seen the same store before one adds to it
@@ -136,8 +130,7 @@ def propose_images(
     # Propose, each process for its part of the images.
     part = todo[distributed.rank() :: distributed.world_size()]
     made, messages = zip(*distributed.gather(_propose(proposer, part, store)), strict=True)
-    summary = Summary(sum(made), len(files) - len(todo), broken=list(itertools.chain(*messages)))
-    # Write and print what has been done.
+    summary = Summary(sum(made), len(files) - len(todo), list(itertools.chain(*messages)))
     if distributed.is_main():
         summary.found = store.count()
         path = write_proposals(store) if write_json else store.directory
@@ -179,7 +172,7 @@ def _propose(
 
 
 def _report(summary: Summary, found: str, results: Path, output: Path) -> None:
-    """Writes broken.json and metrics.json, and prints the same; `found` names what was found."""
+    """Writes broken.json and metrics.json, and prints the same; `found` is their name."""
     write_json(output / "broken.json", summary.broken)
     counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
     write_json(output / "metrics.json", counts | {found: summary.found})
@@ -204,11 +197,7 @@ def _draw(store: ProposalStore, files: list[ImageFile], count: int) -> None:
 
 
 def image_folder(store: ProposalStore, given: Path | None) -> Path:
-    """The folder that a store's file names are relative to: as given, or as the store knows it.
-
-    Raises:
-        ValueError: what is given is no folder, nothing is known, or there is no store.
-    """
+    """The folder that a store's file names are relative to: as given, or as the store knows it."""
     store.require_shards()
     if given is not None and not given.is_dir():
         raise ValueError(
@@ -237,9 +226,6 @@ def detect_images(
         settings: what the detections depend on, beside the images and the store.
         draw: number of detections to draw on each image, into `output/drawn`.
 
-    Returns:
-        The summary; an image without proposals is done, too.
-
     Raises:
         ValueError: no store, or none of its images is in the folder or can be used.
     """
@@ -258,21 +244,27 @@ def detect_images(
     todo = [shard for shard in shards if not part_of[shard].exists()]
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its part of the shards.
+    category_names = {category["id"]: category["name"] for category in detector.categories}
     mine = todo[distributed.rank() :: distributed.world_size()]
     for shard in tqdm(mine, unit="shard", disable=None if distributed.is_main() else True):
-        part = _detect(detector, store, shard, images, output / "drawn", draw)
+        part: dict[str, list] = {"results": [], "broken": []}
+        for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
+            if draw:
+                path = picture_path(output / "drawn", found.file_name)
+                save_picture(draw_detections(image, found, category_names, draw), path)
+            part["results"] += results_of(found)
         write_atomically(part_of[shard], json.dumps(part).encode())
     distributed.barrier()
     # Join the parts to one file of results.
-    broken = [message for part in map(_read, part_of.values()) for message in part["broken"]]
-    summary = Summary(len(names) - len(broken), broken=broken)
+    broken = list(_joined(part_of.values(), "broken"))
+    summary = Summary(len(names) - len(broken), 0, broken)
     distributed.barrier()  # every process has read them
     if distributed.is_main():
         if summary.done:
-            results = (r for part in map(_read, part_of.values()) for r in part["results"])
+            results = _joined(part_of.values(), "results")
             summary.found = write_results(output / DETECTIONS, results)
             _report(summary, "detections", output / DETECTIONS, output)
-        parts.remove()
+        shutil.rmtree(parts.directory)
     if not summary.done:
         raise ValueError(
             f"none of the images of {store.directory} could be used; the first: {broken[0]}"
@@ -280,23 +272,8 @@ def detect_images(
     return summary
 
 
-def _read(part: Path) -> dict:
-    return json.loads(part.read_bytes())
-
-
-def _detect(
-    detector: Detector, store: ProposalStore, shard: Path, images: Path, drawn: Path, draw: int
-) -> dict[str, list]:
-    """A shard's part: COCO "results", and "broken", messages on images left out."""
-    names = {category["id"]: category["name"] for category in detector.categories}
-    results: list[dict] = []
-    broken: list[str] = []
-    for image, found in detect_in_shard(detector, store, shard, images, broken):
-        if draw:
-            picture = draw_detections(image, found, names, draw)
-            save_picture(picture, picture_path(drawn, found.file_name))
-        results += results_of(found)
-    return {"results": results, "broken": broken}
+def _joined(parts: Iterable[Path], key: str) -> Iterator:
+    return itertools.chain.from_iterable(json.loads(part.read_bytes())[key] for part in parts)
 
 
 def detect_in_shard(
@@ -306,13 +283,12 @@ def detect_in_shard(
     images: Path,
     broken: list[str],
 ) -> Iterator[tuple[np.ndarray, T]]:
-    """The images of a shard that have proposals, and what `detect` finds in them.
+    """The images of a shard that have proposals, and what `detect` finds in each.
 
     Args:
         detect: takes an image and its proposals.
         images: the folder that the store's file names are relative to.
-        broken: gets a message for every image that is left out: unreadable, of another size than
-            its proposals, or too large for the memory.
+        broken: see `process_images`; also images of another size than their proposals'.
     """
     proposals_of = {proposals.file_name: proposals for proposals in store.read_shard(shard)}
 

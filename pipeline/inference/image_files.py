@@ -31,15 +31,14 @@ def find_images(
 
     Ids come from the annotations, else from the file names if all of them are distinct numbers (as
     COCO's are), else they count from 1. Names are relative to the folder that was given.
+    Images that the annotations (a COCO json) do not list are left out.
 
     Args:
-        source: with annotations, those images of it that they list.
-        annotations: a COCO json; None for none.
-        known: ids by file name that an earlier run has given; they stay, whatever has come into the
-            folder since.
+        known: ids by file name that an earlier run has given; they stay, whatever has come since.
 
     Raises:
-        ValueError: no images, annotations that are not COCO, or ids other than the known ones.
+        FileNotFoundError, ValueError: no images, annotations that are not COCO, or ids other than
+            the known ones.
     """
     if annotations is not None:
         files = _annotated_images(source, Path(annotations))
@@ -54,7 +53,10 @@ def find_images(
     paths = list_images(source)
     root = source if Path(source).is_dir() else os.path.commonpath([p.parent for p in paths])
     names = [path.relative_to(root).as_posix() for path in paths]
-    numbers = _numeric_names(paths) or list(range(1, len(paths) + 1))
+    numbers = list(range(1, len(paths) + 1))
+    if all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
+        stems = [int(path.stem) for path in paths]
+        numbers = stems if len(set(stems)) == len(stems) else numbers
     taken = set(known.values())
     unused = itertools.count(max([*numbers, *taken]) + 1)
     ids = [
@@ -62,14 +64,6 @@ def find_images(
         for name, number in zip(names, numbers, strict=True)
     ]
     return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
-
-
-def _numeric_names(paths: list[Path]) -> list[int] | None:
-    """The numbers that the files are named by; None unless all names are different numbers."""
-    if not all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
-        return None
-    numbers = [int(path.stem) for path in paths]
-    return numbers if len(set(numbers)) == len(numbers) else None
 
 
 def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
@@ -107,10 +101,7 @@ def common_folder(files: list[ImageFile]) -> Path:
 
 
 def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray | ImageError]]:
-    """Images in order, the next one read while the present one is worked on.
-
-    An unreadable one gives its error.
-    """
+    """Images, or their errors, in order; the next is read while the present is worked on."""
 
     def read(file: ImageFile) -> np.ndarray | ImageError:
         try:

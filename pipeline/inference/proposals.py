@@ -64,22 +64,20 @@ class Proposals:
 
 
 class ResumableDirectory:
-    """A directory of results that an interrupted run continues, and the settings behind them."""
+    """A directory of results that an interrupted run continues, and the settings of that run."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+        self.path = self.directory / SETTINGS
 
     def open_for(self, settings: dict, *, discard: bool = False) -> None:
         """Makes the directory, or makes sure that what it holds was made with the same settings.
 
-        Args:
-            settings: of this run, of JSON's types.
-            discard: delete what was made with other settings instead of refusing to continue.
+        Settings are of JSON's types. What was made with other ones is deleted with `discard`.
 
         Raises:
             ValueError: other settings, each of them named.
         """
-        path = self.directory / SETTINGS
         changed = self.changed_settings(settings)
         if changed and not discard:
             raise ValueError(
@@ -87,21 +85,13 @@ class ResumableDirectory:
                 "choose another --output or delete it"
             )
         if changed:
-            self.remove()
-        if not path.exists():
-            write_json(path, settings)
-
-    def remove(self) -> None:
-        """Deletes the directory."""
-        shutil.rmtree(self.directory)
+            shutil.rmtree(self.directory)
+        if not self.path.exists():
+            write_json(self.path, settings)
 
     def changed_settings(self, settings: dict) -> list[str]:
-        """The settings that differ from those of the directory; none if it is new.
-
-        Raises:
-            ValueError: the directory has a settings file of another kind.
-        """
-        if not (self.directory / SETTINGS).exists():
+        """The settings that differ from those of the directory; none if it is new."""
+        if not self.path.exists():
             return []
         found, settings = self.settings(), json.loads(json.dumps(settings))  # tuples become lists
         return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
@@ -112,14 +102,13 @@ class ResumableDirectory:
         Raises:
             ValueError: the directory has a settings file of another kind.
         """
-        path = self.directory / SETTINGS
-        if not path.exists():
+        if not self.path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text()))
+            return dict(json.loads(self.path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(
-                f"{path} does not hold settings of ours; choose another --output"
+                f"{self.path} does not hold settings of ours; choose another --output"
             ) from None
 
 
@@ -128,7 +117,7 @@ class ProposalStore(ResumableDirectory):
 
     def open_for(self, settings: dict, *, discard: bool = False) -> None:
         """As `ResumableDirectory.open_for`; shards of unknown settings are refused."""
-        if self.shards() and not (self.directory / SETTINGS).exists():
+        if self.shards() and not self.path.exists():
             raise ValueError(f"{self.directory} holds proposals but no {SETTINGS}; delete it")
         super().open_for(settings, discard=discard)
 
@@ -137,11 +126,7 @@ class ProposalStore(ResumableDirectory):
         return sorted(self.directory.glob("proposals-*.parquet"))
 
     def require_shards(self) -> list[Path]:
-        """The shards, of which there must be one.
-
-        Raises:
-            ValueError: the directory is no store.
-        """
+        """The shards; ValueError if there is none, as in a directory that is no store."""
         if not (shards := self.shards()):
             raise ValueError(f"{self.directory} is no proposal store: no proposals-*.parquet in it")
         return shards
@@ -163,12 +148,7 @@ class ProposalStore(ResumableDirectory):
         return sum(_read(pq.read_metadata, shard).num_rows for shard in self.shards())
 
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
-        """Adds a shard with the proposals of some images.
-
-        Args:
-            proposals: one for each image.
-            writer: rank of the process, so that no two write one file.
-        """
+        """Adds a shard of some images; `writer` is the process's rank: no two write one file."""
         earlier = self.directory.glob(f"proposals-{writer:03d}-*.parquet")
         index = 1 + max((int(path.stem.split("-")[2]) for path in earlier), default=-1)
         path = self.directory / f"proposals-{writer:03d}-{index:06d}.parquet"
@@ -190,11 +170,7 @@ class ProposalStore(ResumableDirectory):
             yield _from_table(table.slice(start, stop - start))
 
     def boxes(self) -> ProposalBoxes:
-        """Boxes and scores of all images, without reading a mask.
-
-        Raises:
-            ValueError: the store holds no proposal.
-        """
+        """Boxes and scores of all images, without reading a mask; ValueError without any."""
         columns = ["image_id", "score", "box"]
         tables = [_read(pq.read_table, shard, columns=columns) for shard in self.shards()]
         if not any(map(len, tables)):
@@ -215,34 +191,20 @@ def _read(reader: Callable, shard: Path, **options: Any) -> Any:
 
 
 def _to_table(proposals: list[Proposals]) -> pa.Table:
-    lengths = [len(p) for p in proposals]
-
-    def column(values: list, type: pa.DataType) -> pa.Array:
-        return pa.array([v for v, n in zip(values, lengths, strict=True) for _ in range(n)], type)
-
-    boxes = np.concatenate([np.empty((0, 4), np.float32), *(p.boxes for p in proposals)])
-    images = [
-        {"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width}
-        for p in proposals
-    ]
-    return pa.table(
-        [
-            column([p.image_id for p in proposals], pa.int64()),
-            column([p.file_name for p in proposals], pa.string()),
-            pa.array(np.concatenate([np.empty(0, np.float32), *(p.scores for p in proposals)])),
-            pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4),
-            pa.array([rle for p in proposals for rle in p.rles], pa.binary()),
-            column([p.height for p in proposals], pa.int32()),
-            column([p.width for p in proposals], pa.int32()),
-        ],
-        schema=SCHEMA.with_metadata({IMAGES_KEY: json.dumps(images)}),
-    )
+    images, rows = [], []
+    for p in proposals:
+        size = {"height": p.height, "width": p.width}
+        images.append({"id": p.image_id, "file_name": p.file_name, **size})
+        image = {"image_id": p.image_id, "file_name": p.file_name, **size}
+        for score, box, rle in zip(p.scores, p.boxes, p.rles, strict=True):
+            rows.append(image | {"score": score, "box": box, "counts": rle})
+    schema = SCHEMA.with_metadata({IMAGES_KEY: json.dumps(images)})
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _from_table(table: pa.Table) -> Proposals:
-    names = ("image_id", "file_name", "height", "width")
     return Proposals(
-        **{name: table[name][0].as_py() for name in names},
+        **{name: table[name][0].as_py() for name in ("image_id", "file_name", "height", "width")},
         scores=table["score"].to_numpy(),
         boxes=_boxes(table),
         rles=table["counts"].to_pylist(),
