@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from torchvision.ops import box_convert
 
 from datasets.files import atomic_path, write_json
 from datasets.segmentations import check_counts
@@ -29,10 +31,10 @@ LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no ove
 
 def results_of(found: Proposals | Detections) -> list[dict]:
     """COCO results of an image; the category of proposals is 1."""
-    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
+    labels, decimals, boxes = [1] * len(found), 6, torch.tensor(found.boxes)
     if isinstance(found, Detections):
-        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
+        labels, decimals, boxes = found.labels.tolist(), SCORE_DECIMALS, boxes.double()
+    xywh = box_convert(boxes, "xyxy", "xywh").numpy()
     if isinstance(found, Detections):
         xywh = xywh.round(BOX_DECIMALS)
     results: list[dict] = [

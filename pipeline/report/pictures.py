@@ -13,11 +13,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
-from pipeline.inference.coco_json import xywh
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.visualize import color
@@ -198,7 +197,8 @@ def draw_detections(
     for d in reversed(range(len(found))):
         box, label = found.boxes[d], int(found.labels[d])
         if found.rles is None:
-            [rle] = coco_mask.frPyObjects(xywh(box[None].astype(float)), found.height, found.width)
+            xywh = box_convert(torch.tensor(box).double(), "xyxy", "xywh").tolist()
+            [rle] = coco_mask.frPyObjects([xywh], found.height, found.width)
         else:
             rle = found.rle(d)
         # Detections of a category that the annotations do not know go by its id.
