@@ -30,19 +30,12 @@ Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # what `select_boxes` returns
 
 @dataclass
 class View:
-    """One version of an image that the network has seen.
+    """One version of an image that the network has seen."""
 
-    Attributes:
-        layers: the trunk's features by stride.
-        scale: (4,) from the original's pixels to this version's, xyxy.
-        last_x: of this version, where the mirror puts what is at 0.
-        flip: mirrored left-right.
-    """
-
-    layers: dict[int, Tensor]
-    scale: Tensor
-    last_x: float
-    flip: bool
+    layers: dict[int, Tensor]  # the trunk's features by stride
+    scale: Tensor  # (4,) from the original's pixels to this version's, xyxy
+    last_x: float  # of this version, where the mirror puts what is at 0
+    flip: bool  # mirrored left-right
 
 
 class Detector:
@@ -80,12 +73,7 @@ class Detector:
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
     def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
-        """The detections of an image, at most `max_detections`.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            proposals: of this image; the best `num_proposals` are used.
-        """
+        """At most `max_detections` of an image (H, W, 3) uint8 RGB, from its best proposals."""
         [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
         return detections
 
@@ -93,27 +81,22 @@ class Detector:
     def detect_by_count(
         self, image: np.ndarray, proposals: Proposals, num_proposals: Sequence[int]
     ) -> list[Detections]:
-        """The detections from the best proposals only, for several numbers of them.
+        """The detections from so many of the best proposals, for several numbers of them.
 
         The trunk and the RoIs of the largest number run once: what the network says of an RoI does
         not depend on the others, only the selection does (and what is fed back after it).
-
-        Args:
-            image, proposals: as in a call.
-            num_proposals: how many proposals to use, one number for each result.
         """
         size = image.shape[:2]
         boxes = torch.tensor(proposals.boxes[: max(num_proposals)], device=self.device)
-        # Run the trunk on every scale of the image and its mirror image.
         views = self._views(image) if len(boxes) else []
-        # Classify all RoIs; decode and clip their boxes.
         probabilities, decoded = self._classify(views, boxes, size)
         results = []
         for count in num_proposals:
-            # NMS within each class, the best over all classes, box voting.
-            selection = self._select(probabilities[:count], decoded[:count])
-            # Feed the selected boxes back as RoIs.
-            scores, labels, found, rows = self._refine(views, selection, size)
+            scores, labels, found, rows = self._select(probabilities[:count], decoded[:count])
+            for _ in range(self.options.box_refinement_iters):  # the boxes are fed back as RoIs
+                sources = rows
+                scores, labels, found, rows = self._select(*self._classify(views, found, size))
+                rows = sources[rows]
             # Give each detection the mask of the proposal that it comes from.
             results.append(
                 Detections(
@@ -139,13 +122,6 @@ class Detector:
             vote_iou=self.options.box_voting_iou,
         )
 
-    def _refine(self, views: list[View], selection: Selection, size: tuple[int, int]) -> Selection:
-        for _ in range(self.options.box_refinement_iters):
-            *_, boxes, sources = selection
-            scores, labels, found, rows = self._select(*self._classify(views, boxes, size))
-            selection = scores, labels, found, sources[rows]
-        return selection
-
     def _views(self, image: np.ndarray) -> list[View]:
         views = []
         for side in self.short_sides:
@@ -168,11 +144,9 @@ class Detector:
     def _classify(
         self, views: list[View], boxes: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Probabilities (R, C + 1) and boxes (R, C, 4), the means over all views, in chunks.
+        """Probabilities (R, C + 1) and boxes (R, C, 4) of RoIs (R, 4), the means over all views.
 
-        Args:
-            boxes: (R, 4).
-            size: height and width of the image, to which boxes are clipped.
+        Boxes are clipped to the image's size (height, width).
         """
         if len(boxes) == 0:
             classes = len(self.categories)
@@ -216,11 +190,10 @@ def select_boxes(
     scores are ordered by class, then by RoI.
 
     Args:
-        probabilities: (R, C + 1) class probabilities; column 0 is the background.
+        probabilities: (R, C + 1); column 0 is the background.
         boxes: (R, C, 4) each RoI's box for each class: decoded, clipped, xyxy in pixels.
         score_threshold: candidates have a higher probability; at least 0.
         nms_iou: a box is dropped if a better one of its class overlaps it by more.
-        max_detections: how many to return at most.
         vote_iou: a detection's box becomes the mean, weighted by score, of its class's candidates
             that overlap it by more, those that NMS dropped included; None for no voting.
 
@@ -239,7 +212,7 @@ def select_boxes(
     kept = kept[scores[kept].argsort(descending=True, stable=True)[:max_detections]]  # (D,)
     selected = candidates[kept]
     if vote_iou is not None:
-        selected = _vote(selected, labels[kept], candidates, scores, labels, vote_iou)
+        selected = _vote(kept, candidates, scores, labels, vote_iou)
     return scores[kept], labels[kept], selected, roi_index[kept]
 
 
@@ -259,17 +232,13 @@ def _nms_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_iou: float)
 
 
 def _vote(
-    boxes: Tensor,
-    box_labels: Tensor,
-    candidates: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    min_iou: float,
+    kept: Tensor, candidates: Tensor, scores: Tensor, labels: Tensor, min_iou: float
 ) -> Tensor:
-    """Weighted means of the candidates that overlap each box, (D, 4)."""
+    """Weighted means of the candidates that overlap each of those kept, (D, 4)."""
+    boxes = candidates[kept]
     voted = boxes.clone()
-    for label in box_labels.unique().tolist():
-        rows, voters = box_labels == label, labels == label
+    for label in labels[kept].unique().tolist():
+        rows, voters = labels[kept] == label, labels == label
         overlaps = box_iou(boxes[rows], candidates[voters]) > min_iou
         # In float64: the mean of equal corners is that corner to the bit, within the image.
         weights = overlaps * scores[voters].double()
@@ -283,12 +252,10 @@ def load_detector(
 ) -> tuple[Detector, dict]:
     """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
-    Args:
-        overrides: values for the config's `detect` section.
+    Overrides are values for the config's `detect` section.
 
     Raises:
-        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
-            do not fit; an override that is out of range.
+        FileNotFoundError, ValueError: no checkpoint of a detector, or an override out of range.
     """
     model, config, content = load_network(checkpoint, stage="multipathnet")
     assert isinstance(model, MultiPathNet)
@@ -311,10 +278,7 @@ def load_detector(
 
 
 def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
-    """Writes a detector's checkpoint again, its fc6 and fc7 truncated to a rank.
-
-    Returns:
-        A line with the number of parameters before and after.
+    """Writes a detector's checkpoint with fc6 and fc7 truncated to a rank; returns a line on it.
 
     Raises:
         ValueError: a rank below 1, another checkpoint, or one without such layers.

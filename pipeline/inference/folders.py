@@ -66,12 +66,10 @@ def process_images(
     broken: list[str],
     advice: str,
 ) -> Iterator[tuple[np.ndarray, T]]:
-    """Images and what `process` makes of each, the next one read meanwhile.
+    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
 
-    Args:
-        process: takes a file and its pixels (H, W, 3); may raise ImageError.
-        broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
-        advice: what helps if memory runs out.
+    `broken` gets a line for each image that is left out: unreadable, or `process` failed on it. The
+    advice is for when memory runs out.
     """
     for file, image in release_between_sizes(read_ahead(files)):
         try:

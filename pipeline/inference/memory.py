@@ -47,10 +47,7 @@ def release_between_sizes(
 
     Blocks of ever other sizes leave gaps that no later one fits, so a process that keeps them grows
     from image to image. Images of one size reuse the same blocks, and are interrupted only now and
-    then, for what is left between these.
-
-    Args:
-        images: (anything, the image or the error that reading it gave).
+    then, for what is left between these. An error may take the place of an image.
     """
     size, kept = None, 0
     for item, image in images:
@@ -69,13 +66,7 @@ def _call_libc(name: str, *arguments: int) -> None:
 
 
 def describe_failure(error: Exception, shape: tuple[int, ...], *, advice: str) -> str:
-    """Why a network failed on an image, in one line.
-
-    Args:
-        error: one of `NETWORK_ERRORS`.
-        shape: height and width of the image.
-        advice: what helps if memory ran out.
-    """
+    """Why a network failed on an image, in one line; `advice` helps if memory ran out."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(text):
         return f"out of memory at {shape[1]} x {shape[0]} px; {advice}"

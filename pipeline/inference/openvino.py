@@ -28,12 +28,9 @@ CALIBRATION_IMAGES, CALIBRATION_PIXELS = 64, 1 << 21
 
 
 def run_in_8_bits(proposer: Proposer, images: list[Path], path: Path) -> None:
-    """Has a proposer run its network in 8 bits.
+    """Has a proposer run its network in 8 bits, kept in an .xml file for later runs.
 
-    Args:
-        proposer: its network is replaced.
-        images: it is calibrated on some of them, spread evenly, each at a random scale.
-        path: where the network is kept for later runs, as an .xml file.
+    It is calibrated on some of the images, spread evenly, each at a random scale.
 
     Raises:
         ValueError: not on a CPU, OpenVINO is not installed, or no image can be read.
@@ -59,11 +56,9 @@ def _calibration_samples(proposer: Proposer, images: list[Path]) -> Iterator[Ten
 
 
 def quantize(network: Callable, samples: Iterable[Tensor], path: Path) -> None:
-    """Writes the network with 8-bit weights and activations, in OpenVINO's format.
+    """Writes the network with 8-bit weights and activations: an .xml file, a .bin file beside it.
 
-    Args:
-        samples: (1, 3, H, W) images, which give the ranges of the activations.
-        path: of the .xml file; the weights lie beside it in a .bin file.
+    The samples (1, 3, H, W) give the ranges of the activations.
 
     Raises:
         ValueError: OpenVINO is not installed, or there are no samples.
@@ -133,9 +128,6 @@ def _openvino() -> Iterator[tuple[Any, Any]]:
     """OpenVINO and NNCF, which in the block neither report their use nor warn of a missing CUDA.
 
     They report through another package, and do without it where it cannot be imported.
-
-    Raises:
-        ValueError: they are not installed.
     """
     modules: dict[str, Any] = sys.modules
     hidden = "openvino_telemetry" not in modules

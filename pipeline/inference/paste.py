@@ -26,9 +26,7 @@ FIRST_CHARACTER = np.uint8(ord("0"))
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the patches of masks lie in the original image.
-
-    Top-left corners and sizes in pixels, each (n,) float64.
+    """Top-left corners and sizes of patches in pixels of the original image, each (n,) float64.
 
     Attributes:
         align_corners: how the cells of a mask lie over its patch. False: they divide its area
@@ -69,13 +67,9 @@ NOTHING = Pasted(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), [])
 def paste(
     logits: Tensor, places: Placement, *, image_size: tuple[int, int], threshold: float
 ) -> Pasted:
-    """Pastes masks of patches into the image.
+    """Pastes masks into the image (height, width), given their logits (n, M, M) over the patches.
 
-    Args:
-        logits: (n, M, M) float32, over the patches.
-        places: the patches in the image.
-        image_size: height and width.
-        threshold: pixels with a higher probability belong to the mask, in (0, 1).
+    Pixels with a probability above the threshold, in (0, 1), belong to the mask.
     """
     limit = math.log(threshold / (1 - threshold))
     groups = _shrink(logits, places) if places.align_corners else [(np.arange(len(logits)), logits)]
@@ -96,7 +90,6 @@ def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, in
         owner: (e,) int64, the mask of each edge, ascending.
         edges: (e,) int64, pixels counted down the columns, ascending within a mask; alternately the
             first pixel of a run of foreground and the first one after it. Runs may be empty.
-        image_size: height and width.
     """
     height, width = image_size
     owner, edges = _cancel_pairs(owner, edges)
@@ -110,8 +103,7 @@ def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, in
 def _shrink(logits: Tensor, places: Placement) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Masks with no more cells than pixels, since image.scale of Lua Torch averages areas there.
 
-    Yields:
-        Indices of the masks that have one size then, and their logits.
+    Yields indices of the masks that have one size then, and their logits.
     """
     cells = logits.shape[-1]
     sizes = np.stack([places.height, places.width], axis=1).clip(1, cells).astype(int)
@@ -135,11 +127,9 @@ def _averages(pixels: int, cells: int) -> Tensor:
 def _edges(
     logits: Tensor, places: Placement, image_size: tuple[int, int], limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of masks: owner and edges as `encode_edges` takes them.
+    """Owner and edges, as `encode_edges` takes them, of masks (n, rows, columns) of cells.
 
-    Args:
-        logits: (n, rows, columns) of cells.
-        limit: foreground has a higher logit.
+    Foreground has a logit above the limit.
     """
     rows = logits.shape[1]
     low, high = _pixels(places.top, places.height, image_size[0])
@@ -178,11 +168,7 @@ def _centers(
 def _columns(
     used: np.ndarray, places: Placement, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The columns of pixels that the foreground of masks can reach by interpolation.
-
-    Args:
-        used: (n, columns) bool, whether a column of cells has foreground.
-        width: of the image.
+    """The columns of pixels that foreground reaches by interpolation from `used` columns of cells.
 
     Returns:
         (T,) int64 masks, (T,) int64 x in the image, (T,) float64 positions in cells.
@@ -265,12 +251,9 @@ def _cancel_pairs(owner: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _boxes_of_runs(starts: np.ndarray, runs: np.ndarray, height: int) -> np.ndarray:
-    """The boxes of masks, (n, 4) float32 xyxy.
+    """The boxes (n, 4) float32 xyxy of masks, whose first runs are `starts` (n,).
 
-    Args:
-        starts: (n,) int64, the first run of each mask.
-        runs: (r, 2) int64, begin and end of all masks' runs of foreground.
-        height: H.
+    Runs (r, 2) of foreground have a begin and an end.
     """
     column, row = np.divmod(runs - [0, 1], height)  # of a run's first and last pixel
     # A run over several columns touches the bottom row and the top row.
@@ -285,12 +268,7 @@ def _boxes_of_runs(starts: np.ndarray, runs: np.ndarray, height: int) -> np.ndar
 def _run_lengths(
     starts: np.ndarray, edges: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths of the runs of masks, background first.
-
-    Args:
-        starts: (n,) int64, the first edge of each mask; each has some, an even number.
-        edges: (e,) int64.
-        size: H W.
+    """Lengths of the runs of masks, background first, given each mask's first edge (n,).
 
     Returns:
         Lengths (c,) int64, the first one of each mask (n,), and their indices within a mask (c,).

@@ -8,7 +8,7 @@ Letters: (h, w) cells of a scale, E embedding width, M mask size, P patch size, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,18 +36,14 @@ MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 class PyramidScale:
     """One scale of the pyramid after the network.
 
-    Attributes:
-        scale_xy: scales in x and y by which masks are placed. These are the ones that rounding the
-            size to pixels really gave; with `align_corners`, the exact scale.
-        embeddings: (E, h, w).
-        score_logits: (h, w).
-        horizontal: for each refinement module (c, h', w') at its stride; empty without refinement.
+    Masks are placed by the scales in x and y that rounding the size to pixels really gave; with
+    `align_corners`, by the exact scale.
     """
 
     scale_xy: tuple[float, float]
-    embeddings: Tensor
-    score_logits: Tensor
-    horizontal: list[Tensor]
+    embeddings: Tensor  # (E, h, w)
+    score_logits: Tensor  # (h, w)
+    horizontal: list[Tensor]  # (c, h', w') for each refinement module, at its stride
 
 
 class Proposer:
@@ -91,26 +87,19 @@ class Proposer:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
-        """The best proposals of an image.
+        """At most `num_proposals` of an image (H, W, 3) uint8 RGB, best first.
 
-        Args:
-            image: (H, W, 3) uint8 RGB.
-
-        Returns:
-            At most `num_proposals`, best first; masks without a pixel in the image are left out.
+        Masks without a pixel in the image are left out.
         """
         height, width = image.shape[:2]
         # Run the network at every scale; the largest first, so that its freed memory serves all.
         pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
         pyramid.reverse()
-        # Rank the cells of all scales together.
         scores, cells = best_cells([scale.score_logits for scale in pyramid], self.num_proposals)
-        # Decode the masks of the best cells and paste them into the image.
         masks = self._masks(pyramid, cells, (height, width))
         # Drop the scores of masks that lie outside of the image.
         scores = scores.cpu().numpy()[masks.indices]
         proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
-        # Drop near duplicates.
         return proposals if self.nms is None else mask_nms(proposals, self.nms)
 
     @torch.inference_mode()
@@ -136,16 +125,12 @@ class Proposer:
 
     @torch.inference_mode()
     def decode(self, pyramid: list[PyramidScale], cells: Tensor) -> Tensor:
-        """Mask logits of chosen cells, refined if there is a refinement.
+        """Mask logits (n, M, M) of cells, or (n, P, P) when refined.
 
         Args:
-            pyramid: the scales of the image.
             cells: (n, 3) int64 of scale, row, column. All go through the network together, since
                 one large batch costs less than many small ones. Those of one scale in a row are
                 gathered together.
-
-        Returns:
-            (n, M, M), or (n, P, P) when refined.
         """
         indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
         scales = [pyramid[i] for i in indices.tolist()]
@@ -154,14 +139,11 @@ class Proposer:
         if self.refinement is None:
             with self._autocast():
                 return self.deepmask.decode_masks(embeddings)
-        windows = []
-        for i in range(len(self.refinement.refinements)):
-            size, step = self.deepmask.cells << i, 1 << i
-            windows.append(
-                _concatenate(
-                    [gather_windows(s.horizontal[i], c, size=size, step=step) for s, c in groups]
-                )
-            )
+        size = self.deepmask.cells
+        windows = [
+            _concatenate([gather_windows(s.horizontal[i], c, size << i, 1 << i) for s, c in groups])
+            for i in range(len(self.refinement.refinements))
+        ]
         with self._autocast():
             return self.refinement.refine(embeddings, windows)
 
@@ -200,17 +182,10 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
 
 
-def gather_windows(features: Tensor, cells: Tensor, *, size: int, step: int) -> Tensor:
-    """The windows of cells in a map of the same or a finer stride.
+def gather_windows(features: Tensor, cells: Tensor, size: int, step: int) -> Tensor:
+    """Windows (n, c, size, size), channels last, of a map (c, h, w) with `step` positions per cell.
 
-    Args:
-        features: (c, h, w).
-        cells: (n, 2) int64 rows and columns at stride 16.
-        size: side of a window.
-        step: positions of the map in a cell.
-
-    Returns:
-        (n, c, size, size), channels last; the window of cell (i, j) begins at (i step, j step).
+    The window of cell (i, j) begins at (i step, j step); cells are (n, 2) int64.
     """
     # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
     missing = [
@@ -230,10 +205,7 @@ def log2_range(low: float, high: float, step: float) -> list[float]:
 
 
 def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The highest-scoring cells of all scales together.
-
-    Args:
-        score_logits: (h, w) for each scale.
+    """The highest-scoring cells of all scales together, given the scores (h, w) of each.
 
     Returns:
         Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in
@@ -253,15 +225,11 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 def place_patches(
     cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
 ) -> Placement:
-    """Where the patches of cells lie in the original image.
+    """Where the patches of cells (n, 2) lie in the original image.
 
-    The patch of a cell has its center at (16 column, 16 row) of the scaled image.
-
-    Args:
-        cells: (n, 2) int64 rows and columns.
-        scale_xy: (n, 2) scales in x and y of each one's scaled image.
-        patch_size: in pixels of the scaled image.
-        align_corners: places on whole pixels, as the released code does (see `Placement`).
+    The patch of a cell has its center at (16 column, 16 row) of the scaled image, whose scales in x
+    and y are `scale_xy` (n, 2). With `align_corners`, places are whole pixels, as in the released
+    code (see `Placement`).
     """
     corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
     size = patch_size / scale_xy
@@ -271,12 +239,7 @@ def place_patches(
 
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:
-    """The proposals without those whose mask overlaps a better one.
-
-    Args:
-        proposals: best first.
-        iou: in (0, 1]; of two masks with at least this IoU, the lower-scored one is dropped.
-    """
+    """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
     boxes = proposals.boxes.astype(np.float64)
     areas = np.array([coco_mask.area(proposals.rle(i)) for i in range(len(proposals))], np.float64)
     waiting = np.arange(len(proposals))
@@ -302,10 +265,9 @@ def mask_nms(proposals: Proposals, iou: float) -> Proposals:
 
 
 def override(section: Section, **values: Any) -> Section:
-    """A section of a config with the values that are not None, which come from the command line.
+    """A section of a config with the values of the command line that are not None.
 
-    Raises:
-        ValueError: a value that the section refuses, by the name of its option.
+    A ValueError names the option.
     """
     try:
         return replace(section, **{k: v for k, v in values.items() if v is not None})
@@ -326,10 +288,8 @@ def load_proposer(
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
-    Args:
-        num_proposals, log2_scales, nms: None for the values of the checkpoint's config.
-        zoom: adds the scale 2^1.
-        refine: False gives the coarse masks of the DeepMask that a SharpMask is built on.
+    Values that are None are those of the checkpoint's config; `zoom` adds the scale 2^1; without
+    `refine`, a SharpMask gives the coarse masks of its DeepMask.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
@@ -337,16 +297,12 @@ def load_proposer(
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     assert isinstance(model, DeepMask | SharpMask)
     c = override(config.propose, num_proposals=num_proposals, log2_scales=log2_scales, nms=nms)
-    options: dict[str, Any] = {
-        "num_proposals": c.num_proposals,
-        "log2_scales": sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])}),
-        "mask_threshold": c.mask_threshold,
-        "nms": c.nms,
-        "align_corners": c.align_corners,
-    }
+    scales = sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])})
+    options: dict[str, Any] = asdict(c) | {"log2_scales": scales}
+    amp = options.pop("amp")
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
     refined = isinstance(model, SharpMask)
     settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     fold_norms(model)
-    return Proposer(model, device=device, amp=config.propose.amp, **options), settings
+    return Proposer(model, device=device, amp=amp, **options), settings

@@ -22,9 +22,9 @@ PALETTE = cv2.cvtColor(
 
 
 def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.ndarray:
-    """The best `count` proposals that do not repeat each other: (H, W, 3) uint8.
+    """The best `count` that do not repeat each other, on a copy of the image (H, W, 3) uint8.
 
-    Drawn on a copy of the image, the best on top, and the scores on top of all.
+    The best is on top, and the scores are on top of all.
     """
     distinct = mask_nms(proposals, DUPLICATE_IOU)
     return _draw_masks(image, distinct, [f"{score:.2f}" for score in distinct.scores[:count]])
@@ -33,17 +33,12 @@ def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.nd
 def draw_detections(
     image: np.ndarray, detections: Detections, names: dict[int, str], count: int
 ) -> np.ndarray:
-    """The best `count` detections with names and scores on a copy of the image: (H, W, 3) uint8.
+    """The best `count` with names (by category id) and scores on a copy of the image.
 
     Thin lines are the boxes: they are moved by the detector, the masks are as proposed.
-
-    Args:
-        names: of the categories, by id.
     """
-    texts = [
-        f"{names[label]} {score:.2f}"
-        for label, score in zip(detections.labels[:count].tolist(), detections.scores, strict=False)
-    ]
+    best = zip(detections.labels[:count].tolist(), detections.scores[:count], strict=True)
+    texts = [f"{names[label]} {score:.2f}" for label, score in best]
     return _draw_masks(image, detections, texts, boxes=True)
 
 
@@ -51,14 +46,15 @@ def _draw_masks(
     image: np.ndarray, found: Proposals | Detections, texts: list[str], *, boxes: bool = False
 ) -> np.ndarray:
     """The first masks, as many as there are texts, and their boxes."""
-    picture, shown = image.copy(), range(min(len(texts), len(found)))
-    for n in reversed(shown):
+    picture = image.copy()
+    for n in reversed(range(len(texts))):
         draw_mask(picture, coco_mask.decode(found.rle(n)), color(n))
         if boxes:
             x0, y0, x1, y1 = found.boxes[n].round().astype(int).tolist()
             cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), color(n), 1)
-    corners = found.boxes[:, :2].tolist()
-    put_labels(picture, [Label(texts[n], tuple(corners[n]), color(n)) for n in shown])
+    corners = map(tuple, found.boxes[: len(texts), :2].tolist())
+    labels = zip(texts, corners, map(color, range(len(texts))), strict=True)
+    put_labels(picture, [Label(*label) for label in labels])
     return picture
 
 
@@ -68,11 +64,7 @@ def color(n: int) -> tuple[int, int, int]:
 
 
 def draw_mask(
-    picture: np.ndarray,
-    mask: np.ndarray,
-    rgb: tuple[int, int, int],
-    *,
-    tint: float = 0.35,
+    picture: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int], *, tint: float = 0.35
 ) -> None:
     """Tints a mask (H, W) and draws its outline, in place."""
     inside = mask.astype(bool)
@@ -125,11 +117,7 @@ def put_label(
     rgb: tuple[int, int, int],
     scale: float = 0.42,
 ) -> None:
-    """Text on a dark ground, readable on any picture, in place.
-
-    Args:
-        origin: the left end of its baseline.
-    """
+    """Text on a dark ground, readable on any picture, in place; its baseline begins at origin."""
     (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     x, y = origin
     ground = picture[max(y - height - 2, 0) : y + base, max(x - 1, 0) : x + width + 1]

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from pipeline.inference.coco_json import read_detections, results_of, write_results
 from pipeline.inference.detections import Detections
+from tests.pipeline.inference.builders import proposals_of
 
 HEIGHT, WIDTH = 48, 64
 
@@ -21,10 +22,7 @@ HEIGHT, WIDTH = 48, 64
 def detections(image_id, *, count, masks=True, seed=0):
     rng = np.random.default_rng([seed, image_id])
     corners = rng.uniform(0, 1, (count, 2, 2)) * [WIDTH, HEIGHT]
-    rles = None
-    if masks:
-        pixels = np.asfortranarray(rng.random((HEIGHT, WIDTH, count)) > 0.5, np.uint8)
-        rles = [rle["counts"] for rle in mask_utils.encode(pixels)] if count else []
+    proposals = proposals_of(rng.random((count, HEIGHT, WIDTH)) > 0.5)
     return Detections(
         image_id,
         f"folder/{image_id}.jpg",
@@ -33,7 +31,7 @@ def detections(image_id, *, count, masks=True, seed=0):
         scores=np.sort(rng.random(count).astype(np.float32))[::-1],
         boxes=np.sort(corners, axis=1).reshape(-1, 4).astype(np.float32),
         labels=rng.choice([1, 3, 90], count),
-        rles=rles,
+        rles=proposals.rles if masks else None,
     )
 
 
@@ -48,10 +46,11 @@ def images_of(all_detections):
     ]
 
 
+counts = st.lists(st.integers(0, 5), min_size=1, max_size=4)
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.integers(0, 5), min_size=1, max_size=4), st.booleans(), st.integers(0, 2**31 - 1)
-)
+@given(counts, st.booleans(), st.integers(0, 2**31 - 1))
 def test_what_is_written_is_read_back(tmp_path_factory, counts, masks, seed):
     written = [
         detections(image_id, count=n, masks=masks, seed=seed)

@@ -107,13 +107,9 @@ def crowded(scene):
     return pixels, Proposals(1, "crowded", height, width, scores, boxes, rles)
 
 
-EVERY = {
-    "box_refinement_iters": 1,
-    "box_voting_iou": 0.5,
-    "flip": True,
-    "short_sides": (160, 120),
-}
-with_options = pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
+OPTIONS = {"box_refinement_iters": 1, "box_voting_iou": 0.5, "short_sides": (160, 120)}
+every = pytest.param(OPTIONS | {"flip": True}, id="every option")
+with_options = pytest.mark.parametrize("options", [pytest.param({}, id="plain"), every])
 
 
 @with_options
@@ -246,17 +242,16 @@ def slow_vote(probabilities, boxes, label, rows, roi, vote_iou):
     return total / weight
 
 
-def arrays(shape, elements):
-    """Each element drawn, not most of them the same."""
-    return hnp.arrays(np.float32, shape, elements=elements, fill=st.nothing())
-
-
 @st.composite
 def scenes(draw):
     """Few places, sizes and scores, so that equal scores and overlaps on the limit occur.
 
     Some boxes are empty, as after clipping.
     """
+
+    def arrays(shape, elements):  # each element drawn, not most of them the same
+        return hnp.arrays(np.float32, shape, elements=elements, fill=st.nothing())
+
     rois, classes = draw(st.integers(0, 10)), draw(st.integers(1, 3))
     shape = (rois, classes, 2)
     corners = draw(arrays(shape, st.sampled_from([0, 1, 2, 20])))
@@ -277,10 +272,7 @@ def scenes(draw):
 )
 def test_equals_slow_loops(scene, score_threshold, nms_iou, vote_iou, max_detections):
     settings = {"score_threshold": score_threshold, "nms_iou": nms_iou, "vote_iou": vote_iou}
-    assert_slow_loops_agree(scene, **settings, max_detections=max_detections)
-
-
-def assert_slow_loops_agree(scene, **settings) -> None:
+    settings["max_detections"] = max_detections
     expected = slow_selection(*scene, **settings)
     scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
     assert scores.tolist() == [item[0] for item in expected]
@@ -291,18 +283,6 @@ def assert_slow_loops_agree(scene, **settings) -> None:
     np.testing.assert_allclose(boxes.numpy(), expected_boxes, rtol=1e-6)
 
 
-@pytest.mark.parametrize("vote_iou", [None, 0.5])
-def test_eighty_classes_equal_slow_loops(vote_iou):
-    rng, rois, classes = np.random.default_rng(0), 120, 80
-    centers = rng.uniform(100, 900, (12, 1, 2))[rng.integers(12, size=rois)]
-    centers = centers + rng.normal(0, 8, (rois, classes, 2))
-    sides = rng.uniform(60, 90, (rois, classes, 2))
-    boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=2).astype(np.float32)
-    probabilities = rng.dirichlet(np.full(classes + 1, 0.05), size=rois).astype(np.float32)
-    settings = {"score_threshold": 0.02, "nms_iou": 0.3, "vote_iou": vote_iou}
-    assert_slow_loops_agree((probabilities, boxes), **settings, max_detections=100)
-
-
 def test_the_class_does_not_blur_the_boxes():
     """Moved by 79 times 1001 pixels, in float32, these two would overlap by .3004, not .2999."""
     probabilities, boxes = torch.zeros(3, 81), torch.zeros(3, 80, 4)
@@ -310,17 +290,6 @@ def test_the_class_does_not_blur_the_boxes():
     probabilities[:, 80] = torch.tensor([0.9, 0.8, 0.7])
     _, labels, _, rois = select_boxes(probabilities, boxes, score_threshold=0.05, nms_iou=0.3)
     assert rois.tolist() == [0, 1, 2] and labels.tolist() == [79] * 3
-
-
-def test_voting_by_hand():
-    """Boxes of scores .6 and .3, IoU 80/120: the better one moves a third of the way."""
-    boxes = torch.tensor([[[0.0, 0, 10, 10]], [[2.0, 0, 12, 10]], [[50.0, 50, 60, 60]]])
-    probabilities = torch.tensor([[0.4, 0.6], [0.7, 0.3], [0.9, 0.1]])
-    _, _, selected, rois = select_boxes(probabilities, boxes, score_threshold=0.05, vote_iou=0.5)
-    assert rois.tolist() == [0, 2]
-    torch.testing.assert_close(
-        selected, torch.tensor([[2 / 3, 0, 10 + 2 / 3, 10], [50, 50, 60, 60]])
-    )
 
 
 def test_voting_never_leaves_the_image():

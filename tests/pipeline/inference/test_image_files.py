@@ -1,6 +1,5 @@
 """Image files for inference: their ids and names, however they are given, and reading ahead."""
 
-import json
 import threading
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from datasets.images import ImageError
 from pipeline.inference import image_files
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
+from tests.pipeline.inference.builders import listing
 
 
 def ids(source: Path | str, annotations: Path | None = None, known: dict | None = None) -> dict:
@@ -23,12 +23,6 @@ def touch(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
-
-
-def listing(path: Path, **ids_of: int) -> Path:
-    images = [{"id": n, "file_name": f"{name}.jpg"} for name, n in ids_of.items()]
-    path.write_text(json.dumps({"images": images}))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -46,19 +40,22 @@ def test_ids_come_from_numeric_names_or_count(tmp_path, names, expected):
     assert ids(touch(tmp_path, *names)) == expected
 
 
-def test_one_file_and_globs(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "listed", "expected"),
+    [
+        ("b/6.jpg", None, {"6.jpg": 6}),
+        ("*/*.jpg", None, {"a/5.jpg": 5, "b/6.jpg": 6}),
+        ("b/*", None, {"6.jpg": 6, "7.png": 7}),
+        ("", {"b/6": 40, "a/5": 7}, {"b/6.jpg": 40, "a/5.jpg": 7}),
+        ("b/*", {"6": 40, "5": 7}, {"6.jpg": 40}),
+        ("a/5.jpg", {"6": 40, "5": 7}, {"5.jpg": 7}),
+    ],
+)
+def test_images_of_folders_files_and_globs(tmp_path, source, listed, expected):
+    """With annotations, those that they list, with their ids."""
     touch(tmp_path, "a/5.jpg", "b/6.jpg", "b/7.png")
-    assert ids(tmp_path / "b" / "6.jpg") == {"6.jpg": 6}
-    assert ids(str(tmp_path / "*" / "*.jpg")) == {"a/5.jpg": 5, "b/6.jpg": 6}
-    assert ids(str(tmp_path / "b" / "*")) == {"6.jpg": 6, "7.png": 7}
-
-
-def test_ids_and_choice_come_from_annotations(tmp_path):
-    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
-    annotations = listing(tmp_path / "instances.json", c=40, a=7)
-    assert ids(tmp_path, annotations) == {"c.jpg": 40, "a.jpg": 7}
-    assert ids(str(tmp_path / "[bc].jpg"), annotations) == {"c.jpg": 40}
-    assert ids(tmp_path / "a.jpg", annotations) == {"a.jpg": 7}
+    annotations = listing(tmp_path / "instances.json", **listed) if listed else None
+    assert ids(str(tmp_path / source), annotations) == expected
 
 
 def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypatch):
@@ -68,6 +65,8 @@ def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, monkeypat
     assert ids(tmp_path, annotations) == {"x/1.jpg": 5, "y/1.jpg": 6}
     monkeypatch.chdir(tmp_path / "y")
     assert ids("*.jpg", annotations) == {"y/1.jpg": 6}
+    with pytest.raises(ValueError, match="x/1.jpg and .*y/1.jpg are both 1.jpg of"):
+        ids(str(tmp_path / "*" / "1.jpg"), listing(tmp_path / "instances.json", **{"1": 1}))
 
 
 names = st.sets(st.from_regex(r"[0-9]{1,3}|[a-c]{1,2}", fullmatch=True), min_size=1, max_size=6)
@@ -81,13 +80,6 @@ def test_ids_are_distinct_and_stay(tmp_path_factory, before, later):
     second = ids(touch(folder, *(f"{name}.jpg" for name in later)), known=first)
     assert len(set(second.values())) == len(second) == len(before | later)
     assert first.items() <= second.items()
-
-
-def test_two_files_for_one_annotated_image_are_refused(tmp_path):
-    touch(tmp_path, "x/a.jpg", "y/a.jpg")
-    annotations = listing(tmp_path / "instances.json", a=1)
-    with pytest.raises(ValueError, match="x/a.jpg and .*y/a.jpg are both a.jpg of"):
-        ids(str(tmp_path / "*" / "a.jpg"), annotations)
 
 
 def test_the_folder_is_the_same_whatever_way_the_files_are_given(tmp_path, monkeypatch):
@@ -105,11 +97,11 @@ def test_the_folder_is_the_same_whatever_way_the_files_are_given(tmp_path, monke
 
 def test_files_are_read_in_order_and_errors_come_as_values(tmp_path, monkeypatch):
     def read(path: Path) -> np.ndarray:
-        if path.stem == "broken":
-            raise ImageError(f"{path}: not an image")
-        if path.stem == "huge":
-            raise MemoryError
+        if path.stem in errors:
+            raise errors[path.stem]
         return np.full((1, 1, 3), int(path.stem), np.uint8)
+
+    errors = {"broken": ImageError("broken.jpg: not an image"), "huge": MemoryError()}
 
     monkeypatch.setattr(image_files, "read_image", read)
     names = ["1.jpg", "broken.jpg", "huge.jpg", "2.jpg"]
@@ -117,7 +109,7 @@ def test_files_are_read_in_order_and_errors_come_as_values(tmp_path, monkeypatch
     found = list(read_ahead(files))
     assert [file.file_name for file, _ in found] == names
     assert [image.max() for _, image in (found[0], found[3])] == [1, 2]
-    assert str(found[1][1]).endswith("broken.jpg: not an image")
+    assert found[1][1] == errors["broken"]
     assert isinstance(found[2][1], ImageError) and "huge.jpg: out of memory" in str(found[2][1])
     assert list(read_ahead([])) == []
 

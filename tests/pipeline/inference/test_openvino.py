@@ -67,23 +67,19 @@ def test_a_quantized_run_is_calibrated_once_and_resumed(proposer, tiny_sharpmask
         propose_images(again, photos, output, settings={})
 
 
-def test_no_image_to_calibrate_on(proposer, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no image could be read"):
-        propose_images(proposer, tmp_path / "images", tmp_path / "out", **INT8)
+def test_what_eight_bits_need(proposer, photos, tmp_path, monkeypatch):
+    """An image to calibrate on, OpenVINO and a CPU."""
 
+    def refused(images: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            propose_images(proposer, images, tmp_path / message, **INT8)
 
-def test_openvino_that_is_not_installed(proposer, photos, tmp_path, monkeypatch):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    refused(tmp_path / "broken.jpg", "no image could be read")
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(ValueError, match="pip install openvino nncf"):
-        propose_images(proposer, photos, tmp_path / "out", **INT8)
-
-
-def test_eight_bits_are_for_cpus(proposer, photos, tmp_path):
+    refused(photos, "pip install openvino nncf")
     proposer.device = torch.device("cuda")
-    with pytest.raises(ValueError, match="for CPUs"):
-        propose_images(proposer, photos, tmp_path / "out", **INT8)
+    refused(photos, "for CPUs")
 
 
 def test_scores_keep_full_precision_under_autocast(proposer, inputs):

@@ -15,7 +15,7 @@ from models.build import build_sharpmask
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import TrunkConfig
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.paste import Placement, paste
 from pipeline.inference.propose import (
     Proposer,
     best_cells,
@@ -24,6 +24,7 @@ from pipeline.inference.propose import (
     mask_nms,
     place_patches,
 )
+from tests.pipeline.inference.builders import proposals_of
 
 CPU = torch.device("cpu")
 LOG2_SCALES = [-1.0, -0.5, 0.0, 0.5]
@@ -72,21 +73,8 @@ def refine_plainly(model: SharpMask, embedding: torch.Tensor, windows: list) -> 
     return model.predict(mask)[0, 0]
 
 
-def paste_plainly(logits: torch.Tensor, corner, sides, image_size) -> np.ndarray:
-    """On a canvas of the whole image: (H, W) uint8."""
-    (left, top), (width, height) = corner, sides
-    y = (torch.arange(image_size[0], dtype=torch.float64) + 0.5 - top) / height * 2 - 1
-    x = (torch.arange(image_size[1], dtype=torch.float64) + 0.5 - left) / width * 2 - 1
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
-    pixels = F.grid_sample(
-        logits[None, None].double(), grid, padding_mode="border", align_corners=False
-    )[0, 0]
-    within = ((y >= -1) & (y < 1))[:, None] & ((x >= -1) & (x < 1))
-    return ((pixels > math.log(0.2 / 0.8)) & within).numpy().astype(np.uint8)
-
-
 def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray, count: int) -> list[tuple]:
-    """Score and mask of the best cells that have a pixel, one cell after the other."""
+    """Score and RLE of the best cells that have a pixel, one cell after the other."""
     deepmask = getattr(model, "deepmask", model)
     half, size = deepmask.patch_size // 2, deepmask.cells
     scored, pyramid = [], []
@@ -107,10 +95,10 @@ def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray, count: int) 
             maps = model.horizontal_maps(features)
             windows = [cut(m, row << i, column << i, size << i) for i, m in enumerate(maps)]
             logits = refine_plainly(model, embedding, windows)
-        corner = (np.array([16 * column, 16 * row]) - half) / scale_xy
-        mask = paste_plainly(logits, corner, 2 * half / scale_xy, image.shape[:2])
-        if mask.any():
-            found.append((1 / (1 + math.exp(-score)), mask))
+        sides = [*(np.array([16 * column, 16 * row]) - half) / scale_xy, *2 * half / scale_xy]
+        place = Placement(*np.array(sides)[:, None])
+        pasted = paste(logits[None], place, image_size=image.shape[:2], threshold=0.2)
+        found += [(1 / (1 + math.exp(-score)), rle) for rle in pasted.rles]
     return found
 
 
@@ -127,8 +115,8 @@ def test_fast_proposals_are_the_plain_ones(refine):
     found = Proposer(model, device=CPU, num_proposals=count, log2_scales=LOG2_SCALES)(image)
     assert len(found) == len(expected) > count // 2
     np.testing.assert_allclose(found.scores, [score for score, _ in expected], atol=1e-5)
-    for i, (_, mask) in enumerate(expected):
-        theirs = coco_mask.encode(np.asfortranarray(mask))
+    for i, (_, counts) in enumerate(expected):
+        theirs = found.rle(i) | {"counts": counts}
         assert coco_mask.iou([found.rle(i)], [theirs], [0])[0, 0] >= 0.999
 
 
@@ -161,34 +149,6 @@ def test_dense_refinement_equals_refining_each_patch_on_its_own(trunk):
         torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_masks_of_the_image_are_those_of_each_cell(model, image):
-    """All cells of two scales together, in any order, against one at a time."""
-    proposer = Proposer(model, device=CPU)
-    pyramid = [proposer.run_scale(image, log2_scale) for log2_scale in (-0.5, 0.0)]
-    cells = torch.cat(
-        [
-            in_scale(i, torch.cartesian_prod(*map(torch.arange, scale.score_logits.shape)))
-            for i, scale in enumerate(pyramid)
-        ]
-    )
-    cells = cells[torch.randperm(len(cells))]
-    for cell, mask in zip(cells, proposer.decode(pyramid, cells), strict=True):
-        alone = proposer.decode([pyramid[cell[0]]], in_scale(0, cell[None, 1:]))[0]
-        torch.testing.assert_close(mask, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_refinement_changes_the_masks_and_nothing_else(model, image):
-    """Same cells, same scores: this makes the two comparable."""
-    coarse, refined = Proposer(model.deepmask, device=CPU), Proposer(model, device=CPU)
-    first, second = (proposer.run_scale(image, 0.0) for proposer in (coarse, refined))
-    assert torch.equal(first.score_logits, second.score_logits)
-    cells = in_scale(0, torch.tensor([[3, 4], [0, 7]]))
-    expected = model.deepmask.decode_masks(second.embeddings[:, [3, 0], [4, 7]].T)
-    torch.testing.assert_close(coarse.decode([first], cells), expected)
-    assert refined.decode([second], cells).shape == (2, 64, 64)
-
-
 # Steps.
 
 
@@ -205,8 +165,8 @@ def test_log2_range():
 )
 @settings(max_examples=80, deadline=None)
 def test_best_cells_equals_sorting_a_list(sizes, count, ties):
-    generator = torch.Generator().manual_seed(len(sizes) * 100 + count)
-    maps = [torch.randn(h, w, generator=generator) for h, w in sizes]
+    torch.manual_seed(len(sizes) * 100 + count)
+    maps = [torch.randn(h, w) for h, w in sizes]
     maps = [m.round() if ties else m for m in maps]
     rows = [(-v, n, *cell) for n, m in enumerate(maps) for cell, v in np.ndenumerate(m.numpy())]
     expected = sorted(rows)[:count]  # equal scores: the earlier scale, then row, then column
@@ -226,15 +186,6 @@ def test_windows_lie_at_their_cells(height, width, power):
     windows = gather_windows(numbers, chosen, size=cells * step, step=step)
     for (i, j), window in zip(chosen.tolist(), windows, strict=True):
         assert torch.equal(window, cut(numbers[None], i * step, j * step, cells * step)[0])
-
-
-def test_border_is_gray_and_pixels_are_normalized():
-    padded = pad_and_normalize(torch.tensor([[[0, 128, 255]]], dtype=torch.uint8), 2)
-    assert padded.shape == (1, 3, 5, 5)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    pixel = (np.array([0, 128 / 255, 1]) - mean) / std
-    np.testing.assert_allclose(padded[0, :, 2, 2], pixel, rtol=1e-5)
-    np.testing.assert_allclose(padded[0, :, 0, 0], (0.5 - mean) / std, rtol=1e-5)
 
 
 def test_a_zoomed_scale_sees_the_image_doubled(model, image):
@@ -295,14 +246,6 @@ def test_images_smaller_than_a_patch(model, shape):
 
 
 # NMS of masks.
-
-
-def proposals_of(masks: np.ndarray) -> Proposals:
-    rles = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8))) for m in masks]
-    boxes = np.array([coco_mask.toBbox(r) for r in rles], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    scores = np.linspace(1, 0, len(masks), dtype=np.float32)
-    return Proposals(1, "x.jpg", *masks.shape[1:], scores, boxes, [r["counts"] for r in rles])
 
 
 @given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]))

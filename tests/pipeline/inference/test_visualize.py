@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import visualize
@@ -18,7 +18,8 @@ from pipeline.inference.visualize import (
     picture_path,
     put_labels,
 )
-from tests.pipeline.report.small_run import detections_of, proposals_of, rle_of
+from tests.pipeline.inference.builders import proposals_of
+from tests.pipeline.report.small_run import detections_of
 
 GRAY = np.full((200, 300, 3), 128, np.uint8)
 
@@ -30,11 +31,10 @@ def changed(first, second):
 @pytest.fixture
 def stack():
     """Three masks, each within the next: the score of the second is within the first's mask."""
-    boxes = [(10, 10, 190, 190), (60, 60, 180, 180), (100, 100, 170, 170)]
-    proposals = proposals_of(1, "a.png", boxes)
-    proposals.height, proposals.width = GRAY.shape[:2]
-    proposals.rles = [rle_of(box, 200, 300)["counts"] for box in boxes]
-    return proposals
+    masks = np.zeros((3, *GRAY.shape[:2]), bool)
+    for mask, first, last in zip(masks, (10, 60, 100), (190, 180, 170), strict=True):
+        mask[first:last, first:last] = True
+    return proposals_of(masks, scores=np.float32([0.9, 0.7, 0.5]))
 
 
 def test_scores_are_on_top_of_all_masks(stack, monkeypatch):
@@ -84,13 +84,12 @@ def test_pictures_stay_below_their_directory():
 
 
 corners = st.tuples(st.floats(-5, 310), st.floats(-5, 210))
-
-
 texts = st.sampled_from(["0.12", "traffic light 0.12"])
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(texts, corners), max_size=40))
+@example([("0.12", (5, 60.48))] * 2)  # 60.48 + 17 - 60.48 is a little less than 17
 def test_labels_do_not_cover_each_other(labels):
     together = GRAY.copy()
     seen = []
@@ -110,8 +109,3 @@ def test_labels_do_not_cover_each_other(labels):
         for u, v, its_width in seen[:n]:
             beside = x >= u + its_width or u >= x + width
             assert beside or abs(y - v) >= LABEL_HEIGHT
-
-
-def test_labels_at_fractions_of_a_pixel_find_a_place():
-    """60.48 + 17 - 60.48 is a little less than 17."""
-    put_labels(GRAY.copy(), [Label("0.12", (5, 60.48), (9, 9, 9))] * 2)
