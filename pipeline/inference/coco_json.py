@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from torchvision.ops import box_convert
 
 from datasets.files import atomic_path, write_json
 from datasets.segmentations import check_counts
@@ -31,10 +29,10 @@ LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no ove
 
 def results_of(found: Proposals | Detections) -> list[dict]:
     """COCO results of an image; the category of proposals is 1."""
-    labels, decimals, boxes = [1] * len(found), 6, torch.tensor(found.boxes)
+    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
     if isinstance(found, Detections):
-        labels, decimals, boxes = found.labels.tolist(), SCORE_DECIMALS, boxes.double()
-    xywh = box_convert(boxes, "xyxy", "xywh").numpy()
+        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
     if isinstance(found, Detections):
         xywh = xywh.round(BOX_DECIMALS)
     results: list[dict] = [
@@ -133,16 +131,16 @@ def read_detections(path: str | Path, images: Iterable[dict]) -> list[Detections
     Raises:
         FileNotFoundError, ValueError: no detections of these images; one line with file and place.
     """
-    images_by_id = {image["id"]: image for image in images}
+    by_id = {image["id"]: image for image in images}
     results = load_results(path)
     try:
-        has_masks = "mask" in check_results(results, images_by_id)
+        has_masks = "mask" in check_results(results, by_id)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     results_by_id = defaultdict(list)
     for result in sorted(results, key=lambda result: -result["score"]):
         results_by_id[result["image_id"]].append(result)
-    return [_detections(image, results_by_id[i], has_masks) for i, image in images_by_id.items()]
+    return [_detections(image, results_by_id[i], has_masks) for i, image in by_id.items()]
 
 
 def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections:

@@ -255,8 +255,7 @@ def load_detector(
     Overrides are values for the config's `detect` section.
 
     Raises:
-        FileNotFoundError or ValueError: no file, another kind of file, another stage, weights that
-            do not fit; an override that is out of range.
+        FileNotFoundError, ValueError: no checkpoint of a detector, or an override out of range.
     """
     model, config, content = load_network(checkpoint, stage="multipathnet")
     assert isinstance(model, MultiPathNet)

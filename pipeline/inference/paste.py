@@ -90,7 +90,6 @@ def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, in
         owner: (e,) int64, the mask of each edge, ascending.
         edges: (e,) int64, pixels counted down the columns, ascending within a mask; alternately the
             first pixel of a run of foreground and the first one after it. Runs may be empty.
-        image_size: height and width.
     """
     height, width = image_size
     owner, edges = _cancel_pairs(owner, edges)
@@ -169,11 +168,7 @@ def _centers(
 def _columns(
     used: np.ndarray, places: Placement, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The columns of pixels that the foreground of masks can reach by interpolation.
-
-    Args:
-        used: (n, columns) bool, whether a column of cells has foreground.
-        width: of the image.
+    """The columns of pixels that foreground reaches by interpolation from `used` columns of cells.
 
     Returns:
         (T,) int64 masks, (T,) int64 x in the image, (T,) float64 positions in cells.
