@@ -197,8 +197,8 @@ def draw_detections(
     for d in reversed(range(len(found))):
         box, label = found.boxes[d], int(found.labels[d])
         if found.rles is None:
-            xywh = box_convert(torch.tensor(box).double(), "xyxy", "xywh").tolist()
-            [rle] = coco_mask.frPyObjects([xywh], found.height, found.width)
+            xywh = box_convert(torch.tensor(box[None]).double(), "xyxy", "xywh").numpy()
+            [rle] = coco_mask.frPyObjects(xywh, found.height, found.width)
         else:
             rle = found.rle(d)
         # Detections of a category that the annotations do not know go by its id.
