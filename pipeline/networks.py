@@ -73,7 +73,7 @@ def make_network(checkpoint: dict[str, Any], config: Config, *, source: str) -> 
     if checkpoint["stage"] == "sharpmask":
         return make_sharpmask(config)
     if "categories" not in checkpoint:
-        raise ValueError(f"{source} does not say which categories it detects; train it anew")
+        raise ValueError(f"{source} does not say which categories it detects; train it again")
     model = make_multipathnet(config, num_classes=len(checkpoint["categories"]))
     if rank := checkpoint.get("compressed_fc"):
         compress_towers(model, rank)

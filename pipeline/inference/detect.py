@@ -202,14 +202,17 @@ def select_boxes(
         roi_index (D,) int64: the row of the RoI, whose proposal's mask is the detection's.
     """
     assert probabilities.shape[1] == boxes.shape[1] + 1 and score_threshold >= 0
+    # Candidates: every box of a class that scores above the threshold.
     class_scores = probabilities[:, 1:]
     areas = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)  # (R, C)
     is_candidate = (class_scores > score_threshold) & (areas > 0)
     labels, roi_index = is_candidate.T.nonzero(as_tuple=True)  # (N,) by class, then by RoI
     scores, candidates = class_scores[roi_index, labels], boxes[roi_index, labels]
 
+    # NMS within each class, then the best of all classes.
     kept = _nms_by_class(candidates, scores, labels, nms_iou)
     kept = kept[scores[kept].argsort(descending=True, stable=True)[:max_detections]]  # (D,)
+    # Move boxes to the mean of the candidates that agree with them, on request.
     selected = candidates[kept]
     if vote_iou is not None:
         selected = _vote(kept, candidates, scores, labels, vote_iou)

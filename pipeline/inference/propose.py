@@ -95,11 +95,14 @@ class Proposer:
         # Run the network at every scale; the largest first, so that its freed memory serves all.
         pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
         pyramid.reverse()
+        # Keep the best cells of all scales.
         scores, cells = best_cells([scale.score_logits for scale in pyramid], self.num_proposals)
+        # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
         # Drop the scores of masks that lie outside of the image.
         scores = scores.cpu().numpy()[masks.indices]
         proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
+        # Drop near duplicates, on request.
         return proposals if self.nms is None else mask_nms(proposals, self.nms)
 
     @torch.inference_mode()

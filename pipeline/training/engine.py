@@ -1,4 +1,4 @@
-"""The training loop of all stages: step, validate, keep the best, resume to the bit.
+"""The training loop of all stages: step, validate, keep the best, resume bit-exactly.
 
 A run is a function of its config and data: samples are drawn by (seed, epoch, index), dropout by
 (seed, step, rank), and the learning rate follows from the step. So a checkpoint's weights,
@@ -68,7 +68,7 @@ class TrainingRun:
         self.step, self.validated, self.best = 0, 0, -math.inf
 
     def prepare(self, resume: bool) -> None:
-        """Starts anew, or takes up the run that the directory holds."""
+        """Starts a run, or continues the one that the directory holds."""
         last = self.checkpoints / LAST
         if last.exists() and not resume:
             raise ValueError(
