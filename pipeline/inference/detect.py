@@ -88,10 +88,12 @@ class Detector:
         """
         size = image.shape[:2]
         boxes = torch.tensor(proposals.boxes[: max(num_proposals)], device=self.device)
+        # Run the trunk over every scale of the image, then classify each RoI in all of them.
         views = self._views(image) if len(boxes) else []
         probabilities, decoded = self._classify(views, boxes, size)
         results = []
         for count in num_proposals:
+            # Select the detections from the first `count` RoIs.
             scores, labels, found, rows = self._select(probabilities[:count], decoded[:count])
             for _ in range(self.options.box_refinement_iters):  # the boxes are fed back as RoIs
                 sources = rows
