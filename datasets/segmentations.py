@@ -21,7 +21,7 @@ MIN_AREA = 1e-6  # square pixels; points on one line give some 1e-10 by rounding
 # another one, to beyond the end of the mask. Six digits are enough for any run in 2^29 pixels.
 MAX_DIGITS = 6
 MAX_PIXELS = 2**29
-CHUNK = 128  # run-length strings checked at once: numbers that stay in the cache
+CHUNK = 40  # run-length strings checked at once: arrays small enough for the cache and the heap
 
 USABLE = ""
 
@@ -247,7 +247,7 @@ def check_counts(
     lengths = np.diff(stops, prepend=0)
     starts = stops - lengths
     start = np.repeat(starts, lengths)
-    is_object = (np.arange(len(numbers)) - start) % 2
+    is_object = (np.arange(len(numbers)) ^ start) & 1
     padded = np.zeros(len(numbers) + len(numbers) % 2 + 2, np.int64)  # one is before the first
     padded[2 : 2 + len(numbers)] = numbers
     sums = np.cumsum(padded.reshape(-1, 2), axis=0).ravel()

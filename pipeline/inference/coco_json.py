@@ -7,9 +7,11 @@ so they are checked before it sees them.
 
 import itertools
 import json
+import math
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +193,7 @@ def check_results(
             return f"has {has} segmentation, while results[0] has {first}: give all one, or none"
         return None
 
-    _check(enumerate(results), images, needs_mask=has_masks, problem=problem)
+    _check(range(len(results)), results, images, needs_mask=has_masks, problem=problem)
     return ("box", "mask") if has_masks else ("box",)
 
 
@@ -208,51 +210,89 @@ def results_by_image(
     Raises:
         ValueError: a result names an image that the annotations do not list, or cannot be scored.
     """
-
-    def image_of(numbered: tuple[int, dict]) -> int:
-        return _image_id(*numbered, ground_truth.imgs)
-
-    numbered: Iterable[tuple[int, dict]] = enumerate(results)
-    if isinstance(results, list):
-        numbered = sorted(numbered, key=image_of)
-    seen = set()
-    for image_id, run in itertools.groupby(numbered, key=image_of):
-        indices, group = map(list, zip(*run, strict=True))
+    images, seen = ground_truth.imgs, set()
+    for image_id, indices, group in _runs(results, images):
         if image_id in seen:
             raise ValueError(
                 f"results[{indices[0]}]: image_id {image_id} comes a second time, after other "
                 "images; the image was done twice: delete its shards, or all, and propose again"
             )
         seen.add(image_id)
-        _check(zip(indices, group, strict=True), ground_truth.imgs, needs_mask=masks)
-        yield ground_truth.imgs[image_id], group
+        check = _check_masks if _are_usual(group, images[image_id], masks) else _check
+        check(indices, group, images, needs_mask=masks)
+        yield images[image_id], group
+
+
+def _runs(
+    results: Iterable[dict], images: Mapping[int, dict]
+) -> Iterator[tuple[int, list[int], list[dict]]]:
+    """Image id, indices and results of one image after the other."""
+    if isinstance(results, list):  # without a tuple for each, which would keep the collector busy
+        image_ids = [_image_id(i, result, images) for i, result in enumerate(results)]
+        order = sorted(range(len(results)), key=image_ids.__getitem__)
+        for image_id, rows in itertools.groupby(order, key=image_ids.__getitem__):
+            indices = list(rows)
+            yield image_id, indices, [results[i] for i in indices]
+    else:
+        numbered = ((_image_id(i, result, images), i, result) for i, result in enumerate(results))
+        for image_id, run in itertools.groupby(numbered, key=itemgetter(0)):
+            _, indices, group = map(list, zip(*run, strict=True))
+            yield image_id, indices, group
 
 
 def _check(
-    numbered: Iterable[tuple[int, Any]],
+    indices: Sequence[int],
+    results: list,
     images: Mapping[int, dict],
     *,
     needs_mask: bool,
     problem: Callable[[dict], str | None] = lambda result: None,
 ) -> None:
     """Refuses results, with their indices, that cannot be scored, or that `problem` refuses."""
-    places, strings, pixels = [], [], []
-    for index, result in numbered:
+    for index, result in zip(indices, results, strict=True):
         image_id = _image_id(index, result, images)
-        place, image = f"results[{index}] (image_id {image_id})", images[image_id]
-        if text := problem(result) or _problem(result, image, needs_mask=needs_mask):
-            raise ValueError(f"{place}: {text}")
-        # pycocotools sees the masks only if they are scored, or stand in for a box.
-        if needs_mask or result.get("bbox") is None:
-            places.append(place)
-            strings.append(_rle_string(result))
-            pixels.append(image["height"] * image["width"])
-    # On other runs pycocotools.iou loops forever, or leaves its memory.
+        text = problem(result) or _problem(result, images[image_id], needs_mask=needs_mask)
+        if text:
+            raise ValueError(f"results[{index}] (image_id {image_id}): {text}")
+    _check_masks(indices, results, images, needs_mask=needs_mask)
+
+
+def _check_masks(
+    indices: Sequence[int], results: list[dict], images: Mapping[int, dict], *, needs_mask: bool
+) -> None:
+    """Refuses masks on whose runs pycocotools.iou would loop forever, or leave its memory."""
+    # pycocotools sees the masks only if they are scored, or stand in for a box.
+    rows = [i for i, r in enumerate(results) if needs_mask or r.get("bbox") is None]
+    strings = [_rle_string(results[i]) for i in rows]
+    pixels = [math.prod(results[i]["segmentation"]["size"]) for i in rows]
     valid, *_ = check_counts(strings, np.array(pixels, np.int64))
     if not valid.all():
+        first = rows[np.argmin(valid)]
         raise ValueError(
-            f"{places[np.argmin(valid)]}: the runs of its segmentation do not fill the image"
+            f"results[{indices[first]}] (image_id {results[first]['image_id']}): the runs of its "
+            "segmentation do not fill the image"
         )
+
+
+def _are_usual(results: list[dict], image: dict, needs_mask: bool) -> bool:
+    """Whether `_problem` certainly finds none in an image's results: looks at all at once."""
+    try:
+        scores = np.array([result["score"] for result in results])
+        boxes = np.array([result["bbox"] for result in results])
+        masks = [result["segmentation"] for result in results] if needs_mask else []
+        sizes, counts = ([mask[key] for mask in masks] for key in ("size", "counts"))
+    except (KeyError, TypeError, ValueError):
+        return False
+    if boxes.shape != (len(results), 4) or scores.shape != (len(results),):
+        return False
+    return (
+        scores.dtype.kind in "iuf"
+        and boxes.dtype.kind in "iuf"
+        and bool((np.abs(scores) < LIMIT).all() and (np.abs(boxes) < LIMIT).all())
+        and bool((boxes[:, 2:] >= 0).all())
+        and sizes.count([image["height"], image["width"]]) == len(sizes)
+        and set(map(type, counts)) <= {str, bytes}
+    )
 
 
 def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
