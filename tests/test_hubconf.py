@@ -44,3 +44,17 @@ def test_another_package_called_models_is_named(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:
         run(code, folder=tmp_path)
     assert str(tmp_path / "models") in error.value.stderr
+
+
+def test_dependencies_name_all_that_the_import_needs():
+    """torch.hub checks them before it imports, and names what is missing."""
+    code = """
+import re, sys
+from importlib.metadata import requires
+import hubconf
+names = {"opencv-python": "cv2"}
+needed = {re.match(r"[\\w-]+", line)[0] for line in requires("maskpath") if "extra" not in line}
+imported = {names.get(name, name) for name in needed} & set(sys.modules)
+print(*sorted(imported - set(hubconf.dependencies)))
+"""
+    assert run(code, folder=ROOT) == ""
