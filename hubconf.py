@@ -5,7 +5,16 @@
 One hub project with a top-level package `models` can be loaded in a process.
 """
 
-dependencies = ["torch", "torchvision", "numpy", "cv2", "pycocotools", "omegaconf", "msgspec", "tqdm"]
+dependencies = [
+    "torch",
+    "torchvision",
+    "numpy",
+    "cv2",
+    "pycocotools",
+    "omegaconf",
+    "msgspec",
+    "tqdm",
+]
 
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
