@@ -102,9 +102,9 @@ def test_trunk_module_by_module(compare):
 @pytest.mark.parametrize("prefix", ["dm", "sm"])
 def test_embedding_and_heads(compare, prefix):
     model = compare.deepmask if prefix == "dm" else compare.sharpmask.deepmask
-    code = model.embed(model.crop_center(model.trunk(compare.input("patch_input"))[-1]))
-    code = compare(code, f"{prefix}_patch_code")
-    compare(model.score(code).flatten(), f"{prefix}_patch_score")
+    features = model.crop_center(model.trunk(compare.input("patch_input"))[-1])
+    code = compare(model.embed(features), f"{prefix}_patch_code")
+    compare(model.score(code, features).flatten(), f"{prefix}_patch_score")
     logits = model.decode_masks(code.flatten(1))
     logits = compare(logits, "dm_patch_mask56")
     # To the size of the training's target the original resizes corners to corners, and this project
