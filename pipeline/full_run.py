@@ -91,7 +91,9 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         workers=config.data.workers,
         device=device,
     )
-    proposer, settings = load_proposer(checkpoint, device)
+    # As many as the detector asks for, too.
+    num_proposals = max(config.propose.num_proposals, config.detect.num_proposals)
+    proposer, settings = load_proposer(checkpoint, device, num_proposals=num_proposals)
     store = output / "proposals"
     # Proposals of an earlier checkpoint are made again: here, unlike elsewhere, they are ours.
     if distributed.is_main() and ProposalStore(store).changed_settings(settings):
