@@ -54,12 +54,13 @@ def without(key, results):
     return [{k: v for k, v in r.items() if k != key} for r in results]
 
 
-def write_dataset(folder, annotations, *, num_images=1):
-    sizes = {"height": HEIGHT, "width": WIDTH}
-    images = [{"id": i, "file_name": f"{i}.jpg"} | sizes for i in range(1, num_images + 1)]
+def write_dataset(folder, annotations, *, num_images=1, names=None, size=(HEIGHT, WIDTH)):
+    sizes = dict(zip(("height", "width"), size, strict=True))
+    names = names or [f"{i}.jpg" for i in range(1, num_images + 1)]
+    images = [{"id": i, "file_name": name} | sizes for i, name in enumerate(names, start=1)]
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-    dataset = {"images": images, "annotations": annotations, "categories": categories}
     path = folder / "truth.json"
+    dataset = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(dataset))
     return path
 
