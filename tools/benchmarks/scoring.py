@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def run_pycocotools(
-    truth: COCO, results: list[dict], iou_type: str, **params: list[int]
-) -> np.ndarray:
-    """COCOeval's summary: of detections, or with `RECALL` of proposals."""
+    truth: COCO, results: list[dict], iou_type: str, **params: int | list[int]
+) -> COCOeval:
+    """Evaluates boxes or masks, the latter by their own area; with `RECALL` as proposals."""
     # Given boxes, it takes the box's area for the mask's.
     dropped = "bbox" if iou_type == "mask" else "segmentation"
     copies = [{k: v for k, v in result.items() if k != dropped} for result in results]
@@ -70,7 +70,7 @@ def run_pycocotools(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return evaluation
 
 
 def draw_results(rng: np.random.Generator, dataset: dict, count: int) -> list[dict]:

@@ -20,6 +20,7 @@ from pipeline.evaluation.recall import (
 )
 from tests.pipeline.evaluation import scenes
 from tests.pipeline.evaluation.scenes import annotation, make_truth, random_scene, result, without
+from tools.benchmarks.scoring import run_pycocotools
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -66,15 +67,15 @@ def test_matching_all_at_once_equals_one_by_one(scene):
 # Beside pycocotools
 
 
-def recall_evaluation(path, results, iou_type, max_dets):
+def pycocotools_recall(path, results, iou_type, max_dets):
     """COCOeval without categories. It would sort equal scores by them, were there several."""
     results = [r | {"category_id": 1} for r in results]
-    return scenes.pycocotools_evaluation(path, results, iou_type, useCats=0, maxDets=max_dets)
+    return run_pycocotools(COCO(path), results, iou_type, useCats=0, maxDets=list(max_dets))
 
 
 def assert_equals_pycocotools(path, results, iou_type, max_dets):
     """Recall (T, areas, numbers of proposals), to the last bit; returns it."""
-    expected = recall_evaluation(path, results, iou_type, max_dets).eval["recall"][:, 0]
+    expected = pycocotools_recall(path, results, iou_type, max_dets).eval["recall"][:, 0]
     recall = recall_of(load_ground_truth(path), results, iou_type)[:, np.array(max_dets) - 1]
     assert np.array_equal(recall.filled(-1).transpose(0, 2, 1), expected)
     return expected
@@ -96,7 +97,9 @@ def test_equal_overlaps_are_decided_as_by_pycocotools(tmp_path, iou_type):
     boxes = [(0, 0, 100, 100), (40, 0, 100, 100)]
     objects = [annotation(1, boxes[0], category_id=90), annotation(2, boxes[1], category_id=3)]
     results = [result((20, 0, 100, 100), 0.9), result(boxes[0], 0.8)]
-    assert_equals_pycocotools(scenes.write_dataset(tmp_path, objects), results, iou_type, [10])
+    assert_equals_pycocotools(
+        scenes.write_dataset(tmp_path, objects), results, iou_type, NUM_PROPOSALS
+    )
 
 
 def test_boxes_keep_the_decimals_of_the_file(tmp_path):
@@ -112,8 +115,7 @@ def test_boxes_keep_the_decimals_of_the_file(tmp_path):
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
 def test_metrics_equal_what_summarize_prints(tmp_path, iou_type):
     path, results = random_scene(tmp_path, 3, per_image=300)
-    evaluation = recall_evaluation(path, results, iou_type, list(NUM_PROPOSALS))
-    evaluation.summarize()
+    evaluation = pycocotools_recall(path, results, iou_type, NUM_PROPOSALS)
     metrics = metrics_of(load_ground_truth(path), results)[iou_type]
     names = ["AR@10", "AR@100", "AR@1000", "AUC", *(f"AR@1000/{area}" for area in AREAS[1:])]
     assert list(metrics) == names

@@ -34,34 +34,32 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_store_and_its_results_file_score_alike(tmp_path, store, capsys):
-    annotations, _ = make_dataset(tmp_path / "data")
+@pytest.fixture
+def annotations(tmp_path):
+    return make_dataset(tmp_path / "data")[0]
+
+
+def test_a_store_and_its_results_file_score_alike(tmp_path, store, annotations, capsys):
     shuffled = sorted(read_results(store), key=lambda r: r["score"])
     (tmp_path / "results.json").write_text(json.dumps(shuffled))
-    outputs = [tmp_path / "of_store", tmp_path / "of_file"]
-    for results, output in zip((store, tmp_path / "results.json"), outputs, strict=True):
-        metrics = score_proposals(annotations, results, output)
-        assert (output / "scores.txt").read_text() == capsys.readouterr().out
-    for name in ("metrics.json", "curves.json", "perfect_ranking.json"):
-        assert read_json(outputs[0] / name) == read_json(outputs[1] / name)
-    assert read_json(outputs[0] / "metrics.json") == metrics
+    of_store, of_file = tmp_path / "of_store", tmp_path / "of_file"
+    metrics = score_proposals(annotations, store, of_store)
+    assert (of_store / "scores.txt").read_text() == capsys.readouterr().out
+    assert score_proposals(annotations, tmp_path / "results.json", of_file) == metrics
+    files = {path.name: path.read_bytes() for path in of_store.iterdir()}
+    assert {path.name: path.read_bytes() for path in of_file.iterdir()} == files
+    assert json.loads(files["metrics.json"]) == metrics
     # Of three objects one is found exactly, one with IoU .5: at one threshold of ten.
     assert metrics["mask"]["AR@10"] == metrics["box"]["AR@10"] == pytest.approx((1 + 0.1) / 3)
 
-
-def test_the_table_and_curves_of_proposals(tmp_path, store):
-    annotations, _ = make_dataset(tmp_path / "data")
-    metrics = score_proposals(annotations, store, tmp_path)
-    heading, *lines = (tmp_path / "scores.txt").read_text().splitlines()
+    heading, *lines = files["scores.txt"].decode().splitlines()
     names = ["AR@10", "AR@100", "AR@1000", "AUC", "small", "medium", "large"]
     assert heading.split() == ["average", "recall,", "percent", *names]
     labels = [f"{t} {ranking}" for t in IOU_TYPES for ranking in ("as ranked", "perfect ranking")]
     assert [" ".join(line.split()[:3]) for line in lines] == labels
     assert lines[0].split()[3:6] == ["36.7"] * 3 and lines[0].split()[-2:] == ["-", "-"]
-    perfect = read_json(tmp_path / "perfect_ranking.json")
-    assert perfect["box"]["AUC"] > metrics["box"]["AUC"]
-
-    curves = read_json(tmp_path / "curves.json")
+    assert json.loads(files["perfect_ranking.json"])["box"]["AUC"] > metrics["box"]["AUC"]
+    curves = json.loads(files["curves.json"])
     assert (curves["counts"][0], curves["counts"][-1]) == (1, 1000)
     for iou_type in IOU_TYPES:
         assert curves[iou_type]["ar_by_count"][-1] == metrics[iou_type]["AR@1000"]
@@ -79,9 +77,8 @@ def test_a_store_is_read_as_often_as_it_is_gone_through_and_never_whole(store):
     assert next(iter(results))["image_id"] == 1, "the second shard is not touched yet"
 
 
-def test_an_image_that_was_done_twice_is_named(tmp_path, store):
+def test_an_image_that_was_done_twice_is_named(tmp_path, store, annotations):
     write_store(store, STORE[:1])
-    annotations, _ = make_dataset(tmp_path / "data")
     with pytest.raises(ValueError, match="store: .*image_id 1 comes a second time"):
         score_proposals(annotations, store, tmp_path / "scores")
 
