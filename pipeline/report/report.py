@@ -15,7 +15,8 @@ import jinja2
 from datasets.files import write_atomically
 from pipeline.config import STAGES
 from pipeline.report import drawing, pictures, plots, sections
-from pipeline.report.sections import Run, compare, read_detector, read_mask_stage
+from pipeline.report.comparison import object_gallery
+from pipeline.report.sections import Run, read_detector, read_mask_stage
 
 *MASK_STAGES, DETECTOR = STAGES
 
@@ -31,6 +32,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     names = names or [STAGES[0]]
     masks = [read_mask_stage(files, name) for name in MASK_STAGES if name in names]
     detector = read_detector(files, DETECTOR) if DETECTOR in names else None
+    scenes, coco = [stage["scenes"] for stage in masks if stage["scenes"]], files.coco
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -45,7 +47,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         images=str(images),
         stages=masks,
         detector=detector,
-        comparison=compare(files, *masks) if len(masks) == len(MASK_STAGES) else None,
+        comparison=object_gallery(*scenes, coco, files.images) if len(scenes) == 2 else None,
         missing=files.missing,
         seconds=files.summary.get("seconds") or {},
         this_command=shlex.join(["python", *sys.argv]),
