@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
-from pipeline.evaluation.scores import score_proposals
+from pipeline.evaluation.scores import score_detections, score_proposals
 from pipeline.inference.coco_json import StoredResults, read_results
 from tests.pipeline.evaluation.scenes import CATEGORIES, random_scene, result, write_dataset
 from tests.pipeline.report.small_run import (
@@ -86,28 +86,16 @@ def test_an_image_that_was_done_twice_is_named(tmp_path, store, annotations):
 # Detections
 
 
-@pytest.fixture
-def score(tmp_path, call_tool, capsys):
-    """Scores a file of detections by the tool: (truth, path) -> exit status and what it says."""
-
-    def call(truth, results):
-        arguments = ("--annotations", truth, "--results", results, "--output", tmp_path / "scores")
-        status = call_tool("score_coco", "detections", *arguments)
-        return status, "".join(capsys.readouterr())
-
-    return call
-
-
-def test_the_tool_writes_json_csv_and_text(tmp_path, score):
+def test_the_files_of_detections(tmp_path, capsys):
     truth, results = random_scene(tmp_path, 1)
     path, output = tmp_path / "detections.json", tmp_path / "scores"
     path.write_text(json.dumps(results))
-    status, table = score(truth, path)
-    metrics, curves = (read_json(output / f"{name}.json") for name in ("metrics", "curves"))
-    assert status == 0 and (output / "scores.txt").read_text() == table
+    metrics, table = score_detections(truth, path, output), capsys.readouterr().out
+    assert metrics == read_json(output / "metrics.json")
     assert metrics == evaluate_detections(load_ground_truth(truth), results).metrics()
+    assert table == (output / "scores.txt").read_text()
     assert all(f"AP{iou}" in table for iou in range(50, 100, 5))
-
+    curves = read_json(output / "curves.json")
     rows = read_json(output / "categories.json")
     with (output / "categories.csv").open(newline="") as file:
         texts = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
@@ -136,33 +124,30 @@ def test_the_tool_writes_json_csv_and_text(tmp_path, score):
             assert np.mean(by_recall) == pytest.approx(by_iou[float(iou)])
 
 
-def test_no_objects_write_none(tmp_path, score):
+def test_no_objects_write_none(tmp_path, capsys):
     (tmp_path / "detections.json").write_text(json.dumps([result([1, 1, 9, 9], 0.5)]))
-    status, table = score(write_dataset(tmp_path, []), tmp_path / "detections.json")
-    assert status == 0 and "VOC AP50 of boxes (all-point): -" in table
-    metrics, curves = (read_json(tmp_path / "scores" / f"{n}.json") for n in ("metrics", "curves"))
+    truth = write_dataset(tmp_path, [])
+    metrics = score_detections(truth, tmp_path / "detections.json", tmp_path)
     assert [set(values.values()) for values in metrics.values()] == [{None}, {None}]
+    curves = read_json(tmp_path / "curves.json")
     assert curves["voc_ap50"] is None and set(curves["mask"]["ap_by_iou"]) == {None}
+    assert "VOC AP50 of boxes (all-point): -" in capsys.readouterr().out
 
 
-BAD_FILES = {
-    "object": ('{"annotations": []}', "must be a list of detections, not dict"),
-    "half": ("[{", "is not JSON"),
-    "deep": ("[" * 100_000, "nested too deeply"),
-    "latin": ("\xff", "is not JSON"),
-    "missing": (None, "do not exist"),
-    "wrong result": ('[{"image_id": 7}]', "results[0]"),
-    "folder": ("folder", "is a folder; give the detections.json in it"),
+BAD_FILES = {  # more of them in user_errors.txt
+    "half": (b"[{", "is not JSON"),
+    "deep": (b"[" * 100_000, "nested too deeply"),
+    "latin": (b"\xff", "is not JSON"),
+    "wrong result": (b'[{"image_id": 7}]', "results[0]"),
 }
 
 
-@pytest.mark.parametrize(("text", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_results_file_is_named_in_one_line(text, message, tmp_path, score):
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_results_file_is_named_in_one_line(content, message, tmp_path):
     path = tmp_path / "detections.json"
-    if text == "folder":
-        path.mkdir()
-    elif text is not None:
-        path.write_bytes(text.encode("latin-1"))
-    status, line = score(write_dataset(tmp_path, []), path)
-    assert status == 2 and not (tmp_path / "scores").exists()
-    assert "detections.json" in line and message in line and line.count("\n") == 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        score_detections(write_dataset(tmp_path, []), path, tmp_path / "scores")
+    line = str(error.value)
+    assert str(path) in line and message in line and "\n" not in line
+    assert not (tmp_path / "scores").exists()
