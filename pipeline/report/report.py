@@ -14,7 +14,7 @@ import jinja2
 
 from datasets.files import write_atomically
 from pipeline.config import STAGES
-from pipeline.report import drawing, pictures, plots, sections
+from pipeline.report import drawing, pictures, plots
 from pipeline.report.comparison import object_gallery
 from pipeline.report.sections import Run, read_detector, read_mask_stage
 
@@ -61,7 +61,6 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         },
         date=datetime.now().astimezone(),
         gain=gain,
-        sections=sections,
         pictures=pictures,
         drawing=drawing,
         plots=plots,

@@ -14,20 +14,6 @@ from pipeline.report.plots import metric_values
 from pipeline.training.run_log import read_metrics
 from pipeline.training.stages import MultiPathNetStage, PatchStage, Stage
 
-PATCH_LOSSES = {"mask_loss": "mask loss", "score_loss": "score loss"}
-PATCH_METRICS = {
-    "mean_iou": "mean IoU",
-    "median_iou": "median IoU",
-    "iou_above_0.5": "IoU > 0.5",
-    "iou_above_0.7": "IoU > 0.7",
-    "score_accuracy": "score accuracy",
-}
-ROI_LOSSES = {"class_loss": "class loss", "box_loss": "box loss"}
-ROI_METRICS = {
-    "roi_accuracy": "mean of the two",
-    "foreground_accuracy": "foreground",
-    "background_accuracy": "background",
-}
 # Files of scores, and what they are for.
 RECALL_FILES = {
     "metrics": "average recall",
@@ -78,21 +64,20 @@ class Run:
 # makes tables and plots of them) and its gallery; None for what the run does not have.
 
 
-def read_stage(
-    run: Run, name: str, stage: type[Stage], losses: dict[str, str], scores: dict[str, str]
-) -> dict[str, Any]:
-    """What all sections have; `losses` are labels by the names in metrics.jsonl."""
+def read_stage(run: Run, name: str, stage: type[Stage], scores: dict[str, str]) -> dict[str, Any]:
+    """What all sections have."""
     records = run.read(f"{name}/metrics.jsonl", "training curves", read_metrics) or []
     rates = metric_values(records, "train", f"{stage.samples}_per_second")[1]
     validation = dict(zip(*metric_values(records, "val", stage.best_metric), strict=True))
-    values = {label: metric_values(records, "train", loss)[1] for loss, label in losses.items()}
+    losses = {key for r in records for key in r if key.endswith("_loss") and r["split"] == "train"}
+    values = {loss: metric_values(records, "train", loss)[1] for loss in losses}
     return {
         "name": name,
         "records": records,
         "training": {
             "steps": max((record["step"] for record in records), default=None),
             "epochs": records[-1]["epoch"] if records else None,
-            "losses": {label: (v[0], v[-1]) if v else (None, None) for label, v in values.items()},
+            "losses": {loss: (v[0], v[-1]) for loss, v in values.items()},  # first and last
             "best_step": max(validation, key=lambda step: validation[step], default=None),
             "samples": stage.samples,
             "samples_per_second": statistics.median(rates) if rates else None,
@@ -104,7 +89,7 @@ def read_stage(
 
 def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
     """The section of DeepMask or SharpMask, with its scenes for the comparison."""
-    section = read_stage(run, name, PatchStage, PATCH_LOSSES, RECALL_FILES)
+    section = read_stage(run, name, PatchStage, RECALL_FILES)
     summary = run.summary.get(name, {})
     if run.summary and not summary.get("patches"):
         run.missing.append((f"{name}.patches in summary.json", "patch metrics"))
@@ -121,7 +106,7 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
 
 def read_detector(run: Run, name: str) -> dict[str, Any]:
     """The section of the detector."""
-    section, coco = read_stage(run, name, MultiPathNetStage, ROI_LOSSES, PRECISION_FILES), run.coco
+    section, coco = read_stage(run, name, MultiPathNetStage, PRECISION_FILES), run.coco
     columns = zip(coco.image_ids.tolist(), *coco.image_sizes.T.tolist(), strict=True)
     images = [
         {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}

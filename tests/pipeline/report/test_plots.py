@@ -6,17 +6,17 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.report.plots import PROPOSALS, plot_ap, plot_average_recall, plot_metrics
-from pipeline.report.sections import PATCH_LOSSES
 from tests.pipeline.report.small_run import AP_BY_PROPOSALS, CURVES, RECORDS, metrics_of
 
+LOSSES = {"mask_loss": "mask loss", "score_loss": "score loss"}
 RECALL = {iou_type: CURVES[iou_type] for iou_type in ("mask", "box")}
 AP = {iou_type: AP_BY_PROPOSALS[iou_type] for iou_type in ("box", "mask")}
 GAP = {"box": [0.5, None, 0.1]}
 # What is plotted, and which texts and numbers of colors the plot has.
 PLOTS = {
-    "losses": (lambda: plot_metrics(RECORDS, "train", PATCH_LOSSES, "loss"),
+    "losses": (lambda: plot_metrics(RECORDS, "train", LOSSES, "loss"),
                "step,loss,mask loss,score loss", "12"),
-    "one loss": (lambda: plot_metrics([RECORDS[2]], "train", PATCH_LOSSES, "loss"),
+    "one loss": (lambda: plot_metrics([RECORDS[2]], "train", LOSSES, "loss"),
                  "step,loss,score loss", "2"),
     "AP": (lambda: plot_ap(([10, 400], AP), PROPOSALS),
            "box,mask,published: 400,proposals per image,average precision", "12"),
@@ -43,4 +43,4 @@ def test_labels_and_colors_of_the_page(plot, texts, colors):
 
 
 def test_no_plot_without_a_curve():
-    assert plot_metrics([], "train", PATCH_LOSSES, "loss") is None
+    assert plot_metrics([], "train", LOSSES, "loss") is None
