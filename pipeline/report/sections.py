@@ -77,7 +77,7 @@ def read_stage(run: Run, name: str, stage: type[Stage], scores: dict[str, str]) 
         "training": {
             "steps": max((record["step"] for record in records), default=None),
             "epochs": records[-1]["epoch"] if records else None,
-            "losses": {loss: (v[0], v[-1]) for loss, v in values.items()},  # first and last
+            "losses": {loss: (v[0], v[-1]) for loss, v in values.items() if v},  # first, last
             "best_step": max(validation, key=lambda step: validation[step], default=None),
             "samples": stage.samples,
             "samples_per_second": statistics.median(rates) if rates else None,
