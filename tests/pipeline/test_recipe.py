@@ -58,8 +58,8 @@ def test_every_old_name_sets_the_new_one(old, tmp_path):
     value = {
         "optimiser": "adamw", "thresholds": "[0.6]", "roi_bins": "rounded",
         "resampling": "corners", "scales": "[-1, 0, 0.5]", "proposal_scales": "[-1, 0, 0.5]",
-        "score_scales": "[-1, 0]", "score_log2_scales": "[-1, 0]", "localisations": "2", "box_tower": "false",
-        "normalise": "false", "draw_threshold": "true",
+        "score_scales": "[-1, 0]", "score_log2_scales": "[-1, 0]", "localisations": "2",
+        "box_tower": "false", "normalise": "false", "draw_threshold": "true",
     }.get(old.rsplit(".", 1)[1], "0.35")  # fmt: skip
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
     new_value = str(RENAMED_VALUES.get(value, value)).lower()
