@@ -125,7 +125,10 @@ OTHERS = [
         {"model.modules[5]": {"modules": lambda m: [HEADS, m[1]]}},
         r"modules\[1\]: class linears of different inputs",
     ),
-    ({"model": {"modules": lambda m: m[:-1]}}, "expected a ConcatTable of class and box linears"),
+    (
+        {"model": {"modules": lambda m: m[:-1]}},
+        "expected ParallelTable ROIPooling any. ConcatTable",
+    ),
     ({"model.modules[2]": {"spatial_scale": 1 / 8}}, r"2\]: expected square pooling at stride 16"),
     (
         {"model": {"modules": lambda m: [*m, module("nn.Linear")]}},
