@@ -2,10 +2,7 @@
 
 import os
 import struct
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import MAX_DEPTH, LuaFunction, Torch7Object, read_torch7, walk
-from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, written
+from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, memory, written
 from tests.real_data import TORCH7
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = [f"reader/{name}.t7" for name in ("closure", "misc", "number", "string", "tensor")]
 SMALL += ["reader/unreferenced.t7", "multipathnet/transformer.t7"]
 needs_originals = pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
@@ -108,18 +104,12 @@ def test_strided_views_share_their_storage(tmp_path_factory, long_bytes, padding
 
 
 def test_empty_tensors_and_large_strides_of_single_elements(store):
-    five = Storage("Int", [5, 6])
-    empty, no_storage, single, repeated = store(
-        [
-            Tensor(Storage("Double", [1]), (), ()),
-            Tensor(None, (), (), element="Cuda"),
-            Tensor(five, (1, 2), (2**31 - 1, 1)),
-            Tensor(five, (3, 4), (0, 0)),
-        ]
-    )
+    five, nothing = Storage("Int", [5, 6]), Tensor(None, (), (), element="Cuda")
+    empty, no_storage = store([Tensor(Storage("Double", [1]), (), ()), nothing])
     assert empty.numel() == no_storage.numel() == 0
     assert (empty.dtype, no_storage.dtype) == (torch.float64, torch.float32)
-    assert single.tolist() == [[5, 6]] and repeated.tolist() == [[5] * 4] * 3
+    assert store(Tensor(five, (1, 2), (HUGE, 1))).tolist() == [[5, 6]]
+    assert store(Tensor(five, (3, 4), (0, 0))).tolist() == [[5] * 4] * 3
 
 
 @pytest.mark.parametrize("version", [None, "V 1", "V 2"])  # the first files have none
@@ -241,36 +231,23 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
             read_torch7(path)
 
 
-NUMBERS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, 255, 65536, HUGE, -(2**31)]
+NUMBERS = (*range(10), -1, 255, 65536, HUGE, -(2**31))
+ADDED = st.one_of(
+    st.binary(max_size=9),
+    st.sampled_from(NUMBERS).map(lambda number: struct.pack("<i", number)),
+    st.sampled_from([*NUMBERS, 2**62, -(2**63)]).map(lambda number: struct.pack("<q", number)),
+)
+EDIT = st.tuples(st.floats(0, 1), st.integers(0, 32), ADDED)  # where, and how many bytes go
 
 
 @needs_originals
-@given(
-    index=st.integers(0, len(SMALL) - 1),
-    edits=st.lists(
-        st.tuples(
-            st.floats(0, 1),  # where
-            st.integers(0, 32),  # bytes that go
-            st.one_of(  # bytes that come
-                st.binary(max_size=9),
-                st.sampled_from(NUMBERS).map(lambda n: struct.pack("<i", n)),
-                st.sampled_from([*NUMBERS, 2**62, -(2**63)]).map(lambda n: struct.pack("<q", n)),
-                st.tuples(st.sampled_from(SMALL), st.floats(0, 1), st.integers(1, 64)),
-            ),
-        ),
-        max_size=4,
-    ),
-    length=st.one_of(st.just(1.0), st.floats(0, 1)),
-)
+@given(st.sampled_from(SMALL), st.lists(EDIT, max_size=4), st.just(1.0) | st.floats(0, 1))
 @settings(max_examples=500, deadline=None)
-def test_damaged_files_are_read_or_refused(tmp_path_factory, index, edits, length):
+def test_damaged_files_are_read_or_refused(tmp_path_factory, name, edits, length):
     """No other error, no long time and no long text; a crash would end the tests."""
-    content = (TORCH7 / SMALL[index]).read_bytes()
+    content = (TORCH7 / name).read_bytes()
     for where, removed, added in edits:
         at = int(where * len(content))
-        if isinstance(added, tuple):  # a part of another file
-            other, start, size = (TORCH7 / added[0]).read_bytes(), *added[1:]
-            added = other[int(start * len(other)) :][:size]
         content = content[:at] + added + content[at + removed :]
     content = content[: round(length * len(content))]
     path = tmp_path_factory.getbasetemp() / "damaged.t7"
@@ -308,25 +285,8 @@ def test_original_files_of_all_types():
         read_torch7(TORCH7 / "reader" / "misc_ascii.t7")
 
 
-MEASURE = """
-import re, sys
-sys.path.insert(0, sys.argv[1])
-from pipeline.torch7.reader import read_torch7
-def peak():  # not ru_maxrss, which begins with what the process had that started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-read_torch7(sys.argv[2])
-for path in sys.argv[3:]:
-    before = peak()
-    tensors = read_torch7(path)
-    print(peak() - before)
-"""
-
-
 def test_tensors_are_in_memory_once_at_most(tmp_path):
-    """Peak resident memory of a new process that reads a file; a mapped one's is not read at all.
-
-    A converter that copies all of it needs twice the file's size.
-    """
+    """A mapped one is not read at all; a converter that copies all needs twice the file's size."""
     size = 2**25
     values = np.zeros(size // 4, np.float32) + 1
     one = Tensor(Storage("Float", [1]), (1,), (1,))
@@ -336,8 +296,6 @@ def test_tensors_are_in_memory_once_at_most(tmp_path):
     files = {"small": one, "mapped": ["x" * aligned, large], "moved": ["x" * (aligned + 1), large]}
     for name, value in files.items():
         (tmp_path / name).write_bytes(written(value))
-    command = [sys.executable, "-c", MEASURE, ROOT, *(tmp_path / name for name in files)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    mapped, moved = map(int, output.split())
+    _, mapped, moved = memory("read_torch7(path)", *map(tmp_path.joinpath, files))
     assert mapped < 0.1 * size
     assert moved < 1.1 * size

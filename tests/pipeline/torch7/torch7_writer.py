@@ -1,7 +1,10 @@
 """Writes Torch7 files, as torch7's File.lua and THDiskFile.c do in binary mode."""
 
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,3 +110,27 @@ def written(value: object, *, long_bytes: int = 8, version: str | None = "V 1") 
 
     write(value)
     return bytes(content)
+
+
+MEASURE = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+from pipeline.torch7.convert import convert_file
+from pipeline.torch7.reader import read_torch7
+def peak():  # not ru_maxrss, which begins with what the process had that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+for path in sys.argv[3:]:
+    before = peak()
+    value = eval(sys.argv[2])
+    print(peak() - before)
+"""
+
+
+def memory(call: str, *paths: Path) -> list[int]:
+    """Peak resident memory that a call takes for each `path`, all in one new process.
+
+    The first also has what libraries take once.
+    """
+    command = [sys.executable, "-c", MEASURE, Path(__file__).parents[3], call, *paths]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return list(map(int, output.split()))
