@@ -110,11 +110,7 @@ def known_categories(count: int) -> list[dict]:
 
 
 def _read_outputs(outputs: Module, ends: list[Module]) -> tuple[int, list[Module], State]:
-    """The number of heads, one linear for all of them and one of boxes, and the deltas' norm.
-
-    Raises:
-        ValueError: the end of the network is not the mean of the heads' probabilities.
-    """
+    """The number of heads, one linear for all of them and one of boxes, and the deltas' norm."""
     classes, boxes = expect(outputs.modules, "(ConcatTable|linear) linear", where=outputs.path)
     heads = classes.modules if classes.typename == "ConcatTable" else [classes]
     expect(heads, "linear+", where=classes.path)

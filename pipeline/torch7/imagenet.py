@@ -10,15 +10,7 @@ from torch import nn
 
 from datasets.resize import PixelConfig
 from models.backbone import load_backbone
-from pipeline.torch7.modules import (
-    Module,
-    Used,
-    convert_layers,
-    expect,
-    rounds_up,
-    steps,
-    unpacked,
-)
+from pipeline.torch7.modules import Module, Used, convert_layers, expect, steps, unpacked
 
 # Convolutions in a block and blocks in each stage, by torchvision's name.
 RESNETS = {
@@ -62,11 +54,7 @@ def title(name: str, width: int) -> str:
 def read_resnet(parts: list[Module], *, stages: int) -> tuple[str, int, list[Module]]:
     """The name, stem width and layers of a ResNet's first stages.
 
-    Args:
-        parts: convolution, norm, ReLU and max-pool, then a Sequential of blocks for each stage.
-
-    Raises:
-        ValueError: another structure.
+    `parts`: convolution, norm, ReLU and max-pool, then a Sequential of blocks for each stage.
     """
     stem = expect(steps(*parts[:-stages]), "padding? conv norm? relu pool", where="the stem")
     layers, depths = list(stem), []
@@ -115,18 +103,14 @@ def convert_caffe_network(value: dict, used: Used) -> tuple[str, dict]:
 
 
 def plain_network(features: list[Module]) -> tuple[str, bool]:
-    """Which network without residual blocks this is, and whether its pools round sizes up.
-
-    Raises:
-        ValueError: none that is known.
-    """
+    """Which network without residual blocks this is, and whether its pools round sizes up."""
     expect(features, "(conv relu pool? lrn?)+", where="features")
     kinds = [part.kind for part in features]
     letters = "".join({"pool": "|", "conv": "c"}.get(kind, "") for kind in kinds)
     found = tuple(map(len, letters.strip("|").split("|"))), "lrn" in kinds
     for name, counts in PLAIN.items():
         if found == (counts, name == "caffenet"):
-            return name, any(rounds_up(part) for part in features if part.kind == "pool")
+            return name, any(part.rounds_up for part in features)
     raise ValueError(
         f"features: {', '.join(map(str, found[0]))} convolutions between pools are of no known "
         f"network ({', '.join(TITLES.values())})"

@@ -44,6 +44,7 @@ SOURCES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MaxPool2d: ("pool",),
     nn.LocalResponseNorm: ("lrn",),
 }
+PADDINGS = ("zeros", "mirrored")
 EPSILON = 1e-5  # of torchvision's batch norm
 
 State = dict[str, Tensor]
@@ -92,12 +93,10 @@ class Module:
 
     def number(self, name: str, default: int | None = None, *, below: float = math.inf) -> Any:
         """A number from 0 to below a limit, without one a whole number; else a ValueError."""
-        value = self.plain(name, default)
-        types = (int,) if below == math.inf else (int, float)
-        if type(value) not in types or not 0 <= value < below:
+        value, limit = self.plain(name, default), "" if below == math.inf else f" and < {below}"
+        if type(value) not in (int, float if limit else int) or not 0 <= value < below:
             raise ValueError(
-                f"{self.path}: {name} must be {types[-1].__name__} from 0 to below {below}, "
-                f"got {short(value)}"
+                f"{self.path}: {name} must be a number >= 0{limit}, got {short(value)}"
             )
         return value
 
@@ -122,21 +121,23 @@ class Module:
 
     def parameter(self, name: str) -> Tensor:
         """A parameter, as a view of the file; a ValueError if it is missing or of no floats."""
-        path, value = f"{self.path}.{name}".lstrip("."), self.value.fields.get(name)
+        value = self.value.fields.get(name)
         if not isinstance(value, Tensor) or not value.numel():
-            raise ValueError(f"{path}: the parameter is missing from this {self.value.typename}")
-        if not value.is_floating_point():
-            raise ValueError(f"{path}: expected floats, got {value.dtype}")
-        return value.float()
+            problem = f"the parameter is missing from this {self.value.typename}"
+        elif not value.is_floating_point():
+            problem = f"expected floats, got {value.dtype}"
+        else:
+            return value.float()
+        raise ValueError(f"{self.path}.{name}: {problem}")
 
     def take(self, name: str) -> Tensor:
         """A parameter, of finite numbers, that was not taken before."""
-        value, path = self.parameter(name), f"{self.path}.{name}".lstrip(".")
+        value = self.parameter(name)
         # The extremes, not each number: that takes no memory, and they do not hide a NaN.
         if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(value)):
-            raise ValueError(f"{path}: not all numbers are finite")
+            raise ValueError(f"{self.path}.{name}: not all numbers are finite")
         if (id(self.value), name) in self.used:
-            raise ValueError(f"{path}: the parameter is in the network twice")
+            raise ValueError(f"{self.path}.{name}: the parameter is in the network twice")
         self.used.add((id(self.value), name))
         return value
 
@@ -144,6 +145,12 @@ class Module:
     def outputs(self) -> int:
         """How many outputs a layer has."""
         return len(self.parameter("weight"))
+
+    @property
+    def rounds_up(self) -> bool:
+        """Whether a pool rounds sizes up, as all of imagine-nn do; old files have no such field."""
+        is_caffes = self.value.typename.startswith("inn.") and self.kind == "pool"
+        return is_caffes or bool(self.plain("ceil_mode"))
 
 
 def unused_parameters(root: Any, used: Used) -> list[str]:
@@ -178,11 +185,7 @@ def steps(*modules: Module) -> list[Module]:
 
 
 def expect(parts: list[Module], pattern: str, where: str) -> list[Module]:
-    """The parts, whose kinds must be in the order of a pattern such as "padding? conv any*".
-
-    Raises:
-        ValueError: they are not.
-    """
+    """The parts; a ValueError if their kinds are not in an order such as "padding? conv any*"."""
     regex = re.sub("[A-Za-z]+", r"(?:\g<0>,)", pattern).replace(" ", "").replace("any", "[^,]+")
     if not re.fullmatch(regex, "".join(f"{part.kind}," for part in parts)):
         names = ", ".join(part.typename for part in parts) or "nothing"
@@ -281,17 +284,14 @@ def _settings(part: Module, before: list[Module], layer: Any) -> dict[str, tuple
             "kernel": (kernel, layer.kernel_size),
             "stride": (stride, layer.stride),
             "groups": (part.plain("groups", 1), layer.groups),
-            "padding": (
-                _padding(part, before),
-                (padding, "mirrored" if mirrored and padding else "zeros"),
-            ),
+            "padding": (_padding(part, before), (padding, PADDINGS[mirrored and padding > 0])),
         }
     if part.kind == "pool":
         sides = layer.kernel_size, layer.stride, layer.padding
         sizes = (*kernel, *stride, part.plain("padH", 0), part.plain("padW", 0))
         return {
             "kernel, stride and padding": (sizes, tuple(side for side in sides for _ in "HW")),
-            "ceil_mode": (rounds_up(part), layer.ceil_mode),
+            "ceil_mode": (part.rounds_up, layer.ceil_mode),
         }
     names = ("size", "alpha", "beta", "k") if part.kind == "lrn" else ()
     return {name: (part.plain(name), getattr(layer, name)) for name in names}
@@ -304,9 +304,4 @@ def _padding(conv: Module, before: list[Module]) -> tuple[int, str]:
     pixels = {mirror.number(f"pad_{side}", 0) if mirror else 0 for side in "lrtb"}
     if len(zeros) > 1 or len(pixels) > 1 or (max(zeros) and max(pixels)):
         raise ValueError(f"{conv.path}: padding that is not the same on all sides")
-    return max(zeros | pixels), "mirrored" if max(pixels) else "zeros"
-
-
-def rounds_up(pool: Module) -> bool:
-    """Whether a pool rounds sizes up: imagine-nn's do, as Caffe's; old files have no such field."""
-    return pool.value.typename.startswith("inn.") or bool(pool.plain("ceil_mode"))
+    return max(zeros | pixels), PADDINGS[max(pixels) > 0]

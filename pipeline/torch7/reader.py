@@ -24,7 +24,8 @@ from torch import Tensor
 
 # The types of objects in torch7's File.lua. Functions were type 6, without an index, and then 7.
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN, FUNCTION_6, FUNCTION_7, FUNCTION = range(9)
-TYPE_NAMES = {TABLE: "table", TORCH: "class", FUNCTION_7: "function", FUNCTION: "function"}
+TYPE_NAMES = {TABLE: "table", TORCH: "class"}
+TYPE_NAMES |= dict.fromkeys((FUNCTION_6, FUNCTION_7, FUNCTION), "function")
 
 MAX_DEPTH = 150  # objects in objects; the released networks take about 35
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -114,7 +115,9 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap, path: Path, long: str):
         self.data, self.path, self.long, self.offset, self.depth = data, path, long, 0, 0
-        self.objects: dict[int | None, tuple[int, Any]] = {}  # type and value by index
+        self.objects: dict[
+            int, tuple[int, Any]
+        ] = {}  # type and value by index; a function 6's is 0
         self.storages: dict[int, str] = {}  # types of the tensors that are storages, by id
 
     def read(self) -> Any:
@@ -169,23 +172,18 @@ class _Reader:
             value = self._number()
             _require(value in (0, 1), start, f"a boolean is 0 or 1, got {value}")
             return value == 1
-        _require(self.depth < MAX_DEPTH, start, f"nested deeper than {MAX_DEPTH} objects")
-        self.depth += 1
-        value = self._indexed(type_, start)
-        self.depth -= 1
-        return value
-
-    def _indexed(self, type_: int, start: int) -> Any:
-        if type_ == FUNCTION_6:
-            return self._function(None, type_)
         _require(type_ in TYPE_NAMES, start, f"the type of an object is 0 to 8, got {type_}")
-        index = self._number()
-        _require(index > 0, start, f"the index of an object is at least 1, got {index}")
-        if index not in self.objects:
+        _require(self.depth < MAX_DEPTH, start, f"nested deeper than {MAX_DEPTH} objects")
+        index = 0 if type_ == FUNCTION_6 else self._number()
+        is_index = index > 0 or type_ == FUNCTION_6
+        _require(is_index, start, f"the index of an object is at least 1, got {index}")
+        if index == 0 or index not in self.objects:
             self.objects[index] = type_, _UNFINISHED
-            if type_ == TABLE:
-                return self._table(index)
-            return self._instance(index) if type_ == TORCH else self._function(index, type_)
+            self.depth += 1
+            read = {TABLE: self._table, TORCH: self._instance}.get(type_, self._function)
+            value = read(index)
+            self.depth -= 1
+            return value
         known, value = self.objects[index]
         names = TYPE_NAMES[known], TYPE_NAMES[type_]
         _require(known == type_, start, f"object {index} is a {names[0]}, not a {names[1]}")
@@ -193,13 +191,16 @@ class _Reader:
         _require(is_finished, start, f"object {index}, a tensor or storage, contains itself")
         return value
 
+    def _keep(self, index: int, value: Any) -> None:
+        self.objects[index] = self.objects[index][0], value
+
     def _table(self, index: int) -> dict:
         start, size = self.offset, self._number()
         left = len(self.data) - self.offset
         fits = 0 <= size <= left // SMALLEST_ENTRY + 1
         _require(fits, start, f"a table of {size} entries, with {left} bytes left")
         table: dict = {}
-        self.objects[index] = TABLE, table
+        self._keep(index, table)
         for _ in range(size):
             start = self.offset
             key, value = self._object(), self._object()
@@ -210,11 +211,11 @@ class _Reader:
                 table[key] = value
         return table
 
-    def _function(self, index: int | None, type_: int) -> LuaFunction:
+    def _function(self, index: int) -> LuaFunction:
         size = self._number()
         self._skip(size)
         function = LuaFunction(size)
-        self.objects[index] = type_, function  # before the variables: it may call itself
+        self._keep(index, function)  # before the variables: it may call itself
         self._object()  # the variables it refers to: objects that others may share
         return function
 
@@ -230,11 +231,11 @@ class _Reader:
             value = read(_DTYPES[found[1]])
         else:
             value = Torch7Object(typename, {})
-            self.objects[index] = TORCH, value  # before its fields, which may refer to it
+            self._keep(index, value)  # before its fields, which may refer to it
             start, value.fields = self.offset, self._object()
             is_table = isinstance(value.fields, dict)
             _require(is_table, start, f"{typename} is not stored as a table of its fields")
-        self.objects[index] = TORCH, value
+        self._keep(index, value)
         return value
 
     def _storage(self, dtype: str) -> Tensor:

@@ -135,7 +135,7 @@ MISFITS = [
     ({f"{TRUNK}[8]": {"pad_l": 1}}, r"8\]: expected a crop that is the same on all sides"),
     ({"": {"neths": copy.deepcopy}}, r"refs\[1\].*: expected neths\[1\]"),
     ({"": {"skpos": [8, 6]}}, "skpos and neths: expected"),
-    ({"": {"fSz": -1}}, "fSz must be int from 0"),
+    ({"": {"fSz": -1}}, "fSz must be a number >= 0, got -1"),
     ({"scoreBranch.modules[2]": {"weight": None}}, "weight: the parameter is missing"),
     ({f"{TRUNK}[12]": {"weight": lambda weight: weight[:, :-1]}}, "inputs, no multiple of 100"),
 ]
