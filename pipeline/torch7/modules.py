@@ -44,7 +44,7 @@ SOURCES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MaxPool2d: ("pool",),
     nn.LocalResponseNorm: ("lrn",),
 }
-PADDINGS = ("zeros", "mirrored")
+PADDINGS = ("zeros", "mirrored")  # by whether it is a mirror
 EPSILON = 1e-5  # of torchvision's batch norm
 
 State = dict[str, Tensor]
@@ -91,7 +91,7 @@ class Module:
         is_plain = value is None or isinstance(value, bool | int | float | str)
         return value if is_plain else type(value).__name__
 
-    def number(self, name: str, default: int | None = None, *, below: float = math.inf) -> Any:
+    def number(self, name: str, default: float | None = None, *, below: float = math.inf) -> Any:
         """A number from 0 to below a limit, without one a whole number; else a ValueError."""
         value, limit = self.plain(name, default), "" if below == math.inf else f" and < {below}"
         if type(value) not in (int, float if limit else int) or not 0 <= value < below:
@@ -262,7 +262,7 @@ def _norm_state(conv: Module, norm: Module | None) -> State:
     if norm.typename == "SpatialBatchNormalization":
         names = ("weight", "bias", "running_mean", "running_var")
         state = {name: norm.take(name) for name in names}
-        if (epsilon := norm.number("eps", below=1)) != EPSILON:
+        if (epsilon := norm.number("eps", EPSILON, below=1)) != EPSILON:
             state["running_var"] = state["running_var"] + (epsilon - EPSILON)
     else:
         state = frozen_norm_state(norm.take("a").flatten(), norm.take("b").flatten())

@@ -1,5 +1,8 @@
 """Networks of torch as the trees that `read_torch7` gives for those of Lua."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -14,6 +17,11 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
     assert ours.shape == theirs.shape
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     assert error <= tolerance, f"{error:.1e}"
+
+
+def image_of(folder: Path) -> np.ndarray:
+    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
+    return np.ascontiguousarray((np.load(folder / "image.npy") * 255).transpose(1, 2, 0))
 
 
 def module(name: str, *modules: Torch7Object, **fields: object) -> Torch7Object:

@@ -118,6 +118,11 @@ OTHERS = [
         {"model": {"modules": lambda m: m[:-1]}},
         "expected ParallelTable ROIPooling any. ConcatTable",
     ),
+    ({"model.modules[5].modules[2]": {"weight": torch.ones(4, 8)}}, "4 outputs for background and"),
+    (
+        {"model.modules[5]": {"modules": lambda m: [module("nn.ConcatTable", *m * 4), m[1]]}},
+        "8 class",
+    ),
     ({"model.modules[2]": {"spatial_scale": 1 / 8}}, r"2\]: expected square pooling at stride 16"),
     (
         {"model": {"modules": lambda m: [*m, module("nn.Linear")]}},

@@ -14,7 +14,7 @@ from datasets.roi_sampler import mirror
 from pipeline.inference.detect import Detector, load_detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.torch7.convert import convert_file
-from tests.pipeline.torch7.lua_networks import assert_near
+from tests.pipeline.torch7.lua_networks import assert_near, image_of
 from tests.real_data import TORCH7
 
 DATA = TORCH7 / "multipathnet"
@@ -137,8 +137,7 @@ def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
-    return (reference("image") * 255).permute(1, 2, 0).contiguous().numpy()
+    return image_of(DATA)
 
 
 @pytest.fixture(scope="module")
