@@ -76,12 +76,16 @@ def lua_resnet(network: torchvision.models.ResNet, *, frozen: bool) -> Torch7Obj
     """A network of torchvision as fb.resnet.torch saves it."""
 
     def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Torch7Object]:
-        after = lua(norm)
+        before, after = lua(conv), lua(norm)
+        f = after.fields
         if frozen:
-            f = after.fields
             scale = f["weight"] / (f["running_var"] + 1e-5).sqrt()
             after = module("inn.ConstAffine", a=scale, b=f["bias"] - f["running_mean"] * scale)
-        return [lua(conv), after]
+        else:  # a bias, and another epsilon, that change nothing
+            before.fields["bias"] = torch.full_like(f["bias"], 0.25)
+            f |= {"running_mean": f["running_mean"] + 0.25, "eps": 1e-3}
+            f["running_var"] = f["running_var"] - (1e-3 - 1e-5)
+        return [before, after]
 
     def block(layer: nn.Module) -> Torch7Object:
         main: list[Torch7Object] = []

@@ -135,6 +135,8 @@ MISFITS = [
     ({f"{TRUNK}[8]": {"pad_l": 1}}, r"8\]: expected a crop that is the same on all sides"),
     ({"": {"neths": copy.deepcopy}}, r"refs\[1\].*: expected neths\[1\]"),
     ({"": {"skpos": [8, 6]}}, "skpos and neths: expected"),
+    ({"scoreBranch.modules[1]": {"v2": False}}, r"1\]: a Dropout of the old kind"),
+    ({"scoreBranch.modules[3]": {"val": 0.5}}, r"3\]: a Threshold that is no ReLU"),
     ({"": {"fSz": -1}}, "fSz must be a number >= 0, got -1"),
     ({"scoreBranch.modules[2]": {"weight": None}}, "weight: the parameter is missing"),
     ({f"{TRUNK}[12]": {"weight": lambda weight: weight[:, :-1]}}, "inputs, no multiple of 100"),
