@@ -7,7 +7,6 @@ aligned at any scale.
 Letters: m patches of a group (one decoded image), B batch, S input size P + C, G target size.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from torch.utils.data import Dataset
 
 from datasets.coco import CocoInstances
-from datasets.loading import draw_until_readable, rank_samples, read_annotated_image
+from datasets.loading import TrainingDataset
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
 from datasets.resize import GRAY, normalize
 
@@ -124,7 +122,7 @@ def rasterize(
     return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
 
 
-class PatchDataset(Dataset):
+class PatchDataset(TrainingDataset):
     """Groups of patches by index (head, epoch, group), the patches of one image each.
 
     Items are dicts with "patches" (m, 3, S, S) float32 normalized; "broken", messages on files that
@@ -142,20 +140,21 @@ class PatchDataset(Dataset):
         context: int = 32,
         target_size: int = 112,
     ):
-        """Args: as in `models.deepmask.DeepMaskConfig`; `images` is the folder of the files."""
-        self.coco, self.images, self.sampler = coco, Path(images), sampler
+        """Sizes are as in `models.deepmask.DeepMaskConfig`; `images` is the folder of the files."""
+        super().__init__(coco, images, sampler)
         self.patch_size, self.target_size = patch_size, target_size
         self.input_size = patch_size + context
-        self.patches_per_image = sampler.config.patches_per_image
+        self.group_size = sampler.config.patches_per_image
 
-    def __getitem__(self, index: tuple[str, int, int]) -> dict:
-        return self.load(*index)[0]
+    def choose(self, rng: np.random.Generator) -> str:
+        """The head that a minibatch trains."""
+        return MASK if rng.random() < self.sampler.config.mask_batch_prob else SCORE
 
     def load(self, head: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
         """An item, and the patches that it was made of."""
-        patches, image, broken = draw_until_readable(
+        patches, image, broken = self.draw_readable(
             lambda attempt: self.sampler.draw(head, epoch, group, attempt=attempt),
-            lambda patches: read_annotated_image(self.coco, self.images, patches[0].image),
+            lambda patches: patches[0].image,
         )
         pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
         item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
@@ -172,27 +171,3 @@ class PatchDataset(Dataset):
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
         tensors = {n: torch.cat([item[n] for item in items]) for n in items[0] if n != "broken"}
         return tensors | {"broken": [message for item in items for message in item["broken"]]}
-
-
-def patch_batches(
-    steps: range,
-    *,
-    batches_per_epoch: int,
-    groups_per_batch: int,
-    seed: int = 0,
-    mask_batch_prob: float = 0.5,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[tuple[str, int, int]]]:
-    """Indices of one process's part of the minibatches of a range of training steps.
-
-    The head that a minibatch trains depends on (seed, epoch, batch) and is the same in every
-    process; its groups, `groups_per_batch` over all processes, are dealt out in order. Steps count
-    over all epochs: a resumed run starts in the middle of one.
-    """
-    for step in steps:
-        epoch, batch = divmod(step, batches_per_epoch)
-        coin = np.random.default_rng([seed, epoch, batch, 1 << 30]).random()
-        head = MASK if coin < mask_batch_prob else SCORE
-        groups = rank_samples(batch, groups_per_batch, rank, world_size)
-        yield [(head, epoch, group) for group in groups]
