@@ -59,12 +59,9 @@ def _resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     left = (patch.x - half - x0) / block + step / 2 - 0.5
     top = (patch.y - half - y0) / block + step / 2 - 0.5
     matrix = np.array([[step, 0, left], [0, step, top]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(
-        source,
-        matrix,
-        (size, size),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
+        source, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE
     )
 
 
@@ -77,13 +74,12 @@ def _block_range(low: float, high: float, length: int, block: int) -> tuple[int,
 
 def _coverage(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
     """How much of each patch pixel lies inside the image, (size, size); None for all of all."""
-    axes = []
-    for center, length in ((patch.y, shape[0]), (patch.x, shape[1])):
-        edges = center + (np.arange(size + 1) - size / 2) / patch.scale
-        axes.append(np.diff(np.clip(edges, 0, length)) * patch.scale)
-    if axes[0].min() > 1 - 1e-6 and axes[1].min() > 1 - 1e-6:
+    offsets = (np.arange(size + 1) - size / 2) / patch.scale
+    edges = np.clip([patch.y + offsets, patch.x + offsets], 0, [[shape[0]], [shape[1]]])
+    rows, columns = np.diff(edges) * patch.scale
+    if min(rows.min(), columns.min()) > 1 - 1e-6:
         return None
-    return np.outer(*axes).astype(np.float32)
+    return np.outer(rows, columns).astype(np.float32)
 
 
 def mask_target(
@@ -103,12 +99,10 @@ def mask_target(
         square = replace(patch, scale=patch.scale * target_size / patch_size)
         # The edge is repeated by the resampling; outside the image there is no object.
         inside = _coverage(full.shape, square, target_size)
-        soft = _resample(full, square, target_size) * (1 if inside is None else inside)
-        mask = soft > 127
+        mask = _resample(full, square, target_size) * (1 if inside is None else inside) > 127
     else:
         mask = rasterize(polygons, patch, patch_size=patch_size, target_size=target_size)
-    mask = mask[:, ::-1] if patch.flip else mask
-    return np.where(mask, np.float32(1), np.float32(-1))
+    return np.where(mask[:, ::-1] if patch.flip else mask, np.float32(1), np.float32(-1))
 
 
 def rasterize(

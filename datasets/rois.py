@@ -41,8 +41,8 @@ class RoiDataset(TrainingDataset):
         `inclusive_boxes`: boxes are given by their first and last pixel (released code).
         """
         super().__init__(coco, images, sampler)
-        self.pixels, self.align_corners = pixels, align_corners
-        self.inclusive_boxes = inclusive_boxes
+        self.pixels = pixels
+        self.align_corners, self.inclusive_boxes = align_corners, inclusive_boxes
 
     def choose(self, rng: np.random.Generator) -> int:
         """The IoU threshold of a minibatch, or -1 for all."""
@@ -56,12 +56,8 @@ class RoiDataset(TrainingDataset):
             lambda sample: sample.image,
         )
         config = self.sampler.config
-        pixels, scale_xy = resize_sides(
-            image,
-            short_side=config.short_side,
-            long_side=config.long_side,
-            align_corners=self.align_corners,
-        )
+        sides = {"short_side": config.short_side, "long_side": config.long_side}
+        pixels, scale_xy = resize_sides(image, **sides, align_corners=self.align_corners)
         if sample.flip:
             pixels = pixels[:, ::-1]
         scales = np.array(scale_xy * 2, np.float32)
