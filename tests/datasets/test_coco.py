@@ -56,12 +56,10 @@ def test_columns(load):
 
 def test_box_and_area_from_the_json_or_measured(load):
     coco = load(various())
-    assert coco.boxes[[0, 2]].tolist() == [[10.5, 11, 22.5, 24]] * 2
-    assert coco.areas[[0, 2]].tolist() == [123.5] * 2
-    np.testing.assert_allclose(coco.boxes[1], [40.5, 5, 50.13, 20.7], rtol=1e-6)
-    np.testing.assert_allclose(coco.areas[1], 74.95425, rtol=1e-6)
-    # Runs 5, 10: rows 5 to 14 of the first column.
-    assert coco.boxes[3].tolist() == [0, 5, 1, 15] and coco.areas[3] == 10
+    triangle, runs = [40.5, 5, 50.13, 20.7], [0, 5, 1, 15]  # rows 5 to 14 of the first column
+    given = [10.5, 11, 22.5, 24]
+    np.testing.assert_allclose(coco.boxes, [given, triangle, given, runs], rtol=1e-6)
+    np.testing.assert_allclose(coco.areas, [123.5, 74.95425, 123.5, 10], rtol=1e-6)
 
 
 def test_polygons_and_masks(load, tmp_path):

@@ -31,46 +31,43 @@ def load(tmp_path):
 # What is left out
 
 NAN, INF = float("nan"), float("inf")
-SEGMENTATIONS = {
-    "no segmentation": [None, [], {}],
-    "malformed segmentation": [
+UNUSABLE = {
+    ("image_id", "unknown image"): [99],
+    ("category_id", "unknown category"): [99],
+    ("segmentation", "no segmentation"): [None, [], {}],
+    ("segmentation", "malformed segmentation"): [
         *("x", SQUARE, [SQUARE, "123456"], [SQUARE, [1, 2, {}, 3, 4, 5]]),
         *([[[1, 2], [3, 4], [5, 6]]], [[10**400, 1, 2, 3, 4, 5]]),
     ],
-    "fewer than three points": [[[]], [[1, 2, 30, 20]]],
-    "odd number of coordinates": [[SQUARE, [*SQUARE, 3]], [[1, 2, 3]]],
-    "NaN or infinite number": [[SQUARE, [1, 2, 3, value, 4, 9]] for value in (NAN, INF, None)],
-    "zero area": [[[1, 1, 2.1, 2.1, 3.3, 3.3]], [[5, 5] * 4], rle([HEIGHT * WIDTH])],
-    "outside the image": [
+    ("segmentation", "fewer than three points"): [[[]], [[1, 2, 30, 20]]],
+    ("segmentation", "odd number of coordinates"): [[SQUARE, [*SQUARE, 3]], [[1, 2, 3]]],
+    ("segmentation", "NaN or infinite number"): [
+        [SQUARE, [1, 2, 3, value, 4, 9]] for value in (NAN, INF, None)
+    ],
+    ("segmentation", "zero area"): [
+        *([[1, 1, 2.1, 2.1, 3.3, 3.3]], [[5, 5] * 4], rle([HEIGHT * WIDTH])),
+    ],
+    ("area", "zero area"): [0],
+    ("bbox", "zero area"): [[10, 10, 0, 15]],
+    ("segmentation", "outside the image"): [
         *([[-9, -9, -1, -9, -5, -1]], [[60, 10, 70, 10, 65, 20]]),
         *([[10, 10, 1e9, 10, 10, 20]], [[10, 10, 1e300, 10, 1e300, -1e300]]),
     ],
-    "RLE size differs from the image": [rle([5, 10, 5], (4, 5)), rle(RUNS, (WIDTH, HEIGHT))],
-    "broken RLE": [
+    ("bbox", "outside the image"): [[10, 40, 5, 5], [-1e300, 0, 2e300, 5]],
+    ("bbox", "box is not four finite numbers"): [
+        *([10, 10, 5], [1.7e308, 10, 1.7e308, 5], [10, 10, 5, NAN], "10 10 5 5"),
+    ],
+    ("segmentation", "RLE size differs from the image"): [
+        *(rle([5, 10, 5], (4, 5)), rle(RUNS, (WIDTH, HEIGHT)), rle([20], (4, 5))),
+    ],
+    ("segmentation", "broken RLE"): [
         *(rle([5, 10]), rle([5, -10, HEIGHT * WIDTH + 5]), rle([5, 10.5, HEIGHT * WIDTH - 15.5])),
         *(rle([]), rle(""), rle("ooooooooooooooo"), rle("é\ud800"), rle(compress(RUNS)[:-1])),
         *(rle(RUNS, [HEIGHT]), rle(RUNS, [HEIGHT, str(WIDTH)]), rle([2**70], [2**35, 2**35])),
         {"counts": RUNS},
     ],
 }
-OTHER_VALUES = {
-    "unknown image": {"image_id": [99]},
-    "unknown category": {"category_id": [99]},
-    "zero area": {"area": [0], "bbox": [[10, 10, 0, 15]]},
-    "outside the image": {"bbox": [[10, 40, 5, 5], [-1e300, 0, 2e300, 5]]},
-    "box is not four finite numbers": {
-        "bbox": [[10, 10, 5], [1.7e308, 10, 1.7e308, 5], [10, 10, 5, NAN], "10 10 5 5"]
-    },
-}
-LEFT_OUT = [
-    ({"segmentation": s}, reason) for reason in SEGMENTATIONS for s in SEGMENTATIONS[reason]
-]
-LEFT_OUT += [
-    ({key: value}, reason)
-    for reason, values_of in OTHER_VALUES.items()
-    for key, values in values_of.items()
-    for value in values
-]
+LEFT_OUT = [({key: x}, reason) for (key, reason), values in UNUSABLE.items() for x in values]
 
 
 @pytest.mark.parametrize(("change", "reason"), LEFT_OUT, ids=lambda value: str(value)[:60])
@@ -108,6 +105,13 @@ def test_summary_is_one_line_with_the_reasons(load):
     assert load(content).summary().endswith(expected)
 
 
+def test_integral_floats_pass_for_integers(load):
+    content = minimal(image_id=3.0, category_id=5.0)
+    content["images"][0] |= {"height": 40.0, "id": 3.0}
+    coco = load(content)
+    assert coco.image_sizes.tolist() == [[HEIGHT, WIDTH]] and len(coco.annotation_ids) == 1
+
+
 # What is an error
 
 
@@ -130,22 +134,17 @@ def with_value(array: str, key: str, value) -> dict:
 LARGE = {"id": 50, "file_name": "a.jpg", "height": 30_000, "width": 20_000}
 ERRORS = [
     ("", "line 1 column 1"),
-    ("x", "line 1 column 1"),
     ('{"images": [],\n "annotations": [1 2]}', "line 2 column 20"),
-    ('{"images": [{"id": 1},\n]}', "line 2 column 1"),
     ('{"images": [{"id": 1', "line 1 column"),
-    ("{'images': []}", "line 1 column 2"),
     ('{"info" 3}', "line 1 column 9"),
     (json.dumps(minimal()) + " }", "Extra data"),
     ('{"images": [' + "[" * 200_000, "not valid JSON: .* recursion depth"),
     ("[]", 'has no "images" array'),
-    ("3", 'has no "images" array'),
     ("{}", 'has no "images" array'),
     ({"images": [], "annotations": []}, 'has no "categories" array'),
     ({"images": {}, "annotations": [], "categories": []}, 'has no "images" array'),
     (minimal() | {"images": []}, '"images" is empty'),
     (with_element("images", 3), r'images\[1\]: Expected "object"'),
-    (with_element("categories", []), r'categories\[1\]: Expected "object"'),
     (with_element("annotations", None), r'annotations\[1\]: Expected "object"'),
     *[
         (without(array, key), rf'{array}\[0\]: .* missing required field "{key}"')
