@@ -176,16 +176,14 @@ def check_counts(
         valid, areas, has_empty_run = map(np.concatenate, parts)
         return valid, areas, has_empty_run
 
-    # The last digit of a string must end its last number.
-    ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
-    digits = np.frombuffer(b"".join(strings), np.uint8) - np.uint8(48)  # below 48: wraps to > 63
-    valid = np.diff(ends, prepend=0) > 0
+    valid = np.array([len(string) > 0 for string in strings], bool)
+    ends = np.cumsum([len(string) or 1 for string in strings], dtype=np.int64)
+    digits = np.frombuffer(b"".join(string or b"0" for string in strings), np.uint8)
+    digits = digits - np.uint8(48)  # below 48: wraps to > 63
     valid[_owners(digits > 63, ends)] = False
-    valid[valid] = digits[ends[valid] - 1] < 32
-    if not valid.all():
-        whole = [string if ok else b"0" for string, ok in zip(strings, valid, strict=True)]
-        checked, areas, has_empty_run = check_counts(whole, pixels)
-        return checked & valid, areas, has_empty_run
+    # The last digit of a string must end its last number; a broken one would run on into the next.
+    valid &= digits[ends - 1] < 32
+    digits[ends - 1] &= 31
 
     # Digits -> numbers, from the last digit, which has the sign, to the first.
     last = np.flatnonzero(digits < 32)
@@ -207,11 +205,11 @@ def check_counts(
     padded[2 : 2 + len(numbers)] = numbers
     sums = np.cumsum(padded.reshape(-1, 2), axis=0).ravel()
     runs = sums[2 : 2 + len(numbers)] - sums[2 + start - is_object]
-
-    has_empty_run = np.zeros(n, bool)
-    runs[starts] = 1
-    has_empty_run[_owners(runs == 0, stops)] = True
     runs[starts] = numbers[starts]
+
+    has_empty_run, is_empty = np.zeros(n, bool), runs == 0
+    is_empty[starts] = False
+    has_empty_run[_owners(is_empty, stops)] = True
     valid[_owners((runs < 0) | (length > MAX_DIGITS), stops)] = False
     valid &= np.add.reduceat(runs, starts) == pixels
     return valid, np.add.reduceat(runs * is_object, starts), has_empty_run

@@ -57,7 +57,13 @@ def write_shapes(
     info: dict = {"description": DESCRIPTION, "version": VERSION}
     info |= {"num_images": num_images, "seed": seed, "split": split}
     if path.exists():
-        old = _read_info(path)
+        try:
+            old = json.loads(path.read_bytes())["info"]
+            is_ours = old["description"] == DESCRIPTION
+        except (ValueError, LookupError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f"{path}: not made by write_shapes; choose another directory")
         if old == info:
             return path
         path.unlink()  # first, for it must never describe images of another dataset
@@ -80,16 +86,6 @@ def write_shapes(
         content["categories"].append(category)
     write_atomically(path, json.dumps(content).encode())
     return path
-
-
-def _read_info(path: Path) -> dict:
-    try:
-        info = json.loads(path.read_bytes())["info"]
-        if info["description"] == DESCRIPTION:
-            return info
-    except (ValueError, LookupError, TypeError):
-        pass  # broken or foreign
-    raise ValueError(f"{path}: not made by write_shapes, so it is kept; choose another directory")
 
 
 def annotate(category: str, mask: np.ndarray, iscrowd: bool = False) -> dict:
