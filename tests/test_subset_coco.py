@@ -108,6 +108,12 @@ def test_a_json_that_is_there_is_kept(large, tmp_path):
     assert cut_subset(*large, tmp_path / "mini", num_images=3, split="val")[0].is_file()
 
 
+@pytest.mark.parametrize(("num_images", "seed"), [(0, 0), (10**6, 0), (1, -1)])
+def test_impossible_numbers(large, tmp_path, num_images, seed):
+    with pytest.raises(ValueError, match="images were asked for|must not be negative"):
+        cut_subset(*large, tmp_path / "mini", num_images=num_images, seed=seed)
+
+
 def coco_of(shown: list[set[int]], categories: int) -> CocoInstances:
     """A dataset in which image i shows the categories `shown[i]`."""
     coco = CocoInstances()
