@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from datasets.rois import RoiDataset, roi_batches
+from datasets.rois import RoiDataset
 from models.multipathnet import MultiPathNet
 from pipeline import distributed
 from pipeline.data import device_batches
@@ -28,14 +28,7 @@ def evaluate_rois(
     for all RoIs gives 0.5.
     """
     model.eval()
-    sampler = data.sampler
-    indices = roi_batches(
-        range(batches),
-        batches_per_epoch=batches,
-        images_per_batch=batch_size,
-        num_thresholds=len(sampler.iou_thresholds) if sampler.config.draw_threshold else None,
-        seed=ROI_VALIDATION_SEED,
-    )
+    indices = data.batches(range(batches), batches_per_epoch=batches, batch_size=batch_size)
     indices_of_rank = list(indices)[distributed.rank() :: distributed.world_size()]
     hits = [torch.empty(0, 2, dtype=torch.bool)]
     for batch in device_batches(data, indices_of_rank, device, workers=workers):

@@ -23,7 +23,7 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
-    groups = -(-count // data.patches_per_image)
+    groups = -(-count // data.group_size)
     tiles: list[np.ndarray] = []
     for head in (MASK, SCORE):
         drawn: list[np.ndarray] = []

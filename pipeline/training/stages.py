@@ -4,15 +4,14 @@ Reading the data and building the network is all that happens here; what a stage
 or found by `pipeline/training/prepare.py`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datasets.patches import PatchDataset, patch_batches
+from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
-from datasets.rois import roi_batches
 from models.deepmask import DeepMask
 from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss
 from models.multipathnet import MultiPathNet
@@ -85,17 +84,18 @@ class Stage:
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
         """This process's part of the minibatches of the given steps, on the device."""
-        shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         data, workers = self.train_data, self.config.data.workers
         broken = BrokenFiles(len(data.coco), self.config.data.max_broken_fraction)
-        indices = self.batch_indices(steps, seed=self.config.seed, **shares)
+        indices = data.batches(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            batch_size=self.optim.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
         for batch in device_batches(data, indices, device, workers=workers):
             broken.note(batch["broken"])
             yield batch
-
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Indices of `train_data` for each minibatch of this process."""
-        raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Scalars of a minibatch; "loss" is what is minimized."""
@@ -142,16 +142,6 @@ class PatchStage(Stage):
 
         self.train_data = patches("train", config.seed)
         self.val_data = patches("val", VALIDATION_SEED)
-
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Mask and score minibatches, as `mask_batch_prob` draws them."""
-        return patch_batches(
-            steps,
-            batches_per_epoch=self.optim.batches_per_epoch,
-            groups_per_batch=self.optim.batch_size // self.sampling.patches_per_image,
-            mask_batch_prob=self.sampling.mask_batch_prob,
-            **options,
-        )
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""
@@ -250,17 +240,6 @@ class MultiPathNetStage(Stage):
         in_phase_2 = step >= self.phase_starts[0]
         for level in self.model.trunk.levels[self.config.multipathnet.trunk.frozen_levels :]:
             level.requires_grad_(in_phase_2)
-
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Images, each with its number of RoIs; with `draw_threshold`, of one IoU threshold."""
-        c = self.config.multipathnet
-        return roi_batches(
-            steps,
-            batches_per_epoch=self.optim.batches_per_epoch,
-            images_per_batch=self.optim.batch_size,
-            num_thresholds=len(c.iou_thresholds) if c.sampling.draw_threshold else None,
-            **options,
-        )
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Integral loss plus the box regressor's."""
