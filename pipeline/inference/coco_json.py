@@ -1,6 +1,5 @@
-"""COCO results, the JSON of proposals and detections: written, read, and checked.
+"""COCO results, read from files and checked; `pipeline.inference.proposals` says what they are.
 
-A result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation" compressed RLE}.
 pycocotools crashes, loops forever or scores wrongly without a word on results that are malformed:
 so they are checked before it sees them.
 """
@@ -19,63 +18,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from datasets.files import atomic_path, write_json
 from datasets.segmentations import check_counts
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import Detections, ProposalStore, results_of
 
-BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
-SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
-
-
-def results_of(found: Proposals | Detections) -> list[dict]:
-    """COCO results of an image; the category of proposals is 1."""
-    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
-    if isinstance(found, Detections):
-        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
-    if isinstance(found, Detections):
-        xywh = xywh.round(BOX_DECIMALS)
-    results: list[dict] = [
-        {
-            "image_id": found.image_id,
-            "category_id": label,
-            "score": round(score, decimals),
-            "bbox": box,
-        }
-        for label, score, box in zip(labels, found.scores.tolist(), xywh.tolist(), strict=True)
-    ]
-    size = [found.height, found.width]
-    for result, rle in zip(results, found.rles or (), strict=found.rles is not None):
-        result["segmentation"] = {"size": size, "counts": rle.decode("ascii")}
-    return results
-
-
-def write_results(path: str | Path, results: Iterable[dict]) -> int:
-    """Writes a COCO results file, one result a line, and returns how many there are."""
-    count = 0
-    with atomic_path(path) as temporary, temporary.open("w") as file:
-        file.write("[")
-        for result in results:
-            text = json.dumps(result, separators=(",", ":"), allow_nan=False)
-            file.write((",\n" if count else "\n") + text)
-            count += 1
-        file.write("\n]\n")
-    return count
-
-
-def write_proposals(store: ProposalStore) -> Path:
-    """Writes a store's results to its proposals.json and returns the path of this file.
-
-    Writes images.json beside it, a COCO file that lists the images.
-    """
-    images = sorted(store.images().values(), key=lambda image: image["id"])
-    listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
-    write_json(store.directory / "images.json", listing)
-    path = store.directory / "proposals.json"
-    write_results(path, StoredResults(store))
-    return path
 
 
 def load_results(path: str | Path, *, of: str = "detections") -> list:
@@ -156,7 +102,7 @@ def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections
         scores=np.array([result["score"] for result in results], np.float32),
         boxes=boxes.astype(np.float32),
         labels=np.array([result["category_id"] for result in results], np.int64),
-        rles=[_rle_string(result) for result in results] if has_masks else None,
+        rles=[_rle_string(result) for result in results] if has_masks else [],
     )
 
 

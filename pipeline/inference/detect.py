@@ -20,8 +20,7 @@ from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
 from models.multipathnet import MultiPathNet, compress_towers
 from pipeline.checkpoint import file_sha256, save_checkpoint
 from pipeline.config import DetectConfig
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
 

@@ -19,12 +19,18 @@ from tqdm import tqdm
 from datasets.files import write_atomically, write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
-from pipeline.inference.coco_json import results_of, write_proposals, write_results
 from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
 from pipeline.inference.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
 from pipeline.inference.openvino import run_in_8_bits
-from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore, ResumableDirectory
+from pipeline.inference.proposals import (
+    MAX_ROWS,
+    Proposals,
+    ProposalStore,
+    ResumableDirectory,
+    results_of,
+    write_results,
+)
 from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import (
     draw_detections,
@@ -133,7 +139,7 @@ def propose_images(
     summary = Summary(sum(made), len(files) - len(todo), list(itertools.chain(*messages)))
     if distributed.is_main():
         summary.found = store.count()
-        path = write_proposals(store) if write_json else store.directory
+        path = store.write_json() if write_json else store.directory
         _report(summary, "proposals", path, store.directory)
     if draw:
         _draw(store, files, draw)

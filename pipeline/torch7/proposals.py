@@ -12,7 +12,6 @@ from torch import Tensor
 
 from datasets.coco import read_image_list
 from datasets.images import read_image
-from pipeline.inference.coco_json import write_proposals
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
@@ -58,7 +57,7 @@ def convert_proposals(
             shard, rows = [], 0
     if shard:
         store.write_shard(shard)
-    write_proposals(store)
+    store.write_json()
     written = store.count()
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from pipeline.inference.coco_json import read_detections, results_of, write_results
-from pipeline.inference.detections import Detections
+from pipeline.inference.coco_json import read_detections
+from pipeline.inference.proposals import Detections, results_of, write_results
 from tests.pipeline.inference.builders import proposals_of
 
 HEIGHT, WIDTH = 48, 64
@@ -31,7 +31,7 @@ def detections(image_id, *, count, masks=True, seed=0):
         scores=np.sort(rng.random(count).astype(np.float32))[::-1],
         boxes=np.sort(corners, axis=1).reshape(-1, 4).astype(np.float32),
         labels=rng.choice([1, 3, 90], count),
-        rles=proposals.rles if masks else None,
+        rles=proposals.rles if masks else [],
     )
 
 

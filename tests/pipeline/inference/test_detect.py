@@ -18,9 +18,8 @@ from models.multipathnet import MultiPathNet
 from pipeline.config import DetectConfig
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
-from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, compress_checkpoint, load_detector, select_boxes
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.proposals import Proposals, results_of
 
 CPU = torch.device("cpu")
 
