@@ -20,8 +20,7 @@ from datasets.files import write_atomically, write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
 from pipeline.inference.detect import Detector
-from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
-from pipeline.inference.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
+from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
 from pipeline.inference.openvino import run_in_8_bits
 from pipeline.inference.proposals import (
     MAX_ROWS,
@@ -63,35 +62,6 @@ class Summary:
     def none_readable(self) -> bool:
         """Whether there were images and none of them could be used."""
         return bool(self.broken) and not self.done and not self.done_before
-
-
-def process_images(
-    files: list[ImageFile],
-    process: Callable[[ImageFile, np.ndarray], T],
-    *,
-    broken: list[str],
-    advice: str,
-) -> Iterator[tuple[np.ndarray, T]]:
-    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
-
-    `broken` gets a line for each image that is left out: unreadable, or `process` failed on it. The
-    advice is for when memory runs out.
-    """
-    for file, image in release_between_sizes(read_ahead(files)):
-        try:
-            if isinstance(image, ImageError):
-                raise image
-            result = process(file, image)
-        except ImageError as error:
-            problem = str(error)
-        except NETWORK_ERRORS as error:
-            assert isinstance(image, np.ndarray)
-            problem = f"{file.path}: {describe_failure(error, image.shape, advice=advice)}"
-        else:
-            yield image, result
-            continue
-        broken.append(problem)
-        tqdm.write(f"skipped: {problem}")
 
 
 def propose_images(

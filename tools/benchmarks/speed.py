@@ -31,7 +31,7 @@ from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config, OptimConfig
 from pipeline.inference.detect import Detector
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
