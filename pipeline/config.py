@@ -234,6 +234,16 @@ class DetectConfig:
 
 
 @dataclass(frozen=True)
+class MaskNetworkConfig:
+    """The part of a recipe that a trained DeepMask or SharpMask and its proposals depend on."""
+
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
+    sharpmask: SharpMaskConfig = field(default_factory=SharpMaskConfig)
+    propose: ProposeConfig = field(default_factory=ProposeConfig)
+
+
+@dataclass(frozen=True)
 class Config:
     """A recipe: data, trunk, and a section for each step of the pipeline."""
 

@@ -23,7 +23,7 @@ from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
-from pipeline.config import DetectConfig, ProposeConfig
+from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
 from pipeline.inference.paste import NOTHING, Pasted, Placement, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
@@ -297,7 +297,9 @@ def load_proposer(
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
     """
-    model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
+    model, config, _ = load_network(
+        checkpoint, stage=("deepmask", "sharpmask"), schema=MaskNetworkConfig
+    )
     assert isinstance(model, DeepMask | SharpMask)
     c = override(config.propose, num_proposals=num_proposals, log2_scales=log2_scales, nms=nms)
     scales = sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])})
