@@ -27,11 +27,10 @@ if Path(models.__file__).resolve().parent != Path(__file__).resolve().parent / "
         "load this project in a process of its own"
     )
 
-from models.build import build_deepmask  # noqa: E402
 from models.deepmask import DeepMask  # noqa: E402
 from models.multipathnet import MultiPathNet  # noqa: E402
 from models.sharpmask import SharpMask  # noqa: E402
-from models.trunk import TrunkConfig  # noqa: E402
+from models.trunk import build_trunk  # noqa: E402
 from pipeline.networks import load_network  # noqa: E402
 
 
@@ -52,7 +51,7 @@ def deepmask(
         sizes: fields of `models.deepmask.DeepMaskConfig`.
     """
     if checkpoint is None:
-        return build_deepmask(TrunkConfig(name=trunk, weights=trunk_weights), **sizes)
+        return DeepMask(build_trunk(trunk, weights=trunk_weights), **sizes)
     model, _, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     return model.deepmask if isinstance(model, SharpMask) else model
 

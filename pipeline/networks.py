@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from models.build import build_deepmask, build_multipathnet, build_sharpmask
+from models.backbone import load_backbone
 from models.deepmask import DeepMask, DeepMaskConfig
-from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
+from models.multipathnet import MultiPathNet, MultiPathNetConfig, ResidualHead, compress_towers
 from models.sharpmask import SharpMask, SharpMaskConfig
-from models.trunk import TrunkConfig
+from models.trunk import TrunkConfig, build_trunk, to_trunk_layers
 from pipeline.checkpoint import load_checkpoint, load_weights
 from pipeline.config import Config, MaskNetworkConfig
 from pipeline.recipe import config_from_dict, find_path, settings_of
@@ -21,29 +21,55 @@ FREE = ("weights", "frozen_levels", "dropout")
 
 def make_deepmask(config: Config | MaskNetworkConfig, *, pretrained: bool = False) -> DeepMask:
     """The DeepMask of a config; its trunk is random unless it is to be `pretrained`."""
-    trunk = _trunk(config.trunk, pretrained, key="trunk.weights")
-    return build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
+    trunk = _with_weights(config.trunk, pretrained, key="trunk.weights")
+    return DeepMask(build_trunk(**vars(trunk)), **settings_of(DeepMaskConfig, config.deepmask))
 
 
 def make_sharpmask(config: Config | MaskNetworkConfig) -> SharpMask:
     """The SharpMask of a config, its weights random: they come from checkpoints or training."""
-    return build_sharpmask(
-        _trunk(config.trunk, False, key="trunk.weights"),
-        deepmask=settings_of(DeepMaskConfig, config.deepmask),
-        **settings_of(SharpMaskConfig, config.sharpmask),
-    )
+    return SharpMask(make_deepmask(config), **settings_of(SharpMaskConfig, config.sharpmask))
 
 
 def make_multipathnet(
     config: Config, *, num_classes: int, pretrained: bool = False
 ) -> MultiPathNet:
-    """The detector of a config; all is random unless it is to be `pretrained`."""
-    trunk = _trunk(config.multipathnet.trunk, pretrained, key="multipathnet.trunk.weights")
-    settings = settings_of(MultiPathNetConfig, config.multipathnet)
-    return build_multipathnet(trunk, num_classes=num_classes, **settings)
+    """The detector of a config; all is random unless it is to be `pretrained`.
+
+    Then fc6 and fc7 of every tower start as the ImageNet network's, if the trunk's weights have
+    them and they fit.
+    """
+    c = config.multipathnet
+    trunk = _with_weights(c.trunk, pretrained, key="multipathnet.trunk.weights")
+    network = MultiPathNet(
+        build_trunk(**vars(trunk)),
+        num_classes=num_classes,
+        layer4=_layer4(trunk) if c.head == "layer4" else None,
+        **settings_of(MultiPathNetConfig, c),
+    )
+    if trunk.weights and trunk.name.startswith(("vgg", "caffenet")):
+        _copy_classifier(network, trunk)
+    return network
 
 
-def _trunk(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
+def _layer4(trunk: TrunkConfig) -> ResidualHead:
+    """The released ResNet detector's head: the stage after the trunk, its batch norm frozen."""
+    network: Any = load_backbone(trunk.name, weights=trunk.weights, whole=True, width=trunk.width)
+    to_trunk_layers(network.layer4, padding=trunk.padding)
+    return ResidualHead(network.layer4, network.fc.in_features)
+
+
+def _copy_classifier(network: MultiPathNet, trunk: TrunkConfig) -> None:
+    backbone: Any = load_backbone(trunk.name, weights=trunk.weights, whole=True)
+    fc6, _, _, fc7, *_ = backbone.classifier
+    heads: list[Any] = [tower.head for tower in network.all_towers()]
+    for head in heads:
+        for layer, pretrained in ((head.fc6, fc6), (head.fc7, fc7)):
+            if layer.weight.shape != pretrained.weight.shape:
+                return  # a narrower or differently pooled head is trained from the start
+            layer.load_state_dict(pretrained.state_dict())
+
+
+def _with_weights(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
     """A trunk's settings with the path of its weights resolved."""
     weights = trunk.weights if pretrained and trunk.weights != "deepmask" else None
     if weights not in (None, "imagenet"):

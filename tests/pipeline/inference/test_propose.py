@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.resize import pad_and_normalize, resize_image
-from models.build import build_sharpmask
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
-from models.trunk import TrunkConfig
+from models.trunk import build_trunk
 from pipeline.inference.paste import Placement, paste
 from pipeline.inference.propose import (
     Proposer,
@@ -34,8 +33,7 @@ SURROUNDINGS = {"tiny": 5, "vgg11": 6, "resnet18": 12}  # cells that a trunk see
 
 def build(trunk: str = "tiny", patch_size: int = 64) -> SharpMask:
     torch.manual_seed(0)
-    config = TrunkConfig(name=trunk, weights=None)
-    return build_sharpmask(config, deepmask={"patch_size": patch_size, **SIZES}).eval()
+    return SharpMask(DeepMask(build_trunk(trunk), patch_size=patch_size, **SIZES)).eval()
 
 
 @pytest.fixture(scope="module")
