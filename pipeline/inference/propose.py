@@ -24,7 +24,7 @@ from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
-from pipeline.inference.paste import NOTHING, Pasted, Placement, paste
+from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
 
@@ -160,25 +160,31 @@ class Proposer:
         """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
         scale_xy = np.array([scale.scale_xy for scale in pyramid])
         order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
-        parts = [NOTHING]
+        found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
-            chunk = cells[indices]
-            logits = self.decode(pyramid, chunk).float()
-            scale, *row_column = chunk.cpu().numpy().T
+            logits = self.decode(pyramid, cells[indices]).float()
+            chunk = cells[indices].cpu().numpy()
             places = place_patches(
-                np.stack(row_column, axis=1),
-                scale_xy[scale],
+                chunk[:, 1:],
+                scale_xy[chunk[:, 0]],
                 self.deepmask.patch_size,
                 align_corners=self.align_corners,
             )
-            part = paste(logits, places, image_size=image_size, threshold=self.mask_threshold)
-            parts.append(replace(part, indices=indices.cpu().numpy()[part.indices]))
+            part = paste(
+                logits,
+                places,
+                image_size=image_size,
+                threshold=self.mask_threshold,
+                align_corners=self.align_corners,
+            )
+            found.append(indices.cpu().numpy()[part.indices])
+            boxes.append(part.boxes)
+            rles += part.rles
         # Back to the order of the cells.
-        found = np.concatenate([part.indices for part in parts])
-        boxes = np.concatenate([part.boxes for part in parts])
-        rles = [rle for part in parts for rle in part.rles]
-        back = found.argsort()
-        return Pasted(found[back], boxes[back], [rles[i] for i in back])
+        back = np.concatenate(found).argsort()
+        return Pasted(
+            np.concatenate(found)[back], np.concatenate(boxes)[back], [rles[i] for i in back]
+        )
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -227,18 +233,18 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 def place_patches(
     cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
-) -> Placement:
-    """Where the patches of cells (n, 2) lie in the original image.
+) -> np.ndarray:
+    """Where the patches of cells (n, 2) lie in the image: (n, 4) left, top, width and height.
 
     The patch of a cell has its center at (16 column, 16 row) of the scaled image, whose scales in x
     and y are `scale_xy` (n, 2). With `align_corners`, places are whole pixels, as in the released
-    code (see `Placement`).
+    code.
     """
     corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
     size = patch_size / scale_xy
     if align_corners:
         corner, size = np.floor(corner), np.floor(size)
-    return Placement(corner[:, 0], corner[:, 1], size[:, 0], size[:, 1], align_corners)
+    return np.concatenate([corner, size], axis=1)
 
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:

@@ -14,7 +14,7 @@ from datasets.resize import pad_and_normalize, resize_image
 from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
-from pipeline.inference.paste import Placement, paste
+from pipeline.inference.paste import paste
 from pipeline.inference.propose import (
     Proposer,
     best_cells,
@@ -94,7 +94,7 @@ def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray, count: int) 
             windows = [cut(m, row << i, column << i, size << i) for i, m in enumerate(maps)]
             logits = refine_plainly(model, embedding, windows)
         sides = [*(np.array([16 * column, 16 * row]) - half) / scale_xy, *2 * half / scale_xy]
-        place = Placement(*np.array(sides)[:, None])
+        place = np.array([sides])
         pasted = paste(logits[None], place, image_size=image.shape[:2], threshold=0.2)
         found += [(1 / (1 + math.exp(-score)), rle) for rle in pasted.rles]
     return found
@@ -194,13 +194,11 @@ def test_a_zoomed_scale_sees_the_image_doubled(model, image):
 
 def test_a_patch_lies_around_its_cell():
     cells, scale_xy = np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.3]])
-    place = place_patches(cells, scale_xy, 160)
-    assert place.left.tolist() == [-80, (16 * 5 - 80) / 0.5] and not place.align_corners
-    assert place.top.tolist() == [-80, (16 * 2 - 80) / 0.3]
-    assert place.width.tolist() == [160, 320] and place.height.tolist() == [160, 160 / 0.3]
+    places = place_patches(cells, scale_xy, 160)
+    assert places[0].tolist() == [-80, -80, 160, 160]
+    assert places[1].tolist() == [(16 * 5 - 80) / 0.5, (16 * 2 - 80) / 0.3, 320, 160 / 0.3]
     whole = place_patches(cells, scale_xy, 160, align_corners=True)
-    assert whole.align_corners and whole.top.tolist() == [-80, math.floor(-48 / 0.3)]
-    assert whole.height.tolist() == [160, 533]
+    assert whole.tolist() == [[-80, -80, 160, 160], [0, math.floor(-48 / 0.3), 320, 533]]
 
 
 def test_masks_stay_where_the_object_is():
