@@ -54,25 +54,19 @@ class Proposer:
         model: DeepMask | SharpMask,
         *,
         device: torch.device,
-        num_proposals: int = 1000,
-        log2_scales: list[float] | None = None,
-        mask_threshold: float = 0.2,
-        nms: float | None = None,
-        align_corners: bool = False,
-        amp: bool = True,
+        zoom: bool = False,
+        **options: Any,
     ):
         """
         Args:
-            log2_scales: of the pyramid, ascending; None for -2.5 to .5 in steps of .5.
-            mask_threshold: pixels with a higher probability belong to a mask.
-            nms: see `mask_nms`; None keeps all.
-            align_corners: how the image is resized to the scales, and masks to the image. False:
-                pixels have an area, smaller images average it, and masks lie where their cells
-                are. True, as the released code: corner pixels lie on corner pixels, nothing is
-                averaged, and masks lie on whole pixels.
-            amp: bfloat16 autocast, on CUDA only; scores stay in full precision.
+            zoom: add the scale 2^1.
+            options: fields of `ProposeConfig`. With `align_corners`, as in the released code,
+                corner pixels of a scaled image lie on corner pixels, nothing is averaged, and masks
+                lie on whole pixels. Without, pixels have an area, smaller images average it, and
+                masks lie where their cells are.
 
         Attributes:
+            log2_scales: of the pyramid, ascending.
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
         model = model.eval().to(device).to(memory_format=torch.channels_last)
@@ -80,10 +74,9 @@ class Proposer:
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
-        self.device, self.num_proposals = device, num_proposals
-        self.log2_scales = log2_range(-2.5, 0.5, 0.5) if log2_scales is None else log2_scales
-        self.mask_threshold, self.nms = mask_threshold, nms
-        self.align_corners, self.amp = align_corners, amp
+        self.device, self.options = device, ProposeConfig(**options)
+        scales = log2_range(*self.options.log2_scales)
+        self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -96,14 +89,15 @@ class Proposer:
         pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
         pyramid.reverse()
         # Keep the best cells of all scales.
-        scores, cells = best_cells([scale.score_logits for scale in pyramid], self.num_proposals)
+        logits = [scale.score_logits for scale in pyramid]
+        scores, cells = best_cells(logits, self.options.num_proposals)
         # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
         # Drop the scores of masks that lie outside of the image.
         scores = scores.cpu().numpy()[masks.indices]
         proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
         # Drop near duplicates, on request.
-        return proposals if self.nms is None else mask_nms(proposals, self.nms)
+        return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
     @torch.inference_mode()
     def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
@@ -116,7 +110,7 @@ class Proposer:
     def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
         """The network's input (1, 3, H, W) at one scale, and the scales in x and y."""
         scale = 2.0**log2_scale
-        if self.align_corners:
+        if self.options.align_corners:
             scaled, scale_xy = resize_align_corners(image, scale), (scale, scale)
         else:
             scaled = resize_image(image, scale)
@@ -151,14 +145,14 @@ class Proposer:
             return self.refinement.refine(embeddings, windows)
 
     def _autocast(self) -> torch.autocast:
-        on = self.amp and self.device.type == "cuda"
+        on = self.options.amp and self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def _masks(
         self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
         """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
-        scale_xy = np.array([scale.scale_xy for scale in pyramid])
+        scale_xy, c = np.array([scale.scale_xy for scale in pyramid]), self.options
         order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
         found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
@@ -168,14 +162,14 @@ class Proposer:
                 chunk[:, 1:],
                 scale_xy[chunk[:, 0]],
                 self.deepmask.patch_size,
-                align_corners=self.align_corners,
+                align_corners=c.align_corners,
             )
             part = paste(
                 logits,
                 places,
                 image_size=image_size,
-                threshold=self.mask_threshold,
-                align_corners=self.align_corners,
+                threshold=c.mask_threshold,
+                align_corners=c.align_corners,
             )
             found.append(indices.cpu().numpy()[part.indices])
             boxes.append(part.boxes)
@@ -307,13 +301,16 @@ def load_proposer(
         checkpoint, stage=("deepmask", "sharpmask"), schema=MaskNetworkConfig
     )
     assert isinstance(model, DeepMask | SharpMask)
-    c = override(config.propose, num_proposals=num_proposals, log2_scales=log2_scales, nms=nms)
-    scales = sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])})
-    options: dict[str, Any] = asdict(c) | {"log2_scales": scales}
-    amp = options.pop("amp")
+    changes = {"num_proposals": num_proposals, "log2_scales": log2_scales, "nms": nms}
+    options = asdict(override(config.propose, **changes))
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
-    refined = isinstance(model, SharpMask)
-    settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     fold_norms(model)
-    return Proposer(model, device=device, amp=amp, **options), settings
+    proposer = Proposer(model, device=device, zoom=zoom, **options)
+    settings = {
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "refine": isinstance(model, SharpMask),
+    }
+    settings |= options | {"log2_scales": proposer.log2_scales}
+    del settings["amp"]  # changes the speed only
+    return proposer, settings

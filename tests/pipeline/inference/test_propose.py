@@ -110,7 +110,7 @@ def test_fast_proposals_are_the_plain_ones(refine):
     model.deepmask.mask_head.weight *= 100
     model = model if refine else model.deepmask
     expected = propose_plainly(model, image, count)
-    found = Proposer(model, device=CPU, num_proposals=count, log2_scales=LOG2_SCALES)(image)
+    found = Proposer(model, device=CPU, num_proposals=count, log2_scales=(-1.0, 0.5, 0.5))(image)
     assert len(found) == len(expected) > count // 2
     np.testing.assert_allclose(found.scores, [score for score, _ in expected], atol=1e-5)
     for i, (_, counts) in enumerate(expected):
@@ -224,7 +224,7 @@ def test_masks_stay_where_the_object_is():
     picture[48:128, 64:160] = (255, 0, 0)
     truth = np.zeros((192, 240), np.uint8, order="F")
     truth[48:128, 64:160] = 1
-    options = {"num_proposals": 10_000, "log2_scales": [-1.0, -0.5, 0.0], "mask_threshold": 0.5}
+    options = {"num_proposals": 10_000, "log2_scales": (-1.0, 0.0, 0.5), "mask_threshold": 0.5}
     proposals = Proposer(red, device=CPU, **options)(picture)
     rles = [proposals.rle(i) for i in range(len(proposals))]
     ious = coco_mask.iou(rles, [coco_mask.encode(truth)], [0])[:, 0]
