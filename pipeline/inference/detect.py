@@ -24,8 +24,6 @@ from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
 
-Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # what `select_boxes` returns
-
 
 @dataclass
 class View:
@@ -93,11 +91,12 @@ class Detector:
         results = []
         for count in num_proposals:
             # Select the detections from the first `count` RoIs.
-            scores, labels, found, rows = self._select(probabilities[:count], decoded[:count])
+            selected = select_boxes(probabilities[:count], decoded[:count], self.options)
+            scores, labels, found, rows = selected
             for _ in range(self.options.box_refinement_iters):  # the boxes are fed back as RoIs
-                sources = rows
-                scores, labels, found, rows = self._select(*self._classify(views, found, size))
-                rows = sources[rows]
+                selected = select_boxes(*self._classify(views, found, size), self.options)
+                scores, labels, found, sources = selected
+                rows = rows[sources]
             # Give each detection the mask of the proposal that it comes from.
             results.append(
                 Detections(
@@ -112,16 +111,6 @@ class Detector:
                 )
             )
         return results
-
-    def _select(self, probabilities: Tensor, boxes: Tensor) -> Selection:
-        return select_boxes(
-            probabilities,
-            boxes,
-            score_threshold=self.options.score_threshold,
-            nms_iou=self.options.nms,
-            max_detections=self.options.max_detections,
-            vote_iou=self.options.box_voting_iou,
-        )
 
     def _views(self, image: np.ndarray) -> list[View]:
         views = []
@@ -177,46 +166,36 @@ def mirrored(boxes: Tensor, view: View) -> Tensor:
 
 
 def select_boxes(
-    probabilities: Tensor,
-    boxes: Tensor,
-    *,
-    score_threshold: float,
-    nms_iou: float = 0.3,
-    max_detections: int = 100,
-    vote_iou: float | None = None,
-) -> Selection:
+    probabilities: Tensor, boxes: Tensor, options: DetectConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Greedy NMS within each class, the best over all classes, box voting.
 
     Boxes without an area (clipped ones that lay outside of the image) are no candidates. Equal
-    scores are ordered by class, then by RoI.
+    scores are ordered by class, then by RoI. By voting, a detection's box becomes the mean,
+    weighted by score, of its class's candidates that overlap it, those that NMS dropped included.
 
     Args:
         probabilities: (R, C + 1); column 0 is the background.
         boxes: (R, C, 4) each RoI's box for each class: decoded, clipped, xyxy in pixels.
-        score_threshold: candidates have a higher probability; at least 0.
-        nms_iou: a box is dropped if a better one of its class overlaps it by more.
-        vote_iou: a detection's box becomes the mean, weighted by score, of its class's candidates
-            that overlap it by more, those that NMS dropped included; None for no voting.
 
     Returns:
         scores (D,), best first; labels (D,) int64, 0 for column 1; boxes (D, 4);
         roi_index (D,) int64: the row of the RoI, whose proposal's mask is the detection's.
     """
-    assert probabilities.shape[1] == boxes.shape[1] + 1 and score_threshold >= 0
     # Candidates: every box of a class that scores above the threshold.
     class_scores = probabilities[:, 1:]
     areas = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)  # (R, C)
-    is_candidate = (class_scores > score_threshold) & (areas > 0)
+    is_candidate = (class_scores > options.score_threshold) & (areas > 0)
     labels, roi_index = is_candidate.T.nonzero(as_tuple=True)  # (N,) by class, then by RoI
     scores, candidates = class_scores[roi_index, labels], boxes[roi_index, labels]
 
     # NMS within each class, then the best of all classes.
-    kept = _nms_by_class(candidates, scores, labels, nms_iou)
-    kept = kept[scores[kept].argsort(descending=True, stable=True)[:max_detections]]  # (D,)
+    kept = _nms_by_class(candidates, scores, labels, options.nms)
+    kept = kept[scores[kept].argsort(descending=True, stable=True)[: options.max_detections]]
     # Move boxes to the mean of the candidates that agree with them, on request.
     selected = candidates[kept]
-    if vote_iou is not None:
-        selected = _vote(kept, candidates, scores, labels, vote_iou)
+    if options.box_voting_iou is not None:
+        selected = _vote(kept, candidates, scores, labels, options.box_voting_iou)
     return scores[kept], labels[kept], selected, roi_index[kept]
 
 

@@ -21,7 +21,6 @@ from pipeline.inference.propose import (
     gather_windows,
     log2_range,
     mask_nms,
-    place_patches,
 )
 from tests.pipeline.inference.builders import proposals_of
 
@@ -184,21 +183,6 @@ def test_windows_lie_at_their_cells(height, width, power):
     windows = gather_windows(numbers, chosen, size=cells * step, step=step)
     for (i, j), window in zip(chosen.tolist(), windows, strict=True):
         assert torch.equal(window, cut(numbers[None], i * step, j * step, cells * step)[0])
-
-
-def test_a_zoomed_scale_sees_the_image_doubled(model, image):
-    scale = Proposer(model, device=CPU).run_scale(image, 1.0)
-    assert scale.scale_xy == (2.0, 2.0)
-    assert scale.score_logits.shape == tuple(-(-(2 * s + 64) // 16) - 3 for s in image.shape[:2])
-
-
-def test_a_patch_lies_around_its_cell():
-    cells, scale_xy = np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.3]])
-    places = place_patches(cells, scale_xy, 160)
-    assert places[0].tolist() == [-80, -80, 160, 160]
-    assert places[1].tolist() == [(16 * 5 - 80) / 0.5, (16 * 2 - 80) / 0.3, 320, 160 / 0.3]
-    whole = place_patches(cells, scale_xy, 160, align_corners=True)
-    assert whole.tolist() == [[-80, -80, 160, 160], [0, math.floor(-48 / 0.3), 320, 533]]
 
 
 def test_masks_stay_where_the_object_is():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import mirror
+from pipeline.config import DetectConfig
 from pipeline.inference.detect import Detector, load_detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.torch7.convert import convert_file
@@ -94,8 +95,7 @@ def test_kept_boxes_are_the_originals(scores, outputs):
     values, _, boxes, rows = select_boxes(
         torch.stack([1 - best, best], 1),
         (scored[:, :4] - 1 + CORNER)[:, None],
-        score_threshold=0.0,
-        nms_iou=0.3,
+        DetectConfig(score_threshold=0.0, nms=0.3),
     )
     assert rows.tolist() == (reference("nms_dense_0.3") - 1).tolist()
     kept = torch.cat([boxes + 1 - CORNER, values[:, None]], 1)
