@@ -24,8 +24,8 @@ from pipeline.inference.proposals import Detections, ProposalStore, results_of
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 
 
-def load_results(path: str | Path, *, of: str = "detections") -> list:
-    """The list of results in a JSON file, unchecked; `of` names them in an error.
+def load_results(path: str | Path) -> list:
+    """The list of results in a JSON file, unchecked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,13 +38,11 @@ def load_results(path: str | Path, *, of: str = "detections") -> list:
         raise FileNotFoundError(f"results {path} do not exist")
     try:
         results = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, list):
         raise ValueError(
-            f"{path} is not COCO results: it must be a list of {of}, not {type(results).__name__}"
+            f"{path} is not COCO results: it must be a list, not {type(results).__name__}"
         )
     return results
 
@@ -56,7 +54,7 @@ def read_results(path: str | Path) -> Iterable[dict]:
         FileNotFoundError, ValueError: nothing there, or neither of the two.
     """
     if not Path(path).is_dir():
-        return load_results(path, of="results")
+        return load_results(path)
     store = ProposalStore(path)
     store.require_shards()
     return StoredResults(store)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
-from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
+from datasets.resize import normalize, resize_sides
 from models.multipathnet import MultiPathNet, compress_towers
 from pipeline.checkpoint import file_sha256, save_checkpoint
-from pipeline.config import DetectConfig
+from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
@@ -44,29 +44,21 @@ class Detector:
         categories: list[dict],
         *,
         device: torch.device,
-        short_sides: Sequence[int],
-        long_side: int,
+        config: MultiPathNetStageConfig,
         options: DetectConfig,
-        pixels: PixelConfig = IMAGENET,
-        align_corners: bool = False,
-        inclusive_boxes: bool = False,
     ):
         """
         Args:
             categories: {"id", "name"} of each class, in the order of the network's.
-            short_sides: of the resized image in pixels, one for each scale.
-            long_side: at most, at the first scale; in proportion at the others.
-            align_corners: see `resize_sides`.
-            inclusive_boxes: in the network, boxes go from their first to their last pixel, as in
-                the released code, not from edge to edge; outside of it they have edges.
+            config: how the network takes images and boxes. With `inclusive_boxes`, only its boxes
+                go from their first to their last pixel; outside of it they have edges.
         """
         self.model = model.eval().to(device).to(memory_format=torch.channels_last)
-        self.categories, self.device, self.options = categories, device, options
+        self.categories, self.device = categories, device
+        self.config, self.options = config, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
-        self.short_sides, self.long_side = short_sides, long_side
-        self.pixels, self.align_corners = pixels, align_corners
         # From a box's last corner in the network to its edge.
-        self.margin = 1 if inclusive_boxes else 0
+        self.margin = 1 if config.inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
     def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
@@ -113,18 +105,20 @@ class Detector:
         return results
 
     def _views(self, image: np.ndarray) -> list[View]:
-        views = []
-        for side in self.short_sides:
+        views, sampling = [], self.config.sampling
+        short_sides = self.options.short_sides or (sampling.short_side,)
+        for side in short_sides:
             scaled, scale = resize_sides(
                 image,
                 short_side=side,
-                long_side=round(self.long_side * side / self.short_sides[0]),
-                align_corners=self.align_corners,
+                long_side=round(sampling.long_side * side / short_sides[0]),
+                align_corners=self.config.align_corners,
             )
             last_x = (image.shape[1] - self.margin) * scale[0]
             for flip in (False, True) if self.options.flip else (False,):
                 pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255
-                planes = torch.from_numpy(normalize(pixels, self.pixels))[None].to(self.device)
+                pixels = normalize(pixels, self.config.pixels)
+                planes = torch.from_numpy(pixels)[None].to(self.device)
                 layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
                 views.append(
                     View(layers, torch.tensor(scale * 2, device=self.device), last_x, flip)
@@ -243,18 +237,8 @@ def load_detector(
     model, config, content = load_network(checkpoint, stage="multipathnet")
     assert isinstance(model, MultiPathNet)
     options = override(config.detect, **(overrides or {}))
-    c = config.multipathnet
-    detector = Detector(
-        model,
-        content["categories"],
-        device=device,
-        short_sides=options.short_sides or (c.sampling.short_side,),
-        long_side=c.sampling.long_side,
-        options=options,
-        pixels=c.pixels,
-        align_corners=c.align_corners,
-        inclusive_boxes=c.inclusive_boxes,
-    )
+    names = content["categories"]
+    detector = Detector(model, names, device=device, config=config.multipathnet, options=options)
     settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}
     del settings["chunk"]  # changes the memory only
     return detector, settings

@@ -130,7 +130,7 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
         proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * count)
         options = replace(config.detect, num_proposals=count)
         detector = Detector(
-            model, categories, device=CPU, short_sides=[height], long_side=width, options=options
+            model, categories, device=CPU, config=config.multipathnet, options=options
         )
         calls[f"MultiPathNet, {count} RoIs"] = partial(detector, image, proposals)
     return calls

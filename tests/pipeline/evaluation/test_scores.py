@@ -149,9 +149,9 @@ def test_no_objects_write_none(tmp_path, score):
 
 
 BAD_FILES = {
-    "object": ('{"annotations": []}', "must be a list of detections, not dict"),
+    "object": ('{"annotations": []}', "must be a list, not dict"),
     "half": ("[{", "is not JSON"),
-    "deep": ("[" * 100_000, "nested too deeply"),
+    "deep": ("[" * 100_000, "maximum recursion depth"),
     "latin": ("\xff", "is not JSON"),
     "missing": (None, "do not exist"),
     "wrong result": ('[{"image_id": 7}]', "results[0]"),

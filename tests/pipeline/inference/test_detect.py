@@ -14,8 +14,9 @@ from torch import nn
 
 from datasets.coco import CocoInstances
 from datasets.images import read_image
+from datasets.roi_sampler import RoiSamplingConfig
 from models.multipathnet import MultiPathNet
-from pipeline.config import DetectConfig
+from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import Detector, compress_checkpoint, load_detector, select_boxes
@@ -64,8 +65,8 @@ def test_perfect_proposals_and_classes_score_1(shapes_directory):
     categories = [{"id": int(i), "name": ""} for i in coco.category_ids]
     # At the published NMS of .3 an object is lost if one of its class overlaps it that much.
     options = DetectConfig(chunk=1000, nms=1.0)
-    sides = {"short_sides": [160], "long_side": 224}
-    detector = Detector(model, categories, device=CPU, options=options, **sides)
+    config = MultiPathNetStageConfig(sampling=RoiSamplingConfig(short_side=160, long_side=224))
+    detector = Detector(model, categories, device=CPU, config=config, options=options)
     results = []
     for image in range(len(coco)):
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])

@@ -1,6 +1,7 @@
 """The released detector against the original's own outputs, from the image to what NMS keeps."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_detections_are_those_of_the_originals_outputs(whole, image):
 def test_resizing_by_area_would_move_the_boxes(whole, image):
     """What `multipathnet.align_corners` is for."""
     by_area = copy.copy(whole)
-    by_area.align_corners = False
+    by_area.config = replace(whole.config, align_corners=False)
     _, boxes = classified(by_area, image)
     assert 1 < float((boxes - reference("pred_boxes")[:, 4:]).abs().max()) < 5
 
