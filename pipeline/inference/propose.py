@@ -152,33 +152,30 @@ class Proposer:
         self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
         """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
-        scale_xy, c = np.array([scale.scale_xy for scale in pyramid]), self.options
+        scale, *row_column = cells.cpu().numpy().T
+        places = place_patches(
+            np.stack(row_column, axis=1),
+            np.array([one.scale_xy for one in pyramid])[scale],
+            self.deepmask.patch_size,
+            align_corners=self.options.align_corners,
+        )
         order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
         found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
-            logits = self.decode(pyramid, cells[indices]).float()
-            chunk = cells[indices].cpu().numpy()
-            places = place_patches(
-                chunk[:, 1:],
-                scale_xy[chunk[:, 0]],
-                self.deepmask.patch_size,
-                align_corners=c.align_corners,
-            )
+            rows = indices.cpu().numpy()
             part = paste(
-                logits,
-                places,
+                self.decode(pyramid, cells[indices]).float(),
+                places[rows],
                 image_size=image_size,
-                threshold=c.mask_threshold,
-                align_corners=c.align_corners,
+                threshold=self.options.mask_threshold,
+                align_corners=self.options.align_corners,
             )
-            found.append(indices.cpu().numpy()[part.indices])
+            found.append(rows[part.indices])
             boxes.append(part.boxes)
             rles += part.rles
         # Back to the order of the cells.
-        back = np.concatenate(found).argsort()
-        return Pasted(
-            np.concatenate(found)[back], np.concatenate(boxes)[back], [rles[i] for i in back]
-        )
+        rows, back = np.concatenate(found), np.concatenate(found).argsort()
+        return Pasted(rows[back], np.concatenate(boxes)[back], [rles[i] for i in back])
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -312,5 +309,5 @@ def load_proposer(
         "refine": isinstance(model, SharpMask),
     }
     settings |= options | {"log2_scales": proposer.log2_scales}
-    del settings["amp"]  # changes the speed only
+    del settings["amp"]  # a store may be continued on another device
     return proposer, settings

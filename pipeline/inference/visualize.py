@@ -42,7 +42,7 @@ def draw_detections(
 
 
 def _draw_masks(
-    image: np.ndarray, found: Proposals | Detections, texts: list[str], *, boxes: bool = False
+    image: np.ndarray, found: Proposals, texts: list[str], *, boxes: bool = False
 ) -> np.ndarray:
     """The first masks, as many as there are texts, and their boxes."""
     picture = image.copy()

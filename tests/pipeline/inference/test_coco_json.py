@@ -87,20 +87,6 @@ def test_pycocotools_loads_it(tmp_path, masks):
     assert all(list(result) == keys for result in json.loads(path.read_text()))
 
 
-def test_images_are_taken_one_at_a_time_and_an_interruption_leaves_the_old_file(tmp_path):
-    path = tmp_path / "detections.json"
-    write_detections(path, [detections(1, count=2)])
-    old = path.read_bytes()
-
-    def interrupted():
-        yield detections(2, count=3)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_detections(path, interrupted())
-    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
 def test_close_scores_stay_different():
     """Softmax gives many scores near 1; equal ones would be ordered by image in evaluation."""
     image = detections(1, count=2)
