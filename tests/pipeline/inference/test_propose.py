@@ -21,6 +21,7 @@ from pipeline.inference.propose import (
     gather_windows,
     log2_range,
     mask_nms,
+    place_patches,
 )
 from tests.pipeline.inference.builders import proposals_of
 
@@ -183,6 +184,15 @@ def test_windows_lie_at_their_cells(height, width, power):
     windows = gather_windows(numbers, chosen, size=cells * step, step=step)
     for (i, j), window in zip(chosen.tolist(), windows, strict=True):
         assert torch.equal(window, cut(numbers[None], i * step, j * step, cells * step)[0])
+
+
+def test_a_patch_lies_around_its_cell():
+    cells, scale_xy = np.array([[0, 0], [2, 5]]), np.array([[1, 1], [0.5, 0.3]])
+    places = place_patches(cells, scale_xy, 160)
+    assert places[0].tolist() == [-80, -80, 160, 160]
+    assert places[1].tolist() == [(16 * 5 - 80) / 0.5, (16 * 2 - 80) / 0.3, 320, 160 / 0.3]
+    whole = place_patches(cells, scale_xy, 160, align_corners=True)
+    assert whole.tolist() == [[-80, -80, 160, 160], [0, math.floor(-48 / 0.3), 320, 533]]
 
 
 def test_masks_stay_where_the_object_is():
