@@ -19,13 +19,13 @@ from pipeline import distributed
 from pipeline.command import add_device, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.folders import detect_images, image_folder, propose_images
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 
 
-def main() -> int:
-    """Detects; the exit status is 2 if no image could be read."""
+def main() -> None:
+    """Detects, or compresses a detector."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a trained MultiPathNet")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -71,7 +71,7 @@ def main() -> int:
 
     if args.compress_fc is not None:
         print(compress_checkpoint(args.checkpoint, args.compress_fc, args.output))
-        return 0
+        return
     if args.proposal_checkpoint and args.images is None:
         raise ValueError("--proposal-checkpoint needs --images")
     if args.proposals and args.annotations:
@@ -94,10 +94,7 @@ def main() -> int:
                 annotations=args.annotations,
             )
         folder = image_folder(store, args.images if args.proposals else None)
-        summary = detect_images(
-            detector, store, folder, args.output, settings=settings, draw=args.draw
-        )
-    return 2 if summary.none_readable else 0
+        detect_images(detector, store, folder, args.output, settings=settings, draw=args.draw)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, make_parser, run_tool
 from pipeline.inference.folders import propose_images
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from datasets.coco import read_image_list
 from datasets.images import read_image
-from pipeline.inference.coco_json import write_proposals
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
@@ -50,7 +49,7 @@ def convert_proposals(
     step = max(1, MAX_ROWS * len(rows) // max(1, total))  # images in a shard
     for i in range(0, len(rows), step):
         store.write_shard([_proposals(*row, *sizes[row[0]]) for row in rows[i : i + step]])
-    write_proposals(store)
+    store.write_json()
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",
         "there are no masks in such a file: the masks in the store are the filled boxes",

@@ -33,7 +33,7 @@ from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config
 from pipeline.inference.detect import Detector
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
@@ -132,7 +132,7 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
         proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * count)
         options = replace(config.detect, num_proposals=count)
         detector = Detector(
-            model, categories, device=CPU, short_sides=[height], long_side=width, options=options
+            model, categories, device=CPU, config=config.multipathnet, options=options
         )
         calls[f"MultiPathNet, {count} RoIs"] = partial(detector, image, proposals)
     return calls

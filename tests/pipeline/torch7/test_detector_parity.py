@@ -1,6 +1,7 @@
 """The released detector against the original's own outputs, from the image to what NMS keeps."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import mirror
+from pipeline.config import DetectConfig
 from pipeline.inference.detect import Detector, load_detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.torch7.convert import convert_file
@@ -95,8 +97,7 @@ def test_kept_boxes_are_the_originals(scores, outputs):
     values, _, boxes, rows = select_boxes(
         torch.stack([1 - best, best], 1),
         (scored[:, :4] - 1 + CORNER)[:, None],
-        score_threshold=0.0,
-        nms_iou=0.3,
+        DetectConfig(score_threshold=0.0, nms=0.3),
     )
     assert rows.tolist() == (reference("nms_dense_0.3") - 1).tolist()
     kept = torch.cat([boxes + 1 - CORNER, values[:, None]], 1)
@@ -180,7 +181,7 @@ def test_detections_are_those_of_the_originals_outputs(whole, image):
 def test_resizing_by_area_would_move_the_boxes(whole, image):
     """What `multipathnet.align_corners` is for."""
     by_area = copy.copy(whole)
-    by_area.align_corners = False
+    by_area.config = replace(whole.config, align_corners=False)
     _, boxes = classified(by_area, image)
     assert 1 < float((boxes - reference("pred_boxes")[:, 4:]).abs().max()) < 5
 
