@@ -3,6 +3,9 @@
 Means make the loss of a batch the mean of the losses of its equal parts, which is what
 DistributedDataParallel averages. The papers' sums are weights on these means
 (`pipeline/config.py`).
+
+All are computed in float32, whatever the type of the logits. Autocast does not see to that: the
+cross entropy takes the log of the softmax in the type of its input.
 """
 
 import torch
@@ -14,7 +17,7 @@ from models.deepmask import resize_mask_logits
 
 def soft_margin(logits: Tensor, targets: Tensor) -> Tensor:
     """log(1 + exp(-y f)) for each logit f and target y in {-1, 1}; finite for any finite f."""
-    return F.softplus(-targets * logits)
+    return F.softplus(-targets * logits.float())
 
 
 def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
 
     NIPS 2015, equation 1, first term.
     """
-    return soft_margin(resize_mask_logits(mask_logits, targets.shape[-1]), targets).mean()
+    return soft_margin(resize_mask_logits(mask_logits.float(), targets.shape[-1]), targets).mean()
 
 
 def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def integral_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
         labels: (K, R) int64: 0 background, c + 1 class c, -1 no sample.
     """
     losses = F.cross_entropy(
-        class_logits.permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
+        class_logits.float().permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
     )  # (K, R)
     samples = (labels >= 0).sum(1)
     means = losses.sum(1) / samples.clamp(min=1)
@@ -58,6 +61,6 @@ def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     classes = labels.amax(0)
     foreground = torch.nonzero(classes > 0).flatten()
     errors = F.smooth_l1_loss(
-        deltas[foreground, classes[foreground]], targets[foreground], reduction="sum"
+        deltas[foreground, classes[foreground]].float(), targets[foreground], reduction="sum"
     )
     return errors / (classes >= 0).sum().clamp(min=1)
