@@ -48,13 +48,16 @@ class PatchSamplingConfig:
     jitter_scale: float = 0.25  # log2, mask patches only
     min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
     min_side: float = 5.0  # pixels of the original, of the shorter side
-    score_log2_scales: tuple[float, float] = (-3.0, 2.0)  # lowest, highest; in steps of a quarter
+    # Positive score patches: exactly on the object (released code), or jittered as mask patches are
+    # (NIPS 2015, section 3.2).
+    jitter_positives: bool = False
+    negative_log2_scales: tuple[float, float] = (-3.0, 2.0)  # lowest, highest; steps of a quarter
     negative_distance: float = 48.0  # pixels of the resized image
-    negative_log2_scale: float = 2.5  # objects further off in scale do not reject a negative
+    negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
     flip: bool = True  # mirror half of the patches
 
     def __post_init__(self) -> None:
-        low, high = self.score_log2_scales
+        low, high = self.negative_log2_scales
         if self.patches_per_image < 1:
             raise ValueError(
                 f"patches_per_image must be greater than 0, got {self.patches_per_image}"
@@ -62,12 +65,13 @@ class PatchSamplingConfig:
         if not 0 <= self.mask_batch_prob <= 1:
             raise ValueError(f"mask_batch_prob must be from 0 to 1, got {self.mask_batch_prob}")
         for name in ("jitter_shift", "jitter_scale", "min_area", "min_side", "negative_distance",
-                     "negative_log2_scale"):  # fmt: skip
+                     "negative_scale_distance"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not -math.inf < low <= high < math.inf:
             raise ValueError(
-                f"score_log2_scales must be MIN MAX with MIN <= MAX, got {self.score_log2_scales}"
+                "negative_log2_scales must be MIN MAX with MIN <= MAX, "
+                f"got {self.negative_log2_scales}"
             )
 
 
@@ -145,14 +149,19 @@ class PatchSampler:
         return [draw_one() for _ in range(self.config.patches_per_image)]
 
     def _mask_patch(self, rng: np.random.Generator, image: int, row: int) -> Patch:
-        config = self.config
         x1, y1, x2, y2 = self.coco.boxes[row].tolist()
-        log2_pixels = math.log2(max(x2 - x1, y2 - y1) / self.canonical)
-        log2_pixels += rng.uniform(-config.jitter_scale, config.jitter_scale)
-        pixels = 2.0**log2_pixels  # of the original, in a pixel of the patch
-        dx, dy = rng.uniform(-config.jitter_shift, config.jitter_shift, size=2) * pixels
-        x, y = (x1 + x2) / 2 + dx, (y1 + y2) / 2 + dy
-        return Patch(image, row, 1, x, y, 1 / pixels, self._flip(rng))
+        x, y, scale = self._jitter(
+            rng, (x1 + x2) / 2, (y1 + y2) / 2, self.canonical / max(x2 - x1, y2 - y1)
+        )
+        return Patch(image, row, 1, x, y, scale, self._flip(rng))
+
+    def _jitter(
+        self, rng: np.random.Generator, x: float, y: float, scale: float
+    ) -> tuple[float, float, float]:
+        config = self.config
+        scale /= 2.0 ** rng.uniform(-config.jitter_scale, config.jitter_scale)
+        dx, dy = rng.uniform(-config.jitter_shift, config.jitter_shift, size=2) / scale
+        return x + dx, y + dy, scale
 
     # Score patches --------------------------------------------------------------------------------
 
@@ -160,16 +169,13 @@ class PatchSampler:
         coco = self.coco
         self.centers = (coco.boxes[:, :2] + coco.boxes[:, 2:]) / 2
         longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
-        scales = self.config.score_log2_scales
-        self.object_quarter = canonical_quarter(longest, self.canonical, scales)
+        self.object_quarter = canonical_quarter(longest, self.canonical)
         self.object_quarter[coco.is_crowd] = NO_SCALE
         self.positive_images = np.unique(coco.image_index[self.object_quarter != NO_SCALE])
         # An image known to show no object gives negatives. One whose annotations were left out
         # proves nothing.
         annotated = np.diff(coco.image_starts) > 0
         self.empty_images = np.flatnonzero(~annotated & ~coco.has_left_out)
-        if len(self.positive_images) == 0:
-            raise ValueError(f"{coco.path}: no image has an object that a score patch could show")
 
     def _draw_score_group(self, rng: np.random.Generator) -> list[Patch]:
         """Half of all patches are positive; negatives come from all images alike."""
@@ -193,11 +199,15 @@ class PatchSampler:
         quarters = self.object_quarter[start:stop]
         quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
-        x, y = self.centers[row].clip(0, self.coco.image_sizes[image, ::-1]).tolist()
-        return Patch(image, row, 1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
+        (x, y), scale = self.centers[row].tolist(), 2.0 ** (quarter / 4)
+        if self.config.jitter_positives:
+            x, y, scale = self._jitter(rng, x, y, scale)
+        height, width = self.coco.image_sizes[image].tolist()
+        x, y = min(max(x, 0.0), width), min(max(y, 0.0), height)
+        return Patch(image, row, 1, x, y, scale, self._flip(rng))
 
     def _negative_patch(self, rng: np.random.Generator, image: int) -> Patch:
-        low, high = self.config.score_log2_scales
+        low, high = self.config.negative_log2_scales
         height, width = self.coco.image_sizes[image].tolist()
         farthest, best = -1.0, (0.0, 0.0, 0)
         for _ in range(MAX_NEGATIVE_DRAWS):
@@ -218,7 +228,7 @@ class PatchSampler:
         if ((crowds[:, :2] <= (x, y)) & (crowds[:, 2:] > (x, y))).all(axis=1).any():
             return 0.0  # what is centered there may well be an object
         similar = np.abs(self.object_quarter[start:stop] - quarter)
-        similar = similar <= self.config.negative_log2_scale * 4
+        similar = similar <= self.config.negative_scale_distance * 4
         offsets = self.centers[start:stop][similar] - (x, y)
         return float(np.hypot(*offsets.T).min(initial=np.inf)) * 2.0 ** (quarter / 4)
 
@@ -227,18 +237,15 @@ class PatchSampler:
 
 
 NO_SCALE = -1000  # quarters; far enough from any scale to be near none
+MAX_QUARTERS = 32  # released code: objects up to 8 octaves from canonical
 
 
-def canonical_quarter(
-    longest: np.ndarray, canonical: int, log2_scales: tuple[float, float]
-) -> np.ndarray:
+def canonical_quarter(longest: np.ndarray, canonical: int) -> np.ndarray:
     """The scale at which each object is canonical, as log2 in quarters, (A,) int32.
 
-    It is the largest of the scales (lowest and highest are given) at which the longest side (A,) is
-    at most 2^(1/4) canonical; `NO_SCALE` where the object is too large for the lowest.
+    It is the largest scale at which the longest side (A,) is at most 2^(1/4) canonical; `NO_SCALE`
+    where that is further off than `MAX_QUARTERS`.
     """
-    low, high = (round(s * 4) for s in log2_scales)
     with np.errstate(divide="ignore"):
         quarters = np.floor(1 + 4 * np.log2(canonical / np.asarray(longest, np.float64)) + 1e-9)
-    quarters = np.minimum(quarters, high)
-    return np.where(quarters < low, NO_SCALE, quarters).astype(np.int32)
+    return np.where(np.abs(quarters) > MAX_QUARTERS, NO_SCALE, quarters).astype(np.int32)

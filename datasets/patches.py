@@ -23,6 +23,8 @@ from datasets.loading import draw_until_readable, rank_samples, read_annotated_i
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
 from datasets.resize import GRAY, normalize
 
+MIN_CROP = 10  # pixels of the original that a score patch shows at least (released code)
+
 
 def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     """The pixels of an image (H, W, 3) uint8 that a patch covers; gray .5 outside the image.
@@ -157,6 +159,9 @@ class PatchDataset(Dataset):
             lambda attempt: self.sampler.draw(head, epoch, group, attempt=attempt),
             lambda patches: read_annotated_image(self.coco, self.images, patches[0].image),
         )
+        if head == SCORE:
+            largest = self.input_size / MIN_CROP
+            patches = [replace(p, scale=min(p.scale, largest)) for p in patches]
         pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
         item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
         if head == MASK:

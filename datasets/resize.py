@@ -65,17 +65,31 @@ def resize_sides(
         released code takes one scale for both.
     """
     height, width = image.shape[:2]
-    scale = min(short_side / min(height, width), long_side / max(height, width))
+    scale = _scale_of_sides(height, width, short_side, long_side)
+    h, w = resized_sides(
+        height, width, short_side=short_side, long_side=long_side, align_corners=align_corners
+    )
     if not align_corners:
-        pixels = resize_image(image, scale)
-        return pixels, (pixels.shape[1] / width, pixels.shape[0] / height)
+        return resize_image(image, scale), (w / width, h / height)
     # As image.scale of Lua Torch, which averages areas where it shrinks.
-    h, w = (max(1, math.floor(side * scale)) for side in (height, width))
     if h * w < height * width:
         pixels = cv2.resize(image.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
     else:
         pixels = _interpolate(image, h, w)
     return pixels, (scale, scale)
+
+
+def resized_sides(
+    height: int, width: int, *, short_side: int, long_side: int, align_corners: bool = False
+) -> tuple[int, int]:
+    """Height and width that `resize_sides` gives an image of these sides."""
+    scale = _scale_of_sides(height, width, short_side, long_side)
+    whole = math.floor if align_corners else round
+    return max(1, whole(height * scale)), max(1, whole(width * scale))
+
+
+def _scale_of_sides(height: int, width: int, short_side: int, long_side: int) -> float:
+    return min(short_side / min(height, width), long_side / max(height, width))
 
 
 def _interpolate(image: np.ndarray, height: int, width: int) -> np.ndarray:

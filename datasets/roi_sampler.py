@@ -114,9 +114,15 @@ class RoiSampler:
 
     def draw(self, epoch: int, index: int, threshold: int = -1, *, attempt: int = 0) -> RoiSample:
         """Sample `index` of an epoch; `attempt` counts up when its image was unreadable."""
-        rng = np.random.default_rng([self.seed, epoch, index, attempt])
-        image = int(self.drawable[rng.integers(len(self.drawable))])
+        image, rng = self.draw_image(epoch, index, attempt=attempt)
         return self.sample(image, rng, threshold)
+
+    def draw_image(
+        self, epoch: int, index: int, *, attempt: int = 0
+    ) -> tuple[int, np.random.Generator]:
+        """The image (row) of a sample, and the generator that its RoIs are drawn with."""
+        rng = np.random.default_rng([self.seed, epoch, index, attempt])
+        return int(self.drawable[rng.integers(len(self.drawable))]), rng
 
     def sample(self, image: int, rng: np.random.Generator, threshold: int = -1) -> RoiSample:
         """RoIs of one image, for the IoU threshold of the given index or, with -1, for all.

@@ -6,15 +6,17 @@ the frame that all of a minibatch fit in.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.coco import CocoInstances
 from datasets.loading import draw_until_readable, rank_samples, read_annotated_image
-from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
+from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides, resized_sides
 from datasets.roi_sampler import RoiSample, RoiSampler
 
 PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer different shapes
@@ -24,8 +26,9 @@ class RoiDataset(Dataset):
     """Images with their RoIs by index (epoch, index, threshold), see `RoiSampler.draw`.
 
     Items are dicts with "image" (3, h, w) float32 normalized; "rois" and "boxes" (R, 4) float32
-    xyxy in pixels of that image and "labels" (K, R) int64, see `RoiSample`; and "broken", messages
-    on files that could not be read.
+    xyxy in pixels of that image and "labels" (K, R) int64, see `RoiSample`; "frame" (2,) int64, a
+    height and width that all images of the minibatch fit in; and "broken", messages on files that
+    could not be read.
     """
 
     def __init__(
@@ -37,14 +40,17 @@ class RoiDataset(Dataset):
         pixels: PixelConfig = IMAGENET,
         align_corners: bool = False,
         inclusive_boxes: bool = False,
+        images_per_batch: int = 1,
     ):
         """Files are in the folder `images`; `align_corners` as in `resize_sides`.
 
         `inclusive_boxes`: boxes are given by their first and last pixel (released code).
+        `images_per_batch`: of the minibatches of all processes. They share a frame: what a network
+        sees beyond an image's edge does not depend on how many processes there are.
         """
         self.coco, self.images, self.sampler = coco, Path(images), sampler
         self.pixels, self.align_corners = pixels, align_corners
-        self.inclusive_boxes = inclusive_boxes
+        self.inclusive_boxes, self.images_per_batch = inclusive_boxes, images_per_batch
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict:
         return self.load(*index)[0]
@@ -55,13 +61,7 @@ class RoiDataset(Dataset):
             lambda attempt: self.sampler.draw(epoch, index, threshold, attempt=attempt),
             lambda sample: read_annotated_image(self.coco, self.images, sample.image),
         )
-        config = self.sampler.config
-        pixels, scale_xy = resize_sides(
-            image,
-            short_side=config.short_side,
-            long_side=config.long_side,
-            align_corners=self.align_corners,
-        )
+        pixels, scale_xy = resize_sides(image, **self._sides())
         if sample.flip:
             pixels = pixels[:, ::-1]
         scales = np.array(scale_xy * 2, np.float32)
@@ -70,9 +70,26 @@ class RoiDataset(Dataset):
             "rois": torch.from_numpy(self.corners(sample.rois) * scales),
             "boxes": torch.from_numpy(self.corners(sample.boxes) * scales),
             "labels": torch.from_numpy(sample.labels),
+            "frame": self._frame(epoch, index),
             "broken": broken,
         }
         return item, sample
+
+    def _frame(self, epoch: int, index: int) -> Tensor:
+        first = index - index % self.images_per_batch
+        samples = range(first, first + self.images_per_batch)
+        rows = [self.sampler.draw_image(epoch, i)[0] for i in samples]
+        sizes = [resized_sides(*self.coco.image_sizes[row].tolist(), **self._sides())
+                 for row in rows]  # fmt: skip
+        return torch.tensor(sizes).amax(dim=0)
+
+    def _sides(self) -> dict[str, Any]:
+        config = self.sampler.config
+        return {
+            "short_side": config.short_side,
+            "long_side": config.long_side,
+            "align_corners": self.align_corners,
+        }
 
     def corners(self, boxes: np.ndarray) -> np.ndarray:
         """Boxes (n, 4) xyxy as the network is given them, in the same pixels.
@@ -92,11 +109,13 @@ class RoiDataset(Dataset):
         (B * R, 5), the row of the image and xyxy, as torchvision's RoI pooling takes them;
         "boxes" (B * R, 4); "labels" (K, B * R); "broken" joined.
         """
-        sizes = torch.tensor([item["image"].shape[1:] for item in items])
-        height, width = (-(-sizes.amax(dim=0) // PAD_TO) * PAD_TO).tolist()
+        # An image that replaces an unreadable one may be larger than the frame of the minibatch.
+        sizes = [torch.tensor(item["image"].shape[1:]) for item in items]
+        frame = torch.stack(sizes + [item["frame"] for item in items]).amax(dim=0)
+        height, width = (-(-frame // PAD_TO) * PAD_TO).tolist()
         images = torch.zeros(len(items), 3, height, width)
-        for frame, item, (h, w) in zip(images, items, sizes.tolist(), strict=True):
-            frame[:, :h, :w] = item["image"]
+        for image, item, (h, w) in zip(images, items, sizes, strict=True):
+            image[:, :h, :w] = item["image"]
         rois = [F.pad(item["rois"], (1, 0), value=row) for row, item in enumerate(items)]
         return {
             "images": images,

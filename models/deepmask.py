@@ -31,6 +31,8 @@ class DeepMaskConfig:
     reduction: int = 128  # channels of the 1x1 convolution before the embedding
     embedding: int = 512  # E
     score_hidden: int = 1024  # width of the score head's hidden layer
+    # Whether the score head has an embedding of its own (NIPS 2015) or shares the mask head's.
+    separate_heads: bool = False
     dropout: float = 0.5  # probability to drop, in the score head
 
     def __post_init__(self) -> None:
@@ -40,6 +42,11 @@ class DeepMaskConfig:
         require(self, "a multiple of 16", lambda v: v % STRIDE == 0, "patch_size")
         require(self, "a multiple of 32", lambda v: v % (2 * STRIDE) == 0, "context")
         require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "dropout")
+        if self.separate_heads and self.patch_size % (2 * STRIDE):
+            raise ValueError(
+                "patch_size must be a multiple of 32 with separate_heads (2x2 pooling), "
+                f"got {self.patch_size}"
+            )
 
 
 class DeepMask(nn.Module):
@@ -66,6 +73,15 @@ class DeepMask(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(c.reduction, c.embedding, self.cells),
         )
+        self.score_tail = None
+        if c.separate_heads:
+            # NIPS 2015, section 3.1: 2x2 max pooling and a fully connected layer. Densely, windows
+            # start at any cell: pooling keeps every cell, and the layer takes every other one.
+            self.score_tail = nn.Sequential(
+                nn.MaxPool2d(2, stride=1),
+                nn.Conv2d(trunk.channels[-1], c.embedding, self.cells // 2, dilation=2),
+                nn.ReLU(inplace=True),
+            )
         self.mask_head = nn.Conv2d(c.embedding, c.mask_size**2, 1)
         self.score_head = nn.Sequential(
             nn.Dropout(c.dropout),
@@ -81,12 +97,13 @@ class DeepMask(nn.Module):
         S is P plus an even number of cells of surroundings, in training P + C; the P x P center of
         the trunk's map is used. `head` is "mask", "score" or "both".
         """
-        embedding = self.embed(self.crop_center(self.trunk(patches)[-1]))  # (B, E, 1, 1)
+        features = self.crop_center(self.trunk(patches)[-1])
+        embedding = self.embed(features)  # (B, E, 1, 1)
         outputs = {}
         if head in ("mask", "both"):
             outputs["mask_logits"] = self.decode_masks(embedding.flatten(1))
         if head in ("score", "both"):
-            outputs["score_logits"] = self.score(embedding).flatten()
+            outputs["score_logits"] = self.score(embedding, features).flatten()
         return outputs
 
     def crop_center(self, features: Tensor) -> Tensor:
@@ -110,8 +127,13 @@ class DeepMask(nn.Module):
         x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, window.weight))
         return F.linear(x, weight, window.bias)[:, :, None, None]
 
-    def score(self, embeddings: Tensor) -> Tensor:
-        """Objectness logits: (B, E, h, w) to (B, h, w)."""
+    def score(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Objectness logits (B, h, w) of all windows of a stride-16 map (B, C, f, g).
+
+        `embeddings` (B, E, h, w) are `embed`'s of the same map.
+        """
+        if self.score_tail is not None:
+            embeddings = self.score_tail(features)
         return self.score_head(embeddings)[:, 0]
 
     def decode_masks(self, embeddings: Tensor) -> Tensor:

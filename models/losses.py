@@ -1,8 +1,8 @@
 """Losses as pure functions of logits and targets; every one is a mean over the batch.
 
 Means make the loss of a batch the mean of the losses of its equal parts, which is what
-DistributedDataParallel averages. The papers' sums are weights on these means
-(`pipeline/config.py`).
+DistributedDataParallel averages. RoIs that are no samples make parts unequal: the detector's losses
+take the numbers to divide by. The papers' sums are weights on these means (`pipeline/config.py`).
 
 All are computed in float32, whatever the type of the logits. Autocast does not see to that: the
 cross entropy takes the log of the softmax in the type of its input.
@@ -33,7 +33,16 @@ def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
     return soft_margin(score_logits, labels).mean()
 
 
-def integral_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
+def count_samples(labels: Tensor) -> Tensor:
+    """Of labels (K, R): how many samples each classifier has, and how many RoIs are any's (K + 1).
+
+    In training by several processes, the losses below divide by the mean of these over all of them.
+    """
+    samples = labels >= 0
+    return torch.cat([samples.sum(1), samples.any(0).sum(0, keepdim=True)]).float()
+
+
+def integral_loss(class_logits: Tensor, labels: Tensor, samples: Tensor) -> Tensor:
     """Mean of the cross entropies of the K classifiers, each over its own samples (BMVC 2016, 3.3).
 
     With one threshold drawn for the minibatch, the classifiers without samples do not count, which
@@ -42,25 +51,27 @@ def integral_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         class_logits: (R, K, C + 1).
         labels: (K, R) int64: 0 background, c + 1 class c, -1 no sample.
+        samples: (K,) of each classifier, see `count_samples`.
     """
     losses = F.cross_entropy(
         class_logits.float().permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
     )  # (K, R)
-    samples = (labels >= 0).sum(1)
-    means = losses.sum(1) / samples.clamp(min=1)
-    return means.sum() / (samples > 0).sum().clamp(min=1)
+    counted = samples > 0
+    means = losses.sum(1) / samples.where(counted, 1)
+    return means.sum() / counted.sum().clamp(min=1)
 
 
-def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor, rois: Tensor) -> Tensor:
     """Smooth L1 of the labeled class's deltas: sum over foreground RoIs / number of RoIs.
 
     Args:
         deltas: (R, C + 1, 4) and targets: (R, 4), both normalized.
         labels: (K, R), see `integral_loss`; a RoI is foreground if it is for any threshold.
+        rois: scalar, how many there are, see `count_samples`.
     """
     classes = labels.amax(0)
     foreground = torch.nonzero(classes > 0).flatten()
     errors = F.smooth_l1_loss(
         deltas[foreground, classes[foreground]].float(), targets[foreground], reduction="sum"
     )
-    return errors / (classes >= 0).sum().clamp(min=1)
+    return errors / rois.where(rois > 0, 1)

@@ -189,14 +189,15 @@ class SharpMask(nn.Module):
         """As `DeepMask.forward`, but "mask_logits" are refined: (B, P, P)."""
         with torch.no_grad():
             features = self.deepmask.trunk(patches)
-            embedding = self.deepmask.embed(self.deepmask.crop_center(features[-1]))
+            center = self.deepmask.crop_center(features[-1])
+            embedding = self.deepmask.embed(center)
         outputs = {}
         if head in ("mask", "both"):
             windows = self.horizontal_maps(self.crop_windows(features))
             outputs["mask_logits"] = self.refine(embedding.flatten(1), windows)
         if head in ("score", "both"):
             with torch.no_grad():
-                outputs["score_logits"] = self.deepmask.score(embedding).flatten()
+                outputs["score_logits"] = self.deepmask.score(embedding, center).flatten()
         return outputs
 
     def crop_windows(self, features: list[Tensor]) -> list[Tensor]:
@@ -278,6 +279,6 @@ class DenseNetwork(nn.Module):
         embeddings = self.deepmask.embed(features[-1])
         # In full precision under autocast, too: bfloat16 would rank many cells as equals.
         with torch.autocast(pixels.device.type, enabled=False):
-            scores = self.deepmask.score(embeddings.float())
+            scores = self.deepmask.score(embeddings.float(), features[-1].float())
         horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
         return embeddings, scores, *horizontal

@@ -72,7 +72,8 @@ class OptimConfig:
     epochs: int = 300  # of the whole run
     optimizer: str = "sgd"  # sgd | adamw
     momentum: float = 0.9  # sgd only
-    weight_decay: float = 5e-4  # of all parameters
+    weight_decay: float = 5e-4
+    decay_biases: bool = True  # or weights only
     lr: float = 1e-3  # highest learning rate
     lr_drops: dict[int, float] = field(default_factory=dict)  # epoch: factor on lr from there on
     schedule: str = "steps"  # steps (lr_drops) | cosine (to zero at the end)
@@ -154,6 +155,7 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
             batches_per_epoch=100,
             epochs=3200,
             weight_decay=0.0,
+            decay_biases=False,
             lr_drops={2800: 0.1},
             validate_every=100,
             validation_batches=100,

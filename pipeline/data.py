@@ -124,6 +124,7 @@ def roi_dataset(
         pixels=c.pixels,
         align_corners=c.align_corners,
         inclusive_boxes=c.inclusive_boxes,
+        images_per_batch=c.optim.batch_size,
     )
 
 

@@ -1,13 +1,21 @@
 """Ranks: the one place that knows that a run may have several processes (started by torchrun)."""
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# Objects and barriers: one process may work for longer than the gradients' group would wait.
+PATIENCE = timedelta(days=7)
+_patient_group: Any = None
 
 
 @contextmanager
@@ -20,7 +28,11 @@ def process_group(device: str) -> Iterator[torch.device]:
     if local.type == "cuda":
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=local)
+    else:
+        dist.init_process_group("gloo")
+    global _patient_group
+    _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield local
     finally:
@@ -48,21 +60,35 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, its gradients averaged over the processes if there are several."""
+def wrap(model: nn.Module, device: torch.device, *, idle_parameters: bool) -> nn.Module:
+    """The model, its gradients averaged over the processes if there are several.
+
+    `idle_parameters`: a minibatch may use only some of those that are trained. The gradients of the
+    others must stay None, so that neither momentum nor weight decay moves them.
+    """
     if not dist.is_initialized():
         return model
-    # Either head is idle in a minibatch of the other kind; its gradients must stay None, so that
-    # neither momentum nor weight decay moves it.
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=True,
-        broadcast_buffers=False,
-    )
+    # A doubled convolution's gradient has another order than its channels-last weight: it is small,
+    # and copied.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Buffers are constants. PyTorch 2.14 gave the option another name.
+    options = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    settings: dict[str, Any] = {"find_unused_parameters": idle_parameters, sync: False}
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **settings)
 
 
-def any_process(*flags: bool | torch.Tensor, device: torch.device) -> list[bool]:
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes, float, of a tensor of one shape in all of them."""
+    values = values.float()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def any_process(*flags: bool | Tensor, device: torch.device) -> list[bool]:
     """For each flag, whether it is set in any process."""
     if not dist.is_initialized():
         return [bool(flag) for flag in flags]
@@ -76,11 +102,11 @@ def gather(value: object) -> list:
     if not dist.is_initialized():
         return [value]
     values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient_group)
     return values
 
 
 def barrier() -> None:
     """Waits for every process."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_patient_group)

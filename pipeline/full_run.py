@@ -28,6 +28,7 @@ from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.stages import check_batch
 
 SUMMARY = "summary.json"
 PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)
@@ -48,6 +49,8 @@ def run_pipeline(
             f"init.weights {config.init.weights} is of one stage, and {len(config.stages)} are to "
             "run; fine-tune a stage by tools/train_stage.py"
         )
+    for name in config.stages:  # before hours of training
+        check_batch(config, name)
     prepare_data(config)
     path = output / SUMMARY
     summary = json.loads(path.read_text()) if path.exists() else {}
@@ -88,7 +91,9 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         workers=config.data.workers,
         device=device,
     )
-    proposer, settings = load_proposer(checkpoint, device)
+    # As many as the detector asks for, too.
+    num_proposals = max(config.propose.num_proposals, config.detect.num_proposals)
+    proposer, settings = load_proposer(checkpoint, device, num_proposals=num_proposals)
     store = output / "proposals"
     # Proposals of an earlier checkpoint are made again: here, unlike elsewhere, they are ours.
     if distributed.is_main() and ProposalStore(store).changed_settings(settings):

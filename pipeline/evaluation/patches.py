@@ -23,13 +23,10 @@ def evaluate_patches(
     batch_size: int,
     workers: int,
 ) -> dict[str, float]:
-    """Metrics of a DeepMask or SharpMask over the first minibatches of a dataset.
+    """Metrics of a DeepMask or SharpMask over the first minibatches of `batch_size` patches.
 
-    The processes share the minibatches; each gets the result of all.
-
-    Args:
-        heads: "mask" or "score" for each minibatch, see `validation_heads`.
-        batch_size: patches per minibatch.
+    `heads` has "mask" or "score" for each of them, see `validation_heads`. The processes share
+    them; each gets the result of all.
     """
     model.eval()
     groups = max(1, batch_size // data.patches_per_image)

@@ -24,6 +24,8 @@ from pipeline.evaluation.recall import (
 from pipeline.inference.coco_json import load_results, read_results
 from pipeline.networks import load_network
 
+THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
+
 
 def score_proposals(
     annotations: str | Path, results: str | Path, output: Path, *, perfect_ranking: bool = True
@@ -45,37 +47,32 @@ def score_proposals(
     proposals = read_results(results)
     try:
         scores = evaluate_proposals(ground_truth, proposals)
-        metrics = scores.metrics()
-        rankings = {"as ranked": metrics}
+        rankings = {"as ranked": scores.metrics()}
         if perfect_ranking:
             perfect: dict = {}
             for iou_type in IOU_TYPES:
                 ranked = rank_by_overlap(ground_truth, proposals, iou_type)
                 perfect |= evaluate_proposals(ground_truth, ranked, iou_types=(iou_type,)).metrics()
             rankings["perfect ranking"] = perfect
-            write_json(output / "perfect_ranking.json", perfect)
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from None
     num_proposals = np.unique(np.geomspace(1, MAX_PROPOSALS, 40).round().astype(int))
-    curves = {
-        "iou_thresholds": IOU_THRESHOLDS.round(2).tolist(),
-        "counts": num_proposals.tolist(),
-    }
+    curves = {"iou_thresholds": THRESHOLDS, "counts": num_proposals.tolist()}
     for iou_type, recall in scores.recall.items():
         curves[iou_type] = {
             "recall_by_iou": {str(k): recall[:, k - 1, 0].tolist() for k in NUM_PROPOSALS},
             "ar_by_count": scores.average_recall(iou_type)[num_proposals - 1, 0].tolist(),
         }
-    write_json(output / "metrics.json", metrics)
-    write_json(output / "curves.json", curves)
-    names = [name.removeprefix("AR@1000/") for name in metrics["box"]]
+    names = [name.removeprefix("AR@1000/") for name in rankings["as ranked"]["box"]]
     rows = [
         [f"{iou_type:4}  {ranking}", *values[iou_type].values()]
         for iou_type in IOU_TYPES
         for ranking, values in rankings.items()
     ]
-    _write_text(output, _table(["average recall, percent", *names], rows))
-    return metrics
+    table = _table(["average recall, percent", *names], rows)
+    if perfect_ranking:
+        write_json(output / "perfect_ranking.json", rankings["perfect ranking"])
+    return _write(output, table, metrics=rankings["as ranked"], curves=curves)
 
 
 def score_detections(annotations: str | Path, results: str | Path, output: Path) -> dict:
@@ -98,13 +95,12 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from None
     metrics, columns = scores.metrics(), dict(scores.categories)
-    thresholds = IOU_THRESHOLDS.round(2).tolist()
-    curves = {"iou_thresholds": thresholds, "recall_points": RECALL_POINTS.round(2).tolist()}
+    curves = {"iou_thresholds": THRESHOLDS, "recall_points": RECALL_POINTS.round(2).tolist()}
     for iou_type in metrics:
         precision = scores.precision(iou_type)
         columns[f"{iou_type}_AP"] = precision.mean(axis=(0, 1)).tolist()
         columns[f"{iou_type}_AP50"] = precision[0].mean(axis=0).tolist()
-        by_recall = dict(zip(map(str, thresholds), precision.mean(axis=2).tolist(), strict=True))
+        by_recall = dict(zip(map(str, THRESHOLDS), precision.mean(axis=2).tolist(), strict=True))
         curves[iou_type] = {
             "ap_by_iou": precision.mean(axis=(1, 2)).tolist(),
             "precision_by_recall": {iou: by_recall[iou] for iou in ("0.5", "0.75")},
@@ -112,26 +108,24 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
     columns["box_VOC_AP50"] = scores.voc_ap50.tolist()
     curves["voc_ap50"] = scores.voc_ap50.mean().tolist()
     rows = list(zip(*columns.values(), strict=True))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([list(columns), *rows])
-    write_json(output / "metrics.json", metrics)
-    write_json(output / "curves.json", curves)
-    write_json(output / "categories.json", [dict(zip(columns, row, strict=True)) for row in rows])
-    write_atomically(output / "categories.csv", text.getvalue().encode())
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([list(columns), *rows])
+    categories = [dict(zip(columns, row, strict=True)) for row in rows]
+    write_atomically(output / "categories.csv", file.getvalue().encode())
     tables = [
         _table(
             ["average precision and recall, percent", *METRICS],
             [[iou_type, *values.values()] for iou_type, values in metrics.items()],
         ),
         _table(
-            ["by IoU threshold", *(f"AP{100 * iou:.0f}" for iou in thresholds)],
+            ["by IoU threshold", *(f"AP{100 * iou:.0f}" for iou in THRESHOLDS)],
             [[iou_type, *curves[iou_type]["ap_by_iou"]] for iou_type in metrics],
         ),
         f"VOC AP50 of boxes (all-point): {_cell(curves['voc_ap50'])}",
         _table([name.replace("_", " ") for name in columns][1:], [row[1:] for row in rows]),
     ]
-    _write_text(output, "\n\n".join(tables))
-    return metrics
+    text = "\n\n".join(tables)
+    return _write(output, text, metrics=metrics, curves=curves, categories=categories)
 
 
 def score_patches(
@@ -170,8 +164,8 @@ def score_patches(
         workers=workers,
     )
     if distributed.is_main():
-        write_json(output / "metrics.json", metrics)
-        _write_text(output, "\n".join(f"{name:16} {v:.4f}" for name, v in metrics.items()))
+        text = "\n".join(f"{name:16} {v:.4f}" for name, v in metrics.items())
+        _write(output, text, metrics=metrics)
     return metrics
 
 
@@ -189,7 +183,10 @@ def _cell(value: str | int | float | None) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _write_text(output: Path, text: str) -> None:
-    """Print tables and write them to scores.txt."""
+def _write(output: Path, text: str, *, metrics: dict, **files: object) -> dict:
+    """Prints and writes scores.txt, writes json files by their names; returns the metrics."""
+    for name, content in {"metrics": metrics, **files}.items():
+        write_json(output / f"{name}.json", content)
     print(text)
     write_atomically(output / "scores.txt", (text + "\n").encode())
+    return metrics

@@ -85,8 +85,8 @@ def plot_recall_by_iou(thresholds: list[float], curves: dict[str, dict]) -> Mark
     lines = [
         (f"{label}, {k}", thresholds, recall, f"C{i}{dashes}")
         for i, (label, values) in enumerate(curves.items())
-        for (k, recall), dashes in zip(
-            values["recall_by_iou"].items(), (":", "--", "-"), strict=True
+        for dashes, (k, recall) in zip(
+            (":", "--", "-"), values["recall_by_iou"].items(), strict=True
         )
     ]
     return plot(lines, "IoU threshold", "recall")
@@ -105,11 +105,11 @@ def plot_average_recall(
     return plot(lines, PROPOSALS, "average recall")
 
 
-def plot_ap(ap: tuple[list[float], dict[str, list]], xlabel: str) -> Markup | None:
+def plot_ap(ap: tuple[list[float], dict[str, list]] | None, xlabel: str) -> Markup | None:
     """Average precision by IoU type; by number of proposals, with the published saturation."""
-    x, values = ap
+    x, values = ap or ([], {})
     lines: list[Curve] = [(t, x, y, f"{COLORS[t]}o-") for t, y in values.items()]
-    if xlabel == PROPOSALS:
+    if values and xlabel == PROPOSALS:
         highest = max(v for y in values.values() for v in y if v is not None)
         lines.append((f"published: {SATURATION}", [SATURATION] * 2, [0, highest], "k:"))
     return plot(lines, xlabel, "average precision")

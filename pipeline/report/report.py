@@ -14,10 +14,11 @@ import jinja2
 
 from datasets.files import write_atomically
 from pipeline.config import STAGES
-from pipeline.report import drawing, pictures, plots, sections
-from pipeline.report.sections import Run, compare, read_detector, read_mask_stage
+from pipeline.report import drawing, pictures, plots
+from pipeline.report.comparison import object_gallery
+from pipeline.report.sections import Run, read_detector, read_mask_stage
 
-*MASK_STAGES, DETECTOR = STAGES
+DETECTOR = STAGES[-1]
 
 
 def write_report(run: str | Path, *, annotations: str | Path, images: str | Path) -> Path:
@@ -29,8 +30,11 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
     files = Run(Path(run), annotations, Path(images))
     names = [n for n in STAGES if (files.directory / n).is_dir() or n in files.summary]
     names = names or [STAGES[0]]
-    masks = [read_mask_stage(files, name) for name in MASK_STAGES if name in names]
-    detector = read_detector(files, DETECTOR) if DETECTOR in names else None
+    masks = [read_mask_stage(files, name) for name in names if name != DETECTOR]
+    comparison = None
+    if len(masks) == 2:
+        coarse, refined = (stage["scenes"] for stage in masks)
+        comparison = object_gallery(coarse, refined, files.coco, files.images)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -44,8 +48,8 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         annotations=str(annotations),
         images=str(images),
         stages=masks,
-        detector=detector,
-        comparison=compare(files, *masks) if len(masks) == len(MASK_STAGES) else None,
+        detector=read_detector(files, DETECTOR) if DETECTOR in names else None,
+        comparison=comparison,
         missing=files.missing,
         seconds=files.summary.get("seconds") or {},
         this_command=shlex.join(["python", *sys.argv]),
@@ -57,7 +61,6 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         },
         date=datetime.now().astimezone(),
         gain=gain,
-        sections=sections,
         pictures=pictures,
         drawing=drawing,
         plots=plots,

@@ -117,7 +117,9 @@ class TrainingRun:
     def _start_phase(self) -> None:
         self.stage.start_phase(self.step)
         # DistributedDataParallel looks at what is trained when it wraps.
-        self.model = distributed.wrap(self.stage.model, self.device)
+        self.model = distributed.wrap(
+            self.stage.model, self.device, idle_parameters=self.stage.idle_parameters
+        )
 
     def train_step(self, batch: dict) -> dict[str, Tensor]:
         """Learns from one minibatch; returns its losses."""
@@ -253,9 +255,11 @@ class Meter:
         self.steps += 1
 
     def flush(self, steps_left: int) -> dict[str, float]:
-        """Means of the losses, samples a second, and minutes left."""
+        """Means of the losses over all processes, samples a second, and minutes left."""
         seconds = (time.monotonic() - self.start) / max(self.steps, 1)
-        values = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        totals = [torch.as_tensor(total / count) for total, count in self.sums.values()]
+        means = distributed.mean(torch.stack(totals)).tolist() if totals else []
+        values: dict[str, float] = dict(zip(self.sums, means, strict=True))
         values[f"{self.samples}_per_second"] = self.batch_size / seconds
         values["minutes_left"] = seconds * steps_left / 60
         self.restart()

@@ -14,7 +14,7 @@ from datasets.patches import PatchDataset, patch_batches
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.rois import roi_batches
 from models.deepmask import DeepMask
-from models.losses import box_loss, integral_loss, mask_loss, score_loss
+from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss
 from models.multipathnet import MultiPathNet
 from models.sharpmask import SharpMask
 from pipeline import distributed
@@ -42,6 +42,7 @@ class Stage:
         model: the network that is trained.
         metadata: what its checkpoints say beside weights and config.
         phase_starts: steps at which other parameters begin to be trained.
+        idle_parameters: whether a minibatch may leave some of those that are trained unused.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     train_data: Any
     metadata: dict[str, Any] = {}
     phase_starts: tuple[int, ...] = ()
+    idle_parameters = False
 
     def __init__(self, config: Config):
         self.config = config
@@ -59,12 +61,24 @@ class Stage:
         check_batch(config, self.name)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters to train, the trunk's apart, with a factor on the learning rate."""
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        others = [p for name, p in named if not name.startswith("trunk.")]
-        trunk = [p for name, p in named if name.startswith("trunk.")]
-        groups = ((others, 1.0), (trunk, self.optim.trunk_lr_factor))
-        return [{"params": params, "lr_factor": factor} for params, factor in groups if params]
+        """Parameters to train, with a factor on the learning rate and their weight decay.
+
+        The trunk's are apart, and so are biases that do not decay.
+        """
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decays = self.optim.decay_biases or not name.endswith(".bias")
+                key = name.startswith("trunk."), self.optim.weight_decay if decays else 0.0
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": groups[key],
+                "lr_factor": self.optim.trunk_lr_factor if key[0] else 1.0,
+                "weight_decay": key[1],
+            }
+            for key in sorted(groups, key=lambda key: (key[0], -key[1]))
+        ]
 
     def start_phase(self, step: int) -> None:
         """Marks the parameters that are trained from this step on."""
@@ -97,11 +111,14 @@ def check_batch(config: Config, stage: str) -> None:
     section = getattr(config, stage)
     size, processes = section.optim.batch_size, distributed.world_size()
     group = 1 if stage == "multipathnet" else section.sampling.patches_per_image
-    if size % (group * processes):
+    multiple = group * processes
+    if size % multiple:
         per_image = f"sampling.patches_per_image {group} times " if group > 1 else ""
         raise ValueError(
             f"{stage}.optim.batch_size {size} must be a multiple of {per_image}"
-            f"the number of processes {processes}"
+            f"the number of processes {processes}; for example --set "
+            f"{stage}.optim.batch_size={-(-size // multiple) * multiple}, with a learning rate "
+            "that fits"
         )
 
 
@@ -153,6 +170,7 @@ class DeepMaskStage(PatchStage):
 
     name = "deepmask"
     model: DeepMask
+    idle_parameters = True  # either head, in a minibatch of the other
 
     def __init__(self, config: Config):
         super().__init__(config, target_size=config.deepmask.target_size)
@@ -248,8 +266,9 @@ class MultiPathNetStage(Stage):
         """Integral loss plus the box regressor's."""
         outputs = model(batch["images"], batch["rois"])
         targets = self.model.delta_targets(batch["rois"][:, 1:], batch["boxes"])
-        classes = integral_loss(outputs["class_logits"], batch["labels"])
-        boxes = box_loss(outputs["deltas"], targets, batch["labels"])
+        *samples, rois = distributed.mean(count_samples(batch["labels"]))
+        classes = integral_loss(outputs["class_logits"], batch["labels"], torch.stack(samples))
+        boxes = box_loss(outputs["deltas"], targets, batch["labels"], rois)
         loss = classes + self.config.multipathnet.box_weight * boxes
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 

@@ -93,5 +93,10 @@ def test_a_minibatch_holds_each_image_and_points_each_roi_to_its_own(tmp_path):
     assert torch.equal(batch["rois"][:, 1:], torch.cat([item["rois"] for item in items]))
     assert torch.equal(batch["boxes"], torch.cat([item["boxes"] for item in items]))
     assert torch.equal(batch["labels"], torch.cat([item["labels"] for item in items], dim=1))
+    # Half of a minibatch of two processes, which has larger images in its other half.
+    data.images_per_batch = 8
+    items = [data[0, index, -1] for index in range(8)]
+    tall = [item for item in items if item["image"].shape[1] == 133]
+    assert data.collate(tall)["images"].shape[2:] == (160, 160)
     one_threshold = data[0, 0, 2]["labels"]
     assert (one_threshold >= 0).any(dim=1).nonzero().tolist() == [[2]]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.deepmask import STRIDE, DeepMask, resize_mask_logits
 from models.trunk import build_trunk
@@ -23,8 +24,9 @@ def small_deepmask(name: str, **options) -> DeepMask:
 
 
 def dense(model: DeepMask, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    embeddings = model.embed(model.trunk(padded)[-1])
-    return embeddings, model.score(embeddings)
+    features = model.trunk(padded)[-1]
+    embeddings = model.embed(features)
+    return embeddings, model.score(embeddings, features)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "vgg16", "densenet121", "tiny"])
@@ -42,16 +44,18 @@ def test_dense_equals_patch_when_the_patch_is_all_there_is(name):
     )
 
 
-@pytest.mark.parametrize("name", list(RECEPTIVE_MARGIN))
+@pytest.mark.parametrize(
+    ("name", "separate_heads"), [*((name, False) for name in RECEPTIVE_MARGIN), ("vgg11", True)]
+)
 @torch.inference_mode()
-def test_dense_cell_equals_the_patch_with_its_real_surroundings(name):
+def test_dense_cell_equals_the_patch_with_its_real_surroundings(name, separate_heads):
     """Cell (i, j) of a large image is the patch centered there.
 
     The patch is cut with as much context as the trunk can see; with the training context of 32
     pixels its border features see the mirror instead of the picture, which is the method's
     approximation, not a matter of arithmetic.
     """
-    model = small_deepmask(name)
+    model = small_deepmask(name, separate_heads=separate_heads)
     margin = RECEPTIVE_MARGIN[name]
     size = model.patch_size + 2 * margin
     rows, columns = 1, 2
@@ -78,13 +82,32 @@ def test_heads_alone_and_together():
         assert torch.equal(both[name], value)
 
 
-@pytest.mark.parametrize("head, other", [("mask", "score"), ("score", "mask")])
-def test_a_loss_reaches_the_trunk_and_its_head_only(head, other):
-    model = small_deepmask("tiny").train()
+@pytest.mark.parametrize(
+    ("separate_heads", "head", "expected"),
+    [
+        (False, "mask", {"trunk", "tail", "mask_head"}),
+        (False, "score", {"trunk", "tail", "score_head"}),
+        (True, "mask", {"trunk", "tail", "mask_head"}),
+        (True, "score", {"trunk", "score_tail", "score_head"}),
+    ],
+)
+def test_a_loss_reaches_the_trunk_and_its_head_only(separate_heads, head, expected):
+    model = small_deepmask("tiny", separate_heads=separate_heads).train()
     model(torch.randn(2, 3, 128, 128), head=head)[f"{head}_logits"].sum().backward()
     trained = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is not None}
-    untouched = {n.partition(".")[0] for n, p in model.named_parameters() if p.grad is None}
-    assert (trained, untouched) == ({"trunk", "tail", f"{head}_head"}, {f"{other}_head"})
+    assert trained == expected
+
+
+@torch.inference_mode()
+def test_the_papers_score_head_pools_the_patch_and_has_its_own_embedding():
+    """NIPS 2015, section 3.1, as fully connected layers on a patch."""
+    model = small_deepmask("tiny", context=0, separate_heads=True)
+    patches = torch.randn(2, 3, 96, 96)
+    _, layer, _ = model.score_tail
+    pooled = F.max_pool2d(model.trunk(patches)[-1], 2)  # (2, C, 3, 3)
+    hidden = F.relu(F.linear(pooled.flatten(1), layer.weight.flatten(1), layer.bias))
+    expected = model.score_head(hidden[:, :, None, None]).flatten()
+    torch.testing.assert_close(model(patches)["score_logits"], expected, rtol=0, atol=1e-5)
 
 
 def test_published_arrangements():
@@ -94,14 +117,23 @@ def test_published_arrangements():
         (512, 128, 10, 10),
     ]
     assert eccv.mask_head.weight.shape[:2] == (56**2, 512)
-    nips = DeepMask(build_trunk("vgg11"), patch_size=224, context=0)
+    nips = DeepMask(
+        build_trunk("vgg11"), patch_size=224, context=0, reduction=512, separate_heads=True
+    )
     with torch.inference_mode():
         assert nips.eval()(torch.zeros(1, 3, 224, 224))["mask_logits"].shape == (1, 56, 56)
-    assert nips.cells == 14
+    assert nips.cells == 14 and nips.score_tail[1].weight.shape == (512, 512, 7, 7)
 
 
 @pytest.mark.parametrize(
-    "option", [{"patch_size": 100}, {"patch_size": 0}, {"context": 16}, {"context": -32}]
+    "option",
+    [
+        {"patch_size": 100},
+        {"patch_size": 0},
+        {"patch_size": 80, "separate_heads": True},
+        {"context": 16},
+        {"context": -32},
+    ],
 )
 def test_sizes_must_fall_on_cells(option):
     with pytest.raises(ValueError, match=next(iter(option))):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.losses import box_loss, integral_loss, mask_loss, score_loss, soft_margin
+from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss, soft_margin
 
 
 def test_soft_margin_is_its_formula_and_survives_large_logits():
@@ -61,7 +61,7 @@ def test_integral_loss_is_the_mean_over_thresholds_of_the_mean_over_samples(labe
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(labels.shape[1], labels.shape[0], 3, generator=generator)
     logits.requires_grad_()
-    loss = integral_loss(logits, labels)
+    loss = integral_loss(logits, labels, count_samples(labels)[:-1])
     assert math.isclose(loss.item(), slow_integral_loss(logits, labels), rel_tol=1e-4, abs_tol=1e-5)
     loss.backward()
     # What is no sample does not teach; what is one does.
@@ -95,7 +95,7 @@ def test_box_loss_is_its_sum_over_foreground_by_the_number_of_samples(thresholds
     deltas = 2 * torch.randn(rois, 4, 4, generator=generator)
     targets = torch.randn(rois, 4, generator=generator)
     deltas.requires_grad_()
-    loss = box_loss(deltas, targets, labels)
+    loss = box_loss(deltas, targets, labels, count_samples(labels)[-1])
     assert math.isclose(
         loss.item(), slow_box_loss(deltas, targets, labels), rel_tol=1e-4, abs_tol=1e-6
     )
@@ -107,15 +107,36 @@ def test_box_loss_is_its_sum_over_foreground_by_the_number_of_samples(thresholds
     assert torch.equal(deltas.grad.abs().sum(-1) > 0, taught)
 
 
+@given(integral_labels(), st.integers(0, 1000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_losses_of_parts_average_to_those_of_the_whole(labels, seed, data):
+    """As processes average gradients: divided by the parts' mean counts, however unequal."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(labels.shape[1], labels.shape[0], 3, generator=generator)
+    deltas, targets = (torch.randn(labels.shape[1], *shape, generator=generator)
+                       for shape in ((3, 4), (4,)))  # fmt: skip
+
+    def both(rows: slice, counts: torch.Tensor) -> torch.Tensor:
+        part = labels[:, rows]
+        integral = integral_loss(logits[rows], part, counts[:-1])
+        return torch.stack([integral, box_loss(deltas[rows], targets[rows], part, counts[-1])])
+
+    whole = both(slice(None), count_samples(labels))
+    cut = data.draw(st.integers(0, labels.shape[1]))
+    rows = (slice(0, cut), slice(cut, None))
+    mean = sum(count_samples(labels[:, part]) for part in rows) / 2
+    torch.testing.assert_close(sum(both(part, mean) for part in rows) / 2, whole)
+
+
 @pytest.mark.parametrize("label", [0, -1])
 def test_without_foreground_or_samples_the_losses_stay_finite(label):
     labels = torch.full((2, 3), label)
     deltas = torch.randn(3, 4, 4, requires_grad=True)
-    loss = box_loss(deltas, torch.randn(3, 4), labels)
+    loss = box_loss(deltas, torch.randn(3, 4), labels, count_samples(labels)[-1])
     loss.backward()
     assert loss.item() == 0 and not deltas.grad.any()
     logits = torch.randn(3, 2, 4, requires_grad=True)
-    loss = integral_loss(logits, labels)
+    loss = integral_loss(logits, labels, count_samples(labels)[:-1])
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     assert (loss.item() == 0) == (label == -1)
@@ -125,11 +146,13 @@ def test_losses_of_logits_in_bfloat16_are_computed_in_float32():
     torch.manual_seed(0)
     masks, classes, deltas = torch.randn(4, 8, 8), torch.randn(4, 2, 3), torch.randn(4, 3, 4)
     signs, labels = torch.randn(4, 16, 16).sign(), torch.randint(0, 3, (2, 4))
+    *samples, rois = count_samples(labels)
+    samples = torch.stack(samples)
     losses = {
         masks: lambda logits: mask_loss(logits, signs),
         masks[:, 0, 0]: lambda logits: score_loss(logits, signs[:, 0, 0]),
-        classes: lambda logits: integral_loss(logits, labels),
-        deltas: lambda logits: box_loss(logits, torch.ones(4, 4), labels),
+        classes: lambda logits: integral_loss(logits, labels, samples),
+        deltas: lambda logits: box_loss(logits, torch.ones(4, 4), labels, rois),
     }
     for logits, loss in losses.items():
         low = logits.bfloat16()

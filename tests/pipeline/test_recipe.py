@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline import distributed
 from pipeline.config import Config
+from pipeline.full_run import run_pipeline
 from pipeline.recipe import (
     RENAMED,
     RENAMED_VALUES,
@@ -15,6 +17,8 @@ from pipeline.recipe import (
     load_config,
     save_config,
 )
+from pipeline.training.stages import check_batch
+from tests.pipeline.training.runs import CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -54,8 +58,8 @@ def test_every_old_name_sets_the_new_one(old, tmp_path):
     value = {
         "optimiser": "adamw", "thresholds": "[0.6]", "roi_bins": "rounded",
         "resampling": "corners", "scales": "[-1, 0, 0.5]", "proposal_scales": "[-1, 0, 0.5]",
-        "score_scales": "[-1, 0]", "localisations": "2", "box_tower": "false",
-        "normalise": "false", "draw_threshold": "true",
+        "score_scales": "[-1, 0]", "score_log2_scales": "[-1, 0]", "localisations": "2",
+        "box_tower": "false", "normalise": "false", "draw_threshold": "true",
     }.get(old.rsplit(".", 1)[1], "0.35")  # fmt: skip
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
     new_value = str(RENAMED_VALUES.get(value, value)).lower()
@@ -85,3 +89,32 @@ def test_a_wrong_value_names_its_source(overrides, source):
 def test_settings_that_only_fit_together_may_come_in_any_order():
     halves = ["sharpmask.km=24", "sharpmask.ks=24", "sharpmask.num_modules=3"]
     assert load_config("configs/coco.yaml", halves).sharpmask.km == 24
+
+
+GPUS = {
+    "coco": (1, 2, 4),
+    "coco_vgg": (1, 2, 4),
+    "voc": (1, 2),
+    "voc_multipathnet": (1, 2),
+    "coco_1gpu": (1,),
+    "coco_8gpu": (1, 2, 4, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes"), [(name, n) for name, counts in GPUS.items() for n in counts]
+)
+def test_every_stage_of_a_recipe_runs_on_the_gpus_that_it_names(recipe, processes, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    config = load_config(f"configs/{recipe}.yaml")
+    for stage in config.stages:
+        check_batch(config, stage)
+
+
+def test_a_pipeline_refuses_a_batch_of_its_last_stage_before_anything_is_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    with pytest.raises(ValueError, match=r"multipathnet.optim.batch_size 4 .* processes 8; .*=8"):
+        run_pipeline("configs/coco.yaml", tmp_path / "run", overrides=[], device=CPU)
+    assert not (tmp_path / "run").exists()

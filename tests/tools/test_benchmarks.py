@@ -5,19 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
 from torch import nn
 
-from pipeline.evaluation.ground_truth import load_ground_truth
-from pipeline.evaluation.precision import evaluate_detections
-from pipeline.evaluation.recall import evaluate_proposals
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import load_config
 from tools.benchmarks import ablation, run_all, scoring, speed
-from tools.benchmarks.synthetic import draw_dataset
 from tools.benchmarks.timing import format_table, interleave, median_ratio
 
 FOLDER = Path(run_all.__file__).parent
@@ -80,10 +74,19 @@ def test_alternatives_take_turns_and_the_first_round_is_not_timed():
     assert median_ratio([1.0, 6.0, 9.0], [1.0, 2.0, 1.0]) == 3
 
 
-def test_speed_at_a_tiny_size(monkeypatch, tmp_path, capsys):
-    output = tmp_path / "speed.json"
-    run_here(monkeypatch, speed.main, *SMALL.split(), "--output", output)
-    tables = json.loads(output.read_text())
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """The tables that a benchmark writes."""
+
+    def call(main, options):
+        run_here(monkeypatch, main, *options.split(), "--output", tmp_path / "figures.json")
+        return json.loads((tmp_path / "figures.json").read_text())
+
+    return call
+
+
+def test_speed_at_a_tiny_size(measure, capsys):
+    tables = measure(speed.main, SMALL)
     rows = {name: row for table in tables.values() for name, row in table.items()}
     assert list(rows) == [
         "DeepMask, 5 proposals, 0.02 Mpx", "SharpMask, 5 proposals, 0.02 Mpx",
@@ -97,21 +100,24 @@ def test_speed_at_a_tiny_size(monkeypatch, tmp_path, capsys):
     assert "MultiPathNet, 4 RoIs" in capsys.readouterr().out
 
 
-def test_pycocotools_is_asked_for_the_same_metrics(tmp_path):
-    rng = np.random.default_rng(0)
-    dataset = draw_dataset(rng, 2, categories=2)
-    path = tmp_path / "instances.json"
-    path.write_text(json.dumps(dataset))
-    results = scoring.draw_results(rng, dataset, 20)
-    theirs, ours = COCO(path), load_ground_truth(path)
-    precision = evaluate_detections(ours, results).metrics()
-    recall = evaluate_proposals(ours, results).metrics()
-    for iou_type in ("box", "mask"):
-        stats = scoring.run_pycocotools(theirs, results, iou_type)
-        found = [-1.0 if v is None else v for v in precision[iou_type].values()]
-        assert found == pytest.approx(stats[: len(found)]) and 0 < found[0] < 1
-        stats = scoring.run_pycocotools(theirs, results, iou_type, **scoring.RECALL)
-        assert list(recall[iou_type].values())[:3] == pytest.approx(stats[6:9])
+def test_pycocotools_is_asked_for_the_same_metrics(measure, monkeypatch):
+    """Its recall at 10, 100 and 1000 proposals; the tests of AP ask for all figures."""
+    found = {"pycocotools": [], "ours": []}
+
+    def keep(calls, *, rounds):
+        for name, call in calls.items():
+            found[name].append(call())
+        return {"pycocotools": {"seconds": 1.0}}
+
+    monkeypatch.setattr(scoring, "compare", keep)
+    tables = measure(scoring.main, "--images 2 --num-proposals 20")
+    assert list(tables) == ["AR, box", "AR, mask", "AP, box and mask"]
+    *recalls, precision = zip(*found.values(), strict=True)
+    for theirs, ours in recalls:
+        [values] = ours.metrics().values()
+        assert list(values.values())[:3] == pytest.approx(theirs.stats[6:9])
+    for theirs, ours in zip(precision[0], precision[1].metrics().values(), strict=True):
+        assert list(ours.values())[:3] == pytest.approx(theirs.stats[:3]) and 0 < ours["AP"] < 1
 
 
 @pytest.mark.parametrize("name", ablation.CHANGES)

@@ -10,6 +10,7 @@ has mean and standard deviation. Started again with the same --work-dir, it cont
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -119,10 +120,9 @@ def main() -> None:
     args = parser.parse_args()
     rows: Rows = {}
     for name in VARIANTS[args.part]:
-        runs = [measure(name, seed, args) for seed in range(args.seeds)]
         rows[name] = {}
-        for column in runs[0]:
-            values = [run[column] for run in runs]
+        runs = [measure(name, seed, args) for seed in range(args.seeds)]
+        for column, *values in zip(runs[0], *(run.values() for run in runs), strict=True):
             rows[name][column] = statistics.mean(values)
             rows[name]["±" + column] = statistics.stdev(values) if len(values) > 1 else 0.0
     report({args.part: rows}, args.output)
@@ -152,16 +152,12 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, floa
     if args.part == "refinement":
         return stage.validate(device)
     annotations, images = split_files(config, "val")
-    detector, _ = load_detector(best, device)
-    results = []
+    (detector, _), results = load_detector(best, device), []
     for proposals in ProposalStore(str(config.init.val_proposals)):
         results += results_of(detector(read_image(images / proposals.file_name), proposals))
     metrics = evaluate_detections(load_ground_truth(annotations), results).metrics()
-    return {
-        f"{iou_type} {metric}": 100 * (values[metric] or 0.0)
-        for iou_type, values in metrics.items()
-        for metric in ("AP", "AP50", "AP75")
-    }
+    columns = itertools.product(metrics, ("AP", "AP50", "AP75"))
+    return {f"{t} {name}": 100 * (metrics[t][name] or 0.0) for t, name in columns}
 
 
 if __name__ == "__main__":

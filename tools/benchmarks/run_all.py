@@ -30,12 +30,10 @@ from datasets.files import write_json
 from tools.benchmarks.timing import Rows, format_table, make_parser
 
 SCRIPTS = Path(__file__).parent
+TINY = "--config configs/shapes.yaml --num-proposals 10 --rois 20 --batch 4 --rounds 1"
 # Of each benchmark: its command, and options for whether it works, not how fast it is.
 BENCHMARKS = {
-    "speed": (
-        "speed.py",
-        "--config configs/shapes.yaml --num-proposals 10 --rois 20 --batch 4 --rounds 1",
-    ),
+    "speed": ("speed.py", TINY),
     "loading": ("loading.py", "--patches 16 --rounds 1"),
     "memory": ("memory.py", "--images 12 --num-proposals 10"),
     "scoring": ("scoring.py", "--images 2 --rounds 1"),
@@ -97,13 +95,12 @@ def run_script(command: str) -> dict | None:
 
 def compare(benchmarks: dict, earlier: dict) -> Rows:
     """Each figure, that of the earlier run and their ratio, as far as there are such."""
-    before, rows = flatten(earlier), {}
-    for name, value in flatten(benchmarks).items():
-        rows[name] = {"now": value}
-        if name in before:
-            rows[name]["earlier"] = before[name]
-        if before.get(name):
-            rows[name]["ratio"] = value / before[name]
+    before = flatten(earlier)
+    rows = {name: {"now": value} for name, value in flatten(benchmarks).items()}
+    for name in rows.keys() & before:
+        rows[name]["earlier"] = before[name]
+        if before[name]:
+            rows[name]["ratio"] = rows[name]["now"] / before[name]
     return rows
 
 
@@ -111,8 +108,8 @@ def flatten(figures: dict, prefix: str = "") -> dict[str, float]:
     """The numbers of nested dicts, by their keys joined."""
     numbers: dict[str, float] = {}
     for key, value in figures.items():
-        name = f"{prefix}{key}"
-        numbers |= flatten(value, f"{name}: ") if isinstance(value, dict) else {name: value}
+        is_dict = isinstance(value, dict)
+        numbers |= flatten(value, f"{prefix}{key}: ") if is_dict else {prefix + key: value}
     return numbers
 
 

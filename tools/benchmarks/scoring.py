@@ -26,7 +26,7 @@ from pipeline.command import run_tool
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.recall import NUM_PROPOSALS, evaluate_proposals
-from tools.benchmarks.synthetic import draw_boxes, draw_dataset, draw_polygon
+from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_boxes, draw_dataset, draw_polygon
 from tools.benchmarks.timing import Calls, compare, make_parser, report
 
 RECALL: dict = {"useCats": 0, "maxDets": list(NUM_PROPOSALS)}
@@ -37,7 +37,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=2, images=50, num_proposals=1000, num_detections=100)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    dataset = draw_dataset(rng, args.images, categories=10)
+    dataset = draw_dataset(rng, args.images)
     proposals = draw_results(rng, dataset, args.num_proposals)
     detections = draw_results(rng, dataset, args.num_detections)
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def run_pycocotools(
-    truth: COCO, results: list[dict], iou_type: str, **params: list[int]
-) -> np.ndarray:
-    """COCOeval's summary: of detections, or with `RECALL` of proposals."""
+    truth: COCO, results: list[dict], iou_type: str, **params: int | list[int]
+) -> COCOeval:
+    """Evaluates boxes or masks, the latter by their own area; with `RECALL` as proposals."""
     # Given boxes, it takes the box's area for the mask's.
     dropped = "bbox" if iou_type == "mask" else "segmentation"
     copies = [{k: v for k, v in result.items() if k != dropped} for result in results]
@@ -70,22 +70,21 @@ def run_pycocotools(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return evaluation
 
 
 def draw_results(rng: np.random.Generator, dataset: dict, count: int) -> list[dict]:
     """`count` results an image, with boxes and masks: half near objects, half anywhere."""
     results = []
     for image in dataset["images"]:
-        height, width = image["height"], image["width"]
         objects = [a for a in dataset["annotations"] if a["image_id"] == image["id"]]
-        drawn = [objects[i] for i in rng.integers(len(objects), size=count)]
+        drawn = rng.choice(np.array(objects), count)
         boxes = np.array([annotation["bbox"] for annotation in drawn])
         boxes[:, :2] += rng.normal(0, 0.1, (count, 2)) * boxes[:, 2:]
         boxes[:, 2:] *= np.exp(rng.normal(0, 0.15, (count, 2)))
-        boxes[::2] = draw_boxes(rng, len(boxes[::2]), height, width)
-        outlines = [draw_polygon(rng, box, height, width) for box in boxes]
-        rles = coco_mask.frPyObjects(outlines, height, width)
+        boxes[::2] = draw_boxes(rng, len(boxes[::2]), HEIGHT, WIDTH)
+        outlines = [draw_polygon(rng, box) for box in boxes]
+        rles = coco_mask.frPyObjects(outlines, HEIGHT, WIDTH)
         for annotation, rle in zip(drawn, rles, strict=True):
             results.append({
                 "image_id": image["id"], "category_id": annotation["category_id"],

@@ -10,6 +10,7 @@ how long the network takes. Every round calls everything once, and the table has
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -23,13 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.losses import mask_loss
 from pipeline.command import run_tool
-from pipeline.config import Config, OptimConfig
+from pipeline.config import Config
 from pipeline.inference.detect import Detector
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import Proposals
@@ -77,16 +79,16 @@ def measure(calls: Calls, rounds: int) -> Rows:
         "convolution": lambda: [F.conv2d(image, square[:, :, None, None]) for _ in range(5)],
     }
     seconds = interleave(calls | products, rounds=rounds)
-    fastest = map(min, *(seconds[name] for name in products))
-    peaks = [5 * 2 * PRODUCT_SIDE**3 / each for each in fastest]  # FLOP/s in each round
+    fastest = list(map(min, *(seconds.pop(name) for name in products)))
     rows = {}
-    for name, count in operations.items():
-        floors = [count / peak for peak in peaks]
+    for name, times in seconds.items():
+        # In each round, at that round's peak.
+        floors = [operations[name] * each / (5 * 2 * PRODUCT_SIDE**3) for each in fastest]
         rows[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "GFLOP": count / 1e9,
+            "seconds": statistics.median(times),
+            "GFLOP": operations[name] / 1e9,
             "floor": statistics.median(floors),
-            "times the floor": median_ratio(seconds[name], floors),
+            "times the floor": median_ratio(times, floors),
         }
     return rows
 
@@ -104,13 +106,13 @@ def proposal_calls(config: Config, args: argparse.Namespace) -> Calls:
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "sharpmask.pt"
         write_sharpmask(config, checkpoint)
-        for name, refine in (("DeepMask", False), ("SharpMask", True)):
-            for count in args.num_proposals:
-                proposer, _ = load_proposer(checkpoint, CPU, num_proposals=count, refine=refine)
-                for size in args.megapixels:
-                    width = 64 * round(math.sqrt(size * 1e6 * 4 / 3) / 64)  # .3: 640 x 480
-                    image = draw_image(np.random.default_rng(0), width * 3 // 4, width)
-                    calls[f"{name}, {count} proposals, {size:g} Mpx"] = partial(proposer, image)
+        for name, count in itertools.product(("DeepMask", "SharpMask"), args.num_proposals):
+            options = {"num_proposals": count, "refine": name == "SharpMask"}
+            proposer, _ = load_proposer(checkpoint, CPU, **options)
+            for size in args.megapixels:
+                width = 64 * round(math.sqrt(size * 1e6 * 4 / 3) / 64)  # .3: 640 x 480
+                image = draw_image(np.random.default_rng(0), width * 3 // 4, width)
+                calls[f"{name}, {count} proposals, {size:g} Mpx"] = partial(proposer, image)
     return calls
 
 
@@ -137,35 +139,29 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
 
 
 def training_calls(config: Config, args: argparse.Namespace) -> Calls:
-    """Training steps on a random minibatch of mask patches."""
-    c, batch = config.deepmask, args.batch
-    side = c.patch_size + c.context
-    patches = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
-    coarse = torch.randn(batch, c.target_size, c.target_size).sign()
-    fine = torch.randn(batch, c.patch_size, c.patch_size).sign()
-    deepmask, sharpmask = make_deepmask(config), make_sharpmask(config)
-    return {
-        f"DeepMask, {batch} patches": training_step(deepmask, c.optim, patches, coarse),
-        f"SharpMask, {batch} patches": training_step(
-            sharpmask, config.sharpmask.optim, patches, fine
-        ),
-    }
+    """Training steps, always on the same random mask patches: forward, backward, optimizer."""
+    calls: Calls = {}
+    c, sharpmask, side = config.deepmask, config.sharpmask, config.deepmask.patch_size
+    patches = torch.randn(args.batch, 3, side + c.context, side + c.context)
+    patches = patches.contiguous(memory_format=torch.channels_last)
+    for name, model, optim, target_size in (
+        ("DeepMask", make_deepmask(config), c.optim, c.target_size),
+        ("SharpMask", make_sharpmask(config), sharpmask.optim, side),
+    ):
+        targets = torch.randn(args.batch, target_size, target_size).sign()
+        model.train().to(memory_format=torch.channels_last)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(optim, [{"params": trained}])
+        call = partial(train_step, model, optimizer, patches, targets)
+        calls[f"{name}, {args.batch} patches"] = call
+    return calls
 
 
-def training_step(
-    model: nn.Module, optim: OptimConfig, patches: Tensor, targets: Tensor
-) -> Callable[[], None]:
-    """One step of the training loop, always on the same minibatch: forward, backward, optimizer."""
-    model.train().to(memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(optim, [{"params": trained}])
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        mask_loss(model(patches, head="mask")["mask_logits"], targets).backward()
-        optimizer.step()
-
-    return step
+def train_step(model: nn.Module, optimizer: Optimizer, patches: Tensor, targets: Tensor) -> None:
+    """One step of the training loop."""
+    optimizer.zero_grad(set_to_none=True)
+    mask_loss(model(patches, head="mask")["mask_logits"], targets).backward()
+    optimizer.step()
 
 
 SECTIONS: dict[str, Callable[[Config, argparse.Namespace], Calls]] = {

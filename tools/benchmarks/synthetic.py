@@ -15,6 +15,7 @@ from pipeline.recipe import config_to_dict
 
 # Of COCO: the mean number of objects of an image, and a common size.
 OBJECTS, HEIGHT, WIDTH = 7.3, 480, 640
+CATEGORIES = 10
 
 
 def draw_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -48,28 +49,29 @@ def draw_boxes(rng: np.random.Generator, count: int, height: int, width: int) ->
     return np.concatenate([rng.uniform(0, [width, height] - sizes), sizes], axis=1)
 
 
-def draw_polygon(rng: np.random.Generator, box: np.ndarray, height: int, width: int) -> list[float]:
+def draw_polygon(rng: np.random.Generator, box: np.ndarray) -> list[float]:
     """A star-shaped outline in a box, in hundredths of a pixel, with as many points as COCO's."""
     count = int(np.clip(rng.lognormal(2.75, 0.65), 4, 300))
     angles = np.sort(rng.random(count)) * 2 * np.pi
     offsets = rng.uniform(0.7, 1, (count, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     points = box[:2] + box[2:] / 2 * (1 + offsets)
-    return points.clip(0, [width, height]).round(2).ravel().tolist()
+    return points.clip(0, [WIDTH, HEIGHT]).round(2).ravel().tolist()
 
 
-def draw_dataset(rng: np.random.Generator, images: int, *, categories: int = 80) -> dict:
+def draw_dataset(rng: np.random.Generator, images: int) -> dict:
     """An instances json with as many objects and points as COCO's, but without crowds."""
-    records: list[dict] = []
+    size = {"height": HEIGHT, "width": WIDTH}
     annotations: list[dict] = []
     for image_id in range(1, images + 1):
-        name = f"{image_id:012d}.jpg"
-        records.append({"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH})
         for box in draw_boxes(rng, max(1, rng.poisson(OBJECTS)), HEIGHT, WIDTH):
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0,
-                "category_id": int(rng.integers(1, categories + 1)),
-                "segmentation": [draw_polygon(rng, box, HEIGHT, WIDTH)],
+                "category_id": int(rng.integers(1, CATEGORIES + 1)),
+                "segmentation": [draw_polygon(rng, box)],
                 "bbox": box.round(2).tolist(), "area": float(box[2] * box[3] * 0.6),
             })  # fmt: skip
-    names = [{"id": i, "name": f"{i}"} for i in range(1, categories + 1)]
-    return {"images": records, "categories": names, "annotations": annotations}
+    return {
+        "images": [{"id": i, "file_name": f"{i:012d}.jpg"} | size for i in range(1, images + 1)],
+        "categories": [{"id": i, "name": f"{i}"} for i in range(1, CATEGORIES + 1)],
+        "annotations": annotations,
+    }

@@ -3,7 +3,8 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,11 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in defaults.items():
-        several = isinstance(default, list)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default[0] if several else default),
-            nargs="+" if several else None,
-            default=default,
-            help="default: %(default)s",
-        )
     parser.add_argument("--output", type=Path, help="write the figures as json")
+    for name, default in defaults.items():
+        first, nargs = (default[0], "+") if isinstance(default, list) else (default, None)
+        option = {"type": type(first), "nargs": nargs, "default": default}
+        parser.add_argument(f"--{name.replace('_', '-')}", help="default: %(default)s", **option)
     return parser
 
 
@@ -50,7 +46,7 @@ def interleave(
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """The median over the rounds of the ratio within each: a slow minute hits both sides."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+    return statistics.median(map(truediv, numerators, denominators))
 
 
 def compare(calls: Calls, *, rounds: int) -> Rows:
@@ -63,7 +59,7 @@ def compare(calls: Calls, *, rounds: int) -> Rows:
     }
 
 
-def report(tables: Mapping[str, Rows], output: Path | None) -> None:
+def report(tables: dict[str, Rows], output: Path | None) -> None:
     """Prints the tables, and writes them as json if there is an output."""
     for title, rows in tables.items():
         print(f"\n{format_table(title, rows)}", flush=True)
@@ -77,8 +73,6 @@ def format_table(title: str, rows: Rows) -> str:
     lines = [[title, *columns]]
     for name, row in rows.items():
         lines.append([name, *(f"{row[c]:.4g}" if c in row else "" for c in columns)])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    )
+    first, *others = (max(map(len, cells)) for cells in zip(*lines, strict=True))
+    line = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in others)])
+    return "\n".join(line.format(*cells) for cells in lines)

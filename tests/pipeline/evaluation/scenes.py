@@ -1,4 +1,4 @@
-"""Small random COCO data sets with results, and pycocotools' evaluation of them."""
+"""Small random COCO data sets, with results."""
 
 import copy
 import json
@@ -6,10 +6,8 @@ import json
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
+from pipeline.evaluation.ground_truth import load_ground_truth
 from tests.real_data import COCO_MINI_VAL
 
 needs_real_data = pytest.mark.skipif(not COCO_MINI_VAL.exists(), reason="data/coco-mini not there")
@@ -54,12 +52,13 @@ def without(key, results):
     return [{k: v for k, v in r.items() if k != key} for r in results]
 
 
-def write_dataset(folder, annotations, *, num_images=1):
-    sizes = {"height": HEIGHT, "width": WIDTH}
-    images = [{"id": i, "file_name": f"{i}.jpg"} | sizes for i in range(1, num_images + 1)]
+def write_dataset(folder, annotations, *, num_images=1, names=None, size=(HEIGHT, WIDTH)):
+    sizes = dict(zip(("height", "width"), size, strict=True))
+    names = names or [f"{i}.jpg" for i in range(1, num_images + 1)]
+    images = [{"id": i, "file_name": name} | sizes for i, name in enumerate(names, start=1)]
     categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
-    dataset = {"images": images, "annotations": annotations, "categories": categories}
     path = folder / "truth.json"
+    dataset = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(dataset))
     return path
 
@@ -120,15 +119,3 @@ def perfect_results(ground_truth):
     keys = ("image_id", "category_id", "bbox", "segmentation")
     annotations = [a for a in ground_truth.dataset["annotations"] if not a["iscrowd"]]
     return [{k: a[k] for k in keys} | {"score": 0.5} for a in annotations]
-
-
-def pycocotools_evaluation(path, results, iou_type, **params):
-    """COCOeval after evaluate and accumulate, with results of one type: masks by their own area."""
-    other = "bbox" if iou_type == "mask" else "segmentation"
-    truth = COCO(path)
-    found = truth.loadRes(copy.deepcopy(without(other, results)))
-    evaluation = COCOeval(truth, found, IOU_TYPES[iou_type])
-    vars(evaluation.params).update(params)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation

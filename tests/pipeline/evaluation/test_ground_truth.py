@@ -8,27 +8,16 @@ import pytest
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import METRICS, evaluate_detections
 from pipeline.evaluation.recall import evaluate_proposals
-from tests.pipeline.evaluation.scenes import (
-    HEIGHT,
-    WIDTH,
-    annotation,
-    compressed,
-    make_truth,
-    needs_real_data,
-    perfect_results,
-    random_scene,
-    rectangle,
-    uncompressed,
-    write_dataset,
-)
+from tests.pipeline.evaluation import scenes
+from tests.pipeline.evaluation.scenes import annotation, make_truth, perfect_results
 from tests.real_data import COCO_MINI_VAL
 
 BOX = (10, 20, 30, 40)
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(None, marks=needs_real_data)])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(None, marks=scenes.needs_real_data)])
 def test_the_ground_truth_scores_one(tmp_path, seed):
-    path = COCO_MINI_VAL if seed is None else random_scene(tmp_path, seed, per_image=0)[0]
+    path = COCO_MINI_VAL if seed is None else scenes.random_scene(tmp_path, seed, per_image=0)[0]
     ground_truth = load_ground_truth(path)
     results = perfect_results(ground_truth)
     for values in evaluate_detections(ground_truth, results).metrics().values():
@@ -38,26 +27,22 @@ def test_the_ground_truth_scores_one(tmp_path, seed):
         assert [v for name, v in values.items() if name.startswith("AR@1000")] == [1.0] * 4
 
 
-def test_missing_keys_are_filled_in(tmp_path):
-    objects = [annotation(1, BOX)]
-    for key in ("area", "iscrowd", "bbox"):
-        del objects[0][key]
-    [filled] = make_truth(tmp_path, objects).dataset["annotations"]
+@pytest.mark.parametrize(
+    "segmentation",
+    [scenes.rectangle(*BOX), scenes.uncompressed(BOX), scenes.compressed(scenes.rectangle(*BOX))],
+)
+def test_every_segmentation_is_read_and_missing_keys_are_filled_in(tmp_path, segmentation):
+    given = {"id": 1, "image_id": 1, "category_id": 3, "segmentation": segmentation}
+    ground_truth = make_truth(tmp_path, [given])
+    [filled] = ground_truth.dataset["annotations"]
     assert (filled["area"], filled["bbox"], filled["iscrowd"]) == (1200, list(BOX), 0)
-
-
-def test_every_form_of_segmentation_is_read(tmp_path):
-    forms = [rectangle(*BOX), uncompressed(BOX), compressed(rectangle(*BOX))]
-    objects = [annotation(i, BOX, segmentation=form) for i, form in enumerate(forms, start=1)]
-    ground_truth = make_truth(tmp_path, objects)
-    masks = [ground_truth.annToMask(a) for a in ground_truth.dataset["annotations"]]
-    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected = np.zeros((scenes.HEIGHT, scenes.WIDTH), np.uint8)
     expected[20:60, 10:40] = 1
-    assert len(masks) == 3 and all(np.array_equal(mask, expected) for mask in masks)
+    assert np.array_equal(ground_truth.annToMask(filled), expected)
 
 
 def test_unusable_annotations_are_left_out_and_counted(tmp_path, caplog):
-    path = write_dataset(tmp_path, [annotation(1, BOX), annotation(2, BOX, category_id=2)])
+    path = scenes.write_dataset(tmp_path, [annotation(1, BOX), annotation(2, BOX, category_id=2)])
     with caplog.at_level(logging.WARNING):
         ground_truth = load_ground_truth(path)
     assert [a["bbox"] for a in ground_truth.dataset["annotations"]] == [list(BOX)]

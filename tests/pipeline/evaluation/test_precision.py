@@ -8,32 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
 
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import METRICS, evaluate_detections, voc_ap
-from tests.pipeline.evaluation.scenes import (
-    HEIGHT,
-    WIDTH,
-    make_truth,
-    needs_real_data,
-    perfect_results,
-    pycocotools_evaluation,
-    random_scene,
-    result,
-    separate_objects,
-    without,
-)
+from tests.pipeline.evaluation import scenes
+from tests.pipeline.evaluation.scenes import make_truth, random_scene, result, without
 from tests.real_data import COCO_MINI_VAL
+from tools.benchmarks.scoring import run_pycocotools
 
 
 def assert_equals_pycocotools(path, results):
     """Arrays and metrics, to the last bit; returns the metrics."""
     scores = evaluate_detections(load_ground_truth(path), results)
     for iou_type in IOU_TYPES:
-        expected = pycocotools_evaluation(path, results, iou_type)
+        expected = run_pycocotools(COCO(path), results, iou_type)
         for name, array in scores.evaluations[iou_type].items():
             assert np.array_equal(array, expected.eval[name])
-        expected.summarize()
         stats = [None if value < 0 else value for value in expected.stats[:9].tolist()]
         assert scores.metrics()[iou_type] == dict(zip(METRICS, stats, strict=True))
     return scores.metrics()
@@ -42,22 +33,24 @@ def assert_equals_pycocotools(path, results):
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), per_image=st.sampled_from([3, 40, 150]))
 def test_random_scenes_equal_pycocotools(tmp_path_factory, seed, per_image):
-    assert_equals_pycocotools(
-        *random_scene(tmp_path_factory.mktemp("scene"), seed, per_image=per_image)
-    )
+    folder = tmp_path_factory.mktemp("scene")
+    assert_equals_pycocotools(*random_scene(folder, seed, per_image=per_image))
 
 
-def test_the_metrics_are_told_apart(tmp_path):
-    for values in assert_equals_pycocotools(*random_scene(tmp_path, 0, num_images=6)).values():
+def test_the_metrics_are_told_apart_and_finding_nothing_scores_zero(tmp_path):
+    path, results = random_scene(tmp_path, 0, num_images=6)
+    for values in assert_equals_pycocotools(path, results).values():
         assert len(set(values.values())) == len(METRICS)
+    nothing = evaluate_detections(load_ground_truth(path), []).metrics()
+    assert nothing == {iou_type: dict.fromkeys(METRICS, 0) for iou_type in IOU_TYPES}
 
 
-@needs_real_data
+@scenes.needs_real_data
 def test_real_images_equal_pycocotools():
     """Polygons, crowds and boxes with decimals; a third is of a wrong category, boxes are moved."""
     rng = np.random.default_rng(0)
     ground_truth = load_ground_truth(COCO_MINI_VAL)
-    results = perfect_results(ground_truth)
+    results = scenes.perfect_results(ground_truth)
     for found in results:
         found["score"] = round(float(rng.random()), 2)
         found["bbox"] = (np.array(found["bbox"]) * rng.uniform(0.8, 1.2, 4)).round(1).tolist()
@@ -90,15 +83,9 @@ def test_masks_or_boxes_alone(tmp_path):
     assert masks == both_of_masks and masks["mask"] == both["mask"]
 
 
-def test_finding_nothing_scores_zero(tmp_path):
-    path, _ = random_scene(tmp_path, 0, per_image=0)
-    metrics = evaluate_detections(load_ground_truth(path), []).metrics()
-    assert metrics["box"]["AP"] == metrics["mask"]["AP"] == metrics["box"]["AR@100"] == 0
-
-
 GOOD = result([10, 10, 40, 40], 0.5)
 [WITHOUT_MASK] = without("segmentation", [GOOD])
-MASK_OF_SIZE = {"size": [HEIGHT, WIDTH]}
+MASK_OF_SIZE = {"size": [scenes.HEIGHT, scenes.WIDTH]}
 MISTAKES = {
     "no image": (*without("image_id", [GOOD]), "has no image_id"),
     "no result": ("a detection", "has no image_id"),
@@ -185,18 +172,19 @@ def test_voc_ap_by_hand():
 
     Recall 1/3 at precision 1/1, then 2/3 at 2/3: AP = 1/3 · 1 + 1/3 · 2/3.
     """
-    boxes = [[x, 0, 10, 10] for x in (0, 50, 100)]
-    objects = [{"image_id": 1, "bbox": box, "iscrowd": 0, "ignore": 0} for box in boxes]
-    found = zip((0.9, 0.8, 0.7), (boxes[0], [0, 0, 10, 9], boxes[1]), strict=True)
-    detections = [{"image_id": 1, "bbox": box, "score": score} for score, box in found]
+    objects = [
+        {"image_id": 1, "bbox": [x, 0, 10, 10], "iscrowd": 0, "ignore": 0} for x in (0, 50, 100)
+    ]
+    found = {0.9: [0, 0, 10, 10], 0.8: [0, 0, 10, 9], 0.7: [50, 0, 10, 10]}
+    detections = [{"image_id": 1, "bbox": box, "score": score} for score, box in found.items()]
     assert voc_ap(objects, detections) == pytest.approx(1 / 3 + 2 / 9)
 
 
 def test_the_json_says_what_is_difficult_and_only_voc_asks(tmp_path):
     """Every second object is found; the others, marked difficult, are no longer missed."""
-    plain = make_truth(tmp_path, separate_objects())
-    marked = [a | {"ignore": 1 - a["id"] % 2} for a in separate_objects()]
-    results = perfect_results(plain)[::2]
+    plain = make_truth(tmp_path, scenes.separate_objects())
+    marked = [a | {"ignore": 1 - a["id"] % 2} for a in scenes.separate_objects()]
+    results = scenes.perfect_results(plain)[::2]
     before, after = (
         evaluate_detections(truth, results) for truth in (plain, make_truth(tmp_path, marked))
     )

@@ -84,8 +84,9 @@ def propose_plainly(model: DeepMask | SharpMask, image: np.ndarray, count: int) 
         pyramid.append((features, np.divide(scaled.shape[1::-1], image.shape[1::-1])))
         for row in range(features[-1].shape[2] - size + 1):
             for column in range(features[-1].shape[3] - size + 1):
-                embedding = deepmask.embed(cut(features[-1], row, column, size))
-                scored.append((deepmask.score(embedding).item(), index, row, column))
+                window = cut(features[-1], row, column, size)
+                score = deepmask.score(deepmask.embed(window), window).item()
+                scored.append((score, index, row, column))
     found = []
     for score, index, row, column in sorted(scored, key=lambda cell: -cell[0])[:count]:
         features, scale_xy = pyramid[index]

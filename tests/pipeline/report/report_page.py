@@ -12,42 +12,54 @@ VOID_ELEMENTS = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, the text, the rows of the tables, and the warning."""
+    """Elements with their attributes, the text, and the rows of the tables."""
 
-    def __init__(self, html):
+    def __init__(self, run, dataset):
         super().__init__()
-        self.html, self.elements, self.rows, self.warning, self.text = html, [], [], "", ""
-        self._open = []
-        self.feed(html)
+        path = write_report(run, annotations=dataset[0], images=dataset[1])
+        assert path == run / "report.html"
+        assert [p.name for p in run.glob(".*")] == [], "a temporary file is left"
+        self.html, self.elements, self.rows, self.text, self._open = (
+            path.read_text(),
+            [],
+            [],
+            "",
+            [],
+        )
+        self.feed(self.html)
         assert not self._open, f"not closed: {self._open}"
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
         if tag not in VOID_ELEMENTS:
-            self._open.append((tag, dict(attributes)))
+            self._open.append(tag)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag
+        assert self._open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
-        tags = [tag for tag, _ in self._open]
-        if {"td", "th"} & set(tags):
+        if {"td", "th"} & set(self._open):
             self.rows[-1][-1] += data
-        if any(attributes.get("id") == "missing" for _, attributes in self._open):
-            self.warning += data
 
     @property
     def missing(self):
-        """A line for each missing part."""
-        return [line for line in self.warning.splitlines() if line.endswith(")")]
+        """The missing parts, a line each."""
+        warning = self.html.partition('id="missing">')[2].partition("</div>")[0]
+        return [line for line in warning.splitlines() if line.startswith("<li>")]
 
     def all(self, tag, attribute):
         return [given[attribute] for name, given in self.elements if name == tag]
+
+    def shows(self, expected):
+        """Whether a text is on the page, or a list of cells begins a row."""
+        if isinstance(expected, str):
+            return expected in self.text
+        return expected in [row[: len(expected)] for row in self.rows]
 
 
 def decode_uri(uri):
@@ -55,11 +67,3 @@ def decode_uri(uri):
     scheme, data = uri.split(",")
     assert scheme == "data:image/jpeg;base64"
     return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
-
-
-def page_of(run, dataset):
-    annotations, images = dataset
-    path = write_report(run, annotations=annotations, images=images)
-    assert path == run / "report.html"
-    assert [p.name for p in run.glob(".*")] == [], "a temporary file is left"
-    return Page(path.read_text())

@@ -10,11 +10,13 @@ from pipeline.evaluation.precision import METRICS
 from pipeline.inference.coco_json import results_of
 from pipeline.inference.detections import Detections
 from pipeline.inference.proposals import Proposals, ProposalStore
+from tests.pipeline.evaluation import scenes
+from tests.pipeline.evaluation.scenes import annotation
 
 SIDE = 64  # px, of the images
 SQUARE, ELSEWHERE, EVERYTHING = (8, 8, 24, 24), (40, 40, 56, 56), (0, 0, SIDE, SIDE)  # xyxy
 UPPER_HALF = (8, 8, 24, 16)  # of SQUARE
-NUM_WITH_OBJECTS = 3  # of the images of `dataset`
+HALF = "half <i>&amp;.png"  # a name that a page must escape
 
 
 def rle_of(box, height=SIDE, width=SIDE):
@@ -23,45 +25,34 @@ def rle_of(box, height=SIDE, width=SIDE):
     return coco_mask.encode(mask)
 
 
-def proposals_of(image_id, name, boxes):
-    """Proposals of rectangles, with falling scores."""
-    counts = [rle_of(box)["counts"] for box in boxes]
-    scores = np.linspace(0.9, 0.5, len(boxes), dtype=np.float32)
+def proposals_of(image_id, name, boxes, scores=None):
+    """Proposals of rectangles, with falling scores unless given."""
+    scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else np.array(scores)
+    rles = [rle_of(box)["counts"] for box in boxes]
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return Proposals(image_id, name, SIDE, SIDE, scores, boxes, counts)
+    return Proposals(image_id, name, SIDE, SIDE, scores.astype(np.float32), boxes, rles)
 
 
 def detections_of(image_id, name, found, *, masks=True):
     """Detections of rectangles: (box, category id, score) each, best first."""
     boxes, labels, scores = zip(*found, strict=True) if found else ([], [], [])
-    counts = [rle_of(box)["counts"] for box in boxes] if masks else None
+    rles = [rle_of(box)["counts"] for box in boxes] if masks else None
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     scores, labels = np.array(scores, np.float32), np.array(labels, np.int64)
-    return Detections(image_id, name, SIDE, SIDE, scores, boxes, labels, counts)
+    return Detections(image_id, name, SIDE, SIDE, scores, boxes, labels, rles)
 
 
 def object_of(image_id, box, *, iscrowd=0, category=1):
     x1, y1, x2, y2 = box
-    return {
-        "image_id": image_id,
-        "category_id": category,
-        "iscrowd": iscrowd,
-        "area": (x2 - x1) * (y2 - y1),
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
-    }
+    ids = {"image_id": image_id, "category_id": category}
+    return annotation(0, (x1, y1, x2 - x1, y2 - y1), iscrowd=iscrowd, **ids)
 
 
 def write_dataset(directory, names, objects):
     """Images with ids from 1 on and their annotations; returns the json and the images' folder."""
-    images = [
-        {"id": i, "file_name": name, "height": SIDE, "width": SIDE}
-        for i, name in enumerate(names, start=1)
-    ]
-    annotations = [{"id": i} | annotation for i, annotation in enumerate(objects, start=1)]
-    categories = [{"id": 1, "name": "ring"}, {"id": 3, "name": "bar"}]
-    path = directory / "instances.json"
-    write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+    directory.mkdir(exist_ok=True)
+    annotations = [o | {"id": i} for i, o in enumerate(objects, start=1)]
+    path = scenes.write_dataset(directory, annotations, names=names, size=(SIDE, SIDE))
     for i, name in enumerate(names, start=1):
         cv2.imwrite(str(directory / name), np.full((SIDE, SIDE, 3), 40 * i % 256, np.uint8))
     return path, directory
@@ -98,6 +89,10 @@ RECORDS = [
     {"split": "train", "step": 1200, "epoch": 2.0, "mask_loss": 0.213, "patches_per_second": 40.0},
     {"split": "val", "step": 1200, "epoch": 2.0, **PATCHES, "iou_above_0.7": 0.6},
 ]  # fmt: skip
+SUMMARY = {
+    **{name: {"patches": PATCHES} for name in ("deepmask", "sharpmask")},
+    "seconds": {"deepmask": 251.3, "multipathnet": 62.1},
+}
 CURVES = {
     "iou_thresholds": [0.5, 0.75, 0.95], "counts": [1, 10, 100, 1000],
     **{iou_type: {"recall_by_iou": {k: [0.5, 0.3, None] for k in ("10", "100", "1000")},
@@ -132,40 +127,30 @@ CATEGORIES = [
 ]  # fmt: skip
 
 
-def _write_training(directory, seed, records, **scores):
+def write_stage(directory, records, **scores):
     for name, content in scores.items():
         write_json(directory / "scores" / f"{name}.json", content)
-    (directory / "config.yaml").write_text(f"seed: {seed}\n")
+    (directory / "config.yaml").write_text(f"name: <script>{directory.name}</script>\n")
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def write_stage(directory, proposals, *, start=0.1):
-    metrics, perfect = metrics_of(start), metrics_of(start + 0.1)
-    _write_training(directory, 7, RECORDS, metrics=metrics, perfect_ranking=perfect, curves=CURVES)
-    write_store(directory / "proposals", proposals)
-
-
-def write_summary(run, *stages):
-    summary = {name: {"patches": PATCHES} for name in stages}
-    write_json(run / "summary.json", summary | {"seconds": {"deepmask": 251.3}})
-
-
 def write_run(directory):
-    """A complete run of DeepMask and the detector."""
-    write_stage(directory / "deepmask", STORE)
+    """A complete run."""
+    for name, start, proposals in (("deepmask", 0.1, STORE), ("sharpmask", 0.16, REFINED)):
+        scores = {"metrics": metrics_of(start), "perfect_ranking": metrics_of(start + 0.1)}
+        write_stage(directory / name, RECORDS, curves=CURVES, **scores)
+        write_store(directory / name / "proposals", proposals)
     detector = directory / "multipathnet"
-    scores = {"by_proposals": AP_BY_PROPOSALS, "categories": CATEGORIES}
-    _write_training(
-        detector, 9, DETECTOR_RECORDS, metrics=DETECTION_METRICS, curves=AP_BY_IOU, **scores
-    )
+    scores = {"by_proposals": AP_BY_PROPOSALS, "categories": CATEGORIES, "curves": AP_BY_IOU}
+    write_stage(detector, DETECTOR_RECORDS, metrics=DETECTION_METRICS, **scores)
     write_json(detector / "detections.json", [r for found in FOUND for r in results_of(found)])
-    write_summary(directory, "deepmask")
+    write_json(directory / "summary.json", SUMMARY)
     return directory
 
 
 def make_dataset(directory):
     """One object found exactly, one missed, one half found; a crowd alone; nothing at all."""
-    names = ["found.png", "missed.png", "half.png", "crowd.png", "empty.png"]
+    names = ["found.png", "missed.png", HALF, "crowd.png", "empty.png"]
     objects = [object_of(image_id, SQUARE) for image_id in (1, 2, 3)]
     return write_dataset(directory, names, [*objects, object_of(4, SQUARE, iscrowd=1)])
 
@@ -173,15 +158,17 @@ def make_dataset(directory):
 STORE = [
     proposals_of(1, "found.png", [EVERYTHING, SQUARE]),
     proposals_of(2, "missed.png", [ELSEWHERE]),
-    proposals_of(3, "half.png", [UPPER_HALF, ELSEWHERE]),
+    proposals_of(3, HALF, [UPPER_HALF, ELSEWHERE]),
     proposals_of(4, "crowd.png", [SQUARE]),
     proposals_of(5, "empty.png", [SQUARE]),
 ]
+# The same after a refinement that is right on the half-found object.
+REFINED = [*STORE[:2], proposals_of(3, HALF, [SQUARE, ELSEWHERE])]
 
 # In the dataset's images: found; of the wrong category; half found, and what is not there.
 FOUND = [
     detections_of(1, "found.png", [(SQUARE, 1, 0.9)]),
     detections_of(2, "missed.png", [(SQUARE, 3, 0.8), (SQUARE, 1, 0.2)]),
-    detections_of(3, "half.png", [(UPPER_HALF, 1, 0.7), (ELSEWHERE, 1, 0.4)]),
+    detections_of(3, HALF, [(UPPER_HALF, 1, 0.7), (ELSEWHERE, 1, 0.4)]),
     detections_of(5, "empty.png", [(SQUARE, 1, 0.1)]),
 ]

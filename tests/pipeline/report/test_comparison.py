@@ -1,7 +1,4 @@
-"""DeepMask and SharpMask compared: which masks belong together, which are shown, the page."""
-
-import shutil
-from dataclasses import replace
+"""DeepMask and SharpMask compared: which masks belong together, and which objects are shown."""
 
 import numpy as np
 import pytest
@@ -11,23 +8,18 @@ from hypothesis import strategies as st
 from datasets.coco import CocoInstances
 from pipeline.report.comparison import object_gallery, refined_objects, same_proposals
 from pipeline.report.pictures import scenes_of
-from tests.pipeline.report.report_page import page_of
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
-    EVERYTHING,
     SQUARE,
     UPPER_HALF,
     object_of,
     proposals_of,
     write_dataset,
-    write_stage,
 )
-
-# Which masks belong together.
 
 
 def scored(boxes, scores):
-    return replace(proposals_of(1, "a.png", boxes), scores=np.array(scores, np.float32))
+    return proposals_of(1, "a.png", boxes, scores)
 
 
 @settings(deadline=None)
@@ -59,14 +51,11 @@ def test_other_scores_or_other_boxes_are_no_pair(boxes, scores):
     assert not len(same_proposals(scored(boxes, scores), scored([SQUARE], [0.9])))
 
 
-# Which objects are shown.
-
-
-def objects_found(tmp_path, coarse, refined):
+def objects_found(tmp_path, *stores):
+    """The objects, the second of them elsewhere, that the same proposal of both stores fits."""
     objects = [object_of(1, SQUARE), object_of(1, ELSEWHERE)]
     coco = CocoInstances.load(write_dataset(tmp_path / "data", ["a.png"], objects)[0])
-    scenes = scenes_of([coarse, refined], coco)
-    return refined_objects(*scenes, same_proposals(coarse, refined))
+    return refined_objects(*scenes_of(stores, coco), same_proposals(*stores))
 
 
 def test_an_object_is_shown_with_the_pair_that_fits_best_on_average(tmp_path):
@@ -98,48 +87,3 @@ def test_images_of_two_stores_meet_in_any_order(tmp_path):
     gallery = object_gallery(*stores, coco, images)
     assert {e["file_name"] for e in gallery.pop("examples")} == set(names[2:6])
     assert gallery == {"proposals": 4, "pairs": 4, "objects": 4, "better": 0}
-
-
-# The page.
-
-
-@pytest.fixture
-def section_of(run, dataset):
-    """The section of a run of both stages; a part may be removed before."""
-    # The same proposals, after a refinement that is right on the half-found object.
-    refined = [
-        proposals_of(1, "found.png", [EVERYTHING, SQUARE]),
-        proposals_of(2, "missed.png", [ELSEWHERE]),
-        proposals_of(3, "half.png", [SQUARE, ELSEWHERE]),
-    ]
-    write_stage(run / "sharpmask", refined, start=0.16)
-
-    def write(*, without=None):
-        if without:
-            shutil.rmtree(run / without)
-        html = page_of(run, dataset).html
-        return html.partition('<h2 id="comparison">')[2].partition("<h2 ")[0]
-
-    return write
-
-
-def test_section_shows_differences_and_objects(section_of):
-    section = section_of()
-    for cell in ("0.110", "0.170", "+0.060", "+54.5 %"):
-        assert f"<td>{cell}</td>" in section
-    assert section.count('src="data:image/jpeg;base64,') == 4 and section.count("<svg>") == 2
-    assert section.index("found.png") < section.index("half.png"), "ordered by gain"
-    assert "IoU <b>1.00 → 1.00</b>, +0.00" in section
-    assert "IoU <b>0.50 → 1.00</b>, +0.50" in section
-    assert "Of the 5 that were looked at" in section and "5 are in both stores" in section
-    assert "2 objects have one" in section and "Of all 2, 1 (50 %) gained" in section
-
-
-def test_section_says_what_is_not_there(section_of):
-    assert "have not been scored" in section_of(without="sharpmask/scores")
-    section = section_of(without="sharpmask/proposals")
-    assert "both stages need proposals" in section and "<img" not in section
-
-
-def test_no_section_without_both_stages(section_of):
-    assert section_of(without="sharpmask") == ""

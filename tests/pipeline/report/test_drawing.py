@@ -8,17 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.report import drawing
-from pipeline.report.drawing import Mark, draw_marks
+from pipeline.report.drawing import MASK_RGB, TRUTH_RGB, Mark, draw_marks
 from pipeline.report.pictures import FULL
 from tests.pipeline.report.report_page import decode_uri
-from tests.pipeline.report.small_run import SIDE, SQUARE, UPPER_HALF, rle_of
+from tests.pipeline.report.small_run import EVERYTHING, SIDE, SQUARE, UPPER_HALF, rle_of
+
+GRAY = (40, 40, 40)
+
+
+def gray(height, width, value=200):
+    return np.full((height, width, 3), value, np.uint8)
+
 
 # Masks on images.
 
 
 def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
-    image = np.full((100, 150, 3), 200, np.uint8)
-    box = (60, 40, 200, 120)  # on 300 x 200
+    image, box = gray(100, 150), (60, 40, 200, 120)  # the box on 300 x 200
     picture = draw_marks(image, [Mark(rle_of(box, 200, 300), (255, 0, 0), FULL)])
     outside = picture.copy()
     outside[18:62, 28:102] = 200
@@ -30,9 +36,8 @@ def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
 
 def test_box_and_mask_are_where_they_are_in_the_image():
     """Mask and box differ: on a picture of half the size, each is where it belongs."""
-    image = np.full((SIDE // 2, SIDE // 2, 3), 200, np.uint8)
     mark = Mark(rle_of(SQUARE), (255, 0, 0), FULL, box=np.float32([8, 8, 56, 40]))
-    picture = draw_marks(image, [mark])
+    picture = draw_marks(gray(SIDE // 2, SIDE // 2), [mark])
     changed = (picture != 200).any(axis=-1)
     assert changed[19, 10:28].all() and changed[10:20, 27].all(), "the box's lower right sides"
     assert not changed[14:18, 16:26].any(), "inside of the box, beside the mask"
@@ -41,32 +46,23 @@ def test_box_and_mask_are_where_they_are_in_the_image():
 
 
 def test_label_stands_at_the_top_left_of_its_mask():
-    image = np.full((200, 200, 3), 255, np.uint8)
-    marks = [Mark(rle_of((160, 80, 400, 400), 400, 400), (9, 9, 9), 0, "0.12")]
-    unlabeled = draw_marks(image, [replace(marks[0], label="")])
-    rows, columns = np.nonzero((draw_marks(image, marks) != unlabeled).any(axis=-1))
+    mark = Mark(rle_of((160, 80, 400, 400), 400, 400), (9, 9, 9), 0, "0.12")
+    labeled, plain = (draw_marks(gray(200, 200), [m]) for m in (mark, replace(mark, label="")))
+    rows, columns = np.nonzero((labeled != plain).any(axis=-1))
     assert (rows.max(), columns.min()) == pytest.approx((40, 80), abs=6)
 
 
-def test_pictures_fit_the_page():
-    for size, max_scale, expected in (
-        ((1000, 700), 1, (480, 336)),
-        ((64, 32), 1, (64, 32)),
-        ((64, 32), 2, (128, 64)),
-        ((300, 400), 2, (360, 480)),
-        ((1000, 1), 1, (480, 1)),
-    ):
-        picture = drawing.fit_picture(np.zeros((*size, 3), np.uint8), max_scale=max_scale)
-        assert picture.shape == (*expected, 3)
-
-
-def test_a_mask_keeps_its_values_when_it_is_enlarged():
-    mask = np.eye(5, dtype=np.uint8)
-    assert np.array_equal(drawing.scale_image(mask, 3), mask.repeat(3, axis=0).repeat(3, axis=1))
+@pytest.mark.parametrize(
+    ("size", "max_scale", "expected"),
+    [((1000, 700), 1, (480, 336)), ((64, 32), 1, (64, 32)), ((64, 32), 2, (128, 64)),
+     ((300, 400), 2, (360, 480)), ((1000, 1), 1, (480, 1))],
+)  # fmt: skip
+def test_pictures_fit_the_page(size, max_scale, expected):
+    assert drawing.fit_picture(gray(*size), max_scale=max_scale).shape == (*expected, 3)
 
 
 def test_a_picture_is_a_data_uri():
-    picture = np.full((8, 16, 3), (200, 0, 0), np.uint8)
+    picture = gray(8, 16) * np.uint8([1, 0, 0])
     decoded = decode_uri(drawing.jpeg_uri(picture))
     assert np.abs(decoded.astype(int) - picture).max() < 5
 
@@ -90,28 +86,20 @@ def test_window_is_tight_and_square():
 
 
 def test_outlines_of_object_and_mask_are_where_they_are_in_the_image():
-    """The object is 16 px wide in a crop of 22 px; the first mask is its upper half."""
-    image = np.full((SIDE, SIDE, 3), 40, np.uint8)
-    masks = [rle_of(UPPER_HALF), rle_of(SQUARE)]
+    """The object is 16 px wide in a crop of 22 px, from 5 to 27; the first mask is its upper half.
+
+    Where an outline runs along the edge of the picture, as in the last tile, none is drawn.
+    """
+    image, masks = gray(SIDE, SIDE, 40), [rle_of(UPPER_HALF), rle_of(SQUARE)]
     coarse, exact = drawing.draw_tiles(np.float32(SQUARE), rle_of(SQUARE), masks, image)
     assert coarse.shape == exact.shape == (drawing.TILE_SIDE, drawing.TILE_SIDE, 3)
-    scale = drawing.TILE_SIDE / 22  # of the crop from 5 to 27
-    top, middle, bottom = (round((y - 5) * scale) for y in (8, 16, 24))
-    for picture, y, rgb in (
-        (coarse, top, drawing.MASK_RGB),
-        (coarse, middle - 2, drawing.MASK_RGB),
-        (coarse, bottom - 2, drawing.TRUTH_RGB),
-        (exact, top - 1, (40, 40, 40)),
-        (exact, top, drawing.MASK_RGB),
-        (exact, top + 2, drawing.TRUTH_RGB),
-        (exact, bottom - 1, drawing.MASK_RGB),
-        (exact, middle, (40, 40, 40)),
-    ):
-        assert tuple(picture[y, drawing.TILE_SIDE // 2]) == rgb, y
-
-
-def test_no_outline_runs_along_the_edge_of_the_picture():
-    whole = rle_of((0, 0, SIDE, SIDE))
-    image = np.full((SIDE, SIDE, 3), 40, np.uint8)
-    [tile] = drawing.draw_tiles(np.float32([0, 0, SIDE, SIDE]), whole, [whole], image)
-    assert (tile == 40).all()
+    top, middle, bottom = (round((y - 5) * drawing.TILE_SIDE / 22) for y in (8, 16, 24))
+    center = drawing.TILE_SIDE // 2
+    colors = {top: MASK_RGB, middle - 2: MASK_RGB, bottom - 2: TRUTH_RGB}
+    assert {y: tuple(coarse[y, center]) for y in colors} == colors
+    colors = {top - 1: GRAY, top: MASK_RGB, top + 2: TRUTH_RGB, bottom - 1: MASK_RGB, middle: GRAY}
+    assert {y: tuple(exact[y, center]) for y in colors} == colors
+    [whole] = drawing.draw_tiles(
+        np.float32(EVERYTHING), rle_of(EVERYTHING), [rle_of(EVERYTHING)], image
+    )
+    assert (whole == 40).all()

@@ -13,78 +13,90 @@ from tests.pipeline.report.small_run import (
     ELSEWHERE,
     EVERYTHING,
     FOUND,
-    NUM_WITH_OBJECTS,
+    HALF,
     SQUARE,
     STORE,
     UPPER_HALF,
     detections_of,
+    make_dataset,
     object_of,
     proposals_of,
     write_dataset,
     write_store,
 )
 
-
-def qualities(examples):
-    return {example["file_name"]: example["ious"].mean() for example in examples}
-
-
 # Which images are shown.
 
 
-def proposal_examples(tmp_path, dataset, proposals):
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def proposal_examples(folder, dataset, proposals):
     """The best images, the worst, and how many there are."""
-    write_store(tmp_path / "store", proposals)
+    write_store(folder / "store", proposals)
     coco = CocoInstances.load(dataset[0])
-    scenes = pictures.scenes_of(pictures.read_proposals(tmp_path / "store"), coco)
+    scenes = pictures.scenes_of(pictures.read_proposals(folder / "store"), coco)
     gallery = pictures.proposal_gallery(scenes, coco, dataset[1])
     return gallery["best"], gallery["worst"], gallery["images"]
-
-
-def test_found_is_best_and_missed_is_worst(tmp_path, dataset):
-    best, worst, num_images = proposal_examples(tmp_path, dataset, STORE)
-    assert list(qualities(best).items()) == [("found.png", 1), ("half.png", 0.5)]
-    assert qualities(worst) == {"missed.png": 0}
-    assert num_images == NUM_WITH_OBJECTS
-
-
-@pytest.mark.parametrize("missed", [[ELSEWHERE] * 100 + [SQUARE], []])
-def test_what_is_not_among_the_first_proposals_is_missed(tmp_path, dataset, missed):
-    in_time = [ELSEWHERE] * 99 + [SQUARE]
-    proposals = [proposals_of(1, "found.png", in_time), proposals_of(2, "missed.png", missed)]
-    proposals.append(proposals_of(77, "other.png", [SQUARE]))
-    best, worst, num_images = proposal_examples(tmp_path, dataset, proposals)
-    assert qualities(best) == {"found.png": 1} and qualities(worst) == {"missed.png": 0}
-    assert len(worst[0]["pictures"]) == 3
-    assert num_images == 2, "an image that is not in the store was not looked at"
 
 
 def detection_examples(dataset, found):
     return pictures.detection_gallery(found, CocoInstances.load(dataset[0]), dataset[1])["examples"]
 
 
-def test_crowd_is_no_object_and_the_mean_is_over_objects(tmp_path):
+def ious_of(examples):
+    return [(example["file_name"], example["ious"].mean()) for example in examples]
+
+
+LATE = [ELSEWHERE] * 100 + [SQUARE]
+SHOWN_PROPOSALS = {
+    "in order": (STORE, [("found.png", 1), (HALF, 0.5)], [("missed.png", 0)]),
+    "too late": ([proposals_of(1, "found.png", LATE[1:]), proposals_of(2, "missed.png", LATE),
+                  proposals_of(77, "other.png", [SQUARE])],
+                 [("found.png", 1)], [("missed.png", 0)]),
+    "none": ([STORE[0], proposals_of(2, "missed.png", [])],
+             [("found.png", 1)], [("missed.png", 0)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("store", "best", "worst"), SHOWN_PROPOSALS.values(), ids=SHOWN_PROPOSALS)
+def test_images_of_proposals(tmp_path, dataset, store, best, worst):
+    """Only the first 100 proposals count, and only images that were looked at and have objects."""
+    found, missed, num_images = proposal_examples(tmp_path, dataset, store)
+    assert (ious_of(found), ious_of(missed)) == (best, worst)
+    assert num_images == len(best) + len(worst)
+    assert all(len(example["pictures"]) == 3 for example in found + missed)
+
+
+JUST = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)])
+JUST_BOX = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)], masks=False)
+SHOWN_DETECTIONS = {
+    "in order": (FOUND, [("found.png", 1), (HALF, 0.5), ("missed.png", 0)], [1, 2, 1]),
+    "none": ([JUST, detections_of(2, "missed.png", [])],
+             [("found.png", 1), ("missed.png", 0)], [1, 0]),
+    "no masks": ([JUST_BOX, detections_of(2, "missed.png", [], masks=False)],
+                 [("found.png", 1), ("missed.png", 0)], [1, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "shown", "nums"), SHOWN_DETECTIONS.values(), ids=SHOWN_DETECTIONS
+)
+def test_images_of_detections_from_the_best_to_the_worst(dataset, found, shown, nums):
+    """Scores below `MIN_SCORE` do not count."""
+    examples = detection_examples(dataset, found)
+    assert ious_of(examples) == shown and [e["num_detections"] for e in examples] == nums
+    assert all(len(e["pictures"]) == 2 and not e["error"] for e in examples)
+
+
+def test_crowd_is_no_object_and_every_object_has_its_iou(tmp_path):
     objects = [object_of(1, SQUARE), object_of(1, ELSEWHERE), object_of(1, EVERYTHING, iscrowd=1)]
     dataset = write_dataset(tmp_path / "data", ["two.png"], objects)
     [example], _, _ = proposal_examples(tmp_path, dataset, [proposals_of(1, "two.png", [SQUARE])])
     [detected] = detection_examples(dataset, [detections_of(1, "two.png", [(SQUARE, 1, 0.9)])])
     assert sorted(example["ious"]) == sorted(detected["ious"]) == [0, 1]
-
-
-def test_images_with_objects_are_shown_from_the_best_to_the_worst(dataset):
-    examples = detection_examples(dataset, FOUND)
-    shown = [("found.png", 1), ("half.png", 0.5), ("missed.png", 0)]
-    assert list(qualities(examples).items()) == shown, "0.2 is too low a score to count"
-    assert [e["num_detections"] for e in examples] == [1, 2, 1]
-
-
-@pytest.mark.parametrize("masks", [True, False])
-def test_image_in_which_nothing_was_found_is_the_worst(dataset, masks):
-    found = [detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)], masks=masks)]
-    found.append(detections_of(2, "missed.png", [], masks=masks))
-    examples = detection_examples(dataset, found)
-    assert list(qualities(examples).items()) == [("found.png", 1), ("missed.png", 0)]
-    assert all(len(e["pictures"]) == 2 and not e["error"] for e in examples)
 
 
 @given(st.lists(st.floats(0, 1), max_size=40))
@@ -96,33 +108,28 @@ def test_choice_is_ordered_and_nothing_is_chosen_twice(values):
     assert best + worst[::-1] == ranked[: len(best)] + ranked[len(ranked) - len(worst) :]
 
 
-def test_items_stand_for_equal_parts():
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_items_stand_for_equal_parts_and_none_is_shown_twice(total, count):
     assert pictures.spread(list(range(80)), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
-
-
-@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
-def test_items_keep_their_order_and_none_is_shown_twice(values, count):
-    chosen = [i for i, _ in pictures.spread(list(enumerate(values)), count)]
-    assert chosen == sorted(set(chosen)) and len(chosen) == min(count, len(values))
+    chosen = pictures.spread(list(range(total)), count)
+    assert chosen == sorted(set(chosen)) and len(chosen) == min(count, total)
 
 
 # How well they fit, and what is drawn.
 
 
 @pytest.fixture
-def ring_and_bar(tmp_path):
-    """An image with a ring and, elsewhere, a bar."""
+def two_objects(tmp_path):
+    """An image with a person and, elsewhere, a car."""
     objects = [object_of(1, SQUARE), object_of(1, ELSEWHERE, category=3)]
     return CocoInstances.load(write_dataset(tmp_path / "one", ["a.png"], objects)[0])
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_only_detections_of_the_right_category_fit(ring_and_bar, masks):
+def test_only_detections_of_the_right_category_fit(two_objects, masks):
     found = [(SQUARE, 3, 0.9), (UPPER_HALF, 1, 0.8), (ELSEWHERE, 3, 0.7), (ELSEWHERE, 7, 0.6)]
-    ious = pictures.overlaps(detections_of(1, "a.png", found, masks=masks), ring_and_bar, [0, 1])
+    ious = pictures.overlaps(detections_of(1, "a.png", found, masks=masks), two_objects, [0, 1])
     assert ious == pytest.approx(np.array([[0, 0], [0.5, 0], [0, 1], [0, 0]]))
-    nothing = detections_of(1, "a.png", [], masks=masks)
-    assert pictures.overlaps(nothing, ring_and_bar, [0, 1]).shape == (0, 2)
 
 
 @given(st.lists(st.floats(0, 1, width=32)), st.integers(0, 9), st.booleans())
@@ -134,25 +141,23 @@ def test_first_keeps_the_highest_scores_of_every_column(scores, count, masks):
 
 
 @pytest.fixture
-def marks_of(ring_and_bar, monkeypatch):
-    """What is drawn for detections."""
+def marks_of(two_objects, monkeypatch):
+    """What is drawn for objects and for detections."""
     monkeypatch.setattr(pictures, "draw_marks", lambda image, marks: marks)
 
     def draw(found, **options):
-        [scene] = pictures.scenes_of([detections_of(1, "a.png", found, **options)], ring_and_bar)
-        return pictures.draw_detections(scene, ring_and_bar, np.zeros((64, 64, 3), np.uint8))
+        [scene] = pictures.scenes_of([detections_of(1, "a.png", found, **options)], two_objects)
+        return pictures.draw_detections(scene, two_objects, np.zeros((64, 64, 3), np.uint8))
 
     return draw
 
 
 def test_names_scores_colors_and_tints(marks_of):
+    """The best is drawn last; a category that the annotations do not have goes by its id."""
     truth, marks = marks_of([(SQUARE, 1, 0.987), (UPPER_HALF, 3, 0.75), (SQUARE, 8, 0.5)])
-    assert [(mark.label, mark.tint) for mark in truth] == [("ring", 0), ("bar", 0)]
-    assert [(mark.label, mark.tint) for mark in marks[::-1]] == [
-        ("ring 0.99", FULL),
-        ("bar 0.75", FAINT),
-        ("8 0.50", FAINT),
-    ], "the best is drawn last; a category that the annotations do not have goes by its id"
+    assert [(mark.label, mark.tint) for mark in truth] == [("person", 0), ("car", 0)]
+    texts = [("8 0.50", FAINT), ("car 0.75", FAINT), ("person 0.99", FULL)]
+    assert [(mark.label, mark.tint) for mark in marks] == texts
     assert truth[0].rgb == marks[2].rgb and truth[1].rgb == marks[1].rgb != truth[0].rgb
     assert marks[2].box.tolist() == list(SQUARE)
 

@@ -19,7 +19,7 @@ from pipeline.inference import propose
 from pipeline.inference.propose import Proposer, best_cells
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
-from tests.pipeline.torch7.lua_networks import assert_near
+from tests.pipeline.torch7.lua_networks import assert_near, image_of
 from tests.real_data import TORCH7
 
 DATA = TORCH7 / "deepmask_sharpmask"
@@ -102,9 +102,9 @@ def test_trunk_module_by_module(compare):
 @pytest.mark.parametrize("prefix", ["dm", "sm"])
 def test_embedding_and_heads(compare, prefix):
     model = compare.deepmask if prefix == "dm" else compare.sharpmask.deepmask
-    code = model.embed(model.crop_center(model.trunk(compare.input("patch_input"))[-1]))
-    code = compare(code, f"{prefix}_patch_code")
-    compare(model.score(code).flatten(), f"{prefix}_patch_score")
+    features = model.crop_center(model.trunk(compare.input("patch_input"))[-1])
+    code = compare(model.embed(features), f"{prefix}_patch_code")
+    compare(model.score(code, features).flatten(), f"{prefix}_patch_score")
     logits = model.decode_masks(code.flatten(1))
     logits = compare(logits, "dm_patch_mask56")
     # To the size of the training's target the original resizes corners to corners, and this project
@@ -140,8 +140,7 @@ def test_whole_patch_forward(folded):
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
-    return (reference("image") * 255).permute(1, 2, 0).contiguous().numpy()
+    return image_of(DATA)
 
 
 @pytest.fixture(scope="module", params=["dm", "sm", "smdm"])

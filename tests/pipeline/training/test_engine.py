@@ -102,12 +102,12 @@ def test_a_run_stopped_between_its_last_step_and_validation_validates_first(tiny
     assert [line["step"] for line in validations(tmp_path)] == [2, 4]
 
 
-def start_tool(arguments, processes=1):
+def start_tool(arguments, processes=1, stage="deepmask"):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(processes)]
-    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", "deepmask", "--device", "cpu"]
+    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", stage, "--device", "cpu"]
     return subprocess.Popen(
         [*launcher, *tool, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -118,37 +118,58 @@ def start_tool(arguments, processes=1):
     )
 
 
-def test_two_processes_equal_one_after_twenty_steps(tiny_config, tmp_path):
+TRAINED = {
+    "deepmask": ("mask_head", "score_head", "trunk"),
+    "sharpmask": ("encode", "refinements", "predict"),
+    "multipathnet": ("cls_score", "bbox_pred", "trunk"),
+}
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_processes_equal_one_after_twenty_steps(
+    stage, tiny_config, tiny_checkpoint, stores, tmp_path
+):
     """Momentum, weight decay and heads that are idle in a minibatch included.
 
     Dropout is off: every process draws its own.
     """
     overrides = [
-        "--set",
-        "deepmask.optim.batches_per_epoch=20",
+        f"{stage}.optim.batches_per_epoch=20",
+        f"init.deepmask={tiny_checkpoint}",
         "deepmask.sampling.patches_per_image=2",
         "deepmask.dropout=0",
+        "multipathnet.dropout=0",
+        "multipathnet.optim.weight_decay=0.01",
+        *stores,
     ]
     runs = [
         start_tool(
-            ["--config", tiny_config, "--output", tmp_path / str(count), *overrides],
-            processes=count,
+            ["--config", tiny_config, "--output", tmp_path / str(n), "--set", *overrides],
+            processes=n,
+            stage=stage,
         )
-        for count in (1, 2)
+        for n in (1, 2)
     ]
-    for run in runs:
-        output, _ = run.communicate(timeout=240)
-        assert run.returncode == 0, output
-    one, two = (last_checkpoint(tmp_path / str(count)) for count in (1, 2))
+    outputs = [run.communicate(timeout=240)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    one, two = (last_checkpoint(tmp_path / str(n)) for n in (1, 2))
     assert one["step"] == two["step"] == 20
     config = config_from_dict(one["config"], source="test")
-    start = make_stage("deepmask", config, tmp_path / "new").model.state_dict()
+    start = make_stage(stage, config, tmp_path / "new").model.state_dict()
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-6)
-    moved = [name for name in start if not torch.equal(start[name], one["model"][name])]
-    assert any("score_head" in name for name in moved)
-    assert any("mask_head" in name for name in moved)
+    moved = " ".join(name for name in start if not torch.equal(start[name], one["model"][name]))
+    for part in TRAINED[stage]:
+        assert part in moved
     assert two["best"] == pytest.approx(one["best"], abs=1e-6)
+    for was, now in zip(*(read_metrics(tmp_path / str(n) / "metrics.jsonl") for n in (1, 2)),
+                        strict=True):  # fmt: skip
+        for key in (key for key in was if "loss" in key):
+            assert now[key] == pytest.approx(was[key], rel=1e-6)
+    # The launcher's and the loop's lines, once.
+    lines = [line for line in outputs[1].splitlines() if line.strip()]
+    assert not [line for line in lines if "warn" in line.lower()]
+    assert len(set(lines)) == len(lines)
 
 
 def test_every_step_draws_its_own_dropout(tiny_recipe, tmp_path):
