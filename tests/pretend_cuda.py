@@ -136,6 +136,8 @@ class PretendedCuda(TorchDispatchMode):
         device = next((leaf for leaf in leaves if type(leaf) is torch.device), None)
         if not on_cuda and (device is None or device.type != "cuda"):
             return func(*args, **kwargs)
+        if device is not None and device.type == "cuda" and device.index:
+            raise RuntimeError("CUDA error: invalid device ordinal")
         if os.getpid() != self.process:
             raise RuntimeError(
                 "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, "

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
         (lambda x: x.numpy(), TypeError, "can't convert cuda:0 device type tensor to numpy"),
         (lambda x: np.asarray(x), TypeError, "can't convert cuda:0 device type tensor to numpy"),
         (lambda x: torch.from_numpy(x.cpu().numpy()) @ x, RuntimeError, SAME_DEVICE),
+        (lambda x: x.to("cuda:1"), RuntimeError, "invalid device ordinal"),
         (lambda x: x.pin_memory(), RuntimeError, "only dense CPU tensors can be pinned"),
         (lambda x: torch.histogram(x, 3), NotImplementedError, "Could not run 'aten::histogram"),
     ],

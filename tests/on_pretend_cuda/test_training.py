@@ -91,6 +91,7 @@ def test_with_mixed_precision_it_learns_nearly_the_same(name, configure, tmp_pat
 @pytest.mark.parametrize(
     ("name", "trunk", "stage"),
     [
+        ("deepmask", {"name": "tiny"}, {"separate_heads": True}),
         ("deepmask", {"name": "resnet18", "width": 8}, {}),
         ("deepmask", {"name": "resnet50", "width": 8}, {}),
         ("deepmask", {"name": "vgg11"}, {}),
@@ -116,3 +117,14 @@ def test_with_every_family_of_trunks(name, trunk, stage, configure, tmp_path):
     assert_near(tmp_path / "cpu", tmp_path / "gpu")
     losses, low = (losses_of(tmp_path / each)[0]["loss"] for each in ("cpu", "amp"))
     assert low == pytest.approx(losses, rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_minibatch_for_any_machine(
+    configure, tmp_path
+):
+    config = configure("deepmask", optim={"lr": 1e38})
+    with pretended_cuda(), pytest.raises(FloatingPointError, match="not finite at step 1"):
+        train("deepmask", config, tmp_path, device=CUDA)
+    (path,) = tmp_path.glob("non_finite_batch_*.pt")
+    batch = torch.load(path, map_location="cpu", weights_only=True)["batch"]
+    assert batch["patches"].shape == (8, 3, 128, 128)
