@@ -148,7 +148,7 @@ class PretendedCuda(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         _check_kernel(func)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        _check_devices(func, tensors, args)
+        _check_devices(func, tensors, args, kwargs)
         self.calls.add((func.name(), tuple(tensor.dtype for tensor in tensors)))
         inner = _mapped(_on_cpu, args), {k: _mapped(_on_cpu, v) for k, v in kwargs.items()}
         random = torch.Tag.nondeterministic_seeded in func.tags
@@ -201,7 +201,7 @@ def _check_kernel(func: Any) -> None:
         )
 
 
-def _check_devices(func: Any, tensors: list[Tensor], args: tuple) -> None:
+def _check_devices(func: Any, tensors: list[Tensor], args: tuple, kwargs: dict) -> None:
     """As CUDA's kernels do before they start."""
     if func in ANY_DEVICES:
         if "index" in func.name():
@@ -210,9 +210,10 @@ def _check_devices(func: Any, tensors: list[Tensor], args: tuple) -> None:
     others = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
     if len(others) == len(tensors):
         return  # that is to be made on the GPU
+    written = _leaves(_argument(args, kwargs, *place) for place in _written(func).values())
     pointwise = torch.Tag.pointwise in func.tags or func in NUMBERS_ON_CPU
-    if any(tensor.dim() > 0 or not pointwise for tensor in others) or (
-        others and func._schema.is_mutable and not isinstance(args[0], CudaTensor)
+    if any(tensor.dim() > 0 or not pointwise for tensor in others) or not all(
+        isinstance(tensor, CudaTensor) for tensor in written
     ):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
@@ -253,18 +254,17 @@ def _on_cpu(leaf: Any) -> Any:
 
 
 @functools.cache
-def _written(func: Any) -> list[tuple[int, str] | None]:
-    """For each result the argument that it is, if it is one: its index and name."""
-    written = {
+def _written(func: Any) -> dict[frozenset, tuple[int, str]]:
+    """Index and name of the arguments that an operator changes, by the letter of their schema."""
+    return {
         frozenset(argument.alias_info.before_set): (index, argument.name)
         for index, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     }
-    sets = [
-        result.alias_info.before_set if result.alias_info is not None else ()
-        for result in func._schema.returns
-    ]
-    return [written.get(frozenset(names)) if names else None for names in sets]
+
+
+def _argument(args: tuple, kwargs: dict, index: int, name: str) -> Any:
+    return args[index] if index < len(args) else kwargs[name]
 
 
 def _outer_results(func: Any, args: tuple, kwargs: dict, results: Any, on_cuda: bool) -> Any:
@@ -272,13 +272,16 @@ def _outer_results(func: Any, args: tuple, kwargs: dict, results: Any, on_cuda: 
     several = isinstance(results, tuple)
     wrap = CudaTensor if on_cuda else lambda x: x
     outer = []
-    for result, place in zip(results if several else (results,), _written(func), strict=False):
-        if place is not None:
-            index, name = place
-            outer.append(args[index] if index < len(args) else kwargs[name])
-            _check_same_layout(outer[-1])
-        else:
+    for result, returned in zip(
+        results if several else (results,), func._schema.returns, strict=False
+    ):
+        letters = returned.alias_info.before_set if returned.alias_info is not None else ()
+        place = _written(func).get(frozenset(letters))
+        if place is None:
             outer.append(_mapped(wrap, result))
+        else:
+            outer.append(_argument(args, kwargs, *place))
+            _check_same_layout(outer[-1])
     if not outer:
         return results
     return type(results)(outer) if several else outer[0]

@@ -7,10 +7,13 @@ import pytest
 from tests.pretend_cuda import PretendedCuda, guard, pretended_cuda
 
 
-@pytest.fixture
-def gpu() -> Iterator[PretendedCuda]:
-    """The pretended GPU; what is made once for all tests is made before, without it."""
+@pytest.fixture(autouse=True)
+def can_pretend() -> None:
     if guard() is None:
         pytest.skip("there is a real GPU, or no compiler for the pretended one")
+
+
+@pytest.fixture
+def gpu(can_pretend) -> Iterator[PretendedCuda]:
     with pretended_cuda() as gpu:
         yield gpu
