@@ -1,6 +1,7 @@
 """Proposals and detections on the pretended GPU, without mixed precision those of the CPU."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def image(shapes_directory) -> np.ndarray:
 
 def propose(checkpoint, image, device, *, amp, align_corners):
     proposer, _ = load_proposer(checkpoint, device)
-    proposer.amp, proposer.align_corners = amp, align_corners
+    proposer.options = replace(proposer.options, amp=amp, align_corners=align_corners)
     return proposer(image)
 
 
