@@ -35,9 +35,16 @@ FEW_IMAGES = 500  # up to here AP is measured for every number of proposals, too
 
 
 def run_pipeline(
-    config_path: str, output: Path, *, overrides: list[str], device: torch.device
+    config_path: str,
+    output: Path,
+    *,
+    overrides: list[str],
+    device: torch.device,
+    precision: str | None = None,
 ) -> dict:
     """Trains and scores every stage on the validation split; writes summary.json and report.html.
+
+    `precision` is that of training, as in `fit`.
 
     Returns:
         The summary: scores by stage, and the seconds that each stage took over all its sessions.
@@ -63,7 +70,8 @@ def run_pipeline(
             stage_config = replace(config, init=replace(config.init, val_proposals=val_proposals))
         inputs = prepare_stage(name, stage_config, output / name, device)
         stage = build_stage(name, stage_config, inputs)
-        checkpoint = fit(stage, stage_config, output / name, device=device, resume=True)
+        run = output / name
+        checkpoint = fit(stage, stage_config, run, device=device, resume=True, precision=precision)
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)
         if distributed.is_main():

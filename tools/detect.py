@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, make_parser, run_tool
+from pipeline.command import add_device, add_precision, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.folders import detect_images, image_folder, propose_images
 from pipeline.inference.image_files import keep_freed_blocks
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K of an image"
     )
+    add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
 
@@ -80,11 +81,16 @@ def main() -> None:
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
-        detector, settings = load_detector(args.checkpoint, device, overrides=overrides)
+        detector, settings = load_detector(
+            args.checkpoint, device, overrides=overrides, precision=args.precision
+        )
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposal_checkpoint:
             proposer, proposer_settings = load_proposer(
-                args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
+                args.proposal_checkpoint,
+                device,
+                num_proposals=detector.options.num_proposals,
+                precision=args.precision,
             )
             propose_images(
                 proposer,

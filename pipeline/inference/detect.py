@@ -23,6 +23,7 @@ from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
+from pipeline.precision import choose_precision, to_bfloat16
 
 
 @dataclass
@@ -46,15 +47,20 @@ class Detector:
         device: torch.device,
         config: MultiPathNetStageConfig,
         options: DetectConfig,
+        dtype: torch.dtype = torch.float32,
     ):
         """
         Args:
             categories: {"id", "name"} of each class, in the order of the network's.
             config: how the network takes images and boxes. With `inclusive_boxes`, only its boxes
                 go from their first to their last pixel; outside of it they have edges.
+            dtype: the network computes in it; with bfloat16 its layers are converted here. Scores
+                and boxes are in full precision.
         """
         self.model = model.eval().to(device).to(memory_format=torch.channels_last)
-        self.categories, self.device = categories, device
+        if dtype == torch.bfloat16:
+            to_bfloat16(self.model)
+        self.categories, self.device, self.dtype = categories, device, dtype
         self.config, self.options = config, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         # From a box's last corner in the network to its edge.
@@ -119,7 +125,8 @@ class Detector:
                 pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255
                 pixels = normalize(pixels, self.config.pixels)
                 planes = torch.from_numpy(pixels)[None].to(self.device)
-                layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
+                planes = planes.contiguous(memory_format=torch.channels_last).to(self.dtype)
+                layers = self.model.layers(planes)
                 views.append(
                     View(layers, torch.tensor(scale * 2, device=self.device), last_x, flip)
                 )
@@ -225,11 +232,15 @@ def _vote(
 
 
 def load_detector(
-    checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    overrides: dict | None = None,
+    precision: str | None = None,
 ) -> tuple[Detector, dict]:
     """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
-    Overrides are values for the config's `detect` section.
+    Overrides are values for the config's `detect` section; `precision` is as in `choose_precision`.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint of a detector, or an override out of range.
@@ -238,7 +249,9 @@ def load_detector(
     assert isinstance(model, MultiPathNet)
     options = override(config.detect, **(overrides or {}))
     names = content["categories"]
-    detector = Detector(model, names, device=device, config=config.multipathnet, options=options)
+    c = config.multipathnet
+    dtype = choose_precision(precision, model.trunk, device, amp=c.optim.amp)
+    detector = Detector(model, names, device=device, config=c, options=options, dtype=dtype)
     settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}
     del settings["chunk"]  # changes the memory only
     return detector, settings

@@ -27,6 +27,7 @@ from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
+from pipeline.precision import choose_precision, to_bfloat16
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
@@ -54,11 +55,14 @@ class Proposer:
         model: DeepMask | SharpMask,
         *,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         zoom: bool = False,
         **options: Any,
     ):
         """
         Args:
+            dtype: the network computes in it; with bfloat16 its layers are converted here. Scores,
+                and masks from their logits on, are in full precision.
             zoom: add the scale 2^1.
             options: fields of `ProposeConfig`. With `align_corners`, as in the released code,
                 corner pixels of a scaled image lie on corner pixels, nothing is averaged, and masks
@@ -70,11 +74,13 @@ class Proposer:
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
         model = model.eval().to(device).to(memory_format=torch.channels_last)
+        if dtype == torch.bfloat16:
+            to_bfloat16(model)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
-        self.device, self.options = device, ProposeConfig(**options)
+        self.device, self.dtype, self.options = device, dtype, ProposeConfig(**options)
         scales = log2_range(*self.options.log2_scales)
         self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
@@ -103,8 +109,7 @@ class Proposer:
     def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
         """Runs the part of the network that sees the image alone, at one scale."""
         pixels, scale_xy = self.scale(image, log2_scale)
-        with self._autocast():
-            embeddings, scores, *horizontal = self.dense(pixels)
+        embeddings, scores, *horizontal = self.dense(pixels)
         return PyramidScale(scale_xy, embeddings[0], scores[0], [maps[0] for maps in horizontal])
 
     def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
@@ -118,7 +123,8 @@ class Proposer:
         pixels = torch.from_numpy(scaled)
         if self.device.type == "cuda":  # copied while the scale before is still computed
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return pad_and_normalize(pixels, self.deepmask.patch_size // 2), scale_xy
+        padded = pad_and_normalize(pixels, self.deepmask.patch_size // 2)
+        return padded.to(self.dtype), scale_xy
 
     @torch.inference_mode()
     def decode(self, pyramid: list[PyramidScale], cells: Tensor) -> Tensor:
@@ -134,19 +140,13 @@ class Proposer:
         groups = list(zip(scales, cells[:, 1:].split(counts.tolist()), strict=True))
         embeddings = _concatenate([scale.embeddings[:, c[:, 0], c[:, 1]].T for scale, c in groups])
         if self.refinement is None:
-            with self._autocast():
-                return self.deepmask.decode_masks(embeddings)
+            return self.deepmask.decode_masks(embeddings)
         size = self.deepmask.cells
         windows = [
             _concatenate([gather_windows(s.horizontal[i], c, size << i, 1 << i) for s, c in groups])
             for i in range(len(self.refinement.refinements))
         ]
-        with self._autocast():
-            return self.refinement.refine(embeddings, windows)
-
-    def _autocast(self) -> torch.autocast:
-        on = self.options.amp and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return self.refinement.refine(embeddings, windows)
 
     def _masks(
         self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
@@ -285,11 +285,13 @@ def load_proposer(
     zoom: bool = False,
     refine: bool = True,
     nms: float | None = None,
+    precision: str | None = None,
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
     Values that are None are those of the checkpoint's config; `zoom` adds the scale 2^1; without
-    `refine`, a SharpMask gives the coarse masks of its DeepMask.
+    `refine`, a SharpMask gives the coarse masks of its DeepMask. `precision` is as in
+    `choose_precision`.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
@@ -303,7 +305,9 @@ def load_proposer(
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
     fold_norms(model)
-    proposer = Proposer(model, device=device, zoom=zoom, **options)
+    trunk = (model.deepmask if isinstance(model, SharpMask) else model).trunk
+    dtype = choose_precision(precision, trunk, device, amp=options["amp"])
+    proposer = Proposer(model, device=device, dtype=dtype, zoom=zoom, **options)
     settings = {
         "checkpoint_sha256": file_sha256(checkpoint),
         "refine": isinstance(model, SharpMask),

@@ -16,6 +16,7 @@ from models.deepmask import DeepMask
 from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss
 from models.multipathnet import MultiPathNet
 from models.sharpmask import SharpMask
+from models.trunk import Trunk
 from pipeline import distributed
 from pipeline.config import Config, OptimConfig
 from pipeline.data import (
@@ -58,6 +59,11 @@ class Stage:
         self.optim: OptimConfig = getattr(config, self.name).optim
         torch.manual_seed(config.seed)  # for the weights that are drawn
         check_batch(config, self.name)
+
+    @property
+    def trunk(self) -> Trunk:
+        """The network's trunk."""
+        return next(module for module in self.model.modules() if isinstance(module, Trunk))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters to train, with a factor on the learning rate and their weight decay.

@@ -26,8 +26,8 @@ def image(shapes_directory) -> np.ndarray:
 
 
 def propose(checkpoint, image, device, *, amp, align_corners):
-    proposer, _ = load_proposer(checkpoint, device)
-    proposer.options = replace(proposer.options, amp=amp, align_corners=align_corners)
+    proposer, _ = load_proposer(checkpoint, device, precision="bf16" if amp else "fp32")
+    proposer.options = replace(proposer.options, align_corners=align_corners)
     return proposer(image)
 
 
@@ -68,7 +68,7 @@ def test_detections_are_the_cpus(tiny_detector, tiny_sharpmask, image):
     expected, _ = load_detector(tiny_detector, CPU, overrides=DETECT)
     (few, all_of_them) = expected.detect_by_count(image, proposals, [10, 50])
     with pretended_cuda():
-        detector, _ = load_detector(tiny_detector, CUDA, overrides=DETECT)
+        detector, _ = load_detector(tiny_detector, CUDA, overrides=DETECT, precision="fp32")
         pairs = zip(
             detector.detect_by_count(image, proposals, [10, 50]), (few, all_of_them), strict=True
         )

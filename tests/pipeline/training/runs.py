@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,34 +22,21 @@ def make_stage(name: str, config: Config, output: Path, *, device: torch.device 
 
 
 def train(
-    name: str,
-    config: Config,
-    output: Path,
-    *,
-    resume: bool = False,
-    device: torch.device = CPU,
+    name: str, config: Config, output: Path, *, device: torch.device = CPU, **options: Any
 ) -> Path:
-    """Trains a stage; returns its best checkpoint."""
+    """Trains a stage; options are `fit`'s. Returns its best checkpoint."""
     stage = make_stage(name, config, output, device=device)
-    return fit(stage, config, output, device=device, resume=resume)
+    return fit(stage, config, output, device=device, **options)
 
 
-def interrupt(
-    name: str,
-    config: Config,
-    output: Path,
-    *,
-    steps: int,
-    resume: bool = False,
-    device: torch.device = CPU,
-) -> None:
-    """Trains a stage and stops it after some steps, as a signal does."""
+def interrupt(name: str, config: Config, output: Path, *, steps: int, **options: Any) -> None:
+    """Trains a stage and stops it after some steps, as a signal does; options are `train`'s."""
     stop = _StopAfter(steps)
     with (
         mock.patch.object(engine, "_stop_signals", lambda: contextlib.nullcontext(stop)),
         pytest.raises(Interrupted),
     ):
-        train(name, config, output, resume=resume, device=device)
+        train(name, config, output, **options)
 
 
 def last_checkpoint(output: Path) -> dict:
