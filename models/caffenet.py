@@ -5,7 +5,6 @@ convolutions and pools are padded so that a cell of conv5 lies at every 16th pix
 stride 2.
 """
 
-import torch
 from torch import Tensor, nn
 
 
@@ -52,5 +51,4 @@ class _ResponseNorm(nn.LocalResponseNorm):
     """In full precision: a sum of squares, and on a CPU there is no other."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).to(input.dtype)
+        return super().forward(input.float()).to(input.dtype)

@@ -103,7 +103,10 @@ def test_layers_that_give_scores_stay_in_full_precision(kind):
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_sharpmask"])
 def test_proposals_in_bfloat16_are_nearly_those_in_full_precision(checkpoint, image, request):
     path = request.getfixturevalue(checkpoint)
-    full, half = (load_proposer(path, CPU, precision=p)[0](image) for p in ("fp32", "bf16"))
+    proposers = [load_proposer(path, CPU, precision=p)[0] for p in ("fp32", "bf16")]
+    scale = proposers[1].run_scale(image, 0.0)
+    assert scale.embeddings.dtype == torch.bfloat16 and scale.score_logits.dtype == torch.float32
+    full, half = (proposer(image) for proposer in proposers)
     assert len(full) == len(half) > 20
     np.testing.assert_allclose(full.scores, half.scores, atol=5e-3)
     ious = coco_mask.iou(*([p.rle(i) for i in range(20)] for p in (half, full)), [0] * 20)
