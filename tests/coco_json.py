@@ -84,9 +84,11 @@ def painted_rois(
     corners = np.array([[20, 10], [80, 10], [80, 60], [20, 60]])
     coco, rng = write_painted(folder, corners, sizes), np.random.default_rng(0)
     proposals = ProposalBoxes.from_rows(
-        coco.image_ids.repeat(40),
-        coco.boxes.repeat(40, axis=0) + rng.normal(0, 12, (240, 4)),
-        rng.random(240),
+        (
+            coco.image_ids.repeat(40),
+            coco.boxes.repeat(40, axis=0) + rng.normal(0, 12, (240, 4)),
+            rng.random(240),
+        )
     )
     small = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
     config = RoiSamplingConfig(**small | (sampling or {}))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path, write_json
-from datasets.proposal_boxes import ProposalBoxes
+from datasets.proposal_boxes import Rows
 
 SCHEMA = pa.schema(
     [
@@ -232,15 +232,11 @@ class ProposalStore(ResumableDirectory):
         write_results(path, (result for proposals in self for result in results_of(proposals)))
         return path
 
-    def boxes(self) -> ProposalBoxes:
-        """Boxes and scores of all images, without reading a mask; ValueError without any."""
-        columns = ["image_id", "score", "box"]
-        tables = [_read(pq.read_table, shard, columns=columns) for shard in self.shards()]
-        if not any(map(len, tables)):
-            raise ValueError(f"{self.directory} holds no proposals")
-        rows = pa.concat_tables(tables)
-        ids, scores = rows["image_id"].to_numpy(), rows["score"].to_numpy()
-        return ProposalBoxes.from_rows(ids, _boxes(rows), scores)
+    def box_rows(self) -> Iterator[Rows]:
+        """Image ids, boxes and scores of the proposals, shard by shard, without reading a mask."""
+        for shard in self.shards():
+            table = _read(pq.read_table, shard, columns=["image_id", "box", "score"])
+            yield table["image_id"].to_numpy(), _boxes(table), table["score"].to_numpy()
 
 
 def _read(reader: Callable, shard: Path, **options: Any) -> Any:

@@ -72,12 +72,13 @@ def store(tmp_path) -> ProposalStore:
     return store
 
 
-def test_boxes_are_those_of_all_images(store):
-    boxes = store.boxes()
-    for proposals in store:
-        found, scores = boxes.of(proposals.image_id)
-        np.testing.assert_array_equal(found, proposals.boxes)
-        np.testing.assert_array_equal(scores, proposals.scores)
+def test_box_rows_are_those_of_all_images(store):
+    rows = [np.concatenate(columns) for columns in zip(*store.box_rows(), strict=True)]
+    found = [np.concatenate(columns) for columns in zip(
+        *((np.full(len(p), p.image_id), p.boxes, p.scores) for p in store), strict=True
+    )]  # fmt: skip
+    for column, expected in zip(rows, found, strict=True):
+        np.testing.assert_array_equal(column, expected)
 
 
 def test_no_shard_is_written_over(store):
@@ -125,5 +126,3 @@ def test_an_empty_store_is_valid(tmp_path):
     store = ProposalStore(tmp_path)
     assert list(store) == [] and store.images() == {} and store.shards() == []
     assert json.loads(store.write_json().read_text()) == [] and store.count() == 0
-    with pytest.raises(ValueError, match="holds no proposals"):
-        store.boxes()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datasets.images import read_image
+from datasets.proposal_boxes import ProposalBoxes
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.inference.proposals import ProposalStore
@@ -20,7 +21,7 @@ from pipeline.networks import load_network
 from pipeline.recipe import config_from_dict, load_config
 from pipeline.torch7.convert import convert_file
 from pipeline.training.engine import fit
-from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals
+from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals, write_boxes
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, make_stage, train
 from tests.real_data import TORCH7
@@ -165,18 +166,20 @@ def test_proposals_are_made_once_with_the_network_beside(tiny_config, tiny_sharp
     shutil.copytree(tiny_sharpmask.parents[1], tmp_path / "sharpmask")
     config = load_config(tiny_config, ["multipathnet.sampling.max_proposals=7"])
     output = tmp_path / "multipathnet"
-    boxes = find_proposals(config, "val", output, CPU).boxes()
-    store = ProposalStore(output / "proposals" / "val")
+    store = find_proposals(config, "val", output, CPU)
+    assert store.directory == output / "proposals" / "val"
+    boxes = ProposalBoxes.load(write_boxes(config, "val", output, store))
     expected = {p.image_id: p for p in store}
     assert len(expected) == 8 and max(map(len, expected.values())) <= 7
     for image_id, proposals in expected.items():
-        found, scores = boxes.of(image_id)
-        np.testing.assert_array_equal(found, proposals.boxes)
-        np.testing.assert_array_equal(scores, proposals.scores)
+        np.testing.assert_array_equal(boxes.of(image_id), proposals.boxes)
     assert not (store.directory / "proposals.json").exists()  # nobody reads those of training
     shards = store.shards()
     find_proposals(config, "val", output, CPU)
     assert store.shards() == shards
+    empty = ProposalStore(tmp_path / "empty")
+    with pytest.raises(ValueError, match="holds no proposals"):
+        write_boxes(config, "val", output, empty)
 
 
 @pytest.mark.parametrize("name", STAGES)
