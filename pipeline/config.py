@@ -148,6 +148,8 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
     pixels: PixelConfig = field(default_factory=PixelConfig)
     box_weight: float = 1.0  # of the box regressor's loss
     frozen_epochs: int = 0  # phase 1: the whole trunk is frozen for so many epochs
+    # The best checkpoint has the highest AP in so many validation images; 0: the best RoI accuracy.
+    validation_images: int = 0
     sampling: RoiSamplingConfig = field(default_factory=RoiSamplingConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -164,7 +166,8 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
+        require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs",
+                "validation_images")  # fmt: skip
         if self.head == "layer4" and self.trunk.name not in RESNETS:
             raise ValueError(
                 f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "

@@ -110,7 +110,9 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         store.rename(stale)  # at once: half a store would pass for a whole one
         shutil.rmtree(stale)
     distributed.barrier()
-    propose_images(proposer, images, store, settings=settings, annotations=annotations)
+    propose_images(
+        proposer, images, store, settings=settings, annotations=annotations, write_json=False
+    )
     scores = {}
     if distributed.is_main():
         scores = score_proposals(annotations, store, output / "scores")

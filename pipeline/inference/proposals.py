@@ -7,6 +7,7 @@ covers, and several processes can write into one store.
 A COCO result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation" compressed RLE}.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -184,15 +185,15 @@ class ProposalStore(ResumableDirectory):
 
     def images(self) -> dict[str, dict]:
         """The images that are done: file name to {"id", "file_name", "height", "width"}."""
-        covered: dict[str, dict] = {}
-        for shard in self.shards():
-            metadata = _read(pq.read_schema, shard).metadata or {}
-            if IMAGES_KEY not in metadata:
-                raise ValueError(
-                    f"{shard} is not a shard of a proposal store; choose another --output"
-                )
-            covered |= {image["file_name"]: image for image in json.loads(metadata[IMAGES_KEY])}
-        return covered
+        images = itertools.chain.from_iterable(map(self.images_of, self.shards()))
+        return {image["file_name"]: image for image in images}
+
+    def images_of(self, shard: Path) -> list[dict]:
+        """The images that a shard covers, also those without a proposal."""
+        metadata = _read(pq.read_schema, shard).metadata or {}
+        if IMAGES_KEY not in metadata:
+            raise ValueError(f"{shard} is not a shard of a proposal store; choose another --output")
+        return json.loads(metadata[IMAGES_KEY])
 
     def count(self) -> int:
         """How many proposals the store holds."""

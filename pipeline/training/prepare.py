@@ -117,7 +117,7 @@ def _build_sharpmask(config: Config, deepmask: Path | None) -> SharpMaskStage:
 def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStage:
     stores = inputs.proposals
     boxes = {split: ProposalBoxes.load(path) for split, path in inputs.boxes.items()}
-    stage = MultiPathNetStage(config, boxes)
+    stage = MultiPathNetStage(config, boxes, stores["val"])
     check_images(stores["train"], stage.train_data.coco)
     check_images(stores["val"], stage.val_data.coco)
     if inputs.masks is not None:

@@ -26,9 +26,12 @@ from pipeline.data import (
     load_split,
     patch_dataset,
     roi_dataset,
+    split_files,
 )
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
-from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois
+from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois, sample_ap
+from pipeline.inference.detect import Detector
+from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 
 
@@ -211,9 +214,13 @@ class MultiPathNetStage(Stage):
     samples, best_metric = "images", "roi_accuracy"
     model: MultiPathNet
 
-    def __init__(self, config: Config, proposals: dict[str, ProposalBoxes]):
+    def __init__(
+        self, config: Config, proposals: dict[str, ProposalBoxes], val_store: ProposalStore
+    ):
         super().__init__(config)
-        c = config.multipathnet
+        c, self.val_store = config.multipathnet, val_store
+        if c.validation_images:
+            self.best_metric = "sample_ap"
         self.train_data = roi_dataset(
             c, *load_split(config, "train"), proposals["train"], seed=config.seed
         )
@@ -258,8 +265,8 @@ class MultiPathNetStage(Stage):
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """RoI metrics on `validation_batches` minibatches."""
-        return evaluate_rois(
+        """RoI metrics on `validation_batches` minibatches, AP on `validation_images`."""
+        metrics = evaluate_rois(
             self.model,
             self.val_data,
             device,
@@ -267,3 +274,18 @@ class MultiPathNetStage(Stage):
             batch_size=self.optim.batch_size,
             workers=self.config.data.workers,
         )
+        c = self.config.multipathnet
+        if c.validation_images:
+            detector = Detector(
+                self.model,
+                self.metadata["categories"],
+                device=device,
+                config=c,
+                options=self.config.detect,
+            )
+            annotations, images = split_files(self.config, "val")
+            ap = sample_ap(
+                detector, self.val_store, annotations, images, num_images=c.validation_images
+            )
+            metrics["sample_ap"] = ap or 0.0
+        return metrics

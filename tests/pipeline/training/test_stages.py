@@ -15,7 +15,11 @@ from datasets.images import read_image
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.inference.proposals import ProposalStore
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference.detect import load_detector
+from pipeline.inference.folders import detect_in_shard
+from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import load_network
 from pipeline.recipe import config_from_dict, load_config
@@ -278,3 +282,24 @@ def test_a_converted_files_recipe_is_its_networks_settings(converted):
         content = load_checkpoint(converted / f"{name}.pt")
         recipe = load_config(converted / f"{name}.pt.yaml")
         assert recipe == config_from_dict(content["config"], source="the test")
+
+
+def test_the_best_detector_may_be_that_of_the_highest_ap(tiny_config, stores, tmp_path):
+    """On the first images of the store, as the detections of those images score."""
+    options = ["multipathnet.validation_images=3", "detect.score_threshold=0.0"]
+    config = load_config(tiny_config, [*stores, *options])
+    best = train("multipathnet", config, tmp_path / "run")
+    state = load_checkpoint(best)
+    (line,) = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["split"] == "val"]
+    assert state["best"] == line["sample_ap"] and "roi_accuracy" in line
+    store = ProposalStore(stores[1].partition("=")[2])
+    first = store.shards()[0]
+    assert len(store.images_of(first)) >= 3
+    detector, _ = load_detector(best, CPU)
+    images = Path(config.data.val.images)
+    found = [d for _, d in detect_in_shard(detector, store, first, images, broken=[])]
+    ids = {image["id"] for image in store.images_of(first)}
+    truth = load_ground_truth(config.data.val.annotations, ids)
+    assert set(truth.getImgIds()) == ids
+    scores = evaluate_detections(truth, [r for d in found for r in results_of(d)])
+    assert line["sample_ap"] == pytest.approx(scores.metrics()["box"]["AP"])
