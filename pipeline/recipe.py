@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -223,18 +224,37 @@ def _check_keys(values: Any, schema: type, *, prefix: str, source: str) -> None:
             raise ValueError(
                 f"{source}: {prefix}{key} must be a mapping of keys to values, got {value!r}"
             )
-        if get_origin(annotation) is not tuple:
+        container = next(a for a in _alternatives(annotation) if a is not NoneType)
+        if value is None and container is not annotation:
             continue
-        types = get_args(annotation)
+        if get_origin(container) is dict and not _is_mapping_of_numbers(value):
+            raise ValueError(
+                f"{source}: {prefix}{key} must be a mapping of numbers to numbers, got {value!r}"
+            )
+        if get_origin(container) is not tuple:
+            continue
+        types = get_args(container)
         any_length, is_list = Ellipsis in types, isinstance(value, list | tuple)
         if not is_list or not any_length and len(value) != len(types):
             words = "a list" if any_length else f"a list of {len(types)} values"
             raise ValueError(f"{source}: {prefix}{key} must be {words}, got {value!r}")
+        if any(isinstance(item, list | tuple | dict) for item in value):
+            raise ValueError(f"{source}: {prefix}{key} must be a list of plain values")
+
+
+def _is_mapping_of_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(number, int | float) for pair in value.items() for number in pair
+    )
 
 
 def _dataclass_of(annotation: Any) -> Any:
-    candidates = getattr(annotation, "__args__", (annotation,))
-    return next((c for c in candidates if is_dataclass(c)), None)
+    return next((c for c in _alternatives(annotation) if is_dataclass(c)), None)
+
+
+def _alternatives(annotation: Any) -> tuple:
+    """The types that a union joins; of another annotation, itself."""
+    return annotation.__args__ if isinstance(annotation, UnionType) else (annotation,)
 
 
 def _one_line(error: Exception) -> str:

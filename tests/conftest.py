@@ -1,6 +1,7 @@
 """A small synthetic dataset, a network trained on it for two steps, and the tools as functions."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from datasets.shapes import write_shapes
 from pipeline import precision
 from pipeline.command import run_tool
 from pipeline.recipe import load_config
+from tests.fuzzing import RUN
 from tests.pipeline.training.runs import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,3 +151,16 @@ def call_tool(monkeypatch) -> Callable[..., int]:
         return exit.value.code
 
     return call
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker of `tests/fuzzing.py`."""
+    config.addinivalue_line("markers", "fuzz: many drawn inputs, more of them in `make fuzz`")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In a campaign, says how many cases have run."""
+    if "MASKPATH_FUZZ_CASES" in os.environ:
+        for name, count in sorted(RUN.items()):
+            terminalreporter.write_line(f"{count:9,} cases of {name}")
+        terminalreporter.write_line(f"{RUN.total():9,} fuzzed cases")
