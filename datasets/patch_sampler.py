@@ -44,8 +44,9 @@ class PatchSamplingConfig:
 
     patches_per_image: int = 1  # patches of a minibatch that share one decoded image
     mask_batch_prob: float = 0.5  # probability that a minibatch is of mask patches
-    jitter_shift: float = 16.0  # pixels of the patch, mask patches only
-    jitter_scale: float = 0.25  # log2, mask patches only
+    # Mask patches are jittered, and with `jitter_positives` positive score patches.
+    jitter_shift: float = 16.0  # pixels of the patch, of those that are jittered
+    jitter_scale: float = 0.25  # log2, of the same
     min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
     min_side: float = 5.0  # pixels of the original, of the shorter side
     # Positive score patches: exactly on the object (released code), or jittered as mask patches are
@@ -201,7 +202,8 @@ class PatchSampler:
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
         (x, y), scale = self.centers[row].tolist(), 2.0 ** (quarter / 4)
         if self.config.jitter_positives:
-            x, y, scale = self._jitter(rng, x, y, scale)
+            x1, y1, x2, y2 = self.coco.boxes[row].tolist()
+            x, y, scale = self._jitter(rng, x, y, self.canonical / max(x2 - x1, y2 - y1))
         height, width = self.coco.image_sizes[image].tolist()
         x, y = min(max(x, 0.0), width), min(max(y, 0.0), height)
         return Patch(image, row, 1, x, y, scale, self._flip(rng))

@@ -48,10 +48,12 @@ class ProposalBoxes(SharedArrays):
         return cls(ids.astype(np.int64), counts.cumsum() - counts, counts, sorted_boxes)
 
     @classmethod
-    def write(cls, parts: Iterable[Rows], path: Path, *, limit: int | None = None) -> None:
+    def write(
+        cls, parts: Iterable[Rows], path: Path, *, limit: int | None = None, stamp: str = ""
+    ) -> None:
         """Writes files that `load` maps: the boxes to `path`, the rest beside it.
 
-        Each part has whole images; no more than one is in memory.
+        Each part has whole images; no more than one is in memory. `stamp` says what they are of.
         """
         ids, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -64,7 +66,20 @@ class ProposalBoxes(SharedArrays):
         order = np.argsort(all_ids, kind="stable")
         starts = (all_counts.cumsum() - all_counts)[order]
         with atomic_path(_index(path)) as temporary, temporary.open("wb") as file:
-            np.savez(file, image_ids=all_ids[order], starts=starts, counts=all_counts[order])
+            np.savez(
+                file,
+                stamp=np.array(stamp),
+                image_ids=all_ids[order],
+                starts=starts,
+                counts=all_counts[order],
+            )
+
+    @staticmethod
+    def is_current(path: Path, stamp: str) -> bool:
+        """Whether the files are there and were written with this stamp."""
+        return (
+            path.exists() and _index(path).exists() and str(np.load(_index(path))["stamp"]) == stamp
+        )
 
     @classmethod
     def load(cls, path: Path) -> ProposalBoxes:

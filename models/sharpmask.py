@@ -278,6 +278,6 @@ class DenseNetwork(nn.Module):
         features = self.deepmask.trunk(pixels)
         embeddings = self.deepmask.embed(features[-1])
         # In full precision: bfloat16 would rank many cells as equals.
-        scores = self.deepmask.score(embeddings.float(), features[-1].float())
+        scores = self.deepmask.score(embeddings.float(), features[-1])
         horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
         return embeddings, scores, *horizontal

@@ -80,7 +80,7 @@ class OptimConfig:
     warmup_batches: int = 0  # linear from zero
     trunk_lr_factor: float = 1.0  # on the learning rate of the trunk
     clip_gradient: float | None = None  # largest norm
-    amp: bool = True  # bfloat16 autocast, on CUDA only
+    amp: bool = True  # bfloat16 on CUDA, where --precision does not say otherwise
     validate_every: int = 2  # epochs
     validation_batches: int = 500  # minibatches of a validation
     save_every_minutes: float = 10.0  # between two writes of last.pt
@@ -157,7 +157,6 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
             batches_per_epoch=100,
             epochs=3200,
             weight_decay=0.0,
-            decay_biases=False,
             lr_drops={2800: 0.1},
             validate_every=100,
             validation_batches=100,
@@ -204,7 +203,7 @@ class ProposeConfig:
     log2_scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does
-    amp: bool = True  # bfloat16 autocast, on CUDA only
+    amp: bool = True  # bfloat16 on CUDA, where --precision does not say otherwise
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None

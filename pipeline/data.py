@@ -106,14 +106,18 @@ def roi_dataset(
     seed: int,
     all_images: bool = False,
 ) -> RoiDataset:
-    """RoIs of annotated images and their proposals; of `all_images`, whatever `max_images` says.
+    """RoIs of annotated images and their proposals.
+
+    `all_images`, for validation: whatever `max_images` says, and for all IoU thresholds at once.
 
     Raises:
         ValueError: no proposal is of these images.
     """
     if not set(proposals.image_ids.tolist()) & set(coco.image_ids.tolist()):
         raise ValueError(f"the proposals are of other images than {coco.path}: no id is in both")
-    sampling = replace(c.sampling, max_images=None) if all_images else c.sampling
+    sampling = c.sampling
+    if all_images:
+        sampling = replace(sampling, max_images=None, draw_threshold=False)
     sampler = RoiSampler(
         coco, proposals, config=sampling, iou_thresholds=c.iou_thresholds, seed=seed
     )

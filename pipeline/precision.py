@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from models.trunk import Trunk
 from pipeline import distributed
@@ -49,8 +48,9 @@ def choose_precision(
 
 def has_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
-    return any(capabilities.get(unit) for unit in UNITS)
+    if hasattr(torch.cpu, "get_capabilities"):  # since PyTorch 2.12
+        return any(torch.cpu.get_capabilities().get(unit) for unit in UNITS)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _speedup(trunk: Trunk, train: bool) -> float:
@@ -89,5 +89,5 @@ def to_bfloat16(network: nn.Module) -> None:
     """Converts the layers of a network for inference, once; scores stay in full precision."""
     for name, module in network.named_modules():
         kept = any(part in FULL_PRECISION for part in name.split("."))
-        if isinstance(module, nn.Conv2d | nn.Linear | FrozenBatchNorm2d) and not kept:
+        if isinstance(module, nn.Conv2d | nn.Linear) and not kept:
             module.bfloat16()

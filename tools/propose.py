@@ -69,7 +69,7 @@ def main() -> int:
             zoom=args.zoom,
             refine=args.refine,
             nms=args.nms,
-            precision=args.precision,
+            precision=args.precision if args.backend == "torch" else "fp32",
         )
         summary = propose_images(
             proposer,

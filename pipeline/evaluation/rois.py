@@ -1,5 +1,6 @@
 """Validation of a detector: the classes of sampled RoIs, and AP on a sample of the images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,9 +78,13 @@ def sample_ap(
             shards.append(shard)
             ids |= {image["id"] for image in store.images_of(shard)}
     found: list[dict] = []
+    broken: list[str] = []
     for shard in shards[distributed.rank() :: distributed.world_size()]:
-        for _, detections in detect_in_shard(detector, store, shard, images, broken=[]):
-            found += results_of(detections)
+        for _, detections in detect_in_shard(detector, store, shard, images, broken=broken):
+            found += results_of(replace(detections, rles=[]))  # boxes will do
     results = [result for part in distributed.gather(found) for result in part]
+    messages = [message for part in distributed.gather(broken) for message in part]
+    if len(messages) >= len(ids):
+        raise ValueError(f"no image of {store.directory} can be used; the first: {messages[0]}")
     scores = evaluate_detections(load_ground_truth(annotations, ids), results)
     return scores.metrics().get("box", {}).get("AP")

@@ -87,7 +87,7 @@ class TrainingRun:
         if last.exists():
             state = load_checkpoint(last, stage=self.stage.name)
             self._restore(state, str(last))
-            if precision in (None, "auto"):
+            if precision in (None, "auto") and self.optim.amp:
                 precision = state.get("precision")
         dtype = choose_precision(
             precision, self.stage.trunk, self.device, amp=self.optim.amp, train=True
@@ -201,6 +201,7 @@ class TrainingRun:
                 "model": self.stage.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "precision": self.precision,
+                "best_metric": self.stage.best_metric,
                 **{key: getattr(self, key) for key in PROGRESS},
                 **self.stage.metadata,
             }
@@ -219,6 +220,8 @@ class TrainingRun:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"param_groups": groups})
         for key in PROGRESS:
             setattr(self, key, state[key])
+        if state.get("best_metric", self.stage.best_metric) != self.stage.best_metric:
+            self.best = -math.inf  # of another metric
 
     def _check_same_run(self, values: dict[str, Any], source: str) -> None:
         """What decides which samples a step sees, and what the optimizer's state means."""

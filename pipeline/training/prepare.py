@@ -4,6 +4,7 @@
 `build_stage` reads data and weights and nothing else.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,14 @@ def write_boxes(config: Config, split: str, output: Path, store: ProposalStore) 
     """
     path = output / "proposals" / f"{split}_boxes.f32"
     if distributed.is_main():
-        if not store.count():
-            raise ValueError(f"{store.directory} holds no proposals")
         limit = config.multipathnet.sampling.max_proposals
-        ProposalBoxes.write(store.box_rows(), path, limit=limit)
+        stats = {shard.name: shard.stat() for shard in store.shards()}
+        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+        stamp = json.dumps([str(store.directory.resolve()), limit, stamps])
+        if not ProposalBoxes.is_current(path, stamp):  # it takes minutes at COCO's size
+            if not store.count():
+                raise ValueError(f"{store.directory} holds no proposals")
+            ProposalBoxes.write(store.box_rows(), path, limit=limit, stamp=stamp)
     distributed.barrier()
     return path
 

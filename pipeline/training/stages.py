@@ -270,8 +270,9 @@ class MultiPathNetStage(Stage):
             self.model,
             self.val_data,
             device,
-            batches=self.optim.validation_batches,
-            batch_size=self.optim.batch_size,
+            # As many images at once as a training step has in each process.
+            batches=self.optim.validation_batches * distributed.world_size(),
+            batch_size=self.optim.batch_size // distributed.world_size(),
             workers=self.config.data.workers,
         )
         c = self.config.multipathnet

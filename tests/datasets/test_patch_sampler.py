@@ -176,7 +176,8 @@ def test_jittered_positives_are_spread_as_mask_patches_are(coco):
     rows = [p.annotation for p in positives]
     scale = np.array([p.scale for p in positives])
     shift = (np.array([(p.x, p.y) for p in positives]) - sampler.centers[rows]) * scale[:, None]
-    off = np.log2(scale) - sampler.object_quarter[rows] / 4
+    sides = coco.boxes[rows][:, 2:] - coco.boxes[rows][:, :2]
+    off = np.log2(scale * sides.max(axis=1) / CANONICAL)
     for values, bound in ((off, 0.25), (shift[:, 0], 16), (shift[:, 1], 16)):
         assert np.abs(values).max() <= bound * (1 + 1e-5)
         assert_even(values / bound)

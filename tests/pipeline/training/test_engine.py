@@ -131,7 +131,8 @@ def test_two_processes_equal_one_after_twenty_steps(
 ):
     """Momentum, weight decay and heads that are idle in a minibatch included.
 
-    Dropout is off: every process draws its own.
+    Dropout is off: every process draws its own. Rounding may hand the gradient of a RoI cell to
+    another of two features that tie; in this run it does not.
     """
     overrides = [
         f"{stage}.optim.batches_per_epoch=20",
@@ -140,6 +141,7 @@ def test_two_processes_equal_one_after_twenty_steps(
         "deepmask.dropout=0",
         "multipathnet.dropout=0",
         "multipathnet.optim.weight_decay=0.01",
+        "multipathnet.optim.decay_biases=false",
         *stores,
     ]
     runs = [
@@ -253,7 +255,8 @@ def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):
     }  # fmt: skip
     state = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     assert state.keys() == {
-        "stage", "config", "model", "optimizer", "precision", "step", "validated", "best"
+        "stage", "config", "model", "optimizer", "precision", "best_metric", "step", "validated",
+        "best"
     }  # fmt: skip
     assert validations(tiny_run)[-1].keys() >= {
         "mean_iou", "median_iou", "iou_above_0.5", "iou_above_0.7", "score_accuracy"
