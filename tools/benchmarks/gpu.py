@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+r"""Checks a GPU against the CPU and measures it: one table, in at most eight minutes.
+
+    python tools/benchmarks/gpu.py --output runs/gpu
+    python tools/benchmarks/gpu.py --output runs/gpu --only training proposing
+    python tools/benchmarks/gpu.py --output runs/gpu --device cpu --quick
+
+Data are drawn and weights are random, so it needs no files (docs/gpu.md: what it needs). Figures go
+to gpu.json after every part, and what the parts print to gpu.log. The exit status is 1 if a check
+failed; "ok" is 0 there. A part that fails is a row; the others go on.
+"""
+
+import contextlib
+import gc
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from datasets.files import write_json
+from pipeline.command import add_device, make_parser, run_tool
+from tools.benchmarks import gpu_changes, gpu_checks, gpu_run_checks, gpu_speed
+from tools.benchmarks.gpu_setup import Setup, failed
+from tools.benchmarks.timing import Rows, format_table
+
+CHECKS = gpu_checks.CHECKS | gpu_run_checks.CHECKS
+# What matters most comes first: time may run out.
+PARTS: dict[str, Callable[[Setup], Rows]] = CHECKS | gpu_speed.PARTS | gpu_changes.PARTS
+
+
+def main() -> int:
+    """Runs the parts; 1 if a check failed."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="of gpu.json")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"default: all of {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works")
+    parser.add_argument("--minutes", type=float, default=8, help="for all parts (default: 8)")
+    add_device(parser)
+    args = parser.parse_args()
+
+    device, end = torch.device(args.device), time.monotonic() + 60 * args.minutes
+    results: dict[str, Any] = {"machine": describe(device), "quick": args.quick, "parts": {}}
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        (args.output / "gpu.log").open("w") as log,
+    ):
+        setup = Setup(device, args.quick, Path(directory))
+        for name in args.only:
+            print(f"{name} ... ", end="", flush=True)
+            result = run_part(PARTS[name], setup, end - time.monotonic(), log)
+            print(f"{result['seconds']:.0f} s{', failed' if 'error' in result else ''}", flush=True)
+            results["parts"][name] = result
+            write_json(args.output / "gpu.json", results)
+    print(f"\n{format_table('GPU', rows_of(results['parts']))}")
+    for name, result in results["parts"].items():
+        if "error" in result:
+            print(f"{name}: {result['error'].strip().splitlines()[-1]}", file=sys.stderr)
+    broken = [name for name in args.only if name in CHECKS and is_broken(results["parts"][name])]
+    if broken:
+        print(f"checks that failed: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine: its versions, cores and GPU."""
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cores": os.cpu_count(),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        machine |= {"device": gpu.name, "GB": round(gpu.total_memory / 1e9, 1)}
+        machine |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return machine
+
+
+def run_part(
+    part: Callable[[Setup], Rows], setup: Setup, seconds: float, log: TextIO
+) -> dict[str, Any]:
+    """The rows of a part and its seconds; "error" if it failed or ran out of time."""
+    start, result = time.monotonic(), {"rows": {}}
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            with time_limit(seconds):
+                rows = part(setup)
+            result["rows"] = {name: written(row) for name, row in rows.items()}
+        except Exception:
+            result["error"] = traceback.format_exc()
+            traceback.print_exc()
+        log.flush()
+    gc.collect()  # the next part may need all of the memory
+    torch.cuda.empty_cache()
+    return {"seconds": round(time.monotonic() - start, 1), **result}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises a TimeoutError in the block after so many seconds; at once if there are none."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("the time is up")
+
+    if seconds <= 0:
+        stop()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def written(row: dict[str, float]) -> dict[str, float | None]:
+    """A row as JSON has it, which knows no NaN."""
+    return {name: float(value) if isfinite(value) else None for name, value in row.items()}
+
+
+def rows_of(parts: dict[str, dict[str, Any]]) -> Rows:
+    """The rows of all parts; one that failed has a row of its own."""
+    rows: Rows = {}
+    for part, result in parts.items():
+        for name, row in result["rows"].items():
+            rows[f"{part}: {name}"] = {k: v for k, v in row.items() if v is not None}
+        if "error" in result:
+            rows[f"{part}: failed"] = {"ok": 0.0}
+    return rows
+
+
+def is_broken(result: dict[str, Any]) -> bool:
+    """Whether a check failed, or could not be made."""
+    return "error" in result or bool(failed(result["rows"]))
+
+
+if __name__ == "__main__":
+    run_tool(main)
