@@ -95,7 +95,8 @@ def run_part(
     part: Callable[[Setup], Rows], setup: Setup, seconds: float, log: TextIO
 ) -> dict[str, Any]:
     """The rows of a part and its seconds; "error" if it failed or ran out of time."""
-    start, result = time.monotonic(), {"rows": {}}
+    start = time.monotonic()
+    result: dict[str, Any] = {"rows": {}}
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             with time_limit(seconds):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import cv2
@@ -33,7 +34,7 @@ from tools.benchmarks.gpu_speed import (
     ready_run,
 )
 from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_dataset, draw_image
-from tools.benchmarks.timing import Rows
+from tools.benchmarks.timing import Calls, Rows
 
 IMAGES = 128  # for the loader, of COCO's size and as many objects
 LOADING_SECONDS = 3.0
@@ -89,7 +90,8 @@ def load(setup: Setup, data: PatchDataset, size: int, workers: int) -> Iterator[
 def training_steps(run: TrainingRun, setup: Setup) -> Iterator[None]:
     """The training loop, without a validation; the last wait is for the device."""
     for batch in run.stage.training_batches(range(100_000), setup.device):
-        yield run.train_step(batch) and None
+        run.train_step(batch)
+        yield
 
 
 def time_step(setup: Setup) -> Rows:
@@ -98,7 +100,7 @@ def time_step(setup: Setup) -> Rows:
     for size in QUICK_BATCHES if setup.quick else BATCHES:
         run, batch = ready_run(setup, "deepmask", size)
         step, bare = partial(run.train_step, batch), forward_and_backward(run, batch)
-        calls: dict[str, Callable[[], object]] = {
+        calls: Calls = {
             "as it is": step,
             "without the check for finite losses": without_check(step),
             "cudnn.benchmark": with_benchmark(step),
@@ -180,7 +182,8 @@ def time_compile(setup: Setup) -> Rows:
         rows |= rates(setup, {f"batch {size}, as it is, patches": bare}, size)
         # Without a compiler, to see on any machine whether it works.
         backend = "eager" if setup.quick else "inductor"
-        run.model = torch.compile(run.stage.model, backend=backend)
+        compiled: Any = torch.compile(run.model, backend=backend)
+        run.model = compiled
         start = time.monotonic()
         bare()
         setup.synchronize()
@@ -195,11 +198,12 @@ def time_trunk(setup: Setup) -> Rows:
     size, side = (2, 64) if setup.quick else (256, config.deepmask.patch_size + 32)
     pixels = torch.randn(size, 3, side, side, device=setup.device)
     last = pixels.contiguous(memory_format=torch.channels_last)
-    calls: dict[str, Callable[[], object]] = {}
+    calls: Calls = {}
     for padding in ("symmetric", "zero"):
         for folded in (False, True):
             trunk = build_trunk(config.trunk.name, padding=padding)
-            trunk = fold_norms(trunk) if folded else trunk
+            if folded:
+                fold_norms(trunk)
             trunk.to(setup.device).to(memory_format=torch.channels_last)
             name = f"padding {padding}{', norms folded' if folded else ''}"
             calls[name] = partial(trunk_step, trunk, last)
@@ -228,12 +232,12 @@ def time_padding(setup: Setup) -> Rows:
         maps = torch.randn(shape, device=setup.device, dtype=torch.bfloat16)
         maps = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
         replicate = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="replicate")
-        layers = {
+        layers: dict[str, nn.Module] = {
             "F.pad": replicate,
             "cat": SymmetricConv2d(channels, channels, 3, padding=1),
             "zero": nn.Conv2d(channels, channels, 3, padding=1),
         }
-        calls = {}
+        calls: Calls = {}
         for name, layer in layers.items():
             layer.to(setup.device).to(memory_format=torch.channels_last)
             calls[name] = partial(convolve, layer, maps)

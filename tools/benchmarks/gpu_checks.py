@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from models.multipathnet import ROI_POOLS
+from models.multipathnet import ROI_POOLS, MultiPathNet
 from pipeline.config import STAGES, Config
 from pipeline.inference.detect import Detector
 from pipeline.inference.detections import Detections
@@ -111,7 +111,7 @@ def detection_input(config: Config, rois: int) -> tuple[np.ndarray, Proposals]:
     return draw_image(rng, height, width), proposals
 
 
-def make_detector(config: Config, model: torch.nn.Module, device: torch.device) -> Detector:
+def make_detector(config: Config, model: MultiPathNet, device: torch.device) -> Detector:
     """A detector of a config, for images of the network's size."""
     return Detector(
         model,

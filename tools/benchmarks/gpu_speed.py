@@ -21,7 +21,7 @@ from tools.benchmarks.gpu_checks import CLASSES, detection_input, make_detector
 from tools.benchmarks.gpu_clock import measure, median_seconds
 from tools.benchmarks.gpu_setup import Setup, make_stage, start_run
 from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image
-from tools.benchmarks.timing import Rows
+from tools.benchmarks.timing import Calls, Rows
 
 AIMS = {
     "deepmask": 3000, "sharpmask": 6000, "multipathnet": 12, "proposals": 25, "detection": 20
@@ -94,7 +94,7 @@ def seconds_of(setup: Setup, call: Callable[[], object]) -> float:
     return median_seconds(setup, {"call": call})["call"]
 
 
-def rates(setup: Setup, calls: dict[str, Callable[[], object]], samples: int = 1) -> Rows:
+def rates(setup: Setup, calls: Calls, samples: int = 1) -> Rows:
     """Rows of alternatives, by name."""
     seconds = median_seconds(setup, calls)
     return {name: {"measured": samples / each} for name, each in seconds.items()}
@@ -109,7 +109,7 @@ def time_proposals(setup: Setup) -> Rows:
         row = measure(setup, partial(proposer, image))
         pixels = [proposer.scale(image, scale)[0] for scale in proposer.log2_scales]
         trunks = [trunk_call(proposer.deepmask, each, trained=False) for each in pixels]
-        row["floor"] = 1 / seconds_of(setup, lambda calls=trunks: [call() for call in calls])
+        row["floor"] = 1 / sum(seconds_of(setup, call) for call in trunks)
         title = f"{name}, {proposer.num_proposals} masks, {len(pixels)} scales, images"
         rows[title] = row | {"aim": AIMS["proposals"]}
         parts = rates(setup, proposal_parts(proposer, image))
@@ -123,7 +123,7 @@ def proposal_image(setup: Setup) -> np.ndarray:
     return draw_image(np.random.default_rng(0), *size)
 
 
-def proposal_parts(proposer: Proposer, image: np.ndarray) -> dict[str, Callable[[], object]]:
+def proposal_parts(proposer: Proposer, image: np.ndarray) -> Calls:
     """The steps of `Proposer.__call__` on what the steps before have left."""
     pixels = [proposer.scale(image, scale)[0] for scale in proposer.log2_scales]
     pyramid = [proposer.run_scale(image, scale) for scale in proposer.log2_scales]
@@ -174,9 +174,7 @@ def time_detection(setup: Setup) -> Rows:
 
 
 @torch.inference_mode()
-def detection_parts(
-    detector: Detector, image: np.ndarray, corners: np.ndarray
-) -> dict[str, Callable[[], object]]:
+def detection_parts(detector: Detector, image: np.ndarray, corners: np.ndarray) -> Calls:
     """The steps of `Detector.__call__` on what the steps before have left."""
     boxes = torch.tensor(corners, device=detector.device)
     views, size = detector._views(image), image.shape[:2]
