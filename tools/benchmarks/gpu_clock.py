@@ -60,7 +60,8 @@ def measure(setup: Setup, call: Callable[[], object], *, samples: int = 1) -> di
     row = {"measured": samples / seconds}
     if setup.device.type == "cuda":
         row["peak GB"] = torch.cuda.max_memory_allocated(setup.device) / 1e9
-    row["idle"] = max(0.0, 1 - busy_seconds(setup, call) / seconds)
+    if busy := busy_seconds(setup, call):  # the profiler may not be allowed to see the GPU
+        row["idle"] = max(0.0, 1 - busy / seconds)
     return row
 
 

@@ -24,7 +24,15 @@ from pipeline.inference.propose import Proposer
 from pipeline.recipe import save_config
 from pipeline.training.engine import fit
 from tools.benchmarks.gpu_checks import relative_difference
-from tools.benchmarks.gpu_setup import CPU, NO_DROPOUT, Setup, at_least, at_most, make_stage
+from tools.benchmarks.gpu_setup import (
+    CPU,
+    NO_DROPOUT,
+    Setup,
+    at_least,
+    at_most,
+    full_precision,
+    make_stage,
+)
 from tools.benchmarks.synthetic import draw_image
 from tools.benchmarks.timing import Rows
 
@@ -75,7 +83,8 @@ def check_resume(setup: Setup) -> Rows:
             for there in (setup.device, CPU):
                 output = setup.directory / f"{name}_{optimizer}_{len(runs)}"
                 for epochs, device in enumerate((there, CPU, there), start=1):
-                    last = train(config, name, output, device, epochs=epochs)
+                    with full_precision():
+                        last = train(config, name, output, device, epochs=epochs)
                 runs.append(last)
             mixed, alone = (_moved(run["model"], start) for run in runs)
             rows[f"{name}, {optimizer}: steps"] = at_least(runs[0]["step"], runs[1]["step"])
