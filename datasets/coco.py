@@ -10,8 +10,7 @@ import contextlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from itertools import compress, islice
+from itertools import compress
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,7 +31,7 @@ T = TypeVar("T")
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Box = tuple[float, float, float, float]
-NO_BOX, BROKEN_BOX = (math.nan,) * 4, (math.inf,) * 4
+NO_BOX = (math.nan,) * 4
 
 
 class ListedImage(msgspec.Struct, gc=False, kw_only=True):
@@ -96,15 +95,14 @@ class CocoInstances(SharedArrays):
     boxes: np.ndarray  # (A, 4) float32 xyxy in absolute pixels
     left_out: dict[str, int]  # number of annotations that cannot be used, by reason
 
-    _name_bytes: np.ndarray  # UTF-8; that of image i is _name_starts[i]:_name_starts[i + 1]
-    _name_starts: np.ndarray
-    _points: np.ndarray  # (P, 2) float32; ring r is _ring_starts[r]:_ring_starts[r + 1]
-    _ring_starts: np.ndarray
-    _first_ring: np.ndarray  # (A,) int64; annotation a has the rings _first_ring[a]:_end_ring[a]
-    _end_ring: np.ndarray
-    _rle_bytes: np.ndarray  # that of annotation a is _rle_start[a]:_rle_end[a]
-    _rle_start: np.ndarray
-    _rle_end: np.ndarray
+    # Flat, in the file's order; spans (..., 2) int64 say where each piece begins and ends.
+    _name_bytes: np.ndarray  # UTF-8
+    _name_spans: np.ndarray  # (I, 2)
+    _points: np.ndarray  # (P, 2) float32
+    _ring_spans: np.ndarray  # (R, 2) of rings in the points
+    _polygon_spans: np.ndarray  # (A, 2) of annotations in the rings, empty for an RLE
+    _rle_bytes: np.ndarray  # compressed counts
+    _rle_spans: np.ndarray  # (A, 2), empty for polygons
 
     @classmethod
     def load(cls, path: str | Path) -> CocoInstances:
@@ -116,8 +114,8 @@ class CocoInstances(SharedArrays):
                 annotation that cannot be used is no error: it is left out and counted.
         """
         content = _read_arrays(path, "images", "annotations", "categories")
-        images = list(_decode(path, "images", content.pop("images"), AnnotatedImage))
-        categories = list(_decode(path, "categories", content.pop("categories"), Category))
+        images = _decode(path, "images", content.pop("images"), AnnotatedImage)
+        categories = _decode(path, "categories", content.pop("categories"), Category)
         if not images:
             raise ValueError(f'{path}: "images" is empty')
         _refuse_duplicates(path, "images", images)
@@ -129,7 +127,7 @@ class CocoInstances(SharedArrays):
         self.image_sizes = np.array([(image.height, image.width) for image in images], np.int32)
         names = [image.file_name.encode("utf-8", "surrogatepass") for image in images]
         self._name_bytes = np.frombuffer(b"".join(names), np.uint8)
-        self._name_starts = _starts([len(name) for name in names])
+        self._name_spans = _spans([len(name) for name in names])
         categories.sort(key=attrgetter("id"))
         self.category_ids = np.array([category.id for category in categories], np.int64)
         self.category_names = [category.name for category in categories]
@@ -143,9 +141,9 @@ class CocoInstances(SharedArrays):
         left_out: Counter[str] = Counter()
         # Columns grow in place: pieces to be joined would need twice the memory, scattered.
         usable: defaultdict[str, bytearray] = defaultdict(bytearray)
-        annotations = _decode(self.path, "annotations", elements, Annotation)
-        for _ in range(0, max(len(elements), 1), CHUNK):
-            chunk = list(islice(annotations, CHUNK))
+        for start in range(0, max(len(elements), 1), CHUNK):
+            part = elements[start : start + CHUNK]
+            chunk = _decode(self.path, "annotations", part, Annotation, first=start)
             image = np.array([image_rows.get(a.image_id, -1) for a in chunk], np.int32)
             category = np.array([category_rows.get(a.category_id, -1) for a in chunk], np.int32)
             reason, columns = self._flatten(chunk, image, category)
@@ -163,12 +161,11 @@ class CocoInstances(SharedArrays):
             name: np.frombuffer(usable[name], column.dtype).reshape(-1, *column.shape[1:])
             for name, column in columns.items()
         }
-        # Polygons and RLEs stay in the file's order; only where each begins is sorted.
+        # Polygons and RLEs stay in the file's order; only their spans are sorted.
         self._points, self._rle_bytes = columns.pop("points"), columns.pop("rle_bytes")
-        self._ring_starts = _starts(columns.pop("ring_size"))
-        rings, rles = _starts(columns.pop("ring_count")), _starts(columns.pop("rle_length"))
-        columns |= {"_first_ring": rings[:-1], "_end_ring": rings[1:]}
-        columns |= {"_rle_start": rles[:-1], "_rle_end": rles[1:]}
+        self._ring_spans = _spans(columns.pop("ring_size"))
+        columns["_polygon_spans"] = _spans(columns.pop("ring_count"))
+        columns["_rle_spans"] = _spans(columns.pop("rle_length"))
         order = np.argsort(columns["image_index"], kind="stable")
         vars(self).update({name: column[order] for name, column in columns.items()})
         self.image_starts = np.searchsorted(self.image_index, np.arange(len(self) + 1))
@@ -178,21 +175,21 @@ class CocoInstances(SharedArrays):
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Why each annotation cannot be used, if so, and the columns of them all."""
         sizes = self.image_sizes[image]
-        columns = seg.flatten_segmentations([a.segmentation for a in annotations], sizes)
-        bounds = columns.pop("bounds")
-        box = np.array([a.bbox or NO_BOX for a in annotations]).reshape(-1, 4)
+        segmentations = [a.segmentation for a in annotations]
+        reason, bounds, measured, columns = seg.flatten_segmentations(segmentations, sizes)
         area = np.array([a.area for a in annotations], np.float64)  # None becomes NaN
-        area = np.where(np.isfinite(area), area, columns.pop("area")).clip(max=MAX_AREA)
+        area = np.where(np.isfinite(area), area, measured).clip(max=MAX_AREA)
+        box = np.array([a.bbox or NO_BOX for a in annotations]).reshape(-1, 4)
+        has_no_box = [a.bbox is None for a in annotations]
         with np.errstate(over="ignore"):  # of 1e300
             box[:, 2:] += box[:, :2]  # xywh to xyxy
-            box = np.where(np.isnan(box), bounds, box)
+            box[has_no_box] = bounds[has_no_box]
             areas, boxes = area.astype(np.float32), box.astype(np.float32)
 
         extents = np.stack([box, bounds])  # (2, n, 4)
         is_outside = np.concatenate([extents[..., :2] >= sizes[:, ::-1], extents[..., 2:] <= 0], 2)
         # pycocotools draws a polygon's edges all the way, in memory too.
         is_far = np.abs(extents) > FAR * sizes.max(axis=1, keepdims=True)
-        reason = columns.pop("reason")
         for problem, is_so in (
             (Reason.MALFORMED_BOX, ~np.isfinite(box).all(axis=1)),
             (Reason.ZERO_AREA, (box[:, 2:] <= box[:, :2]).any(axis=1) | (area <= 0)),
@@ -217,27 +214,25 @@ class CocoInstances(SharedArrays):
 
     def file_name(self, i: int) -> str:
         """The file name of image i as the json has it; it may contain folders."""
-        encoded = self._name_bytes[self._name_starts[i] : self._name_starts[i + 1]]
-        return encoded.tobytes().decode("utf-8", "surrogatepass")
+        start, end = self._name_spans[i]
+        return self._name_bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
 
     def polygons(self, a: int) -> list[np.ndarray] | None:
         """The rings of annotation a, each (n, 2) float32 in absolute pixels; None for an RLE.
 
         Rings of one or two points, which enclose nothing, are not among them.
         """
-        first, end = self._first_ring[a], self._end_ring[a]
-        if first == end:
-            return None
-        starts = self._ring_starts[first : end + 1].tolist()
-        return [self._points[s:e].copy() for s, e in zip(starts, starts[1:], strict=False)]
+        first, end = self._polygon_spans[a]
+        rings = self._ring_spans[first:end].tolist()
+        return [self._points[start:stop].copy() for start, stop in rings] or None
 
     def rle(self, a: int) -> dict[str, Any]:
         """The mask of annotation a, {"size": [height, width], "counts": bytes}."""
         height, width = self.image_sizes[self.image_index[a]].tolist()
         rings = self.polygons(a)
         if rings is None:
-            counts = self._rle_bytes[self._rle_start[a] : self._rle_end[a]].tobytes()
-            return {"size": [height, width], "counts": counts}
+            start, end = self._rle_spans[a]
+            return {"size": [height, width], "counts": self._rle_bytes[start:end].tobytes()}
         flat = [_as_written(ring).ravel().tolist() for ring in rings]
         return coco_mask.merge(coco_mask.frPyObjects(flat, height, width))
 
@@ -260,7 +255,7 @@ def read_image_list(path: str | Path) -> list[ListedImage]:
         FileNotFoundError: there is no such file.
         ValueError: it has no such list; one line with the file and the place.
     """
-    return list(_decode(path, "images", _read_arrays(path, "images")["images"], ListedImage))
+    return _decode(path, "images", _read_arrays(path, "images")["images"], ListedImage)
 
 
 def _read_arrays(path: str | Path, *names: str) -> dict[str, list[msgspec.Raw]]:
@@ -283,40 +278,33 @@ def _read_arrays(path: str | Path, *names: str) -> dict[str, list[msgspec.Raw]]:
 
 
 def _decode(
-    path: str | Path, array: str, elements: list[msgspec.Raw], element_type: type[T]
-) -> Iterator[T]:
-    """Decode the elements of an array; an error names the file and the place."""
-    decode = msgspec.json.Decoder(element_type).decode
-    for i, element in enumerate(elements):
+    path: str | Path, array: str, elements: list[msgspec.Raw], element_type: type[T], first: int = 0
+) -> list[T]:
+    """Decode elements of an array, from index `first` on; an error names the file and the place."""
+    with contextlib.suppress(ValueError):
+        return list(map(msgspec.json.Decoder(element_type).decode, elements))
+    decoded = []
+    for i, element in enumerate(elements, first):
         try:
-            try:
-                decoded = decode(element)
-            except ValueError:
-                decoded = msgspec.convert(_repair(json.loads(bytes(element))), element_type)
+            value = _repair(json.loads(bytes(element)))
+            decoded.append(msgspec.convert(value, element_type))
         except ValueError as error:
             problem, _, member = str(error).replace("`", '"').partition(' - at "$')
             raise ValueError(f"{path}: {array}[{i}]{member[:-1]}: {problem}") from None
-        yield decoded
+    return decoded
 
 
 def _repair(element: Any) -> Any:
-    """An annotation whose shape, area and box, at least, can be decoded; 3.0 becomes 3."""
+    """An element that can be decoded if its shape, area or box could not; 3.0 becomes 3."""
     if not isinstance(element, dict):
         return element
-    area, box = seg.to_floats([element.get("area")]), element.get("bbox")
-    if box:
-        box = seg.to_floats(box)
-        box = box if box and len(box) == 4 and np.isfinite(box).all() else BROKEN_BOX
     integers = {n: int(x) for n, x in element.items() if isinstance(x, float) and x.is_integer()}
-    return (
-        element
-        | integers
-        | {
-            "segmentation": seg.repair_segmentation(element.get("segmentation")),
-            "area": area[0] if area else None,
-            "bbox": box or None,
-        }
-    )
+    shape = {
+        "segmentation": seg.repair_segmentation(element.get("segmentation")),
+        "area": seg.convert_or(None, element.get("area"), float | None),
+        "bbox": seg.convert_or(NO_BOX, element.get("bbox") or None, Box | None),
+    }
+    return element | integers | shape
 
 
 def _refuse_duplicates(path: str | Path, array: str, elements: list) -> None:
@@ -327,9 +315,10 @@ def _refuse_duplicates(path: str | Path, array: str, elements: list) -> None:
             raise ValueError(f"{path}: {array}[{row}] has the id {element.id} of {array}[{first}]")
 
 
-def _starts(lengths: np.ndarray | list[int]) -> np.ndarray:
-    """(n,) lengths -> (n + 1,) int64 offsets."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+def _spans(lengths: np.ndarray | list[int]) -> np.ndarray:
+    """Where pieces of (n,) lengths begin and end, one after the other: (n, 2) int64."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.stack([ends - lengths, ends], axis=1)
 
 
 def _as_written(points: np.ndarray) -> np.ndarray:

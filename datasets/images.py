@@ -80,18 +80,14 @@ _PNG_END = b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
 
 def _is_truncated(data: bytes) -> bool:
     """Whether the end is missing of a format of which cv2 may return a part without an error."""
-    if data.startswith(b"\xff\xd8"):
-        return not _has_jpeg_end(data)
-    return data.startswith(b"\x89PNG") and _PNG_END not in data
-
-
-def _has_jpeg_end(data: bytes) -> bool:
-    """Whether the segments lead to an end-of-image marker: those of thumbnails do not count."""
+    if not data.startswith(b"\xff\xd8"):
+        return data.startswith(b"\x89PNG") and _PNG_END not in data
+    # A JPEG's segments lead to its end-of-image marker: those of thumbnails do not count.
     marker = _find_jpeg_marker(data, 2)
     while marker and marker[1] != b"\xd9":
         at = marker.end()
         marker = _find_jpeg_marker(data, at + int.from_bytes(data[at : at + 2], "big"))
-    return marker is not None
+    return marker is None
 
 
 def list_images(source: str | Path) -> list[Path]:

@@ -5,9 +5,9 @@ image that cannot be read is named and the sample drawn again, the same way in a
 """
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -23,42 +23,71 @@ PREFETCH = 4  # minibatches that each worker holds ready
 Drawn = TypeVar("Drawn")
 
 
-def draw_until_readable(
-    draw: Callable[[int], Drawn], read: Callable[[Drawn], np.ndarray]
-) -> tuple[Drawn, np.ndarray, list[str]]:
-    """The first draw (of attempt 0, 1, ...) whose image can be read.
+class TrainingDataset(Dataset):
+    """Samples drawn from annotated images, by index (choice, epoch, group).
 
-    Returns:
-        The draw, its image, and the messages on those that could not be read.
-
-    Raises:
-        ImageError: too many in a row cannot be read.
+    A group is the samples that share a decoded image; the choice is what its minibatch trains.
     """
-    broken: list[str] = []
-    for attempt in range(MAX_ATTEMPTS):
-        drawn = draw(attempt)
-        try:
-            return drawn, read(drawn), broken
-        except ImageError as error:
-            broken.append(str(error))
-    raise ImageError(f"{MAX_ATTEMPTS} images in a row could not be read, the first: {broken[0]}")
 
+    load: Callable[..., tuple[dict, Any]]  # a group's item by its index, and what was drawn
+    choose: Callable[[np.random.Generator], Any]  # what a minibatch trains
+    group_size = 1
 
-def read_annotated_image(coco: CocoInstances, images: Path, row: int) -> np.ndarray:
-    """Image `row` of a dataset whose files are in the folder `images`, (H, W, 3) uint8.
+    def __init__(self, coco: CocoInstances, images: str | Path, sampler: Any):
+        """Files are in the folder `images`."""
+        self.coco, self.images, self.sampler = coco, Path(images), sampler
 
-    Raises:
-        ImageError: the file cannot be read, or its size is not the annotations'.
-    """
-    path = images / coco.file_name(row)
-    image = read_image(path)
-    if image.shape[:2] != tuple(coco.image_sizes[row]):
-        height, width = coco.image_sizes[row]
+    def __getitem__(self, index: tuple[Any, int, int]) -> dict:
+        return self.load(*index)[0]
+
+    def batches(
+        self,
+        steps: range,
+        *,
+        batches_per_epoch: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[list[tuple[Any, int, int]]]:
+        """Indices of one process's part of the minibatches of a range of training steps.
+
+        What a minibatch trains depends on (seed, epoch, batch) and is the same in every process;
+        its `batch_size` samples, over all processes, are dealt out in order. Steps count over all
+        epochs: a resumed run starts in the middle of one.
+        """
+        for step in steps:
+            epoch, batch = divmod(step, batches_per_epoch)
+            choice = self.choose(np.random.default_rng([self.sampler.seed, epoch, batch, 1 << 30]))
+            groups = rank_samples(batch, batch_size // self.group_size, rank, world_size)
+            yield [(choice, epoch, group) for group in groups]
+
+    def draw_readable(
+        self, draw: Callable[[int], Drawn], row_of: Callable[[Drawn], int]
+    ) -> tuple[Drawn, np.ndarray, list[str]]:
+        """The first draw (of attempt 0, 1, ...) whose image can be read and has the annotated size.
+
+        Returns:
+            The draw, its image (H, W, 3) uint8, and messages on those that could not be used.
+
+        Raises:
+            ImageError: too many in a row cannot be used.
+        """
+        broken: list[str] = []
+        for attempt in range(MAX_ATTEMPTS):
+            drawn = draw(attempt)
+            path = self.images / self.coco.file_name(row_of(drawn))
+            height, width = self.coco.image_sizes[row_of(drawn)]
+            try:
+                image = read_image(path)
+                if image.shape[:2] == (height, width):
+                    return drawn, image, broken
+                found = f"{image.shape[1]}x{image.shape[0]}"
+                broken.append(f"{path}: is {found} pixels, the annotations say {width}x{height}")
+            except ImageError as error:
+                broken.append(str(error))
         raise ImageError(
-            f"{path}: is {image.shape[1]}x{image.shape[0]} pixels, "
-            f"the annotations say {width}x{height}"
+            f"{MAX_ATTEMPTS} images in a row could not be read, the first: {broken[0]}"
         )
-    return image
 
 
 def rank_samples(batch: int, size: int, rank: int = 0, world_size: int = 1) -> range:

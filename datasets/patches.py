@@ -7,7 +7,6 @@ aligned at any scale.
 Letters: m patches of a group (one decoded image), B batch, S input size P + C, G target size.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from torch.utils.data import Dataset
 
 from datasets.coco import CocoInstances
-from datasets.loading import draw_until_readable, rank_samples, read_annotated_image
+from datasets.loading import TrainingDataset
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
 from datasets.resize import GRAY, normalize
 
@@ -63,12 +61,9 @@ def _resample(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     left = (patch.x - half - x0) / block + step / 2 - 0.5
     top = (patch.y - half - y0) / block + step / 2 - 0.5
     matrix = np.array([[step, 0, left], [0, step, top]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(
-        source,
-        matrix,
-        (size, size),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
+        source, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE
     )
 
 
@@ -81,13 +76,12 @@ def _block_range(low: float, high: float, length: int, block: int) -> tuple[int,
 
 def _coverage(shape: tuple[int, ...], patch: Patch, size: int) -> np.ndarray | None:
     """How much of each patch pixel lies inside the image, (size, size); None for all of all."""
-    axes = []
-    for center, length in ((patch.y, shape[0]), (patch.x, shape[1])):
-        edges = center + (np.arange(size + 1) - size / 2) / patch.scale
-        axes.append(np.diff(np.clip(edges, 0, length)) * patch.scale)
-    if axes[0].min() > 1 - 1e-6 and axes[1].min() > 1 - 1e-6:
+    offsets = (np.arange(size + 1) - size / 2) / patch.scale
+    edges = np.clip([patch.y + offsets, patch.x + offsets], 0, [[shape[0]], [shape[1]]])
+    rows, columns = np.diff(edges) * patch.scale
+    if min(rows.min(), columns.min()) > 1 - 1e-6:
         return None
-    return np.outer(*axes).astype(np.float32)
+    return np.outer(rows, columns).astype(np.float32)
 
 
 def mask_target(
@@ -107,12 +101,10 @@ def mask_target(
         square = replace(patch, scale=patch.scale * target_size / patch_size)
         # The edge is repeated by the resampling; outside the image there is no object.
         inside = _coverage(full.shape, square, target_size)
-        soft = _resample(full, square, target_size) * (1 if inside is None else inside)
-        mask = soft > 127
+        mask = _resample(full, square, target_size) * (1 if inside is None else inside) > 127
     else:
         mask = rasterize(polygons, patch, patch_size=patch_size, target_size=target_size)
-    mask = mask[:, ::-1] if patch.flip else mask
-    return np.where(mask, np.float32(1), np.float32(-1))
+    return np.where(mask[:, ::-1] if patch.flip else mask, np.float32(1), np.float32(-1))
 
 
 def rasterize(
@@ -126,7 +118,7 @@ def rasterize(
     return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
 
 
-class PatchDataset(Dataset):
+class PatchDataset(TrainingDataset):
     """Groups of patches by index (head, epoch, group), the patches of one image each.
 
     Items are dicts with "patches" (m, 3, S, S) float32 normalized; "broken", messages on files that
@@ -144,20 +136,21 @@ class PatchDataset(Dataset):
         context: int = 32,
         target_size: int = 112,
     ):
-        """Args: as in `models.deepmask.DeepMaskConfig`; `images` is the folder of the files."""
-        self.coco, self.images, self.sampler = coco, Path(images), sampler
+        """Sizes are as in `models.deepmask.DeepMaskConfig`; `images` is the folder of the files."""
+        super().__init__(coco, images, sampler)
         self.patch_size, self.target_size = patch_size, target_size
         self.input_size = patch_size + context
-        self.patches_per_image = sampler.config.patches_per_image
+        self.group_size = sampler.config.patches_per_image
 
-    def __getitem__(self, index: tuple[str, int, int]) -> dict:
-        return self.load(*index)[0]
+    def choose(self, rng: np.random.Generator) -> str:
+        """The head that a minibatch trains."""
+        return MASK if rng.random() < self.sampler.config.mask_batch_prob else SCORE
 
     def load(self, head: str, epoch: int, group: int) -> tuple[dict, list[Patch]]:
         """An item, and the patches that it was made of."""
-        patches, image, broken = draw_until_readable(
+        patches, image, broken = self.draw_readable(
             lambda attempt: self.sampler.draw(head, epoch, group, attempt=attempt),
-            lambda patches: read_annotated_image(self.coco, self.images, patches[0].image),
+            lambda patches: patches[0].image,
         )
         if head == SCORE:
             largest = self.input_size / MIN_CROP
@@ -177,27 +170,3 @@ class PatchDataset(Dataset):
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
         tensors = {n: torch.cat([item[n] for item in items]) for n in items[0] if n != "broken"}
         return tensors | {"broken": [message for item in items for message in item["broken"]]}
-
-
-def patch_batches(
-    steps: range,
-    *,
-    batches_per_epoch: int,
-    groups_per_batch: int,
-    seed: int = 0,
-    mask_batch_prob: float = 0.5,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[tuple[str, int, int]]]:
-    """Indices of one process's part of the minibatches of a range of training steps.
-
-    The head that a minibatch trains depends on (seed, epoch, batch) and is the same in every
-    process; its groups, `groups_per_batch` over all processes, are dealt out in order. Steps count
-    over all epochs: a resumed run starts in the middle of one.
-    """
-    for step in steps:
-        epoch, batch = divmod(step, batches_per_epoch)
-        coin = np.random.default_rng([seed, epoch, batch, 1 << 30]).random()
-        head = MASK if coin < mask_batch_prob else SCORE
-        groups = rank_samples(batch, groups_per_batch, rank, world_size)
-        yield [(head, epoch, group) for group in groups]

@@ -45,11 +45,7 @@ def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
-    """As SpatialReSamplingEx of the released code resizes: bilinear, without any average.
-
-    Returns:
-        (h, w, 3) float32, not rounded to integers.
-    """
+    """As SpatialReSamplingEx of the released code: bilinear, no average; (h, w, 3) float32."""
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[:2])
     return _interpolate(image, height, width)
 

@@ -161,7 +161,7 @@ class RoiSampler:
         coco, config = self.coco, self.config
         rows = np.arange(*coco.image_starts[image : image + 2])
         crowd = self.not_objects[rows]
-        proposals = self.proposals.of(int(coco.image_ids[image]))[0][: config.max_proposals]
+        proposals = self.proposals.of(int(coco.image_ids[image]))[: config.max_proposals]
         boxes = np.concatenate([proposals, coco.boxes[rows[~crowd]]])
         overlaps = _overlaps(boxes, coco.boxes[rows], crowd)
         # What lies in a crowd may show an object that has no box of its own. An annotated one does

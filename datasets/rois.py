@@ -4,7 +4,6 @@ Letters: B images of a minibatch, R RoIs of each, K IoU thresholds, (h, w) a res
 the frame that all of a minibatch fit in.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets.coco import CocoInstances
-from datasets.loading import draw_until_readable, rank_samples, read_annotated_image
+from datasets.loading import TrainingDataset
 from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides, resized_sides
 from datasets.roi_sampler import RoiSample, RoiSampler
 
 PAD_TO = 32  # pixels: whole cells of any trunk's feature maps, and fewer different shapes
 
 
-class RoiDataset(Dataset):
-    """Images with their RoIs by index (epoch, index, threshold), see `RoiSampler.draw`.
+class RoiDataset(TrainingDataset):
+    """Images with their RoIs by index (threshold, epoch, index), see `RoiSampler.draw`.
 
     Items are dicts with "image" (3, h, w) float32 normalized; "rois" and "boxes" (R, 4) float32
     xyxy in pixels of that image and "labels" (K, R) int64, see `RoiSample`; "frame" (2,) int64, a
@@ -48,18 +46,20 @@ class RoiDataset(Dataset):
         `images_per_batch`: of the minibatches of all processes. They share a frame: what a network
         sees beyond an image's edge does not depend on how many processes there are.
         """
-        self.coco, self.images, self.sampler = coco, Path(images), sampler
+        super().__init__(coco, images, sampler)
         self.pixels, self.align_corners = pixels, align_corners
         self.inclusive_boxes, self.images_per_batch = inclusive_boxes, images_per_batch
 
-    def __getitem__(self, index: tuple[int, int, int]) -> dict:
-        return self.load(*index)[0]
+    def choose(self, rng: np.random.Generator) -> int:
+        """The IoU threshold of a minibatch, or -1 for all."""
+        thresholds = len(self.sampler.iou_thresholds)
+        return int(rng.integers(thresholds)) if self.sampler.config.draw_threshold else -1
 
-    def load(self, epoch: int, index: int, threshold: int = -1) -> tuple[dict, RoiSample]:
+    def load(self, threshold: int, epoch: int, index: int) -> tuple[dict, RoiSample]:
         """An item, and the sample that it was made of."""
-        sample, image, broken = draw_until_readable(
+        sample, image, broken = self.draw_readable(
             lambda attempt: self.sampler.draw(epoch, index, threshold, attempt=attempt),
-            lambda sample: read_annotated_image(self.coco, self.images, sample.image),
+            lambda sample: sample.image,
         )
         pixels, scale_xy = resize_sides(image, **self._sides())
         if sample.flip:
@@ -124,27 +124,3 @@ class RoiDataset(Dataset):
             "labels": torch.cat([item["labels"] for item in items], dim=1),
             "broken": [message for item in items for message in item["broken"]],
         }
-
-
-def roi_batches(
-    steps: range,
-    *,
-    batches_per_epoch: int,
-    images_per_batch: int,
-    num_thresholds: int | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Indices of one process's part of the minibatches of a range of training steps.
-
-    The threshold of a minibatch is one of `num_thresholds`, or -1 (all of them) for None. It
-    depends on (seed, epoch, batch) and is the same in every process; its images,
-    `images_per_batch` over all processes, are dealt out in order. Steps count over all epochs.
-    """
-    for step in steps:
-        epoch, batch = divmod(step, batches_per_epoch)
-        rng = np.random.default_rng([seed, epoch, batch, 1 << 30])
-        threshold = -1 if num_thresholds is None else int(rng.integers(num_thresholds))
-        indices = rank_samples(batch, images_per_batch, rank, world_size)
-        yield [(epoch, index, threshold) for index in indices]

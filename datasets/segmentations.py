@@ -48,15 +48,10 @@ Ring = Annotated[list[float], msgspec.Meta(min_length=6)]  # x, y, x, y, ...
 
 
 class Rle(msgspec.Struct, gc=False):
-    """A mask; its runs are a list, or compressed and not yet checked."""
+    """A mask; its runs, a list or compressed, are not yet checked."""
 
     size: tuple[Side, Side]  # height and width
-    counts: str | list[Annotated[int, msgspec.Meta(ge=0)]]
-
-    def __post_init__(self) -> None:
-        pixels = math.prod(self.size)
-        if pixels > MAX_PIXELS or (isinstance(self.counts, list) and sum(self.counts) != pixels):
-            raise ValueError(Reason.BROKEN_RLE)
+    counts: str | list[Annotated[int, msgspec.Meta(ge=0, le=MAX_PIXELS)]]
 
 
 Segmentation = list[Ring] | Rle | Reason | None
@@ -67,45 +62,40 @@ def repair_segmentation(value: Any) -> Segmentation:
     if not value:
         return None
     if isinstance(value, dict):
-        try:
-            return msgspec.convert(value, Rle)
-        except msgspec.ValidationError:
-            return Reason.BROKEN_RLE
-    rings = [to_floats(ring) for ring in value] if isinstance(value, list) else [None]
-    numbers = [ring for ring in rings if ring is not None]
-    if len(numbers) < len(rings):
+        return convert_or(Reason.BROKEN_RLE, value, Rle)
+    rings = convert_or(None, value, list[list[float | None]])
+    if rings is None:
         return Reason.MALFORMED
-    if any(len(ring) % 2 for ring in numbers):
+    if any(len(ring) % 2 for ring in rings):
         return Reason.ODD_COORDINATES
-    if not np.isfinite(np.concatenate(numbers)).all():
+    if not all(x is not None and math.isfinite(x) for x in chain.from_iterable(rings)):
         return Reason.NOT_FINITE
     # A ring of one or two points beside good ones encloses nothing: it goes, the annotation stays.
-    return [ring for ring in numbers if len(ring) >= 6] or Reason.FEW_POINTS
+    return [ring for ring in rings if len(ring) >= 6] or Reason.FEW_POINTS
 
 
-def to_floats(value: Any) -> list[float] | None:
-    """The numbers of a list, NaN for null; None for anything else."""
+def convert_or(otherwise: Any, value: Any, type_: Any) -> Any:
+    """A JSON value as the type, or `otherwise` if it is not of the type."""
     try:
-        return np.fromiter(value, np.float64).tolist() if isinstance(value, list) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
+        return msgspec.convert(value, type_)
+    except ValueError:
+        return otherwise
 
 
 def flatten_segmentations(
     segmentations: list[Segmentation], image_sizes: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Check and flatten the segmentations of N annotations.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Check, measure and flatten the segmentations of N annotations.
 
-    Args:
-        image_sizes: (N, 2), height and width of each one's image.
+    `image_sizes` (N, 2) are the height and width of each one's image.
 
     Returns:
-        Columns of N rows: reason, a `Reason` or USABLE; bounds (N, 4) float64, xyxy; area float64
-        in pixels; ring_count int64, 0 for RLEs; rle_length int64 in bytes, 0 for polygons.
-        Others: ring_size (R,) int64 in points; points (P, 2) float32; rle_bytes (B,) uint8,
-        compressed counts.
+        reasons (N,), each a `Reason` or USABLE; bounds (N, 4) float64, xyxy; areas (N,) float64 in
+        pixels; and columns: ring_count (N,), ring_size (R,) in points, points (P, 2) float32,
+        rle_length (N,) in bytes, and rle_bytes, the compressed counts.
     """
     n = len(segmentations)
+    reason, bounds = np.full(n, USABLE, object), np.zeros((n, 4))
     polygons = [s if isinstance(s, list) else [] for s in segmentations]
     rings = list(chain.from_iterable(polygons))
     ring_count = np.fromiter(map(len, polygons), np.int64, n)
@@ -117,75 +107,44 @@ def flatten_segmentations(
     sizes = lengths // 2
     numbers = struct.pack(f"{2 * sizes.sum()}d", *chain.from_iterable(rings))  # faster than numpy
     points = np.frombuffer(numbers).reshape(-1, 2)
-    with np.errstate(over="ignore", invalid="ignore"):  # of 1e300, which is outside of any image
-        bounds, area = _measure_polygons(points, sizes, owner, n)
-        points = points.astype(np.float32)
-    reason = np.full(n, USABLE, object)
-    reason[area < MIN_AREA] = Reason.ZERO_AREA
-    reason[owner[odd]] = Reason.ODD_COORDINATES
-
-    rows = [row for row, s in enumerate(segmentations) if isinstance(s, Rle)]
-    rles = [s for s in segmentations if isinstance(s, Rle)]
-    rle_length = np.zeros(n, np.int64)
-    reason[rows], bounds[rows], area[rows], counts = _measure_rles(rles, image_sizes[rows])
-    rle_length[rows] = [len(string) for string in counts]
-    for row, s in enumerate(segmentations):
-        if not s or isinstance(s, Reason):
-            reason[row] = s or Reason.NO_SEGMENTATION
-    return {
-        "reason": reason,
-        "bounds": bounds,
-        "area": area,
-        "ring_count": ring_count,
-        "ring_size": sizes,
-        "points": points,
-        "rle_length": rle_length,
-        "rle_bytes": np.frombuffer(b"".join(counts), np.uint8),
-    }
-
-
-def _measure_polygons(
-    points: np.ndarray, sizes: np.ndarray, owner: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (n, 4) xyxy and areas (n,) of annotations, zeros for those without rings.
-
-    Args:
-        points: (P, 2). sizes: (R,) points of each ring. owner: (R,) its annotation, ascending.
-    """
     ends = np.cumsum(sizes)
     starts = ends - sizes
     is_first = np.diff(owner, prepend=-1) > 0  # ring of its annotation
-    bounds = np.zeros((n, 4))
     bounds[owner[is_first], :2] = np.minimum.reduceat(points, starts[is_first])
     bounds[owner[is_first], 2:] = np.maximum.reduceat(points, starts[is_first])
-    # The shoelace formula, about each ring's first point to keep the products small.
-    x, y = (points - np.repeat(points[starts], sizes, axis=0)).T
-    cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
-    cross[ends - 1] = 0  # from the last point to the first, the origin
-    area = np.bincount(owner, np.abs(np.add.reduceat(cross, starts)) / 2, n)
-    return bounds, area
+    with np.errstate(over="ignore", invalid="ignore"):  # of 1e300, which is outside of any image
+        # The shoelace formula, about each ring's first point to keep the products small.
+        x, y = (points - np.repeat(points[starts], sizes, axis=0)).T
+        cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
+        cross[ends - 1] = 0  # from the last point to the first, the origin
+        area = np.bincount(owner, np.abs(np.add.reduceat(cross, starts)) / 2, n)
+        points = points.astype(np.float32)
 
-
-def _measure_rles(
-    rles: list[Rle], image_sizes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[bytes]]:
-    """Reasons (n,), bounds (n, 4) xyxy, areas (n,) and compressed counts."""
-    counts = [_compress(rle) for rle in rles]
-    sizes = np.array([rle.size for rle in rles], np.int64).reshape(-1, 2)
-    valid, area, has_empty_run = check_counts(counts, sizes.prod(axis=1))
-    bounds = np.zeros((len(rles), 4))
-    for row in np.flatnonzero(valid):
-        mask = {"size": rles[row].size, "counts": counts[row]}
-        if has_empty_run[row]:  # pycocotools' merge and toBbox go wrong on these
+    rles = {row: s for row, s in enumerate(segmentations) if isinstance(s, Rle)}
+    rows, counts = np.array(list(rles), np.int64), list(map(_compress, rles.values()))
+    rle_sizes = np.array([rle.size for rle in rles.values()], np.int64).reshape(-1, 2)
+    valid, area[rows], has_empty_run = check_counts(counts, rle_sizes.prod(axis=1))
+    fits = (rle_sizes == image_sizes[rows]).all(axis=1)
+    for i in np.flatnonzero(valid & fits):
+        mask = {"size": rle_sizes[i].tolist(), "counts": counts[i]}
+        if has_empty_run[i]:  # pycocotools' merge and toBbox go wrong on these
             mask = coco_mask.encode(coco_mask.decode(mask))
-            counts[row] = mask["counts"]
-        bounds[row] = coco_mask.toBbox(mask)
-    bounds[:, 2:] += bounds[:, :2]
-    reason = np.full(len(rles), USABLE, object)
-    reason[(sizes != image_sizes).any(axis=1)] = Reason.RLE_SIZE
-    reason[area == 0] = Reason.ZERO_AREA
-    reason[~valid] = Reason.BROKEN_RLE
-    return reason, bounds, area, counts
+            counts[i] = mask["counts"]
+        bounds[rows[i]] = coco_mask.toBbox(mask)
+    bounds[rows, 2:] += bounds[rows, :2]
+    rle_length = np.zeros(n, np.int64)
+    rle_length[rows] = [len(string) for string in counts]
+
+    reason[area < MIN_AREA] = Reason.ZERO_AREA
+    reason[owner[odd]] = Reason.ODD_COORDINATES
+    reason[rows[~fits]] = Reason.RLE_SIZE
+    reason[rows[~valid]] = Reason.BROKEN_RLE
+    for row, s in enumerate(segmentations):
+        if not s or isinstance(s, Reason):
+            reason[row] = s or Reason.NO_SEGMENTATION
+    columns = {"ring_count": ring_count, "ring_size": sizes, "points": points}
+    rle_bytes = np.frombuffer(b"".join(counts), np.uint8)
+    return reason, bounds, area, columns | {"rle_length": rle_length, "rle_bytes": rle_bytes}
 
 
 def _compress(rle: Rle) -> bytes:
@@ -203,9 +162,7 @@ def check_counts(
     character offset by 48; from the fourth on a number is the difference to the one two before.
     The runs alternate between background and object and cover the mask column by column.
 
-    Args:
-        strings: N compressed counts.
-        pixels: (N,) int64, height times width of each mask.
+    `pixels` (N,) int64 are height times width of each mask.
 
     Returns:
         valid (N,) bool: well-formed, no negative run, the runs cover exactly the mask;
@@ -214,23 +171,19 @@ def check_counts(
     """
     n = len(strings)
     if n > CHUNK:
-        parts = [
-            check_counts(strings[start : start + CHUNK], pixels[start : start + CHUNK])
-            for start in range(0, n, CHUNK)
-        ]
-        valid, areas, has_empty_run = (np.concatenate(part) for part in zip(*parts, strict=True))
+        chunks = (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
+        parts = zip(*(check_counts(strings[c], pixels[c]) for c in chunks), strict=True)
+        valid, areas, has_empty_run = map(np.concatenate, parts)
         return valid, areas, has_empty_run
 
-    # The last digit of a string must end its last number.
-    ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
-    digits = np.frombuffer(b"".join(strings), np.uint8) - np.uint8(48)  # below 48: wraps to > 63
-    valid = np.diff(ends, prepend=0) > 0
+    valid = np.array([len(string) > 0 for string in strings], bool)
+    ends = np.cumsum([len(string) or 1 for string in strings], dtype=np.int64)
+    digits = np.frombuffer(b"".join(string or b"0" for string in strings), np.uint8)
+    digits = digits - np.uint8(48)  # below 48: wraps to > 63
     valid[_owners(digits > 63, ends)] = False
-    valid[valid] = digits[ends[valid] - 1] < 32
-    if not valid.all():
-        whole = [string if ok else b"0" for string, ok in zip(strings, valid, strict=True)]
-        checked, areas, has_empty_run = check_counts(whole, pixels)
-        return checked & valid, areas, has_empty_run
+    # The last digit of a string must end its last number; a broken one would run on into the next.
+    valid &= digits[ends - 1] < 32
+    digits[ends - 1] &= 31
 
     # Digits -> numbers, from the last digit, which has the sign, to the first.
     last = np.flatnonzero(digits < 32)
@@ -252,11 +205,11 @@ def check_counts(
     padded[2 : 2 + len(numbers)] = numbers
     sums = np.cumsum(padded.reshape(-1, 2), axis=0).ravel()
     runs = sums[2 : 2 + len(numbers)] - sums[2 + start - is_object]
-
-    has_empty_run = np.zeros(n, bool)
-    runs[starts] = 1
-    has_empty_run[_owners(runs == 0, stops)] = True
     runs[starts] = numbers[starts]
+
+    has_empty_run, is_empty = np.zeros(n, bool), runs == 0
+    is_empty[starts] = False
+    has_empty_run[_owners(is_empty, stops)] = True
     valid[_owners((runs < 0) | (length > MAX_DIGITS), stops)] = False
     valid &= np.add.reduceat(runs, starts) == pixels
     return valid, np.add.reduceat(runs * is_object, starts), has_empty_run

@@ -19,11 +19,15 @@ def random_colors(rng: Generator, num: int) -> np.ndarray:
 def texture(rng: Generator, h: int, w: int, base: np.ndarray | None = None) -> np.ndarray:
     """A random texture around the color `base` (3,), or a random one: (h, w, 3) float32."""
     base = random_colors(rng, 1)[0] if base is None else base
-    period = math.exp(rng.uniform(math.log(6), math.log(48)))
-    field = _pattern(rng, h, w, period)
+    field = _pattern(rng, h, w, period=math.exp(rng.uniform(math.log(6), math.log(48))))
     field += (_noise(rng, h, w, 4, octaves=2) - 0.5) * np.float32(rng.uniform(0.1, 0.5))  # grain
     index = (field * 255).clip(0, 255).astype(np.uint8)
-    return cv2.applyColorMap(index, _palette(rng, base)).astype(np.float32)
+    # 256 colors around the base, from dark to light or from light to dark.
+    contrast = rng.uniform(7, 35) * rng.choice([-1, 1])
+    stops = base + contrast * np.array([[-1], [0], [1]]) + rng.uniform(-1, 1, (3, 3)) * contrast
+    colors = [np.interp(np.linspace(0, 2, 256), [0, 1, 2], channel) for channel in stops.T]
+    palette = np.stack(colors, axis=1)[:, None].clip(0, 255).astype(np.uint8)
+    return cv2.applyColorMap(index, palette).astype(np.float32)
 
 
 def _pattern(rng: Generator, h: int, w: int, period: float) -> np.ndarray:
@@ -63,15 +67,6 @@ def _waves(rng: Generator, h: int, w: int, period: float) -> tuple[np.ndarray, n
     return np.sin(cos * x + sin * y + bend + phase[0]), np.sin(cos * y - sin * x + bend + phase[1])
 
 
-def _palette(rng: Generator, base: np.ndarray) -> np.ndarray:
-    """256 colors from dark to light, or light to dark, around `base`; (256, 1, 3) uint8."""
-    contrast = rng.uniform(7, 35) * rng.choice([-1, 1])
-    stops = base + contrast * np.array([[-1], [0], [1]]) + rng.uniform(-1, 1, (3, 3)) * contrast
-    position = np.linspace(0, 2, 256)
-    colors = [np.interp(position, [0, 1, 2], stops[:, channel]) for channel in range(3)]
-    return np.stack(colors, axis=1)[:, None].clip(0, 255).astype(np.uint8)
-
-
 def shading(rng: Generator, h: int, w: int) -> np.ndarray:
     """A soft light from a random side, to multiply colors with; (h, w, 1) float32."""
     slope = rng.uniform(-0.25, 0.25, 2).astype(np.float32)
@@ -95,10 +90,19 @@ def draw_background(rng: Generator, height: int, width: int) -> np.ndarray:
     for _ in range(rng.integers(0, 3)):
         blend(canvas, texture(rng, height, width), _region(rng, height, width))
     for _ in range(rng.integers(3, 8)):
-        _paint_soft_patch(rng, canvas)
+        h, w = rng.integers(24, 140, 2).tolist()
+        top, left = rng.integers(0, height - h), rng.integers(0, width - w)
+        crop = canvas[top : top + h, left : left + w]
+        opacity = _spot(rng, h, w)
+        blend(crop, texture(rng, h, w), opacity)
     canvas = canvas.clip(0, 255).astype(np.uint8)  # cv2 draws smooth lines on 8 bits only
-    for _ in range(rng.integers(2, 12)):
-        _draw_line(rng, canvas)
+    t = np.linspace(0, 1, 24)[:, None]
+    for _ in range(rng.integers(2, 12)):  # open curves
+        a, b, c = rng.uniform(-0.1, 1.1, (3, 2)) * [width, height]
+        points = np.round(((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c) * 16)
+        color, thickness = random_colors(rng, 1)[0].tolist(), int(rng.integers(1, 4))
+        lines = [points.astype(np.int32)]
+        cv2.polylines(canvas, lines, False, color, thickness, cv2.LINE_AA, shift=4)
     return canvas * shading(rng, height, width)
 
 
@@ -115,24 +119,10 @@ def _region(rng: Generator, height: int, width: int) -> np.ndarray:
     return (distance + wave - wave.mean() + 0.5).clip(0, 1)
 
 
-def _paint_soft_patch(rng: Generator, canvas: np.ndarray) -> None:
-    """A patch of texture that fades out without an outline."""
-    height, width = canvas.shape[:2]
-    h, w = (int(side) for side in rng.integers(24, 140, 2))
-    top, left = int(rng.integers(0, height - h)), int(rng.integers(0, width - w))
+def _spot(rng: Generator, h: int, w: int) -> np.ndarray:
+    """A spot that fades out without an outline: opacity (h, w) float32."""
     x, y = _axes(h, w)
-    radius = np.sqrt(x**2 + y**2) + _noise(rng, h, w, 40, 2) * 0.4
+    radius = np.sqrt(x**2 + y**2) + _noise(rng, h, w, 40, octaves=2) * 0.4
     softness = rng.uniform(0.4, 0.9)
     opacity = ((1.1 - radius) / np.float32(softness)).clip(0, 1) * np.float32(rng.uniform(0.4, 1))
-    opacity *= (np.minimum(1 - np.abs(x), 1 - np.abs(y)) * 4).clip(0, 1)  # none at the crop's edge
-    blend(canvas[top : top + h, left : left + w], texture(rng, h, w), opacity)
-
-
-def _draw_line(rng: Generator, canvas: np.ndarray) -> None:
-    """A thin, smooth, open curve, on a (H, W, 3) uint8 canvas."""
-    height, width = canvas.shape[:2]
-    a, b, c = rng.uniform(-0.1, 1.1, (3, 2)) * [width, height]
-    t = np.linspace(0, 1, 24)[:, None]
-    points = np.round(((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c) * 16).astype(np.int32)
-    color, thickness = random_colors(rng, 1)[0].tolist(), int(rng.integers(1, 4))
-    cv2.polylines(canvas, [points], False, color, thickness, cv2.LINE_AA, shift=4)
+    return opacity * (np.minimum(1 - np.abs(x), 1 - np.abs(y)) * 4).clip(0, 1)  # none at the edge

@@ -3,7 +3,7 @@
 Objects are painted one over the other on a cluttered background. Each of them stays recognizable,
 so everything that can be seen is annotated.
 
-Letters: H, W: size of the image; h, w: of a stencil; K: points of an outline, (x, y) each.
+Letters: H, W: size of the image; K: points of an outline, (x, y) each.
 """
 
 import json
@@ -11,7 +11,6 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -58,77 +57,61 @@ def write_shapes(
     info: dict = {"description": DESCRIPTION, "version": VERSION}
     info |= {"num_images": num_images, "seed": seed, "split": split}
     if path.exists():
-        old = _read_info(path)
+        try:
+            old = json.loads(path.read_bytes())["info"]
+            is_ours = old["description"] == DESCRIPTION
+        except (ValueError, LookupError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise ValueError(f"{path}: not made by write_shapes; choose another directory")
         if old == info:
             return path
         path.unlink()  # first, for it must never describe images of another dataset
         for image_id in range(1, old["num_images"] + 1):
             (folder / FILE_NAME.format(image_id)).unlink(missing_ok=True)
-    images: list[dict] = []
-    annotations: list[dict] = []
-    image_ids = range(1, num_images + 1)
-    for image_id in tqdm(image_ids, desc=f"drawing {split}", unit="image", disable=None):
+    content: dict = {"info": info, "images": [], "annotations": [], "categories": []}
+    for image_id in tqdm(range(1, num_images + 1), f"drawing {split}", unit="image", disable=None):
         image, objects = render(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]))
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         name, (height, width) = FILE_NAME.format(image_id), image.shape[:2]
         write_atomically(folder / name, jpeg.tobytes())
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        ids = {"id": image_id, "file_name": name}
+        content["images"].append(ids | {"height": height, "width": width})
         for shape in objects:
-            ids = {"id": len(annotations) + 1, "image_id": image_id}
-            annotations.append(ids | annotate(shape))
-    categories = [{"id": CATEGORY_IDS[k], "name": k, "supercategory": "shape"} for k in OUTLINES]
-    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+            ids = {"id": len(content["annotations"]) + 1, "image_id": image_id}
+            content["annotations"].append(ids | annotate(*shape))
+    for name, category_id in CATEGORY_IDS.items():
+        category = {"id": category_id, "name": name, "supercategory": "shape"}
+        content["categories"].append(category)
     write_atomically(path, json.dumps(content).encode())
     return path
 
 
-def _read_info(path: Path) -> dict:
-    try:
-        info = json.loads(path.read_bytes())["info"]
-        if info["description"] == DESCRIPTION:
-            return info
-    except (ValueError, LookupError, TypeError):
-        pass  # broken or foreign
-    raise ValueError(f"{path}: not made by write_shapes, so it is kept; choose another directory")
-
-
-# How much of each pixel an outline covers, (h, w) float32, and where the pixels lie in the image.
-Stencil = tuple[np.ndarray, tuple[slice, slice]]
-
-
-class ShapeObject(NamedTuple):
-    """One painted object, or one crowd of them; `mask`: its visible pixels, (H, W) bool."""
-
-    category: str
-    mask: np.ndarray
-    iscrowd: bool = False
-
-
-def annotate(shape: ShapeObject) -> dict:
-    """An object as COCO has it, without the ids of the annotation and its image.
+def annotate(category: str, mask: np.ndarray, iscrowd: bool = False) -> dict:
+    """An object as COCO has it, without ids, from its visible pixels, (H, W) bool.
 
     The segmentation is polygons, or uncompressed RLE for a crowd and for an object with a hole,
     where a smaller object lies before it.
     """
-    left, top, w, h = cv2.boundingRect(shape.mask.astype(np.uint8))
-    area = int(np.count_nonzero(shape.mask))
-    borders = _outer_borders(shape.mask[top : top + h, left : left + w])
-    hole_area = sum(cv2.contourArea(border) for border in borders) - area
+    area, borders = int(np.count_nonzero(mask)), _outer_borders(mask)
     segmentation: dict | list
-    if shape.iscrowd or hole_area > MAX_HOLE_FRACTION * area:
-        pixels = shape.mask.ravel(order="F").astype(np.int8)  # runs go down the columns
-        changes = np.flatnonzero(np.diff(pixels, prepend=0))
-        runs = np.diff(changes, prepend=0, append=pixels.size)
-        segmentation = {"counts": runs.tolist(), "size": list(shape.mask.shape)}
+    if iscrowd or sum(map(cv2.contourArea, borders)) - area > MAX_HOLE_FRACTION * area:
+        # Runs go down the columns and begin with the background.
+        changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+        runs = np.diff(changes, prepend=0, append=mask.size)
+        segmentation = {"counts": runs.tolist(), "size": list(mask.shape)}
     else:
-        segmentation = [(_smooth(border) + [left, top]).ravel().tolist() for border in borders]
+        # Through the middles of the borders' steps: a slanted line passes through those.
+        middles = [(c + np.roll(c, -1, axis=0)).astype(np.float32) / 2 for c in borders]
+        polygons = [cv2.approxPolyDP(points, POLYGON_TOLERANCE, True) for points in middles]
+        segmentation = [polygon.ravel().tolist() for polygon in polygons]
     return {
-        "category_id": CATEGORY_IDS[shape.category],
-        "iscrowd": int(shape.iscrowd),
+        "category_id": CATEGORY_IDS[category],
+        "iscrowd": int(iscrowd),
         "segmentation": segmentation,
         "area": area,
-        "bbox": [left, top, w, h],
+        "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
     }
 
 
@@ -145,17 +128,14 @@ def _outer_borders(mask: np.ndarray) -> list[np.ndarray]:
     return [c[(c != np.roll(c, 1, axis=0)).any(axis=1)] for c in corners]
 
 
-def _smooth(border: np.ndarray) -> np.ndarray:
-    """A polygon through the middles of the border's steps: a slanted line passes through those."""
-    middles = (border + np.roll(border, -1, axis=0)).astype(np.float32) / 2
-    return cv2.approxPolyDP(middles[:, None], POLYGON_TOLERANCE, True)[:, 0]
-
-
 # Scenes -------------------------------------------------------------------------------------------
 
 
-def render(rng: Generator) -> tuple[np.ndarray, list[ShapeObject]]:
-    """Draws an image, (H, W, 3) uint8 RGB, and all objects seen in it; masks do not overlap."""
+def render(rng: Generator) -> tuple[np.ndarray, list[tuple[str, np.ndarray, bool]]]:
+    """Draws an image, (H, W, 3) uint8 RGB, and the objects seen in it.
+
+    Of each its category, its visible pixels, (H, W) bool, and whether it is a crowd.
+    """
     width, height = (int(rng.integers(low, high + 1)) for low, high in IMAGE_SIDES)
     if rng.random() < PORTRAIT_PROB:
         width, height = height, width
@@ -170,7 +150,7 @@ def render(rng: Generator) -> tuple[np.ndarray, list[ShapeObject]]:
         if rng.random() < CROWD_PROB / (1 - EMPTY_PROB):
             scene.paint_crowd()
     objects = [
-        ShapeObject(category, scene.shown == i, iscrowd)
+        (category, scene.shown == i, iscrowd)
         for i, (category, iscrowd) in enumerate(scene.labels, 1)
     ]
     return _expose(rng, scene.canvas), objects
@@ -200,79 +180,68 @@ class _Scene:
     def paint_object(self, side: float) -> None:
         """Paints an object, if a place is found where it and those before it stay visible."""
         category = str(self.rng.choice(list(OUTLINES)))
-        height, width = self.shown.shape
-        middle = np.array([width, height]) / 2
+        middle = np.array(self.shown.shape[::-1]) / 2
         for _ in range(PLACEMENT_TRIES):
             outline = posed_outline(self.rng, category, side)
             margin = 0 if self.rng.random() < CUT_PROB else side / 2
             outline += middle + self.rng.uniform(-1, 1, 2) * np.maximum(middle - margin, 0)
-            stencil = _cut_stencil(outline, height, width)
-            full_area = cv2.contourArea(outline.astype(np.float32))
-            if self._add(stencil, (category, False), full_area):
-                self._paint(stencil, self._contrasting_color(stencil))
+            if self._paint(category, [outline]):
                 return
 
     def paint_crowd(self) -> None:
         """Paints a dense swarm of small shapes of similar colors, which counts as one object."""
         category = str(self.rng.choice(list(OUTLINES)))
-        height, width = self.shown.shape
         radius = self.rng.uniform(30, 60)
-        center = self.rng.uniform(0.2, 0.8, 2) * [width, height]
+        center = self.rng.uniform(0.2, 0.8, 2) * self.shown.shape[::-1]
         side = self.rng.uniform(12, 20)
-        swarm = np.zeros((height, width), np.float32), (slice(None), slice(None))
-        stencils = []
-        for position in self.rng.standard_normal((int(radius), 2)) * radius * 0.5 + center:
-            outline = posed_outline(self.rng, category, side * self.rng.uniform(0.8, 1.25))
-            stencils.append(_cut_stencil(outline + position, height, width))
-            coverage, crop = stencils[-1]
-            np.maximum(swarm[0][crop], coverage, out=swarm[0][crop])
-        if self._add(swarm, (category, True), float(swarm[0].sum())):
-            base = self._contrasting_color(swarm)
-            for stencil in stencils:
-                self._paint(stencil, base + self.rng.uniform(-25, 25, 3))
+        outlines = [
+            posed_outline(self.rng, category, side * self.rng.uniform(0.8, 1.25)) + position
+            for position in self.rng.standard_normal((int(radius), 2)) * radius * 0.5 + center
+        ]
+        self._paint(category, outlines)
 
-    def _add(self, stencil: Stencil, label: tuple[str, bool], full_area: float) -> bool:
-        """Adds an object to be painted; False if it, or one it covers, would be hidden too much.
-
-        `full_area` (px) includes what is hidden or outside the image.
-        """
-        coverage, crop = stencil
+    def _paint(self, category: str, outlines: list[np.ndarray]) -> bool:
+        """Paints an object, or a crowd, unless it or one it covers would be hidden too much."""
+        iscrowd = len(outlines) > 1
+        stencils = [_cut_stencil(outline, *self.shown.shape) for outline in outlines]
+        coverage = np.zeros(self.shown.shape, np.float32)
+        for stencil, crop in stencils:
+            np.maximum(coverage[crop], stencil, out=coverage[crop])
         solid = coverage >= 0.5
-        least_visible = max(MIN_VISIBLE_AREA, MIN_VISIBLE_FRACTION * full_area)
-        num = len(self.least_visible)
-        left = np.bincount(self.shown.ravel(), minlength=num)
-        left -= np.bincount(self.shown[crop][solid], minlength=num)
-        if np.count_nonzero(solid) < least_visible or (left < self.least_visible).any():
+        # An object's area includes what is outside the image.
+        area = coverage.sum() if iscrowd else cv2.contourArea(outlines[0].astype(np.float32))
+        least_visible = max(MIN_VISIBLE_AREA, MIN_VISIBLE_FRACTION * float(area))
+        visible = np.bincount(self.shown[~solid], minlength=len(self.least_visible))
+        if np.count_nonzero(solid) < least_visible or (visible < self.least_visible).any():
             return False
-        self.labels.append(label)
+        self.labels.append((category, iscrowd))
         self.least_visible.append(least_visible)
-        return True
 
-    def _contrasting_color(self, stencil: Stencil) -> np.ndarray:
-        """A random color that differs from the mean of what it will be painted on."""
-        coverage, crop = stencil
-        ground = cv2.mean(self.canvas[crop], (coverage >= 0.5).astype(np.uint8))[:3]
         candidates = random_colors(self.rng, 16)
+        ground = self.canvas[solid].mean(axis=0, dtype=np.float64)
         distance = np.linalg.norm(candidates - ground, axis=1)
         # The first that is far enough, or the farthest.
-        return candidates[np.minimum(distance, MIN_COLOR_DISTANCE).argmax()]
+        base = candidates[np.minimum(distance, MIN_COLOR_DISTANCE).argmax()]
+        for stencil, crop in stencils:
+            color = base + self.rng.uniform(-25, 25, 3) if iscrowd else base
+            if stencil.size:
+                h, w = stencil.shape
+                paint = texture(self.rng, h, w, color) * shading(self.rng, h, w)
+                blend(self.canvas[crop], paint, stencil)
+        self.shown[solid] = len(self.labels)
+        return True
 
-    def _paint(self, stencil: Stencil, base: np.ndarray) -> None:
-        """Paints a texture through the stencil, for the object that was added last."""
-        coverage, crop = stencil
-        if coverage.size:
-            h, w = coverage.shape
-            paint = texture(self.rng, h, w, base) * shading(self.rng, h, w)
-            blend(self.canvas[crop], paint, coverage)
-            self.shown[crop][coverage >= 0.5] = len(self.labels)
 
+def _cut_stencil(
+    outline: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """How much an outline covers of each pixel in its box, float32, and where the box is.
 
-def _cut_stencil(outline: np.ndarray, height: int, width: int) -> Stencil:
-    """The part of a (K, 2) outline within the image; empty if there is none."""
+    The box ends with the image; it is empty if there is nothing of the outline in it.
+    """
     box = [np.floor(outline.min(axis=0)), np.ceil(outline.max(axis=0))]
     low, high = np.clip(box, 0, [width, height]).astype(int)
-    crop = slice(low[1], high[1]), slice(low[0], high[0])
-    w, h = (high - low).tolist()
+    crop, (w, h) = (slice(low[1], high[1]), slice(low[0], high[0])), (high - low).tolist()
     if h == 0 or w == 0:
         return np.zeros((h, w), np.float32), crop
     fine = np.zeros((h * SUPERSAMPLING, w * SUPERSAMPLING), np.uint8)
@@ -308,17 +277,15 @@ def _arc(start: float, stop: float, num: int = 48) -> np.ndarray:
 
 def _cross(rng: Generator) -> np.ndarray:
     a = rng.uniform(0.28, 0.4)
-    quarter = np.array([[1, -a], [1, a], [a, a]])
-    turn = np.array([[0, 1], [-1, 0]])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
+    arm, turn = np.array([[1, -a], [1, a], [a, a]]), np.array([[0, 1], [-1, 0]])
+    return np.concatenate([arm @ np.linalg.matrix_power(turn, i) for i in range(4)])
 
 
 def _crescent(rng: Generator) -> np.ndarray:
     """The unit disk without the disk of radius .8 around (d, 0)."""
     d, r = rng.uniform(0.5, 0.65), 0.8
     x = (1 + d * d - r * r) / (2 * d)  # where the two circles meet
-    y = math.sqrt(1 - x * x)
-    outer, inner = math.atan2(y, x), math.atan2(y, x - d)
+    outer, inner = math.acos(x), math.acos((x - d) / r)
     bite = _arc(2 * np.pi - inner, inner) * r + [d, 0]
     return np.concatenate([_arc(outer, 2 * np.pi - outer), bite])
 
@@ -332,8 +299,8 @@ def _heart(_: Generator) -> np.ndarray:
 def _leaf(rng: Generator) -> np.ndarray:
     x = np.linspace(-1, 1, 24)
     half = rng.uniform(0.4, 0.55) * (1 - x**2) * (1 + 0.4 * x)
-    upper, lower = np.stack([x, half], axis=1), np.stack([x, -half], axis=1)
-    return np.concatenate([upper[:-1], lower[:0:-1]])
+    upper = np.stack([x, half], axis=1)
+    return np.concatenate([upper[:-1], upper[:0:-1] * [1, -1]])
 
 
 OUTLINES: dict[str, Callable[[Generator], np.ndarray]] = {

@@ -68,8 +68,8 @@ def cut_subset(
         )
     content = json.loads(Path(annotations).read_bytes())  # CocoInstances does not keep all of it
     chosen = set(coco.image_ids[rows].tolist())
-    content["images"] = [image for image in content["images"] if image["id"] in chosen]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+    for array, key in (("images", "id"), ("annotations", "image_id")):
+        content[array] = [element for element in content[array] if element[key] in chosen]
     write_atomically(path, json.dumps(content).encode())
     return path, broken
 

@@ -5,7 +5,7 @@ convolutions and pools are padded so that a cell of conv5 lies at every 16th pix
 stride 2.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class CaffeNet(nn.Module):
@@ -44,4 +44,11 @@ def _pool() -> nn.MaxPool2d:
 
 
 def _pool_and_normalize() -> tuple[nn.Module, nn.Module]:
-    return _pool(), nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1)
+    return _pool(), _ResponseNorm(5, alpha=1e-4, beta=0.75, k=1)
+
+
+class _ResponseNorm(nn.LocalResponseNorm):
+    """In full precision: a sum of squares, and on a CPU there is no other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)

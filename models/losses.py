@@ -3,6 +3,9 @@
 Means make the loss of a batch the mean of the losses of its equal parts, which is what
 DistributedDataParallel averages. RoIs that are no samples make parts unequal: the detector's losses
 take the numbers to divide by. The papers' sums are weights on these means (`pipeline/config.py`).
+
+All are computed in float32, whatever the type of the logits. Autocast does not see to that: the
+cross entropy takes the log of the softmax in the type of its input.
 """
 
 import torch
@@ -14,7 +17,7 @@ from models.deepmask import resize_mask_logits
 
 def soft_margin(logits: Tensor, targets: Tensor) -> Tensor:
     """log(1 + exp(-y f)) for each logit f and target y in {-1, 1}; finite for any finite f."""
-    return F.softplus(-targets * logits)
+    return F.softplus(-targets * logits.float())
 
 
 def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
 
     NIPS 2015, equation 1, first term.
     """
-    return soft_margin(resize_mask_logits(mask_logits, targets.shape[-1]), targets).mean()
+    return soft_margin(resize_mask_logits(mask_logits.float(), targets.shape[-1]), targets).mean()
 
 
 def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def integral_loss(class_logits: Tensor, labels: Tensor, samples: Tensor) -> Tens
         samples: (K,) of each classifier, see `count_samples`.
     """
     losses = F.cross_entropy(
-        class_logits.permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
+        class_logits.float().permute(1, 2, 0), labels, ignore_index=-1, reduction="none"
     )  # (K, R)
     counted = samples > 0
     means = losses.sum(1) / samples.where(counted, 1)
@@ -69,6 +72,6 @@ def box_loss(deltas: Tensor, targets: Tensor, labels: Tensor, rois: Tensor) -> T
     classes = labels.amax(0)
     foreground = torch.nonzero(classes > 0).flatten()
     errors = F.smooth_l1_loss(
-        deltas[foreground, classes[foreground]], targets[foreground], reduction="sum"
+        deltas[foreground, classes[foreground]].float(), targets[foreground], reduction="sum"
     )
     return errors / rois.where(rois > 0, 1)

@@ -226,10 +226,14 @@ class MultiPathNet(nn.Module):
         pooled = self.pool_regions(layers, rois)
         features = torch.cat([tower(pooled) for tower in self.towers], dim=1)
         box_features = features if self.box_tower is None else self.box_tower(pooled)
+        # In full precision, whatever the towers computed in.
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.cls_score(features.float())
+            deltas = self.bbox_pred(box_features.float())
         classes = self.num_classes + 1
         return {
-            "class_logits": self.cls_score(features).view(-1, self.num_thresholds, classes),
-            "deltas": self.bbox_pred(box_features).view(-1, classes, 4),
+            "class_logits": logits.view(-1, self.num_thresholds, classes),
+            "deltas": deltas.view(-1, classes, 4),
         }
 
     def all_towers(self) -> list[Tower]:
@@ -253,7 +257,7 @@ class MultiPathNet(nn.Module):
             factors = sorted(factor for factor, s in inputs if s == stride)
             regions = torch.cat([foveal_regions(rois, factor) for factor in factors])
             blocks = self.roi_pool(layers[stride], regions, self.pooled_size, 1 / stride)
-            blocks = blocks.unflatten(0, (len(factors), len(rois)))
+            blocks = blocks.to(layers[stride].dtype).unflatten(0, (len(factors), len(rois)))
             pooled |= {(f, stride): block for f, block in zip(factors, blocks, strict=True)}
         return pooled
 

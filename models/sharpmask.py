@@ -288,8 +288,7 @@ class DenseNetwork(nn.Module):
         """
         features = self.deepmask.trunk(pixels)
         embeddings = self.deepmask.embed(features[-1])
-        # In full precision under autocast, too: bfloat16 would rank many cells as equals.
-        with torch.autocast(pixels.device.type, enabled=False):
-            scores = self.deepmask.score(embeddings.float(), features[-1].float())
+        # In full precision: bfloat16 would rank many cells as equals.
+        scores = self.deepmask.score(embeddings.float(), features[-1].float())
         horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
         return embeddings, scores, *horizontal

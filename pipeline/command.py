@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.precision import PRECISIONS
+
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's main function and exits.
@@ -58,6 +60,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", default=default, type=_device, help=f"cpu or cuda (here: {default})"
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Adds --precision, see `pipeline.precision.choose_precision`."""
+    words = default or "bf16 on CUDA, fp32 on a CPU"
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default,
+        help="of the network; auto is bf16 on CUDA, and on a CPU with units for it if that is "
+        f"faster, measured for a second (default: {words})",
     )
 
 

@@ -72,7 +72,7 @@ class OptimConfig:
     epochs: int = 300  # of the whole run
     optimizer: str = "sgd"  # sgd | adamw
     momentum: float = 0.9  # sgd only
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # of weights, and of biases if they decay
     decay_biases: bool = True  # or weights only
     lr: float = 1e-3  # highest learning rate
     lr_drops: dict[int, float] = field(default_factory=dict)  # epoch: factor on lr from there on
@@ -148,6 +148,8 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
     pixels: PixelConfig = field(default_factory=PixelConfig)
     box_weight: float = 1.0  # of the box regressor's loss
     frozen_epochs: int = 0  # phase 1: the whole trunk is frozen for so many epochs
+    # The best checkpoint has the highest AP in so many validation images; 0: the best RoI accuracy.
+    validation_images: int = 0
     sampling: RoiSamplingConfig = field(default_factory=RoiSamplingConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -164,7 +166,8 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs")
+        require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs",
+                "validation_images")  # fmt: skip
         if self.head == "layer4" and self.trunk.name not in RESNETS:
             raise ValueError(
                 f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "
@@ -233,6 +236,16 @@ class DetectConfig:
         require(self, "at least 0", lambda v: v >= 0, "score_threshold", "box_refinement_iters")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms", "box_voting_iou")
         require(self, "sides > 0", lambda v: all(side > 0 for side in v), "short_sides")
+
+
+@dataclass(frozen=True)
+class MaskNetworkConfig:
+    """The part of a recipe that a trained DeepMask or SharpMask and its proposals depend on."""
+
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    deepmask: DeepMaskConfig = field(default_factory=DeepMaskConfig)
+    sharpmask: SharpMaskConfig = field(default_factory=SharpMaskConfig)
+    propose: ProposeConfig = field(default_factory=ProposeConfig)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from pipeline.data import prepare_data, split_files
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
-from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, load_detector
 from pipeline.inference.folders import DETECTIONS, detect_images, detect_in_shard, propose_images
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
@@ -36,9 +35,16 @@ FEW_IMAGES = 500  # up to here AP is measured for every number of proposals, too
 
 
 def run_pipeline(
-    config_path: str, output: Path, *, overrides: list[str], device: torch.device
+    config_path: str,
+    output: Path,
+    *,
+    overrides: list[str],
+    device: torch.device,
+    precision: str | None = None,
 ) -> dict:
     """Trains and scores every stage on the validation split; writes summary.json and report.html.
+
+    `precision` is that of training, as in `fit`.
 
     Returns:
         The summary: scores by stage, and the seconds that each stage took over all its sessions.
@@ -64,7 +70,8 @@ def run_pipeline(
             stage_config = replace(config, init=replace(config.init, val_proposals=val_proposals))
         inputs = prepare_stage(name, stage_config, output / name, device)
         stage = build_stage(name, stage_config, inputs)
-        checkpoint = fit(stage, stage_config, output / name, device=device, resume=True)
+        run = output / name
+        checkpoint = fit(stage, stage_config, run, device=device, resume=True, precision=precision)
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)
         if distributed.is_main():
@@ -103,7 +110,9 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         store.rename(stale)  # at once: half a store would pass for a whole one
         shutil.rmtree(stale)
     distributed.barrier()
-    propose_images(proposer, images, store, settings=settings, annotations=annotations)
+    propose_images(
+        proposer, images, store, settings=settings, annotations=annotations, write_json=False
+    )
     scores = {}
     if distributed.is_main():
         scores = score_proposals(annotations, store, output / "scores")

@@ -12,20 +12,20 @@ from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_tower
 from models.sharpmask import SharpMask, SharpMaskConfig
 from models.trunk import TrunkConfig
 from pipeline.checkpoint import load_checkpoint, load_weights
-from pipeline.config import Config
+from pipeline.config import Config, MaskNetworkConfig
 from pipeline.recipe import config_from_dict, find_path, settings_of
 
 # Settings of a network that weights of other values fit as well.
 FREE = ("weights", "frozen_levels", "dropout")
 
 
-def make_deepmask(config: Config, *, pretrained: bool = False) -> DeepMask:
+def make_deepmask(config: Config | MaskNetworkConfig, *, pretrained: bool = False) -> DeepMask:
     """The DeepMask of a config; its trunk is random unless it is to be `pretrained`."""
     trunk = _trunk(config.trunk, pretrained, key="trunk.weights")
     return build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
 
 
-def make_sharpmask(config: Config) -> SharpMask:
+def make_sharpmask(config: Config | MaskNetworkConfig) -> SharpMask:
     """The SharpMask of a config, its weights random: they come from checkpoints or training."""
     return build_sharpmask(
         _trunk(config.trunk, False, key="trunk.weights"),
@@ -52,21 +52,23 @@ def _trunk(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
 
 
 def load_network(
-    path: str | Path, *, stage: str | tuple[str, ...] | None = None
-) -> tuple[Any, Config, dict[str, Any]]:
+    path: str | Path, *, stage: str | tuple[str, ...] | None = None, schema: type = Config
+) -> tuple[Any, Any, dict[str, Any]]:
     """The trained network of a checkpoint, its config, and what else the checkpoint says.
+
+    For masks alone, the schema of the config may be `MaskNetworkConfig`.
 
     Raises:
         ValueError or FileNotFoundError: see `load_checkpoint`, or weights that do not fit.
     """
     checkpoint = load_checkpoint(path, stage=stage)
-    config = config_from_dict(checkpoint["config"], source=str(path))
+    config = config_from_dict(checkpoint["config"], source=str(path), schema=schema)
     model = make_network(checkpoint, config, source=str(path))
     load_weights(model, checkpoint.pop("model"), source=str(path))
     return model.eval(), config, checkpoint
 
 
-def make_network(checkpoint: dict[str, Any], config: Config, *, source: str) -> nn.Module:
+def make_network(checkpoint: dict[str, Any], config: Any, *, source: str) -> nn.Module:
     """The network, with random weights, that a checkpoint's weights are of."""
     if checkpoint["stage"] == "deepmask":
         return make_deepmask(config)

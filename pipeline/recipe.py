@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"config {path} is not YAML: {_one_line(error)}") from error
     if not isinstance(layer, DictConfig):
         raise ValueError(f"config {path} must be a mapping of keys to values")
-    layers = {f"config {path}": layer}
+    layers: dict[str, Any] = {f"config {path}": layer}
     for override in overrides:
         if "=" not in override:
             raise ValueError(
@@ -82,12 +82,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             layers[f"--set {override}"] = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"--set {override}: {_one_line(error)}") from error
-    return _resolve(layers)
+    return _resolve(layers, Config)
 
 
-def config_from_dict(values: dict, *, source: str) -> Config:
-    """The config that a checkpoint carries; `source` is named if it is of another schema."""
-    return _resolve({source: OmegaConf.create(values)})
+def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any:
+    """The config that a checkpoint carries, or the part of it that a smaller schema has.
+
+    `source` is named if it is no `Config`.
+    """
+    return _resolve({source: OmegaConf.create(values)}, schema)
 
 
 def config_to_dict(config: Config) -> dict:
@@ -124,25 +127,35 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _resolve(layers: dict[str, DictConfig]) -> Config:
+def _resolve(layers: dict[str, Any], schema: type) -> Any:
     """The defaults, changed by one layer after the other, each by the name of its source."""
-    merged: Any = OmegaConf.structured(Config)
+    merged: Any = OmegaConf.structured(schema)
     source = ""
     try:
         for source, layer in layers.items():
             layers[source] = _with_new_names(OmegaConf.to_container(layer))
             _check_keys(layers[source], Config, prefix="", source=source)
-            merged = OmegaConf.merge(merged, layers[source])
+            merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         place = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{source}: {place}{_one_line(error)}") from error
     try:
-        return _instantiate(Config, merged)
+        return _instantiate(schema, merged)
     except ValueError as error:  # it starts with the key
         key = str(error).split(" ")[0]
         named = [source for source, layer in layers.items() if _has(layer, key)]
         raise ValueError(f"{[*layers, *named][-1]}: {error}") from None
+
+
+def _part_of(values: dict, schema: type) -> dict:
+    """The values that a schema has fields for."""
+    part = {}
+    for f in fields(schema):
+        if f.name in values:
+            value, section = values[f.name], _dataclass_of(f.type)
+            part[f.name] = _part_of(value, section) if section and value is not None else value
+    return part
 
 
 def _has(layer: Any, key: str) -> bool:

@@ -69,26 +69,32 @@ def write_painted(
     return write_coco(folder / "instances.json", size_of, annotations, categories=[1, 2])
 
 
-def painted_patches(folder: Path, *, rle=False, **sampling) -> PatchDataset:
+def painted_patches(folder: Path, *, rle=False, seed=0, **sampling) -> PatchDataset:
     """Patches of 64 + 32 pixels of slanted polygons."""
     corners = np.array([[25.5, 10.25], [105, 15], [95, 70.75], [35, 80]])
     coco = write_painted(folder, corners, rle=rle)
-    sampler = PatchSampler(coco, patch_size=64, config=PatchSamplingConfig(**sampling))
+    sampler = PatchSampler(coco, patch_size=64, config=PatchSamplingConfig(**sampling), seed=seed)
     return PatchDataset(coco, folder, sampler, patch_size=64, context=32, target_size=48)
 
 
-def painted_rois(folder: Path, *, sizes=((120, 160),), sampling=None, **options) -> RoiDataset:
+def painted_rois(
+    folder: Path, *, sizes=((120, 160),), sampling=None, seed=0, **options
+) -> RoiDataset:
     """RoIs of rectangles, with 40 proposals around each."""
     corners = np.array([[20, 10], [80, 10], [80, 60], [20, 60]])
     coco, rng = write_painted(folder, corners, sizes), np.random.default_rng(0)
     proposals = ProposalBoxes.from_rows(
-        coco.image_ids.repeat(40),
-        coco.boxes.repeat(40, axis=0) + rng.normal(0, 12, (240, 4)),
-        rng.random(240),
+        (
+            coco.image_ids.repeat(40),
+            coco.boxes.repeat(40, axis=0) + rng.normal(0, 12, (240, 4)),
+            rng.random(240),
+        )
     )
     small = {"rois_per_image": 16, "short_side": 100, "long_side": 160}
     config = RoiSamplingConfig(**small | (sampling or {}))
-    return RoiDataset(coco, folder, RoiSampler(coco, proposals, config=config), **options)
+    return RoiDataset(
+        coco, folder, RoiSampler(coco, proposals, config=config, seed=seed), **options
+    )
 
 
 def assert_frequency(found: float, expected: float, draws: float) -> None:

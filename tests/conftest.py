@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from datasets.shapes import write_shapes
+from pipeline import precision
 from pipeline.command import run_tool
 from pipeline.recipe import load_config
 from tests.pipeline.training.runs import train
@@ -126,6 +127,12 @@ def stores(tiny_detector) -> list[str]:
     """Overrides that name the proposals which `tiny_detector` was trained on."""
     folder = tiny_detector.parents[1] / "proposals"
     return [f"init.{split}_proposals={folder / split}" for split in ("train", "val")]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch) -> None:
+    """What `--precision auto` chooses must not depend on how busy the machine is."""
+    monkeypatch.setattr(precision, "has_units", lambda: False)
 
 
 @pytest.fixture

@@ -122,10 +122,8 @@ def test_a_network_that_learned_one_object_proposes_it_first(tiny_recipe, tmp_pa
         workers=0,
     )
     assert metrics["mean_iou"] > 0.8 and metrics["score_accuracy"] > 0.9
-    log2_scales = [-0.5, -0.25, 0.0, 0.25, 0.5]
-    proposals = Proposer(
-        model, device=CPU, num_proposals=5, log2_scales=log2_scales, mask_threshold=0.5
-    )(image)
+    options = {"num_proposals": 5, "log2_scales": (-0.5, 0.5, 0.25), "mask_threshold": 0.5}
+    proposals = Proposer(model, device=CPU, **options)(image)
     square = np.zeros(image.shape[:2], np.uint8, order="F")
     square[40:88, 50:102] = 1
     masks = [proposals.rle(n) for n in range(len(proposals))]

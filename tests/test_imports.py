@@ -19,7 +19,9 @@ ALLOWED = {
     "tools": {"tools", "pipeline", "models", "datasets"},
 }
 # The rooms of pipeline/: its files and folders. Each may import itself and those named here.
-SHARED = {"config", "recipe", "networks", "checkpoint", "data", "distributed", "command"}
+SHARED = {
+    "config", "recipe", "networks", "precision", "checkpoint", "data", "distributed", "command"
+}  # fmt: skip
 ROOMS = {
     "shared": set(),
     "inference": {"shared"},

@@ -38,7 +38,7 @@ def read(path: Path) -> dict:
 
 def test_everything_about_the_chosen_images_is_kept(large, tmp_path):
     annotations, images = large
-    path, broken = cut_subset(annotations, images, tmp_path / "mini", num_images=7, split="small")
+    path, broken = cut_subset(*large, tmp_path / "mini", num_images=7, split="small")
     assert path == tmp_path / "mini" / "annotations" / "instances_small.json" and broken == []
     whole, small = read(annotations), read(path)
     ids = {image["id"] for image in small["images"]}
@@ -53,13 +53,12 @@ def test_everything_about_the_chosen_images_is_kept(large, tmp_path):
 
 
 def test_the_choice_depends_on_the_seed_alone(large, tmp_path):
-    def names(output: str, seed: int) -> list[str]:
-        path, _ = cut_subset(*large, tmp_path / output, num_images=6, seed=seed)
-        return [image["file_name"] for image in read(path)["images"]]
+    def chosen(output: str, seed: int) -> list[dict]:
+        return read(cut_subset(*large, tmp_path / output, num_images=6, seed=seed)[0])["images"]
 
-    first = names("a", 0)
-    assert names("b", 0) == first
-    assert any(names(f"other{seed}", seed) != first for seed in (1, 2, 3))
+    first = chosen("a", 0)
+    assert chosen("b", 0) == first
+    assert any(chosen(f"other{seed}", seed) != first for seed in (1, 2, 3))
 
 
 def test_missing_and_broken_images_are_named_and_replaced(large, tmp_path):
@@ -92,9 +91,9 @@ def test_subfolders_are_kept_and_nothing_outside_of_the_output_is_written(large,
     annotations.write_text(json.dumps(content))
     if not inside:
         with pytest.raises(ValueError, match="leads out of the image folder"):
-            cut_subset(annotations, images, tmp_path / "mini", num_images=5)
+            cut_subset(*large, tmp_path / "mini", num_images=5)
         return
-    path, broken = cut_subset(annotations, images, tmp_path / "mini", num_images=5)
+    path, broken = cut_subset(*large, tmp_path / "mini", num_images=5)
     assert broken == []
     for image in read(path)["images"]:
         assert (tmp_path / "mini" / "images" / "train" / image["file_name"]).is_file()
@@ -109,13 +108,18 @@ def test_a_json_that_is_there_is_kept(large, tmp_path):
     assert cut_subset(*large, tmp_path / "mini", num_images=3, split="val")[0].is_file()
 
 
+@pytest.mark.parametrize(("num_images", "seed"), [(0, 0), (10**6, 0), (1, -1)])
+def test_impossible_numbers(large, tmp_path, num_images, seed):
+    with pytest.raises(ValueError, match="images were asked for|must not be negative"):
+        cut_subset(*large, tmp_path / "mini", num_images=num_images, seed=seed)
+
+
 def coco_of(shown: list[set[int]], categories: int) -> CocoInstances:
     """A dataset in which image i shows the categories `shown[i]`."""
     coco = CocoInstances()
     pairs = [(image, category) for image, found in enumerate(shown) for category in sorted(found)]
     coco.image_ids, coco.category_ids = np.arange(len(shown)), np.arange(categories)
-    coco.image_index = np.array([image for image, _ in pairs], np.int32)
-    coco.category_index = np.array([category for _, category in pairs], np.int32)
+    coco.image_index, coco.category_index = np.array(pairs, int).reshape(-1, 2).T
     coco.is_crowd = np.zeros(len(pairs), bool)
     return coco
 

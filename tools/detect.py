@@ -16,16 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, make_parser, run_tool
+from pipeline.command import add_device, add_precision, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.folders import detect_images, image_folder, propose_images
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 
 
-def main() -> int:
-    """Detects; the exit status is 2 if no image could be read."""
+def main() -> None:
+    """Detects, or compresses a detector."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a trained MultiPathNet")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -66,12 +66,13 @@ def main() -> int:
     parser.add_argument(
         "--draw", type=int, default=0, metavar="K", help="draw the best K of an image"
     )
+    add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
 
     if args.compress_fc is not None:
         print(compress_checkpoint(args.checkpoint, args.compress_fc, args.output))
-        return 0
+        return
     if args.proposal_checkpoint and args.images is None:
         raise ValueError("--proposal-checkpoint needs --images")
     if args.proposals and args.annotations:
@@ -80,11 +81,16 @@ def main() -> int:
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
-        detector, settings = load_detector(args.checkpoint, device, overrides=overrides)
+        detector, settings = load_detector(
+            args.checkpoint, device, overrides=overrides, precision=args.precision
+        )
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposal_checkpoint:
             proposer, proposer_settings = load_proposer(
-                args.proposal_checkpoint, device, num_proposals=detector.options.num_proposals
+                args.proposal_checkpoint,
+                device,
+                num_proposals=detector.options.num_proposals,
+                precision=args.precision,
             )
             propose_images(
                 proposer,
@@ -94,10 +100,7 @@ def main() -> int:
                 annotations=args.annotations,
             )
         folder = image_folder(store, args.images if args.proposals else None)
-        summary = detect_images(
-            detector, store, folder, args.output, settings=settings, draw=args.draw
-        )
-    return 2 if summary.none_readable else 0
+        detect_images(detector, store, folder, args.output, settings=settings, draw=args.draw)
 
 
 if __name__ == "__main__":

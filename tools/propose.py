@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, make_parser, run_tool
+from pipeline.command import add_device, add_precision, make_parser, run_tool
 from pipeline.inference.folders import propose_images
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
 
@@ -55,6 +55,7 @@ def main() -> int:
         help="openvino-int8 is about twice as fast on a CPU and gives nearly the same proposals; "
         "it is calibrated on the images first (default: torch)",
     )
+    add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
 
@@ -68,6 +69,7 @@ def main() -> int:
             zoom=args.zoom,
             refine=args.refine,
             nms=args.nms,
+            precision=args.precision,
         )
         summary = propose_images(
             proposer,

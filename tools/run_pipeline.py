@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_config, add_device, make_parser, run_tool
+from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
 from pipeline.full_run import run_pipeline
 
 
@@ -21,10 +21,17 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_config(parser)
     parser.add_argument("--output", required=True, type=Path, help="folder of the results")
+    add_precision(parser, default=None)
     add_device(parser)
     args = parser.parse_args()
     with distributed.process_group(args.device) as device:
-        run_pipeline(args.config, args.output, overrides=args.set, device=device)
+        run_pipeline(
+            args.config,
+            args.output,
+            overrides=args.set,
+            device=device,
+            precision=args.precision,
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_config, add_device, make_parser, run_tool
+from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
 from pipeline.config import STAGES
 from pipeline.recipe import load_config
 from pipeline.training.engine import fit
@@ -32,6 +32,7 @@ def main() -> None:
     add_config(parser)
     parser.add_argument("--output", required=True, type=Path, help="run directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    add_precision(parser, default=None)
     add_device(parser)
     args = parser.parse_args()
 
@@ -39,7 +40,14 @@ def main() -> None:
     with distributed.process_group(args.device) as device:
         inputs = prepare_stage(args.stage, config, args.output, device)
         stage = build_stage(args.stage, config, inputs)
-        best = fit(stage, config, args.output, device=device, resume=args.resume)
+        best = fit(
+            stage,
+            config,
+            args.output,
+            device=device,
+            resume=args.resume,
+            precision=args.precision,
+        )
         if distributed.is_main():
             print(f"best checkpoint: {best}")
 

@@ -19,8 +19,8 @@ AREAS = tuple(Params(iouType="bbox").areaRngLbl)  # all, small, medium, large
 logger = logging.getLogger(__name__)
 
 
-def load_ground_truth(annotations: str | Path) -> COCO:
-    """Read a COCO instances json for evaluation.
+def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None) -> COCO:
+    """Read a COCO instances json for evaluation, or of it the images with these ids.
 
     It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
     and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
@@ -46,10 +46,15 @@ def load_ground_truth(annotations: str | Path) -> COCO:
         area=instances.areas,
         bbox=_as_xywh(instances.boxes),
     )
+    images = _rows(id=instances.image_ids, height=heights, width=widths)
     coco = COCO()
     coco.dataset = {
-        "images": _rows(id=instances.image_ids, height=heights, width=widths),
-        "annotations": [o | {"segmentation": instances.rle(a)} for a, o in enumerate(objects)],
+        "images": [i for i in images if image_ids is None or i["id"] in image_ids],
+        "annotations": [
+            o | {"segmentation": instances.rle(a)}
+            for a, o in enumerate(objects)
+            if image_ids is None or o["image_id"] in image_ids
+        ],
         "categories": _rows(
             id=instances.category_ids, name=np.array(instances.category_names, object)
         ),

@@ -29,7 +29,7 @@ def evaluate_patches(
     them; each gets the result of all.
     """
     model.eval()
-    groups = max(1, batch_size // data.patches_per_image)
+    groups = max(1, batch_size // data.group_size)
     batches = range(distributed.rank(), len(heads), distributed.world_size())
     indices = [[(heads[b], 0, group) for group in rank_samples(b, groups)] for b in batches]
     ious, hits = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]

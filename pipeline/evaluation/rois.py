@@ -1,12 +1,19 @@
-"""RoI metrics: how many sampled proposals get the right class."""
+"""Validation of a detector: the classes of sampled RoIs, and AP on a sample of the images."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from datasets.rois import RoiDataset, roi_batches
+from datasets.rois import RoiDataset
 from models.multipathnet import MultiPathNet
 from pipeline import distributed
 from pipeline.data import device_batches
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference.detect import Detector
+from pipeline.inference.folders import detect_in_shard
+from pipeline.inference.proposals import ProposalStore, results_of
 
 ROI_VALIDATION_SEED = 20160914  # validation RoIs are the same in every run
 
@@ -28,14 +35,7 @@ def evaluate_rois(
     for all RoIs gives 0.5.
     """
     model.eval()
-    sampler = data.sampler
-    indices = roi_batches(
-        range(batches),
-        batches_per_epoch=batches,
-        images_per_batch=batch_size,
-        num_thresholds=len(sampler.iou_thresholds) if sampler.config.draw_threshold else None,
-        seed=ROI_VALIDATION_SEED,
-    )
+    indices = data.batches(range(batches), batches_per_epoch=batches, batch_size=batch_size)
     indices_of_rank = list(indices)[distributed.rank() :: distributed.world_size()]
     hits = [torch.empty(0, 2, dtype=torch.bool)]
     for batch in device_batches(data, indices_of_rank, device, workers=workers):
@@ -57,3 +57,29 @@ def roi_metrics(hits: Tensor) -> dict[str, float]:
     if not accuracies:
         return {}
     return {"roi_accuracy": sum(accuracies.values()) / len(accuracies), **accuracies}
+
+
+def sample_ap(
+    detector: Detector, store: ProposalStore, annotations: Path, images: Path, *, num_images: int
+) -> float | None:
+    """COCO's AP of boxes in the first images of a store; None without an object in them.
+
+    The processes share the images; each gets the result of all.
+
+    Args:
+        images: the folder that the store's file names are relative to.
+        num_images: at least; whole shards are taken.
+    """
+    shards: list[Path] = []
+    ids: set[int] = set()
+    for shard in store.require_shards():
+        if len(ids) < num_images:
+            shards.append(shard)
+            ids |= {image["id"] for image in store.images_of(shard)}
+    found: list[dict] = []
+    for shard in shards[distributed.rank() :: distributed.world_size()]:
+        for _, detections in detect_in_shard(detector, store, shard, images, broken=[]):
+            found += results_of(detections)
+    results = [result for part in distributed.gather(found) for result in part]
+    scores = evaluate_detections(load_ground_truth(annotations, ids), results)
+    return scores.metrics().get("box", {}).get("AP")

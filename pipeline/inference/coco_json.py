@@ -1,6 +1,5 @@
-"""COCO results, the JSON of proposals and detections: written, read, and checked.
+"""COCO results, read from files and checked; `pipeline.inference.proposals` says what they are.
 
-A result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation" compressed RLE}.
 pycocotools crashes, loops forever or scores wrongly without a word on results that are malformed:
 so they are checked before it sees them.
 """
@@ -19,67 +18,14 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from datasets.files import atomic_path, write_json
 from datasets.segmentations import check_counts
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import Detections, ProposalStore, results_of
 
-BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
-SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 
 
-def results_of(found: Proposals | Detections) -> list[dict]:
-    """COCO results of an image; the category of proposals is 1."""
-    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
-    if isinstance(found, Detections):
-        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
-    if isinstance(found, Detections):
-        xywh = xywh.round(BOX_DECIMALS)
-    results: list[dict] = [
-        {
-            "image_id": found.image_id,
-            "category_id": label,
-            "score": round(score, decimals),
-            "bbox": box,
-        }
-        for label, score, box in zip(labels, found.scores.tolist(), xywh.tolist(), strict=True)
-    ]
-    size = [found.height, found.width]
-    for result, rle in zip(results, found.rles or (), strict=found.rles is not None):
-        result["segmentation"] = {"size": size, "counts": rle.decode("ascii")}
-    return results
-
-
-def write_results(path: str | Path, results: Iterable[dict]) -> int:
-    """Writes a COCO results file, one result a line, and returns how many there are."""
-    count = 0
-    with atomic_path(path) as temporary, temporary.open("w") as file:
-        file.write("[")
-        for result in results:
-            text = json.dumps(result, separators=(",", ":"), allow_nan=False)
-            file.write((",\n" if count else "\n") + text)
-            count += 1
-        file.write("\n]\n")
-    return count
-
-
-def write_proposals(store: ProposalStore) -> Path:
-    """Writes a store's results to its proposals.json and returns the path of this file.
-
-    Writes images.json beside it, a COCO file that lists the images.
-    """
-    images = sorted(store.images().values(), key=lambda image: image["id"])
-    listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
-    write_json(store.directory / "images.json", listing)
-    path = store.directory / "proposals.json"
-    write_results(path, StoredResults(store))
-    return path
-
-
-def load_results(path: str | Path, *, of: str = "detections") -> list:
-    """The list of results in a JSON file, unchecked; `of` names them in an error.
+def load_results(path: str | Path) -> list:
+    """The list of results in a JSON file, unchecked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,13 +38,11 @@ def load_results(path: str | Path, *, of: str = "detections") -> list:
         raise FileNotFoundError(f"results {path} do not exist")
     try:
         results = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, list):
         raise ValueError(
-            f"{path} is not COCO results: it must be a list of {of}, not {type(results).__name__}"
+            f"{path} is not COCO results: it must be a list, not {type(results).__name__}"
         )
     return results
 
@@ -110,7 +54,7 @@ def read_results(path: str | Path) -> Iterable[dict]:
         FileNotFoundError, ValueError: nothing there, or neither of the two.
     """
     if not Path(path).is_dir():
-        return load_results(path, of="results")
+        return load_results(path)
     store = ProposalStore(path)
     store.require_shards()
     return StoredResults(store)
@@ -156,7 +100,7 @@ def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections
         scores=np.array([result["score"] for result in results], np.float32),
         boxes=boxes.astype(np.float32),
         labels=np.array([result["category_id"] for result in results], np.int64),
-        rles=[_rle_string(result) for result in results] if has_masks else None,
+        rles=[_rle_string(result) for result in results] if has_masks else [],
     )
 
 

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
-from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides
+from datasets.resize import normalize, resize_sides
 from models.multipathnet import MultiPathNet, compress_towers
 from pipeline.checkpoint import file_sha256, save_checkpoint
-from pipeline.config import DetectConfig
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals
+from pipeline.config import DetectConfig, MultiPathNetStageConfig
+from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
-
-Selection = tuple[Tensor, Tensor, Tensor, Tensor]  # what `select_boxes` returns
+from pipeline.precision import choose_precision, to_bfloat16
 
 
 @dataclass
@@ -47,29 +45,26 @@ class Detector:
         categories: list[dict],
         *,
         device: torch.device,
-        short_sides: Sequence[int],
-        long_side: int,
+        config: MultiPathNetStageConfig,
         options: DetectConfig,
-        pixels: PixelConfig = IMAGENET,
-        align_corners: bool = False,
-        inclusive_boxes: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
         """
         Args:
             categories: {"id", "name"} of each class, in the order of the network's.
-            short_sides: of the resized image in pixels, one for each scale.
-            long_side: at most, at the first scale; in proportion at the others.
-            align_corners: see `resize_sides`.
-            inclusive_boxes: in the network, boxes go from their first to their last pixel, as in
-                the released code, not from edge to edge; outside of it they have edges.
+            config: how the network takes images and boxes. With `inclusive_boxes`, only its boxes
+                go from their first to their last pixel; outside of it they have edges.
+            dtype: the network computes in it; with bfloat16 its layers are converted here. Scores
+                and boxes are in full precision.
         """
         self.model = model.eval().to(device).to(memory_format=torch.channels_last)
-        self.categories, self.device, self.options = categories, device, options
+        if dtype == torch.bfloat16:
+            to_bfloat16(self.model)
+        self.categories, self.device, self.dtype = categories, device, dtype
+        self.config, self.options = config, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
-        self.short_sides, self.long_side = short_sides, long_side
-        self.pixels, self.align_corners = pixels, align_corners
         # From a box's last corner in the network to its edge.
-        self.margin = 1 if inclusive_boxes else 0
+        self.margin = 1 if config.inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
     def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
@@ -94,11 +89,12 @@ class Detector:
         results = []
         for count in num_proposals:
             # Select the detections from the first `count` RoIs.
-            scores, labels, found, rows = self._select(probabilities[:count], decoded[:count])
+            selected = select_boxes(probabilities[:count], decoded[:count], self.options)
+            scores, labels, found, rows = selected
             for _ in range(self.options.box_refinement_iters):  # the boxes are fed back as RoIs
-                sources = rows
-                scores, labels, found, rows = self._select(*self._classify(views, found, size))
-                rows = sources[rows]
+                selected = select_boxes(*self._classify(views, found, size), self.options)
+                scores, labels, found, sources = selected
+                rows = rows[sources]
             # Give each detection the mask of the proposal that it comes from.
             results.append(
                 Detections(
@@ -114,30 +110,23 @@ class Detector:
             )
         return results
 
-    def _select(self, probabilities: Tensor, boxes: Tensor) -> Selection:
-        return select_boxes(
-            probabilities,
-            boxes,
-            score_threshold=self.options.score_threshold,
-            nms_iou=self.options.nms,
-            max_detections=self.options.max_detections,
-            vote_iou=self.options.box_voting_iou,
-        )
-
     def _views(self, image: np.ndarray) -> list[View]:
-        views = []
-        for side in self.short_sides:
+        views, sampling = [], self.config.sampling
+        short_sides = self.options.short_sides or (sampling.short_side,)
+        for side in short_sides:
             scaled, scale = resize_sides(
                 image,
                 short_side=side,
-                long_side=round(self.long_side * side / self.short_sides[0]),
-                align_corners=self.align_corners,
+                long_side=round(sampling.long_side * side / short_sides[0]),
+                align_corners=self.config.align_corners,
             )
             last_x = (image.shape[1] - self.margin) * scale[0]
             for flip in (False, True) if self.options.flip else (False,):
                 pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255
-                planes = torch.from_numpy(normalize(pixels, self.pixels))[None].to(self.device)
-                layers = self.model.layers(planes.contiguous(memory_format=torch.channels_last))
+                pixels = normalize(pixels, self.config.pixels)
+                planes = torch.from_numpy(pixels)[None].to(self.device)
+                planes = planes.contiguous(memory_format=torch.channels_last).to(self.dtype)
+                layers = self.model.layers(planes)
                 views.append(
                     View(layers, torch.tensor(scale * 2, device=self.device), last_x, flip)
                 )
@@ -178,46 +167,36 @@ def mirrored(boxes: Tensor, view: View) -> Tensor:
 
 
 def select_boxes(
-    probabilities: Tensor,
-    boxes: Tensor,
-    *,
-    score_threshold: float,
-    nms_iou: float = 0.3,
-    max_detections: int = 100,
-    vote_iou: float | None = None,
-) -> Selection:
+    probabilities: Tensor, boxes: Tensor, options: DetectConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Greedy NMS within each class, the best over all classes, box voting.
 
     Boxes without an area (clipped ones that lay outside of the image) are no candidates. Equal
-    scores are ordered by class, then by RoI.
+    scores are ordered by class, then by RoI. By voting, a detection's box becomes the mean,
+    weighted by score, of its class's candidates that overlap it, those that NMS dropped included.
 
     Args:
         probabilities: (R, C + 1); column 0 is the background.
         boxes: (R, C, 4) each RoI's box for each class: decoded, clipped, xyxy in pixels.
-        score_threshold: candidates have a higher probability; at least 0.
-        nms_iou: a box is dropped if a better one of its class overlaps it by more.
-        vote_iou: a detection's box becomes the mean, weighted by score, of its class's candidates
-            that overlap it by more, those that NMS dropped included; None for no voting.
 
     Returns:
         scores (D,), best first; labels (D,) int64, 0 for column 1; boxes (D, 4);
         roi_index (D,) int64: the row of the RoI, whose proposal's mask is the detection's.
     """
-    assert probabilities.shape[1] == boxes.shape[1] + 1 and score_threshold >= 0
     # Candidates: every box of a class that scores above the threshold.
     class_scores = probabilities[:, 1:]
     areas = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)  # (R, C)
-    is_candidate = (class_scores > score_threshold) & (areas > 0)
+    is_candidate = (class_scores > options.score_threshold) & (areas > 0)
     labels, roi_index = is_candidate.T.nonzero(as_tuple=True)  # (N,) by class, then by RoI
     scores, candidates = class_scores[roi_index, labels], boxes[roi_index, labels]
 
     # NMS within each class, then the best of all classes.
-    kept = _nms_by_class(candidates, scores, labels, nms_iou)
-    kept = kept[scores[kept].argsort(descending=True, stable=True)[:max_detections]]  # (D,)
+    kept = _nms_by_class(candidates, scores, labels, options.nms)
+    kept = kept[scores[kept].argsort(descending=True, stable=True)[: options.max_detections]]
     # Move boxes to the mean of the candidates that agree with them, on request.
     selected = candidates[kept]
-    if vote_iou is not None:
-        selected = _vote(kept, candidates, scores, labels, vote_iou)
+    if options.box_voting_iou is not None:
+        selected = _vote(kept, candidates, scores, labels, options.box_voting_iou)
     return scores[kept], labels[kept], selected, roi_index[kept]
 
 
@@ -253,11 +232,15 @@ def _vote(
 
 
 def load_detector(
-    checkpoint: str | Path, device: torch.device, *, overrides: dict | None = None
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    overrides: dict | None = None,
+    precision: str | None = None,
 ) -> tuple[Detector, dict]:
     """A detector from a MultiPathNet checkpoint, and the settings that its detections depend on.
 
-    Overrides are values for the config's `detect` section.
+    Overrides are values for the config's `detect` section; `precision` is as in `choose_precision`.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint of a detector, or an override out of range.
@@ -265,18 +248,10 @@ def load_detector(
     model, config, content = load_network(checkpoint, stage="multipathnet")
     assert isinstance(model, MultiPathNet)
     options = override(config.detect, **(overrides or {}))
+    names = content["categories"]
     c = config.multipathnet
-    detector = Detector(
-        model,
-        content["categories"],
-        device=device,
-        short_sides=options.short_sides or (c.sampling.short_side,),
-        long_side=c.sampling.long_side,
-        options=options,
-        pixels=c.pixels,
-        align_corners=c.align_corners,
-        inclusive_boxes=c.inclusive_boxes,
-    )
+    dtype = choose_precision(precision, model.trunk, device, amp=c.optim.amp)
+    detector = Detector(model, names, device=device, config=c, options=options, dtype=dtype)
     settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}
     del settings["chunk"]  # changes the memory only
     return detector, settings

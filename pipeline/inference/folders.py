@@ -19,19 +19,19 @@ from tqdm import tqdm
 from datasets.files import write_atomically, write_json
 from datasets.images import ImageError, read_image
 from pipeline import distributed
-from pipeline.inference.coco_json import results_of, write_proposals, write_results
 from pipeline.inference.detect import Detector
-from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
-from pipeline.inference.memory import NETWORK_ERRORS, describe_failure, release_between_sizes
+from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
 from pipeline.inference.openvino import run_in_8_bits
-from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore, ResumableDirectory
-from pipeline.inference.propose import Proposer
-from pipeline.inference.visualize import (
-    draw_detections,
-    draw_proposals,
-    picture_path,
-    save_picture,
+from pipeline.inference.proposals import (
+    MAX_ROWS,
+    Proposals,
+    ProposalStore,
+    ResumableDirectory,
+    results_of,
+    write_results,
 )
+from pipeline.inference.propose import Proposer
+from pipeline.inference.visualize import draw_detections, draw_proposals, save_in_folder
 
 MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
 DETECTIONS = "detections.json"
@@ -57,35 +57,6 @@ class Summary:
     def none_readable(self) -> bool:
         """Whether there were images and none of them could be used."""
         return bool(self.broken) and not self.done and not self.done_before
-
-
-def process_images(
-    files: list[ImageFile],
-    process: Callable[[ImageFile, np.ndarray], T],
-    *,
-    broken: list[str],
-    advice: str,
-) -> Iterator[tuple[np.ndarray, T]]:
-    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
-
-    `broken` gets a line for each image that is left out: unreadable, or `process` failed on it. The
-    advice is for when memory runs out.
-    """
-    for file, image in release_between_sizes(read_ahead(files)):
-        try:
-            if isinstance(image, ImageError):
-                raise image
-            result = process(file, image)
-        except ImageError as error:
-            problem = str(error)
-        except NETWORK_ERRORS as error:
-            assert isinstance(image, np.ndarray)
-            problem = f"{file.path}: {describe_failure(error, image.shape, advice=advice)}"
-        else:
-            yield image, result
-            continue
-        broken.append(problem)
-        tqdm.write(f"skipped: {problem}")
 
 
 def propose_images(
@@ -129,11 +100,11 @@ def propose_images(
         run_in_8_bits(proposer, [file.path for file in files], network)
     # Propose, each process for its part of the images.
     part = todo[distributed.rank() :: distributed.world_size()]
-    made, messages = zip(*distributed.gather(_propose(proposer, part, store)), strict=True)
-    summary = Summary(sum(made), len(files) - len(todo), list(itertools.chain(*messages)))
+    broken = list(itertools.chain(*distributed.gather(_propose(proposer, part, store))))
+    summary = Summary(len(todo) - len(broken), len(files) - len(todo), broken)
     if distributed.is_main():
         summary.found = store.count()
-        path = write_proposals(store) if write_json else store.directory
+        path = store.write_json() if write_json else store.directory
         _report(summary, "proposals", path, store.directory)
     if draw:
         _draw(store, files, draw)
@@ -146,10 +117,8 @@ def _check_draw(draw: int) -> None:
         raise ValueError(f"--draw must be at least 0, got {draw}")
 
 
-def _propose(
-    proposer: Proposer, files: list[ImageFile], store: ProposalStore
-) -> tuple[int, list[str]]:
-    """How many of the images are in the store now, and messages on the others."""
+def _propose(proposer: Proposer, files: list[ImageFile], store: ProposalStore) -> list[str]:
+    """Adds shards to the store; returns messages on the images that were left out."""
     broken: list[str] = []
     images = process_images(
         files,
@@ -168,7 +137,7 @@ def _propose(
     finally:  # Ctrl-C keeps what is done
         if pending:
             store.write_shard(pending, writer=distributed.rank())
-    return len(files) - len(broken), broken
+    return broken
 
 
 def _report(summary: Summary, found: str, results: Path, output: Path) -> None:
@@ -191,9 +160,8 @@ def _draw(store: ProposalStore, files: list[ImageFile], count: int) -> None:
     for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
         if proposals.file_name in paths:
             with suppress(ImageError):  # the file has gone since its proposals were made
-                image = read_image(paths[proposals.file_name])
-                path = picture_path(store.directory / "drawn", proposals.file_name)
-                save_picture(draw_proposals(image, proposals, count), path)
+                picture = draw_proposals(read_image(paths[proposals.file_name]), proposals, count)
+                save_in_folder(picture, store.directory / "drawn", proposals.file_name)
 
 
 def image_folder(store: ProposalStore, given: Path | None) -> Path:
@@ -237,21 +205,21 @@ def detect_images(
     parts = ResumableDirectory(output / "parts")
     if distributed.is_main():
         stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
-        own = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
-        parts.open_for(settings | own, discard=True)
+        inputs = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
+        parts.open_for(settings | inputs, discard=True)
     distributed.barrier()
     part_of = {shard: parts.directory / f"{shard.stem}.json" for shard in shards}
     todo = [shard for shard in shards if not part_of[shard].exists()]
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its part of the shards.
     category_names = {category["id"]: category["name"] for category in detector.categories}
-    mine = todo[distributed.rank() :: distributed.world_size()]
-    for shard in tqdm(mine, unit="shard", disable=None if distributed.is_main() else True):
+    assigned = todo[distributed.rank() :: distributed.world_size()]
+    for shard in tqdm(assigned, unit="shard", disable=None if distributed.is_main() else True):
         part: dict[str, list] = {"results": [], "broken": []}
         for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
             if draw:
-                path = picture_path(output / "drawn", found.file_name)
-                save_picture(draw_detections(image, found, category_names, draw), path)
+                picture = draw_detections(image, found, category_names, draw)
+                save_in_folder(picture, output / "drawn", found.file_name)
             part["results"] += results_of(found)
         write_atomically(part_of[shard], json.dumps(part).encode())
     distributed.barrier()

@@ -1,18 +1,39 @@
-"""Image files for inference: which there are, their ids, and reading them one ahead."""
+"""Image files for inference: which there are, their ids, and one after the other through a network.
 
+The next image is read ahead, host memory stays flat over many images, and an image that cannot be
+read or does not fit in memory stops no other.
+"""
+
+import ctypes
 import itertools
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import cv2
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from datasets.coco import read_image_list
 from datasets.images import ImageError, list_images, read_image
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
+NEVER = 1 << 30  # bytes
+MAX_KEPT = 8  # images of one size between which freed memory is kept
+NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
+# What a network raises on an image that is too large: PyTorch on a CPU and OpenCV have no special
+# exception for it.
+NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
+NO_MEMORY = re.compile("(can't allocate|not enough|insufficient|out of) memory", re.IGNORECASE)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,24 +121,85 @@ def common_folder(files: list[ImageFile]) -> Path:
     return Path(os.path.commonpath(folders)).resolve()
 
 
-def read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, np.ndarray | ImageError]]:
-    """Images, or their errors, in order; the next is read while the present is worked on."""
+def process_images(
+    files: list[ImageFile],
+    process: Callable[[ImageFile, np.ndarray], T],
+    *,
+    broken: list[str],
+    advice: str,
+) -> Iterator[tuple[np.ndarray, T]]:
+    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
 
-    def read(file: ImageFile) -> np.ndarray | ImageError:
+    Before an image of another size, freed memory goes back to the system. Blocks of ever other
+    sizes leave gaps that no later one fits, so a process that keeps them grows from image to image.
+    Images of one size reuse the same blocks, and are interrupted only now and then, for what is
+    left between these.
+
+    Args:
+        broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
+        advice: for when memory runs out.
+    """
+    size, kept = None, 0
+    for file, reading in _read_ahead(files):
+        image = None
         try:
-            return read_image(file.path)
+            image = reading.result()
+            if kept == MAX_KEPT or size not in (None, image.shape):
+                _call_libc("malloc_trim", 0)
+                kept = 0
+            size, kept = image.shape, kept + 1
+            result = process(file, image)
         except ImageError as error:
-            return error
-        except MemoryError:
-            return ImageError(f"{file.path}: out of memory")
+            problem = str(error)
+        except NETWORK_ERRORS as error:
+            problem = f"{file.path}: {_describe_failure(error, image, advice)}"
+        else:
+            yield image, result
+            continue
+        broken.append(problem)
+        tqdm.write(f"skipped: {problem}")
 
+
+def _read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, Future[np.ndarray]]]:
+    """Images in order; the next is read while the present is worked on."""
     reader, upcoming = ThreadPoolExecutor(1), None
     try:
         for file, following in itertools.zip_longest(files, files[1:]):
-            image = upcoming.result() if upcoming else read(file)
-            upcoming = reader.submit(read, following) if following else None
-            yield file, image
+            reading = upcoming or reader.submit(read_image, file.path)
+            upcoming = reader.submit(read_image, following.path) if following else None
+            yield file, reading
     finally:
         # Without waiting: a generator that is given up is closed by whatever thread collects
         # garbage, even one that is just starting, and would wait there forever.
         reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _describe_failure(error: Exception, image: np.ndarray | None, advice: str) -> str:
+    """Why reading an image or a network on it failed, in one line."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(text):
+        return f"{type(error).__name__}: {text}"
+    at = "" if image is None else f" at {image.shape[1]} x {image.shape[0]} px"
+    return f"out of memory{at}; {advice}"
+
+
+def keep_freed_blocks() -> None:
+    """Has glibc keep the memory of freed blocks, however large, for the next ones.
+
+    By default it returns large blocks to the system, which clears every page of them at the next
+    allocation: up to half of the time of a network's layers. The settings hold for the process;
+    call this before a network runs, since oneDNN reads its setting only once. Does nothing on other
+    systems than Linux.
+    """
+    # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
+    # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(NUM_PRIMITIVES))
+    _call_libc("mallopt", M_MMAP_THRESHOLD, NEVER)
+    _call_libc("mallopt", M_TRIM_THRESHOLD, NEVER)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            getattr(ctypes.CDLL(None), name)(*arguments)

@@ -10,7 +10,7 @@ Letters: H, W the image, n masks, M cells on a side, T columns of pixels of all 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,30 +26,7 @@ MORE = 1 << BITS
 FIRST_CHARACTER = np.uint8(ord("0"))
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Top-left corners and sizes of patches in pixels of the original image, each (n,) float64.
-
-    Attributes:
-        align_corners: how the cells of a mask lie over its patch. False: they divide its area
-            evenly. True: the first and last cell are its first and last pixel, as in the released
-            code; positions and sizes are then whole numbers.
-    """
-
-    left: np.ndarray
-    top: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    align_corners: bool = False
-
-    def select(self, indices: np.ndarray) -> "Placement":
-        """The placement of some of the masks."""
-        left, top = self.left[indices], self.top[indices]
-        return Placement(left, top, self.width[indices], self.height[indices], self.align_corners)
-
-
-@dataclass(frozen=True)
-class Pasted:
+class Pasted(NamedTuple):
     """Masks in the image.
 
     Attributes:
@@ -63,21 +40,28 @@ class Pasted:
     rles: list[bytes]
 
 
-NOTHING = Pasted(np.zeros(0, np.int64), np.zeros((0, 4), np.float32), [])
-
-
 def paste(
-    logits: Tensor, places: Placement, *, image_size: tuple[int, int], threshold: float
+    logits: Tensor,
+    places: np.ndarray,
+    *,
+    image_size: tuple[int, int],
+    threshold: float,
+    align_corners: bool = False,
 ) -> Pasted:
     """Pastes masks into the image (height, width), given their logits (n, M, M) over the patches.
 
-    Pixels with a probability above the threshold, in (0, 1), belong to the mask.
+    Args:
+        places: (n, 4) float64 left, top, width and height of the patches in pixels of the image.
+        threshold: pixels with a higher probability belong to the mask; in (0, 1).
+        align_corners: how the cells of a mask lie over its patch. False: they divide its area
+            evenly. True: the first and last cell are its first and last pixel, as in the released
+            code; places are then whole numbers.
     """
     limit = math.log(threshold / (1 - threshold))
-    groups = _shrink(logits, places) if places.align_corners else [(np.arange(len(logits)), logits)]
+    groups = _shrink(logits, places) if align_corners else [(np.arange(len(logits)), logits)]
     owners, edges = [], []
     for indices, group in groups:
-        owner, edge = _edges(group, places.select(indices), image_size, limit)
+        owner, edge = _edges(group, places[indices], image_size, limit, align_corners)
         owners.append(indices[owner])
         edges.append(edge)
     owner, edge = np.concatenate(owners), np.concatenate(edges)
@@ -96,19 +80,19 @@ def encode_edges(owner: np.ndarray, edges: np.ndarray, image_size: tuple[int, in
     height, width = image_size
     owner, edges = _cancel_pairs(owner, edges)
     if len(edges) == 0:
-        return NOTHING
+        return Pasted(owner, np.zeros((0, 4), np.float32), [])
     starts = np.flatnonzero(np.diff(owner, prepend=-1))  # the first edge of each mask
     boxes = _boxes_of_runs(starts // 2, edges.reshape(-1, 2), height)
     return Pasted(owner[starts], boxes, _compress(*_run_lengths(starts, edges, height * width)))
 
 
-def _shrink(logits: Tensor, places: Placement) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _shrink(logits: Tensor, places: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Masks with no more cells than pixels, since image.scale of Lua Torch averages areas there.
 
     Yields indices of the masks that have one size then, and their logits.
     """
     cells = logits.shape[-1]
-    sizes = np.stack([places.height, places.width], axis=1).clip(1, cells).astype(int)
+    sizes = places[:, [3, 2]].clip(1, cells).astype(int)
     for height, width in np.unique(sizes, axis=0).tolist():
         indices = np.flatnonzero((sizes == (height, width)).all(axis=1))
         group = logits[torch.from_numpy(indices).to(logits.device)]
@@ -127,17 +111,26 @@ def _averages(pixels: int, cells: int) -> Tensor:
 
 
 def _edges(
-    logits: Tensor, places: Placement, image_size: tuple[int, int], limit: float
+    logits: Tensor,
+    places: np.ndarray,
+    image_size: tuple[int, int],
+    limit: float,
+    align_corners: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Owner and edges, as `encode_edges` takes them, of masks (n, rows, columns) of cells.
 
     Foreground has a logit above the limit.
     """
-    rows = logits.shape[1]
-    low, high = _pixels(places.top, places.height, image_size[0])
-    origin, spacing = _centers(places.top, places.height, rows, places.align_corners)
+    left, top, width, height = places.T
+    rows, columns = logits.shape[1:]
+    low, high, origin, spacing = _along_side(
+        top, height, limit=image_size[0], cells=rows, align_corners=align_corners
+    )
+    across = _along_side(
+        left, width, limit=image_size[1], cells=columns, align_corners=align_corners
+    )
     used = (logits.amax(dim=1) > limit).cpu().numpy() & (low < high)[:, None]
-    owner, x, position = _columns(used, places, image_size[1])
+    owner, x, position = _columns(used, *across)
     column, cell, before, after = _crossings(logits, owner, position, limit)
     owner, x = owner[column], x[column]
     with np.errstate(invalid="ignore", divide="ignore"):  # next to a cell outside of the patch
@@ -149,35 +142,34 @@ def _edges(
     return owner, x * image_size[0] + y
 
 
-def _pixels(start: np.ndarray, length: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel of each patch within the image, and the first one after it.
+def _along_side(
+    start: np.ndarray, length: np.ndarray, *, limit: int, cells: int, align_corners: bool
+) -> tuple[np.ndarray, ...]:
+    """How patches lie along a side of the image that is `limit` pixels long.
 
-    A pixel belongs to a patch if its center does.
+    Returns:
+        First pixel of each patch within the image, and the first one after it: a pixel belongs to a
+        patch if its center does. Center of the first cell and distance between cells, where pixel 0
+        has its center at 0.
     """
     low, high = (np.ceil(side - 0.5).astype(np.int64) for side in (start, start + length))
-    return low.clip(min=0), high.clip(max=limit)
-
-
-def _centers(
-    start: np.ndarray, length: np.ndarray, cells: int, align_corners: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Center of the first cell and distance between cells, where pixel 0 has its center at 0."""
+    low, high = low.clip(min=0), high.clip(max=limit)
     if align_corners:
-        return start, (length - 1) / max(cells - 1, 1)
-    return start + length / cells / 2 - 0.5, length / cells
+        return low, high, start, (length - 1) / max(cells - 1, 1)
+    return low, high, start + length / cells / 2 - 0.5, length / cells
 
 
 def _columns(
-    used: np.ndarray, places: Placement, width: int
+    used: np.ndarray, low: np.ndarray, high: np.ndarray, origin: np.ndarray, spacing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The columns of pixels that foreground reaches by interpolation from `used` columns of cells.
+
+    The other arguments are what `_along_side` returns.
 
     Returns:
         (T,) int64 masks, (T,) int64 x in the image, (T,) float64 positions in cells.
     """
     cells = used.shape[1]
-    low, high = _pixels(places.left, places.width, width)
-    origin, spacing = _centers(places.left, places.width, cells, places.align_corners)
     # From the cell before the first used one to the cell after the last. Beyond the outermost
     # centers, the outermost cell's value continues.
     first, last = used.argmax(axis=1), cells - 1 - used[:, ::-1].argmax(axis=1)
@@ -209,13 +201,11 @@ def _crossings(
     weight = torch.from_numpy((position - floor).astype(np.float32)).to(rows.device)
     found = []
     step = max(1, (BLOCK if rows.is_cpu else BLOCK_ON_GPU) // cells)
-    for first in range(0, len(owner), step):
+    for first in range(0, max(1, len(owner)), step):
         part = slice(first, first + step)
         sides = rows.index_select(0, left[part]), rows.index_select(0, right[part])
         column, *rest = _switches(torch.lerp(*sides, weight[part, None]), limit)
         found.append((column + first, *rest))
-    if not found:
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0)
     return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -243,8 +233,6 @@ def _cancel_pairs(owner: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.
     An edge switches between background and foreground, so two at one pixel switch nothing: an empty
     run, or one that ends with a column and continues at the top of the next.
     """
-    if len(edges) == 0:
-        return owner, edges
     is_new = np.ones(len(edges), bool)
     is_new[1:] = (edges[1:] != edges[:-1]) | (owner[1:] != owner[:-1])
     first = np.flatnonzero(is_new)

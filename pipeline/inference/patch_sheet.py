@@ -4,12 +4,14 @@ from functools import partial
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from datasets.patch_sampler import MASK, SCORE, Patch
 from datasets.patches import PatchDataset
 from datasets.resize import denormalize
-from pipeline.inference.visualize import contact_sheet, put_label
+from pipeline.inference.visualize import put_label
 
 COLUMNS = 8
 GREEN, RED, WHITE, YELLOW = (60, 220, 60), (240, 60, 60), (255, 255, 255), (255, 230, 0)
@@ -23,7 +25,7 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
-    groups = -(-count // data.patches_per_image)
+    groups = -(-count // data.group_size)
     tiles: list[np.ndarray] = []
     for head in (MASK, SCORE):
         drawn: list[np.ndarray] = []
@@ -33,7 +35,8 @@ def patch_sheet(data: PatchDataset, *, count: int) -> np.ndarray:
             drawn += map(partial(_tile, data), item["patches"], patches, targets)
         tiles += drawn[:count]
         tiles += [np.full_like(tiles[0], 255)] * (-count % COLUMNS)  # the next head starts a row
-    return contact_sheet(tiles, COLUMNS)
+    images = [torch.from_numpy(tile).permute(2, 0, 1) for tile in tiles]
+    return make_grid(images, COLUMNS, padding=4, pad_value=255).permute(1, 2, 0).numpy()
 
 
 def _tile(data: PatchDataset, pixels: Tensor, patch: Patch, target: Tensor | None) -> np.ndarray:

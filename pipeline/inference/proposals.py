@@ -1,13 +1,16 @@
-"""Proposals of an image, and their store of Parquet shards.
+"""Proposals and detections of an image, written as a store of Parquet shards and as COCO results.
 
 A store is a directory. Every shard is written whole, never over another one, and says in its
 metadata which images it covers. So an interrupted run continues with the images that no shard
 covers, and several processes can write into one store.
+
+A COCO result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation" compressed RLE}.
 """
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path, write_json
-from datasets.proposal_boxes import ProposalBoxes
+from datasets.proposal_boxes import Rows
 
 SCHEMA = pa.schema(
     [
@@ -34,6 +37,8 @@ SCHEMA = pa.schema(
 SETTINGS = "settings.json"
 IMAGES_KEY = b"images"  # of a shard's metadata: its images as JSON, also those without a proposal
 MAX_ROWS = 20_000  # of a shard
+BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
+SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
 
 
 @dataclass
@@ -56,11 +61,58 @@ class Proposals:
     rles: list[bytes]
 
     def __len__(self) -> int:
-        return len(self.rles)
+        return len(self.scores)
 
     def rle(self, index: int) -> dict:
         """A mask as COCO's {"size", "counts"}."""
         return {"size": [self.height, self.width], "counts": self.rles[index]}
+
+
+@dataclass
+class Detections(Proposals):
+    """The same with a category each; `rles` is empty if they have no masks.
+
+    Attributes:
+        labels: (N,) int64 category ids as the annotations have them.
+    """
+
+    labels: np.ndarray
+
+
+def results_of(found: Proposals) -> list[dict]:
+    """COCO results of an image; the category of proposals is 1."""
+    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
+    if isinstance(found, Detections):
+        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    if isinstance(found, Detections):
+        xywh = xywh.round(BOX_DECIMALS)
+    results: list[dict] = [
+        {
+            "image_id": found.image_id,
+            "category_id": label,
+            "score": round(score, decimals),
+            "bbox": box,
+        }
+        for label, score, box in zip(labels, found.scores.tolist(), xywh.tolist(), strict=True)
+    ]
+    size = [found.height, found.width]
+    for result, rle in zip(results, found.rles, strict=bool(found.rles)):
+        result["segmentation"] = {"size": size, "counts": rle.decode("ascii")}
+    return results
+
+
+def write_results(path: str | Path, results: Iterable[dict]) -> int:
+    """Writes a COCO results file, one result a line, and returns how many there are."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w") as file:
+        file.write("[")
+        for result in results:
+            text = json.dumps(result, separators=(",", ":"), allow_nan=False)
+            file.write((",\n" if count else "\n") + text)
+            count += 1
+        file.write("\n]\n")
+    return count
 
 
 class ResumableDirectory:
@@ -133,15 +185,15 @@ class ProposalStore(ResumableDirectory):
 
     def images(self) -> dict[str, dict]:
         """The images that are done: file name to {"id", "file_name", "height", "width"}."""
-        covered: dict[str, dict] = {}
-        for shard in self.shards():
-            metadata = _read(pq.read_schema, shard).metadata or {}
-            if IMAGES_KEY not in metadata:
-                raise ValueError(
-                    f"{shard} is not a shard of a proposal store; choose another --output"
-                )
-            covered |= {image["file_name"]: image for image in json.loads(metadata[IMAGES_KEY])}
-        return covered
+        images = itertools.chain.from_iterable(map(self.images_of, self.shards()))
+        return {image["file_name"]: image for image in images}
+
+    def images_of(self, shard: Path) -> list[dict]:
+        """The images that a shard covers, also those without a proposal."""
+        metadata = _read(pq.read_schema, shard).metadata or {}
+        if IMAGES_KEY not in metadata:
+            raise ValueError(f"{shard} is not a shard of a proposal store; choose another --output")
+        return json.loads(metadata[IMAGES_KEY])
 
     def count(self) -> int:
         """How many proposals the store holds."""
@@ -169,15 +221,23 @@ class ProposalStore(ResumableDirectory):
         for start, stop in pairwise(bounds if len(ids) else []):
             yield _from_table(table.slice(start, stop - start))
 
-    def boxes(self) -> ProposalBoxes:
-        """Boxes and scores of all images, without reading a mask; ValueError without any."""
-        columns = ["image_id", "score", "box"]
-        tables = [_read(pq.read_table, shard, columns=columns) for shard in self.shards()]
-        if not any(map(len, tables)):
-            raise ValueError(f"{self.directory} holds no proposals")
-        rows = pa.concat_tables(tables)
-        ids, scores = rows["image_id"].to_numpy(), rows["score"].to_numpy()
-        return ProposalBoxes.from_rows(ids, _boxes(rows), scores)
+    def write_json(self) -> Path:
+        """Writes all results to proposals.json, and returns its path.
+
+        Writes images.json beside it, a COCO file that lists the images.
+        """
+        images = sorted(self.images().values(), key=lambda image: image["id"])
+        listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
+        write_json(self.directory / "images.json", listing)
+        path = self.directory / "proposals.json"
+        write_results(path, (result for proposals in self for result in results_of(proposals)))
+        return path
+
+    def box_rows(self) -> Iterator[Rows]:
+        """Image ids, boxes and scores of the proposals, shard by shard, without reading a mask."""
+        for shard in self.shards():
+            table = _read(pq.read_table, shard, columns=["image_id", "box", "score"])
+            yield table["image_id"].to_numpy(), _boxes(table), table["score"].to_numpy()
 
 
 def _read(reader: Callable, shard: Path, **options: Any) -> Any:

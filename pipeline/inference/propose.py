@@ -23,10 +23,11 @@ from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
-from pipeline.config import DetectConfig, ProposeConfig
-from pipeline.inference.paste import NOTHING, Pasted, Placement, paste
+from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
+from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
+from pipeline.precision import choose_precision, to_bfloat16
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
@@ -54,36 +55,34 @@ class Proposer:
         model: DeepMask | SharpMask,
         *,
         device: torch.device,
-        num_proposals: int = 1000,
-        log2_scales: list[float] | None = None,
-        mask_threshold: float = 0.2,
-        nms: float | None = None,
-        align_corners: bool = False,
-        amp: bool = True,
+        dtype: torch.dtype = torch.float32,
+        zoom: bool = False,
+        **options: Any,
     ):
         """
         Args:
-            log2_scales: of the pyramid, ascending; None for -2.5 to .5 in steps of .5.
-            mask_threshold: pixels with a higher probability belong to a mask.
-            nms: see `mask_nms`; None keeps all.
-            align_corners: how the image is resized to the scales, and masks to the image. False:
-                pixels have an area, smaller images average it, and masks lie where their cells
-                are. True, as the released code: corner pixels lie on corner pixels, nothing is
-                averaged, and masks lie on whole pixels.
-            amp: bfloat16 autocast, on CUDA only; scores stay in full precision.
+            dtype: the network computes in it; with bfloat16 its layers are converted here. Scores,
+                and masks from their logits on, are in full precision.
+            zoom: add the scale 2^1.
+            options: fields of `ProposeConfig`. With `align_corners`, as in the released code,
+                corner pixels of a scaled image lie on corner pixels, nothing is averaged, and masks
+                lie on whole pixels. Without, pixels have an area, smaller images average it, and
+                masks lie where their cells are.
 
         Attributes:
+            log2_scales: of the pyramid, ascending.
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
         """
         model = model.eval().to(device).to(memory_format=torch.channels_last)
+        if dtype == torch.bfloat16:
+            to_bfloat16(model)
         self.refinement = model if isinstance(model, SharpMask) else None
         self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
-        self.device, self.num_proposals = device, num_proposals
-        self.log2_scales = log2_range(-2.5, 0.5, 0.5) if log2_scales is None else log2_scales
-        self.mask_threshold, self.nms = mask_threshold, nms
-        self.align_corners, self.amp = align_corners, amp
+        self.device, self.dtype, self.options = device, dtype, ProposeConfig(**options)
+        scales = log2_range(*self.options.log2_scales)
+        self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
@@ -96,27 +95,27 @@ class Proposer:
         pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
         pyramid.reverse()
         # Keep the best cells of all scales.
-        scores, cells = best_cells([scale.score_logits for scale in pyramid], self.num_proposals)
+        logits = [scale.score_logits for scale in pyramid]
+        scores, cells = best_cells(logits, self.options.num_proposals)
         # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
         # Drop the scores of masks that lie outside of the image.
         scores = scores.cpu().numpy()[masks.indices]
         proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
         # Drop near duplicates, on request.
-        return proposals if self.nms is None else mask_nms(proposals, self.nms)
+        return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
     @torch.inference_mode()
     def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
         """Runs the part of the network that sees the image alone, at one scale."""
         pixels, scale_xy = self.scale(image, log2_scale)
-        with self._autocast():
-            embeddings, scores, *horizontal = self.dense(pixels)
+        embeddings, scores, *horizontal = self.dense(pixels)
         return PyramidScale(scale_xy, embeddings[0], scores[0], [maps[0] for maps in horizontal])
 
     def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
         """The network's input (1, 3, H, W) at one scale, and the scales in x and y."""
         scale = 2.0**log2_scale
-        if self.align_corners:
+        if self.options.align_corners:
             scaled, scale_xy = resize_align_corners(image, scale), (scale, scale)
         else:
             scaled = resize_image(image, scale)
@@ -124,7 +123,8 @@ class Proposer:
         pixels = torch.from_numpy(scaled)
         if self.device.type == "cuda":  # copied while the scale before is still computed
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return pad_and_normalize(pixels, self.deepmask.patch_size // 2), scale_xy
+        padded = pad_and_normalize(pixels, self.deepmask.patch_size // 2)
+        return padded.to(self.dtype), scale_xy
 
     @torch.inference_mode()
     def decode(self, pyramid: list[PyramidScale], cells: Tensor) -> Tensor:
@@ -140,45 +140,42 @@ class Proposer:
         groups = list(zip(scales, cells[:, 1:].split(counts.tolist()), strict=True))
         embeddings = _concatenate([scale.embeddings[:, c[:, 0], c[:, 1]].T for scale, c in groups])
         if self.refinement is None:
-            with self._autocast():
-                return self.deepmask.decode_masks(embeddings)
+            return self.deepmask.decode_masks(embeddings)
         size = self.deepmask.cells
         windows = [
             _concatenate([gather_windows(s.horizontal[i], c, size << i, 1 << i) for s, c in groups])
             for i in range(len(self.refinement.refinements))
         ]
-        with self._autocast():
-            return self.refinement.refine(embeddings, windows)
-
-    def _autocast(self) -> torch.autocast:
-        on = self.amp and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return self.refinement.refine(embeddings, windows)
 
     def _masks(
         self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
         """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
-        scale_xy = np.array([scale.scale_xy for scale in pyramid])
+        scale, *row_column = cells.cpu().numpy().T
+        places = place_patches(
+            np.stack(row_column, axis=1),
+            np.array([one.scale_xy for one in pyramid])[scale],
+            self.deepmask.patch_size,
+            align_corners=self.options.align_corners,
+        )
         order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
-        parts = [NOTHING]
+        found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
-            chunk = cells[indices]
-            logits = self.decode(pyramid, chunk).float()
-            scale, *row_column = chunk.cpu().numpy().T
-            places = place_patches(
-                np.stack(row_column, axis=1),
-                scale_xy[scale],
-                self.deepmask.patch_size,
-                align_corners=self.align_corners,
+            rows = indices.cpu().numpy()
+            part = paste(
+                self.decode(pyramid, cells[indices]).float(),
+                places[rows],
+                image_size=image_size,
+                threshold=self.options.mask_threshold,
+                align_corners=self.options.align_corners,
             )
-            part = paste(logits, places, image_size=image_size, threshold=self.mask_threshold)
-            parts.append(replace(part, indices=indices.cpu().numpy()[part.indices]))
+            found.append(rows[part.indices])
+            boxes.append(part.boxes)
+            rles += part.rles
         # Back to the order of the cells.
-        found = np.concatenate([part.indices for part in parts])
-        boxes = np.concatenate([part.boxes for part in parts])
-        rles = [rle for part in parts for rle in part.rles]
-        back = found.argsort()
-        return Pasted(found[back], boxes[back], [rles[i] for i in back])
+        rows, back = np.concatenate(found), np.concatenate(found).argsort()
+        return Pasted(rows[back], np.concatenate(boxes)[back], [rles[i] for i in back])
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -227,18 +224,18 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 def place_patches(
     cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
-) -> Placement:
-    """Where the patches of cells (n, 2) lie in the original image.
+) -> np.ndarray:
+    """Where the patches of cells (n, 2) lie in the image: (n, 4) left, top, width and height.
 
     The patch of a cell has its center at (16 column, 16 row) of the scaled image, whose scales in x
     and y are `scale_xy` (n, 2). With `align_corners`, places are whole pixels, as in the released
-    code (see `Placement`).
+    code.
     """
     corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
     size = patch_size / scale_xy
     if align_corners:
         corner, size = np.floor(corner), np.floor(size)
-    return Placement(corner[:, 0], corner[:, 1], size[:, 0], size[:, 1], align_corners)
+    return np.concatenate([corner, size], axis=1)
 
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:
@@ -288,24 +285,33 @@ def load_proposer(
     zoom: bool = False,
     refine: bool = True,
     nms: float | None = None,
+    precision: str | None = None,
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
     Values that are None are those of the checkpoint's config; `zoom` adds the scale 2^1; without
-    `refine`, a SharpMask gives the coarse masks of its DeepMask.
+    `refine`, a SharpMask gives the coarse masks of its DeepMask. `precision` is as in
+    `choose_precision`.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
     """
-    model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
+    model, config, _ = load_network(
+        checkpoint, stage=("deepmask", "sharpmask"), schema=MaskNetworkConfig
+    )
     assert isinstance(model, DeepMask | SharpMask)
-    c = override(config.propose, num_proposals=num_proposals, log2_scales=log2_scales, nms=nms)
-    scales = sorted({*log2_range(*c.log2_scales), *([1.0] if zoom else [])})
-    options: dict[str, Any] = asdict(c) | {"log2_scales": scales}
-    amp = options.pop("amp")
+    changes = {"num_proposals": num_proposals, "log2_scales": log2_scales, "nms": nms}
+    options = asdict(override(config.propose, **changes))
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
-    refined = isinstance(model, SharpMask)
-    settings = {"checkpoint_sha256": file_sha256(checkpoint), "refine": refined, **options}
     fold_norms(model)
-    return Proposer(model, device=device, amp=amp, **options), settings
+    trunk = (model.deepmask if isinstance(model, SharpMask) else model).trunk
+    dtype = choose_precision(precision, trunk, device, amp=options["amp"])
+    proposer = Proposer(model, device=device, dtype=dtype, zoom=zoom, **options)
+    settings = {
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "refine": isinstance(model, SharpMask),
+    }
+    settings |= options | {"log2_scales": proposer.log2_scales}
+    del settings["amp"]  # a store may be continued on another device
+    return proposer, settings

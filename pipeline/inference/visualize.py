@@ -8,8 +8,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.propose import mask_nms
 
 LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
@@ -43,7 +42,7 @@ def draw_detections(
 
 
 def _draw_masks(
-    image: np.ndarray, found: Proposals | Detections, texts: list[str], *, boxes: bool = False
+    image: np.ndarray, found: Proposals, texts: list[str], *, boxes: bool = False
 ) -> np.ndarray:
     """The first masks, as many as there are texts, and their boxes."""
     picture = image.copy()
@@ -125,21 +124,10 @@ def put_label(
     cv2.putText(picture, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, rgb, 1, cv2.LINE_AA)
 
 
-def contact_sheet(tiles: list[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
-    """Tiles (h, w, 3) uint8 of one size, in rows on white."""
-    height, width = tiles[0].shape[:2]
-    rows = -(-len(tiles) // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for n, tile in enumerate(tiles):
-        y, x = gap + n // columns * (height + gap), gap + n % columns * (width + gap)
-        sheet[y : y + height, x : x + width] = tile
-    return sheet
-
-
-def picture_path(directory: Path, file_name: str) -> Path:
-    """Where the picture of an image goes: below the directory, whatever the name says."""
+def save_in_folder(picture: np.ndarray, folder: Path, file_name: str) -> None:
+    """Writes the picture of an image as JPEG, below the folder whatever the image's name says."""
     inner = [part for part in PurePosixPath(file_name).parts if part not in ("/", "..")]
-    return directory.joinpath(*inner[:-1], f"{inner[-1]}.jpg")
+    save_picture(picture, folder.joinpath(*inner[:-1], f"{inner[-1]}.jpg"))
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:

@@ -17,8 +17,7 @@ from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, read_image
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import Detections, Proposals, ProposalStore
 from pipeline.inference.visualize import color
 from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
 
@@ -118,7 +117,7 @@ def overlaps(found: Proposals | Detections, coco: CocoInstances, objects: list[i
 
     0 where a detection is of another category than the object.
     """
-    if found.rles is None:
+    if not found.rles:
         ious = box_ious(found.boxes, coco.boxes[objects])
     else:
         masks, truth = [found.rle(d) for d in range(len(found))], [coco.rle(a) for a in objects]
@@ -196,7 +195,7 @@ def draw_detections(
         truth.append(Mark(coco.rle(a), color(category), 0, names[category]))
     for d in reversed(range(len(found))):
         box, label = found.boxes[d], int(found.labels[d])
-        if found.rles is None:
+        if not found.rles:
             xywh = box_convert(torch.tensor(box[None]).double(), "xyxy", "xywh").numpy()
             [rle] = coco_mask.frPyObjects(xywh, found.height, found.width)
         else:

@@ -49,15 +49,12 @@ def convert_file(
     annotations: str | Path | None = None,
     images: str | Path | None = None,
 ) -> list[str]:
-    """Converts a Torch7 file.
+    """Converts a Torch7 file; returns lines that say what it is and what was not used.
 
     Args:
         output: the checkpoint or state dict; for a file of proposals the folder of a store.
         annotations, images: a COCO json or an image folder, for proposals, which do not say how
             large their images are.
-
-    Returns:
-        Lines that say what the file is, and which of its parameters were not used.
 
     Raises:
         FileNotFoundError: no such file.

@@ -47,11 +47,10 @@ def _heading(item: Any) -> str:
     if isinstance(item, Tensor):
         sizes = "x".join(map(str, item.shape)) if item.numel() else "empty"
         return f"{str(item.dtype).removeprefix('torch.')} {sizes}"
-    if isinstance(item, dict):
-        return f"table of {len(item)}"
-    if isinstance(item, list):
-        words = cut(str(item[:MAX_ENTRIES])) if all(map(_is_plain, item)) else ""
-        return f"list of {len(item)}" + (f": {words}" if words else "")
+    if isinstance(item, list) and item and all(map(_is_plain, item)):
+        return f"list of {len(item)}: {cut(str(item[:MAX_ENTRIES]))}"
+    if isinstance(item, dict | list):
+        return f"{'table' if isinstance(item, dict) else 'list'} of {len(item)}"
     return f"Lua function, {item.num_bytes} bytes" if isinstance(item, LuaFunction) else short(item)
 
 

@@ -14,20 +14,21 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
 from models.multipathnet import MultiPathNetConfig
-from models.trunk import TrunkConfig, build_trunk
+from models.trunk import TrunkConfig
 from pipeline.config import Config, DetectConfig, MultiPathNetStageConfig
 from pipeline.networks import make_multipathnet
-from pipeline.torch7 import imagenet
+from pipeline.torch7.imagenet import CAFFE_PIXELS, plain_network, read_resnet, title
 from pipeline.torch7.modules import (
-    RELUS,
     Module,
+    State,
     Used,
-    Weights,
+    convert_layers,
     expect,
     is_stage,
     steps,
     unpacked,
 )
+from pipeline.torch7.reader import Torch7Object
 
 # "ImagenetTransformer" of the released code (models/model_utils.lua).
 RESNET_PIXELS = PixelConfig(
@@ -49,13 +50,18 @@ def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
         ValueError: another structure, or layers that do not fit: all are listed.
     """
     network = Module(unpacked(value), "model" if isinstance(value, dict) else "", used)
-    features, pooling, head, outputs, ends = _split(network)
-    weights, residual = Weights(), any(is_stage(part.value) for part in features)
-    size = pooling.integer("H")
-    if not size or size != pooling.integer("W") or pooling.plain("spatial_scale") != 1 / 16:
+    modules = network.modules
+    pattern = "ParallelTable ROIPooling any* ConcatTable any*"
+    inputs, pooling, *_ = expect(modules, pattern, where=network.path or "the network")
+    end = [part.kind for part in modules].index("ConcatTable")
+    outputs, head = modules[end], steps(*modules[2:end])
+    features = steps(expect(inputs.modules, "any Identity", where=inputs.path)[0])
+    count, linears, state = _read_outputs(outputs, modules[end + 1 :])
+    residual = any(is_stage(part.value) for part in features)
+    size = pooling.number("H")
+    if not size or size != pooling.number("W") or pooling.plain("spatial_scale") != 1 / 16:
         raise ValueError(f"{pooling.path}: expected square pooling at stride 16")
-    count = _read_outputs(outputs, ends, weights)
-    read = _read_residual if residual else _read_plain
+    layers, settings = (_read_residual if residual else _read_plain)(features, head, size)
     config = MultiPathNetStageConfig(
         head="layer4" if residual else "fc",
         foveal=False,
@@ -68,29 +74,28 @@ def convert_detector(value: Any, used: Used) -> tuple[str, dict]:
         roi_pool="lua" if pooling.plain("v2") else "caffe",
         align_corners=True,
         inclusive_boxes=True,
-        pixels=RESNET_PIXELS if residual else imagenet.CAFFE_PIXELS,
+        pixels=RESNET_PIXELS if residual else CAFFE_PIXELS,
         sampling=RoiSamplingConfig(
             draw_threshold=count > 1, short_side=800 if residual else 600, long_side=1000
         ),
-        **read(features, head, weights, size),
+        **settings,
     )
     whole = Config(
         multipathnet=config, detect=DetectConfig(num_proposals=400 if residual else 2000)
     )
-    num_classes = weights.outputs("bbox_pred") // 4 - 1
+    num_classes = linears[-1].outputs // 4 - 1
     if num_classes < 1:
         raise ValueError(f"{outputs.path}: expected 4 outputs for background and each class")
     with torch.device("meta"):
-        weights.check(make_multipathnet(whole, num_classes=num_classes))
-    description = (
+        ours = make_multipathnet(whole, num_classes=num_classes)
+    return (
         f"{f'Integral loss of {count}' if count > 1 else 'Fast R-CNN'} on "
-        f"{imagenet.title(config.trunk.name, config.trunk.width)}, {num_classes} classes, "
+        f"{title(config.trunk.name, config.trunk.width)}, {num_classes} classes, "
         f"RoIs {size} x {size}"
-    )
-    return description, {
+    ), {
         "stage": "multipathnet",
         "config": whole,
-        "model": weights.state,
+        "model": convert_layers([*layers, *linears], ours, **state),
         "categories": known_categories(num_classes),
     }
 
@@ -104,100 +109,65 @@ def known_categories(count: int) -> list[dict]:
     return [{"id": i, "name": f"class {i}"} for i in range(1, count + 1)]
 
 
-def _split(network: Module) -> tuple[list[Module], Module, list[Module], Module, list[Module]]:
-    """Layers before the RoI pooling, it, layers after it, the table of outputs, and the end."""
-    modules = network.modules
-    names = [part.typename for part in modules]
-    at = names.index("ROIPooling")
-    (inputs,) = expect(modules[:at], "ParallelTable", where="before the RoI pooling")
-    if len(inputs.modules) != 2:
-        raise ValueError(f"{inputs.path}: expected features and Identity")
-    if "ConcatTable" not in names[at:]:
-        raise ValueError("expected a ConcatTable of class and box linears after the RoI pooling")
-    end = names.index("ConcatTable", at)
-    head = steps(*modules[at + 1 : end])
-    return steps(inputs.modules[0]), modules[at], head, modules[end], modules[end + 1 :]
-
-
-def _read_outputs(outputs: Module, ends: list[Module], weights: Weights) -> int:
-    """Takes the class and box linears and the norm of the deltas; returns the number of heads.
-
-    Raises:
-        ValueError: the end of the network is not the mean of the heads' probabilities.
-    """
-    if len(outputs.modules) != 2:
-        raise ValueError(f"{outputs.path}: expected classes and boxes")
-    classes, boxes = outputs.modules
+def _read_outputs(outputs: Module, ends: list[Module]) -> tuple[int, list[Module], State]:
+    """The number of heads, one linear for all of them and one of boxes, and the deltas' norm."""
+    classes, boxes = expect(outputs.modules, "(ConcatTable|linear) linear", where=outputs.path)
     heads = classes.modules if classes.typename == "ConcatTable" else [classes]
-    expect([*heads, boxes], *["Linear"] * (len(heads) + 1), where=outputs.path)
+    expect(heads, "linear+", where=classes.path)
     if len(heads) > len(THRESHOLDS):
         raise ValueError(f"{len(heads)} class linears, and at most {len(THRESHOLDS)} are known")
-    taken = [(head.take("weight", dimensions=2), head.take("bias")) for head in heads]
     try:
-        weight, bias = (torch.cat(each) for each in zip(*taken, strict=True))
+        fields = {k: torch.cat([head.take(k) for head in heads]) for k in ("weight", "bias")}
     except RuntimeError:
-        raise ValueError(f"{heads[0].path}: class linears of different inputs") from None
-    weights.state |= {"cls_score.weight": weight, "cls_score.bias": bias}
-    weights.add_linear("bbox_pred", boxes)
-    weights.state |= {"delta_mean": torch.zeros(4), "delta_std": torch.ones(4)}
+        raise ValueError(f"{classes.path}: class linears of different inputs") from None
+    state = {"delta_mean": torch.zeros(4), "delta_std": torch.ones(4)}
     switches = 0
     for part in ends:
-        if part.typename == "ParallelTable" and len(part.modules) == 2:
-            choices = ("Identity", "SoftMax"), ("BBoxNorm", "Identity")
-            _, norm = expect(part.modules, *choices, where=part.path)
+        if part.typename == "ParallelTable":
+            pattern = "(Identity|SoftMax) (BBoxNorm|Identity)"
+            _, norm = expect(part.modules, pattern, where=part.path)
             if norm.typename == "BBoxNorm":
-                weights.state["delta_mean"] = norm.take("mean").flatten()
-                weights.state["delta_std"] = norm.take("std").flatten()
+                state = {f"delta_{name}": norm.take(name).flatten() for name in ("mean", "std")}
         elif part.typename == "ModeSwitch":
             switches += 1
         elif part.typename != "SoftMax":
             raise ValueError(f"{part.path}: unexpected {part.typename}")
     if len(heads) > 1 and switches != 1:
         raise ValueError(f"{len(heads)} class linears, and no ModeSwitch that takes their mean")
-    return len(heads)
+    whole = Module(Torch7Object("nn.Linear", fields), classes.path, set())  # its parts are taken
+    return len(heads), [whole, boxes], state
 
 
 def _read_residual(
-    features: list[Module], head: list[Module], weights: Weights, pooled_size: int
-) -> dict[str, Any]:
-    """Takes a ResNet's trunk and layer4; returns the settings that they show."""
-    layer4, pool = expect(
-        head, "Sequential", "SpatialAveragePooling", where="after the RoI pooling"
-    )
-    name, width, convs = imagenet.read_resnet([*features, layer4], stages=4)
-    for key, conv in convs.items():
-        top, _, rest = key.partition(".")
-        is_head = top == "layer4"
-        ours = f"towers.0.head.stage.{rest}" if is_head else f"trunk.{imagenet.trunk_key(key)}"
-        weights.add_conv(ours, conv, norm=True)
+    features: list[Module], head: list[Module], pooled_size: int
+) -> tuple[list[Module], dict[str, Any]]:
+    """The layers of a ResNet's trunk and layer4, and the settings that they show."""
+    pattern = "Sequential SpatialAveragePooling"
+    layer4, pool = expect(head, pattern, where="after the RoI pooling")
+    name, width, layers = read_resnet([*features, layer4], stages=4)
     side = -(-pooled_size // 2)  # layer4 has stride 2
     if (pool.plain("kH"), pool.plain("kW")) != (side, side):
-        weights.problems.append(f"{pool.path}: expected an average over {side} x {side} cells")
+        raise ValueError(f"{pool.path}: expected an average over {side} x {side} cells")
     trunk = TrunkConfig(name=name, weights=None, width=width, frozen_levels=2, padding="zero")
-    return {"trunk": trunk}
+    return layers, {"trunk": trunk}
 
 
 def _read_plain(
-    features: list[Module], head: list[Module], weights: Weights, pooled_size: int
-) -> dict[str, Any]:
-    """Takes trunk, fc6 and fc7 of a VGG or CaffeNet; returns the settings that they show."""
+    features: list[Module], head: list[Module], pooled_size: int
+) -> tuple[list[Module], dict[str, Any]]:
+    """The layers of a VGG or CaffeNet up to fc7, and the settings that they show."""
+    name, ceil_pooling = plain_network(features)
     trunk = TrunkConfig(
-        name=imagenet.plain_network(features),
+        name=name,
         weights=None,
         frozen_levels=1,  # conv1 and conv2 of VGG, conv1 of CaffeNet (ICCV 2015, section 4.5)
         padding="zero",
-        ceil_pooling=imagenet.rounds_up(features),
+        ceil_pooling=ceil_pooling,
     )
-    with torch.device("meta"):
-        ours = build_trunk(**vars(trunk))
-    imagenet.add_plain_layers(weights, features, ours, prefix="trunk.")
-    classes = "Linear", RELUS, "Linear", RELUS
-    fc6, _, fc7, _ = expect(head, *classes, where="after the RoI pooling")
-    weights.add_linear("towers.0.head.fc6", fc6)
-    weights.add_linear("towers.0.head.fc7", fc7)
-    return {
+    fc6, _, fc7, _ = expect(head, "linear relu linear relu", where="after the RoI pooling")
+    return [*features, fc6, fc7], {
         "trunk": trunk,
-        "features": weights.outputs("towers.0.head.fc7"),
+        "features": fc7.outputs,
         # As many channels as the trunk has: no convolution between pooling and fc6.
-        "width": weights.state["towers.0.head.fc6.weight"].shape[1] // pooled_size**2,
+        "width": fc6.parameter("weight")[0].numel() // pooled_size**2,
     }

@@ -1,13 +1,13 @@
-"""The modules of a Lua network: their parts, their parameters and their convolutions.
+"""The modules of a Lua network, and how they become the layers of ours.
 
-A converter walks the tree from the top `Module` and takes each parameter by its name, once; those
-left over at the end can be listed. Errors name a module as Lua does: trunk.modules[5].
+A converter lists a file's modules in their order, makes the network that they show, and pairs the
+two: `convert_layers`. Each parameter is taken once, so that those left over can be listed. Errors
+name a module as Lua does: trunk.modules[5].
 """
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,30 @@ PARAMETERS = ("weight", "bias", "a", "b", "running_mean", "running_var", "mean",
 MAX_DEPTH = 30  # modules in modules
 # In inference these give their input, in another shape or on another device at most.
 NO_OPERATION = ("Identity", "Dropout", "Copy", "View", "Reshape")
-RELUS = ("ReLU", "Threshold")
 CONTAINERS = ("Sequential", "NoBackprop")  # NoBackprop: around layers that are not trained
-CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
-FROZEN_NORMS = ("SpatialConstDiagonal", "ConstAffine")
-NORMS = (*FROZEN_NORMS, "SpatialBatchNormalization")
-# Letters for the order of layers: p(adding), c(onvolution), n(orm), r(ectifier).
-LETTERS = {"SpatialSymmetricPadding": "p"}
-LETTERS |= dict.fromkeys(CONVOLUTIONS, "c") | dict.fromkeys(NORMS, "n") | dict.fromkeys(RELUS, "r")
+# Kinds of layers by their Lua classes; the kind of any other class is its name.
+KINDS = {
+    "SpatialSymmetricPadding": "padding",
+    "SpatialConvolution": "conv",
+    "SpatialConvolutionMM": "conv",
+    "SpatialBatchNormalization": "norm",
+    "SpatialConstDiagonal": "norm",
+    "ConstAffine": "norm",
+    "ReLU": "relu",
+    "Threshold": "relu",
+    "SpatialMaxPooling": "pool",
+    "SpatialCrossMapLRN": "lrn",
+    "SpatialCrossResponseNormalization": "lrn",
+    "Linear": "linear",
+}
+# The kinds that our layers are made from, in the order of the layers.
+SOURCES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("conv", "linear"),  # a Linear over a window
+    nn.Linear: ("linear",),
+    nn.MaxPool2d: ("pool",),
+    nn.LocalResponseNorm: ("lrn",),
+}
+PADDINGS = ("zeros", "mirrored")  # by whether it is a mirror
 EPSILON = 1e-5  # of torchvision's batch norm
 
 State = dict[str, Tensor]
@@ -67,10 +83,7 @@ class Module:
             raise ValueError(f"{path[:60]}...: modules nested deeper than {MAX_DEPTH}")
         self.value, self.path, self.used = value, path, used
         self.typename = typename(value)
-
-    def field(self, name: str) -> Any:
-        """Any field, None if it is not there."""
-        return self.value.fields.get(name)
+        self.kind = KINDS.get(self.typename, self.typename)
 
     def plain(self, name: str, default: Any = None) -> Any:
         """A number, word or boolean; of another field, its type."""
@@ -78,23 +91,18 @@ class Module:
         is_plain = value is None or isinstance(value, bool | int | float | str)
         return value if is_plain else type(value).__name__
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number that is not negative; anything else is a ValueError."""
-        value = self.plain(name, default)
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{self.path}: {name} must be a number >= 0, got {short(value)}")
+    def number(self, name: str, default: float | None = None, *, below: float = math.inf) -> Any:
+        """A number from 0 to below a limit, without one a whole number; else a ValueError."""
+        value, limit = self.plain(name, default), "" if below == math.inf else f" and < {below}"
+        if type(value) not in (int, float if limit else int) or not 0 <= value < below:
+            raise ValueError(
+                f"{self.path}: {name} must be a number >= 0{limit}, got {short(value)}"
+            )
         return value
-
-    def fraction(self, name: str, default: float | None = None) -> float:
-        """A number from 0 to below 1; anything else is a ValueError."""
-        value = self.plain(name, default)
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise ValueError(f"{self.path}: {name} must be from 0 to below 1, got {short(value)}")
-        return float(value)
 
     def child(self, name: str, index: int | None = None) -> "Module":
         """The module that a field holds, or that its table holds at an index, from 1 or 0."""
-        value, path = self.field(name), f"{self.path}.{name}".lstrip(".")
+        value, path = self.value.fields.get(name), f"{self.path}.{name}".lstrip(".")
         if index is not None:
             table = dict(enumerate(value, 1)) if isinstance(value, list) else value
             value = table.get(index) if isinstance(table, dict) else None
@@ -108,42 +116,41 @@ class Module:
 
     def has(self, name: str) -> bool:
         """Whether there is a parameter of this name."""
-        value = self.field(name)
+        value = self.value.fields.get(name)
         return isinstance(value, Tensor) and value.numel() > 0
 
-    def take(self, name: str, *, dimensions: int | None = None) -> Tensor:
-        """A parameter, as a view of the file.
+    def parameter(self, name: str) -> Tensor:
+        """A parameter, as a view of the file; a ValueError if it is missing or of no floats."""
+        value = self.value.fields.get(name)
+        if not isinstance(value, Tensor) or not value.numel():
+            problem = f"the parameter is missing from this {self.value.typename}"
+        elif not value.is_floating_point():
+            problem = f"expected floats, got {value.dtype}"
+        else:
+            return value.float()
+        raise ValueError(f"{self.path}.{name}: {problem}")
 
-        Raises:
-            ValueError: it is missing, no float tensor of so many dimensions, not finite, or was
-                taken before.
-        """
-        path, value = f"{self.path}.{name}".lstrip("."), self.field(name)
-        if not self.has(name):
-            raise ValueError(f"{path}: the parameter is missing from this {self.value.typename}")
-        if not value.is_floating_point():
-            raise ValueError(f"{path}: expected floats, got {value.dtype}")
-        if dimensions not in (None, value.dim()):
-            raise ValueError(f"{path}: expected {dimensions} dimensions, got {value.dim()}")
+    def take(self, name: str) -> Tensor:
+        """A parameter, of finite numbers, that was not taken before."""
+        value = self.parameter(name)
         # The extremes, not each number: that takes no memory, and they do not hide a NaN.
         if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(value)):
-            raise ValueError(f"{path}: not all numbers are finite")
+            raise ValueError(f"{self.path}.{name}: not all numbers are finite")
         if (id(self.value), name) in self.used:
-            raise ValueError(f"{path}: the parameter is in the network twice")
+            raise ValueError(f"{self.path}.{name}: the parameter is in the network twice")
         self.used.add((id(self.value), name))
-        return value.float()
+        return value
 
-    def differences(self, settings: dict[str, tuple[Any, Any]]) -> list[str]:
-        """The settings, (found, expected) by name, that differ, in words."""
-        return [
-            f"{self.path}: {name} {_words(found)} instead of {_words(expected)}"
-            for name, (found, expected) in settings.items()
-            if found != expected
-        ]
+    @property
+    def outputs(self) -> int:
+        """How many outputs a layer has."""
+        return len(self.parameter("weight"))
 
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    @property
+    def rounds_up(self) -> bool:
+        """Whether a pool rounds sizes up, as all of imagine-nn do; old files have no such field."""
+        is_caffes = self.value.typename.startswith("inn.") and self.kind == "pool"
+        return is_caffes or bool(self.plain("ceil_mode"))
 
 
 def unused_parameters(root: Any, used: Used) -> list[str]:
@@ -169,7 +176,7 @@ def steps(*modules: Module) -> list[Module]:
             raise ValueError(f"{module.path}: a Dropout of the old kind, which scales in inference")
         elif module.typename == "Threshold" and (
             # A ReLU, but for the 1e-6 that the released score head gives instead of 0.
-            module.plain("threshold") != 0 or module.fraction("val", 0) > 1e-6
+            module.plain("threshold") != 0 or module.number("val", 0, below=1) > 1e-6
         ):
             raise ValueError(f"{module.path}: a Threshold that is no ReLU")
         elif module.typename not in NO_OPERATION:
@@ -177,60 +184,70 @@ def steps(*modules: Module) -> list[Module]:
     return found
 
 
-def expect(parts: list[Module], *names: str | tuple[str, ...], where: str) -> list[Module]:
-    """The parts, which must be of these classes in this order.
-
-    Raises:
-        ValueError: they are not; the first that differs is named.
-    """
-    choices = [(name,) if isinstance(name, str) else name for name in names]
-    for part, choice in zip(parts, choices, strict=False):
-        if part.typename not in choice:
-            raise ValueError(f"{part.path}: expected {' or '.join(choice)}, got {part.typename}")
-    if len(parts) != len(names):
-        words = ", ".join(map(" or ".join, choices))
-        raise ValueError(f"{where}: expected {len(names)} modules ({words}), got {len(parts)}")
+def expect(parts: list[Module], pattern: str, where: str) -> list[Module]:
+    """The parts; a ValueError if their kinds are not in an order such as "padding? conv any*"."""
+    regex = re.sub("[A-Za-z]+", r"(?:\g<0>,)", pattern).replace(" ", "").replace("any", "[^,]+")
+    if not re.fullmatch(regex, "".join(f"{part.kind}," for part in parts)):
+        names = ", ".join(part.typename for part in parts) or "nothing"
+        raise ValueError(f"{where}: expected {pattern or 'no layers'}, got {names}")
     return parts
 
 
-class Convolution(NamedTuple):
-    """A convolution, its padding (pixels on each side, and of what) and the norm after it."""
+def convert_layers(parts: list[Module], network: nn.Module, **others: Tensor) -> State:
+    """The state dict of our network from a file's layers, which are in the same order.
 
-    module: Module
-    padding: tuple[int, str]
-    norm: Module | None
+    A file's convolution may follow its padding, and precede its batch norm.
 
-
-def convolutions(parts: list[Module], pattern: str, *, where: str) -> list[Convolution]:
-    """The convolutions of a sequence; `pattern` is the order of its layers by their `LETTERS`.
+    Args:
+        others: parameters that belong to no layer.
 
     Raises:
-        ValueError: another order.
+        ValueError: parameters or arithmetic differ; one line lists all that does.
     """
-    order = "".join(LETTERS.get(part.typename, "?") for part in parts)
-    if not re.fullmatch(pattern, order):
-        names = ", ".join(part.typename for part in parts)
-        raise ValueError(f"{where}: a convolution, norm or ReLU is not where it should be: {names}")
-    found = []
-    for i, part in enumerate(parts):
-        if order[i] == "c":
-            mirror = parts[i - 1] if order[:i].endswith("p") else None
-            norm = parts[i + 1] if order[i + 1 :].startswith("n") else None
-            found.append(Convolution(part, _file_padding(part, mirror), norm))
-    return found
+    state, problems = dict(others), []
+    kinds = {kind for each in SOURCES.values() for kind in each}
+    layers = [each for each in network.named_modules() if isinstance(each[1], tuple(SOURCES))]
+    found = [i for i, part in enumerate(parts) if part.kind in kinds]
+    for i, (name, layer) in zip(found, layers, strict=False):
+        part = parts[i]
+        allowed = next(kinds for ours, kinds in SOURCES.items() if isinstance(layer, ours))
+        if part.kind not in allowed:
+            raise ValueError(f"{part.path}: expected {allowed[0]}, got {part.typename}")
+        if part.kind in ("conv", "linear"):
+            state |= _parameters(part, parts[i + 1 : i + 2], layer, name)
+        settings = _settings(part, parts[max(i - 1, 0) : i], layer)
+        problems += [
+            f"{part.path}: {setting} {_words(theirs)} instead of {_words(ours)}"
+            for setting, (theirs, ours) in settings.items()
+            if theirs != ours
+        ]
+    if len(found) != len(layers):
+        problems.append(f"expected {len(layers)} layers, got {len(found)}")
+    expected = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    problems.insert(0, describe_mismatch(expected, state))
+    if any(problems):
+        raise ValueError("; ".join(filter(None, problems)))
+    return state
 
 
-def _file_padding(conv: Module, mirror: Module | None) -> tuple[int, str]:
-    zeros = {conv.integer(name, 0) for name in ("padH", "padW")}
-    pixels = {mirror.integer(f"pad_{side}", 0) if mirror else 0 for side in "lrtb"}
-    if len(zeros) > 1 or len(pixels) > 1 or (max(zeros) and max(pixels)):
-        raise ValueError(f"{conv.path}: padding that is not the same on all sides")
-    return max(zeros | pixels), "mirrored" if max(pixels) else "zeros"
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, str]:
-    mirrored = isinstance(conv, SymmetricConv2d) or conv.padding_mode == "replicate"
-    return int(conv.padding[0]), "mirrored" if mirrored and conv.padding[0] else "zeros"
+def _parameters(part: Module, after: list[Module], layer: Any, name: str) -> State:
+    weight = part.take("weight")
+    # A Linear's inputs, and those of a SpatialConvolutionMM, are a window's in one dimension.
+    if isinstance(layer, nn.Conv2d) and weight.dim() == 2:
+        area = math.prod(layer.kernel_size)
+        if weight.shape[1] % area:
+            raise ValueError(f"{part.path}: {weight.shape[1]} inputs, no multiple of {area}")
+        weight = weight.reshape(len(weight), -1, *layer.kernel_size)
+    state = {f"{name}.weight": weight}
+    if layer.bias is not None:
+        return state | {f"{name}.bias": part.take("bias")}
+    norm = after[0] if after and after[0].kind == "norm" else None
+    norm_state = _norm_state(part, norm)
+    return state | {f"{norm_name(name)}.{key}": value for key, value in norm_state.items()}
 
 
 def _norm_state(conv: Module, norm: Module | None) -> State:
@@ -240,91 +257,51 @@ def _norm_state(conv: Module, norm: Module | None) -> State:
     inn.ConstAffine (C,). What a live one's epsilon has more than torchvision's is in the variance.
     """
     if norm is None:  # folded into the convolution, it has left its shift as the bias
-        shift = conv.take("bias", dimensions=1)
+        shift = conv.take("bias")
         return frozen_norm_state(torch.ones_like(shift), shift)
-    if norm.typename in FROZEN_NORMS:
-        state = frozen_norm_state(norm.take("a").flatten(), norm.take("b").flatten())
-    else:
+    if norm.typename == "SpatialBatchNormalization":
         names = ("weight", "bias", "running_mean", "running_var")
-        state = {name: norm.take(name, dimensions=1) for name in names}
-        if (epsilon := norm.fraction("eps", EPSILON)) != EPSILON:
+        state = {name: norm.take(name) for name in names}
+        if (epsilon := norm.number("eps", EPSILON, below=1)) != EPSILON:
             state["running_var"] = state["running_var"] + (epsilon - EPSILON)
-    bias = conv.take("bias", dimensions=1) if conv.has("bias") else state["bias"]
-    if len({values.shape for values in [bias, *state.values()]}) > 1:
-        raise ValueError(f"{norm.path}: parameters, or the convolution's bias, of other lengths")
+    else:
+        state = frozen_norm_state(norm.take("a").flatten(), norm.take("b").flatten())
     if conv.has("bias"):
-        state["running_mean"] = state["running_mean"] - bias
+        bias, mean = conv.take("bias"), state["running_mean"]
+        if bias.shape != mean.shape:
+            raise ValueError(f"{norm.path}: {len(mean)} channels, and the bias has {len(bias)}")
+        state["running_mean"] = mean - bias
     return state
 
 
-@dataclass
-class Weights:
-    """What a converter has read, by our names.
+def _settings(part: Module, before: list[Module], layer: Any) -> dict[str, tuple[Any, Any]]:
+    """The settings of a file's layer and of ours."""
+    kernel, stride = ((part.plain(f"{name}H"), part.plain(f"{name}W")) for name in "kd")
+    if part.kind == "conv":
+        mirrored = isinstance(layer, SymmetricConv2d) or layer.padding_mode == "replicate"
+        padding = int(layer.padding[0])
+        return {
+            "kernel": (kernel, layer.kernel_size),
+            "stride": (stride, layer.stride),
+            "groups": (part.plain("groups", 1), layer.groups),
+            "padding": (_padding(part, before), (padding, PADDINGS[mirrored and padding > 0])),
+        }
+    if part.kind == "pool":
+        sides = layer.kernel_size, layer.stride, layer.padding
+        sizes = (*kernel, *stride, part.plain("padH", 0), part.plain("padW", 0))
+        return {
+            "kernel, stride and padding": (sizes, tuple(side for side in sides for _ in "HW")),
+            "ceil_mode": (part.rounds_up, layer.ceil_mode),
+        }
+    names = ("size", "alpha", "beta", "k") if part.kind == "lrn" else ()
+    return {name: (part.plain(name), getattr(layer, name)) for name in names}
 
-    Attributes:
-        state: the parameters. convs: convolutions, whose arithmetic must be ours.
-        problems: other differences that were found.
-    """
 
-    state: State = field(default_factory=dict)
-    convs: dict[str, Convolution] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add_conv(self, name: str, conv: Convolution, *, norm: bool = False) -> None:
-        """Takes a convolution's weight and bias; with `norm`, the bias as part of its norm."""
-        module, self.convs[name] = conv.module, conv
-        if module.typename == "SpatialConvolutionMM":  # (out, in, k, k) as a matrix
-            size = [module.integer(key) for key in ("nInputPlane", "kH", "kW")]
-            weight = module.take("weight", dimensions=2)
-            if weight.shape[1] != math.prod(size):
-                raise ValueError(
-                    f"{module.path}: expected {math.prod(size)} inputs, got {weight.shape[1]}"
-                )
-            weight = weight.reshape(-1, *size)
-        else:
-            weight = module.take("weight", dimensions=4)
-        self.state[f"{name}.weight"] = weight
-        if norm:
-            norm_state = _norm_state(module, conv.norm)
-            self.state |= {f"{norm_name(name)}.{key}": value for key, value in norm_state.items()}
-        else:
-            self.state[f"{name}.bias"] = module.take("bias", dimensions=1)
-
-    def add_linear(self, name: str, linear: Module, *, window: int | None = None) -> None:
-        """Takes a linear layer; with `window`, as a convolution that sees so many cells a side."""
-        weight = linear.take("weight", dimensions=2)
-        if window is not None:
-            inputs = weight.shape[1]
-            if window < 1 or inputs % window**2:
-                raise ValueError(f"{linear.path}: {inputs} inputs are no {window} x {window} cells")
-            weight = weight.reshape(len(weight), -1, window, window)
-        self.state[f"{name}.weight"] = weight
-        self.state[f"{name}.bias"] = linear.take("bias", dimensions=1)
-
-    def outputs(self, name: str) -> int:
-        """How many outputs a layer has; a ValueError if the file has no such layer."""
-        if f"{name}.weight" not in self.state:
-            raise ValueError(f"{name}: there is no such layer in the file")
-        return len(self.state[f"{name}.weight"])
-
-    def check(self, network: nn.Module, *, expected: State | None = None) -> None:
-        """Compares everything with our network; `expected` is its state dict, or a part of it.
-
-        Raises:
-            ValueError: parameters or arithmetic differ; one line lists all that does.
-        """
-        expected = network.state_dict() if expected is None else expected
-        problems = [describe_mismatch(expected, self.state), *self.problems]
-        layers = dict(network.named_modules())
-        for name, (module, padding, _) in self.convs.items():
-            if isinstance(ours := layers.get(name), nn.Conv2d):
-                problems += module.differences(
-                    {
-                        "kernel": ((module.plain("kH"), module.plain("kW")), ours.kernel_size),
-                        "stride": ((module.plain("dH"), module.plain("dW")), ours.stride),
-                        "groups": (module.plain("groups", 1), ours.groups),
-                        "padding": (padding, _padding(ours)),
-                    }
-                )
-        if any(problems):
-            raise ValueError("; ".join(filter(None, problems)))
+def _padding(conv: Module, before: list[Module]) -> tuple[int, str]:
+    """Pixels on each side of a convolution's input, and of what they are."""
+    mirror = before[0] if before and before[0].kind == "padding" else None
+    zeros = {conv.number(name, 0) for name in ("padH", "padW")}
+    pixels = {mirror.number(f"pad_{side}", 0) if mirror else 0 for side in "lrtb"}
+    if len(zeros) > 1 or len(pixels) > 1 or (max(zeros) and max(pixels)):
+        raise ValueError(f"{conv.path}: padding that is not the same on all sides")
+    return max(zeros | pixels), PADDINGS[max(pixels) > 0]

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from datasets.coco import read_image_list
 from datasets.images import read_image
-from pipeline.inference.coco_json import write_proposals
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
 
 FIELDS = ("images", "boxes", "scores")
-
-Size = tuple[int, int, int]  # an image's id, height and width
 
 
 def convert_proposals(
@@ -37,8 +34,8 @@ def convert_proposals(
     Raises:
         ValueError: the tables do not fit each other, or an image's size is not known.
     """
-    names, boxes, scores = (_entries(value[field], field) for field in FIELDS)
-    if not len(names) == len(boxes) == len(scores):
+    names, boxes, scores = columns = [_entries(value[field], field) for field in FIELDS]
+    if len(set(map(len, columns))) > 1:
         raise ValueError(
             f"{len(names)} images, {len(boxes)} tables of boxes and {len(scores)} of scores"
         )
@@ -47,25 +44,18 @@ def convert_proposals(
     if store.shards():
         raise ValueError(f"{output} holds proposals already; choose another --output")
     store.open_for({"converted_from": source, "masks": "filled boxes"})
-    total, rows = 0, 0
-    shard: list[Proposals] = []
-    for name, image_boxes, image_scores in zip(names, boxes, scores, strict=True):
-        xyxy = _boxes(image_boxes, name)
-        shard.append(_proposals(name, xyxy, image_scores, sizes[name]))
-        total, rows = total + len(xyxy), rows + len(shard[-1])
-        if rows >= MAX_ROWS:
-            store.write_shard(shard)
-            shard, rows = [], 0
-    if shard:
-        store.write_shard(shard)
-    write_proposals(store)
-    written = store.count()
+    total = sum(len(table) for table in boxes if isinstance(table, Tensor))
+    rows = list(zip(names, boxes, scores, strict=True))
+    step = max(1, MAX_ROWS * len(rows) // max(1, total))  # images in a shard
+    for i in range(0, len(rows), step):
+        store.write_shard([_proposals(*row, *sizes[row[0]]) for row in rows[i : i + step]])
+    store.write_json()
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",
         "there are no masks in such a file: the masks in the store are the filled boxes",
     ]
-    if total > written:
-        lines.append(f"left out: {total - written} boxes without a pixel in their image")
+    if left_out := total - (written := store.count()):
+        lines.append(f"left out: {left_out} boxes without a pixel in their image")
     return [*lines, f"{written} written to {output}"]
 
 
@@ -80,12 +70,12 @@ def _entries(table: Any, field: str) -> list:
 
 def _sizes(
     names: list, annotations: str | Path | None, images: str | Path | None
-) -> dict[str, Size]:
+) -> dict[str, tuple[int, int, int]]:
+    """Each image's id, height and width, by file name."""
     for i, name in enumerate(names, 1):
         if not isinstance(name, str):
             raise ValueError(f"images[{i}]: expected a file name, got {name!r}")
-    sizes: dict[str, Size] = {}
-    wanted = set(names)
+    sizes, wanted = {}, set(names)
     if annotations is not None:
         for image in read_image_list(Path(annotations)):
             if image.height is None or image.width is None:
@@ -94,7 +84,8 @@ def _sizes(
     elif images is not None:
         for file in find_images(images, None, {}):
             if file.file_name in wanted:
-                sizes[file.file_name] = (file.image_id, *read_image(file.path).shape[:2])
+                height, width, _ = read_image(file.path).shape
+                sizes[file.file_name] = file.image_id, height, width
     else:
         raise ValueError(
             "proposals without the sizes of their images; give --annotations (a COCO json) or "
@@ -108,24 +99,21 @@ def _sizes(
     return sizes
 
 
-def _boxes(table: Any, name: str) -> np.ndarray:
-    """(N, 4) float64 xyxy from 0 on: Lua counts from 1, and the last pixel is in the box."""
-    values = np.asarray(table if isinstance(table, Tensor) else [], np.float64)
-    if values.size == 0:
-        return np.empty((0, 4))
-    if values.ndim != 2 or values.shape[1] != 4 or not np.isfinite(values).all():
+def _proposals(
+    name: str, table: Any, scores: Any, image_id: int, height: int, width: int
+) -> Proposals:
+    boxes = np.asarray(table if isinstance(table, Tensor) else [], np.float64)
+    if boxes.size == 0:
+        boxes = np.empty((0, 4))
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
         raise ValueError(f"{name}: expected boxes of four finite numbers each")
-    y1, x1, y2, x2 = values.T
-    return np.stack([x1 - 1, y1 - 1, x2, y2], axis=1)
-
-
-def _proposals(name: str, boxes: np.ndarray, scores: Any, size: Size) -> Proposals:
-    image_id, height, width = size
     scores = np.asarray(scores if isinstance(scores, Tensor) else [], np.float32).ravel()
     if len(scores) != len(boxes):
         raise ValueError(f"{name}: {len(boxes)} boxes and {len(scores)} scores")
     if not np.isfinite(scores).all():
         raise ValueError(f"{name}: a score that is not finite")
+    # xyxy from 0 on: Lua counts from 1, and the last pixel is in the box.
+    boxes = boxes[:, [1, 0, 3, 2]] - [1, 1, 0, 0]
     limits = np.array([width, height, width, height])
     pixels = np.ceil(boxes - 0.5).clip(0, limits)  # those whose centers lie in the box
     order = np.argsort(-scores, kind="stable")

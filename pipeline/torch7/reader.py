@@ -15,16 +15,17 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # The types of objects in torch7's File.lua. Functions were type 6, without an index, and then 7.
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN, FUNCTION_6, FUNCTION_7, FUNCTION = range(9)
-TYPE_NAMES = {TABLE: "table", TORCH: "class", FUNCTION_7: "function", FUNCTION: "function"}
+TYPE_NAMES = {TABLE: "table", TORCH: "class"}
+TYPE_NAMES |= dict.fromkeys((FUNCTION_6, FUNCTION_7, FUNCTION), "function")
 
 MAX_DEPTH = 150  # objects in objects; the released networks take about 35
 MAX_DIMENSIONS = 64  # torch's own limit
@@ -33,30 +34,24 @@ MAX_REPEATED = 1 << 26
 SMALLEST_ENTRY = 12  # bytes of a table's key (a boolean) and value (nil)
 EXACT_INTEGERS = 1 << 53  # of a double
 
-_DTYPES = {
-    "Byte": torch.uint8,
-    "Char": torch.int8,
-    "Short": torch.int16,
-    "Int": torch.int32,
-    "Long": torch.int64,
-    "Half": torch.float16,
-    "Float": torch.float32,
-    "Double": torch.float64,
-}
+# numpy's types by Torch7's names.
+_DTYPES = {"Byte": "u1", "Char": "i1", "Short": "i2", "Int": "i4", "Long": "i8"}
+_DTYPES |= {"Half": "f2", "Float": "f4", "Double": "f8"}
 # On the GPU "torch.CudaTensor" is the one of floats; the layout is the same as on the CPU.
-_DTYPES |= {f"Cuda{name}": dtype for name, dtype in _DTYPES.items()} | {"Cuda": torch.float32}
-_TENSORS = {f"torch.{name}Tensor": dtype for name, dtype in _DTYPES.items()}
-_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
+_DTYPES |= {f"Cuda{name}": dtype for name, dtype in _DTYPES.items()} | {"Cuda": "f4"}
+_STORAGE = re.compile(rf"torch\.({'|'.join(_DTYPES)})(Tensor|Storage)")
 _VERSION = re.compile(r"V -?[0-9]{1,9}(\.[0-9]{1,9})?")
 _CLASS_NAME = re.compile(r"[A-Za-z_][\w.:-]{0,199}", re.ASCII)
 _UNFINISHED = object()
 
 
 class FormatError(Exception):
-    """What is wrong with a file, and the offset in bytes of the wrong value."""
+    """What is wrong with a file, after the offset in bytes of the wrong value."""
 
-    def __init__(self, offset: int, reason: str):
-        super().__init__(f"byte {offset}: {reason}")
+
+def _require(condition: bool, offset: int, reason: str) -> None:
+    if not condition:
+        raise FormatError(f"byte {offset}: {reason}")
 
 
 @dataclass(eq=False)
@@ -105,8 +100,8 @@ def read_torch7(path: str | Path) -> Any:
                 f"{path}: byte 0: Torch7's ascii mode is not supported; in Lua, load the file and "
                 "save it again in binary: torch.save(path, object)"
             )
-        for long in ("<q", "<i"):
-            reader = _Reader(data, file, long)
+        for long in "qi":
+            reader = _Reader(data, path, long)
             try:
                 return reader.read()
             except FormatError as error:  # as text: its traceback keeps what was read so far
@@ -118,16 +113,18 @@ def read_torch7(path: str | Path) -> Any:
 class _Reader:
     """Reads a mapped file; `offset` is that of the next byte, `long` the struct code of longs."""
 
-    def __init__(self, data: mmap.mmap, file: BufferedReader, long: str):
-        self.data, self.file, self.long, self.offset, self.depth = data, file, long, 0, 0
-        self.objects: dict[int | None, tuple[int, Any]] = {}  # type and value by index
-        self.storages: set[int] = set()  # ids of the tensors that are storages
+    def __init__(self, data: mmap.mmap, path: Path, long: str):
+        self.data, self.path, self.long, self.offset, self.depth = data, path, long, 0, 0
+        self.objects: dict[
+            int, tuple[int, Any]
+        ] = {}  # type and value by index; a function 6's is 0
+        self.storages: dict[int, str] = {}  # types of the tensors that are storages, by id
 
     def read(self) -> Any:
         """The file's one object."""
         value = self._object()
-        if self.offset < len(self.data):
-            raise FormatError(self.offset, f"{len(self.data) - self.offset} bytes too many")
+        left = len(self.data) - self.offset
+        _require(left == 0, self.offset, f"{left} bytes too many")
         objects = [each for _, each in self.objects.values()]
         fields = {id(each.fields) for each in objects if isinstance(each, Torch7Object)}
         tables = [each for each in objects if isinstance(each, dict)]
@@ -146,16 +143,14 @@ class _Reader:
 
     def _skip(self, count: int) -> int:
         """Steps over `count` bytes and returns the offset of the first."""
-        left = len(self.data) - self.offset
-        if not 0 <= count <= left:
-            raise FormatError(
-                self.offset, f"expected {count} bytes, and {left} are left in the file"
-            )
-        start, self.offset = self.offset, self.offset + count
+        start, left = self.offset, len(self.data) - self.offset
+        if not 0 <= count <= left:  # no call of _require: each number in a file comes here
+            _require(False, start, f"expected {count} bytes, and {left} are left in the file")
+        self.offset += count
         return start
 
-    def _number(self, code: str = "<i") -> Any:
-        return struct.unpack_from(code, self.data, self._skip(struct.calcsize(code)))[0]
+    def _number(self, code: str = "i") -> Any:
+        return struct.unpack_from(f"<{code}", self.data, self._skip(struct.calcsize(code)))[0]
 
     def _text(self) -> str:
         """A Lua string; bytes that are not UTF-8 become surrogates."""
@@ -168,66 +163,59 @@ class _Reader:
         if type_ == NIL:
             return None
         if type_ == NUMBER:
-            number = self._number("<d")
+            number = self._number("d")
             is_exact = number.is_integer() and abs(number) <= EXACT_INTEGERS
             return int(number) if is_exact else number
         if type_ == STRING:
             return self._text()
         if type_ == BOOLEAN:
-            if (value := self._number()) not in (0, 1):
-                raise FormatError(start, f"a boolean is 0 or 1, got {value}")
+            value = self._number()
+            _require(value in (0, 1), start, f"a boolean is 0 or 1, got {value}")
             return value == 1
-        if self.depth == MAX_DEPTH:
-            raise FormatError(start, f"nested deeper than {MAX_DEPTH} objects")
-        self.depth += 1
-        value = self._indexed(type_, start)
-        self.depth -= 1
+        _require(type_ in TYPE_NAMES, start, f"the type of an object is 0 to 8, got {type_}")
+        _require(self.depth < MAX_DEPTH, start, f"nested deeper than {MAX_DEPTH} objects")
+        index = 0 if type_ == FUNCTION_6 else self._number()
+        is_index = index > 0 or type_ == FUNCTION_6
+        _require(is_index, start, f"the index of an object is at least 1, got {index}")
+        if index == 0 or index not in self.objects:
+            self.objects[index] = type_, _UNFINISHED
+            self.depth += 1
+            read = {TABLE: self._table, TORCH: self._instance}.get(type_, self._function)
+            value = read(index)
+            self.depth -= 1
+            return value
+        known, value = self.objects[index]
+        names = TYPE_NAMES[known], TYPE_NAMES[type_]
+        _require(known == type_, start, f"object {index} is a {names[0]}, not a {names[1]}")
+        is_finished = value is not _UNFINISHED
+        _require(is_finished, start, f"object {index}, a tensor or storage, contains itself")
         return value
 
-    def _indexed(self, type_: int, start: int) -> Any:
-        if type_ == FUNCTION_6:
-            return self._function(None, type_)
-        if type_ not in TYPE_NAMES:
-            raise FormatError(start, f"the type of an object is 0 to 8, got {type_}")
-        index = self._number()
-        if index < 1:
-            raise FormatError(start, f"the index of an object is at least 1, got {index}")
-        if index not in self.objects:
-            self.objects[index] = type_, _UNFINISHED
-            if type_ == TABLE:
-                return self._table(index)
-            return self._instance(index) if type_ == TORCH else self._function(index, type_)
-        known, value = self.objects[index]
-        if known != type_:
-            names = TYPE_NAMES[known], TYPE_NAMES[type_]
-            raise FormatError(start, f"object {index} is a {names[0]}, not a {names[1]}")
-        if value is _UNFINISHED:
-            raise FormatError(start, f"object {index}, a tensor or storage, contains itself")
-        return value
+    def _keep(self, index: int, value: Any) -> None:
+        self.objects[index] = self.objects[index][0], value
 
     def _table(self, index: int) -> dict:
         start, size = self.offset, self._number()
         left = len(self.data) - self.offset
-        if not 0 <= size <= left // SMALLEST_ENTRY + 1:
-            raise FormatError(start, f"a table of {size} entries, with {left} bytes left")
+        fits = 0 <= size <= left // SMALLEST_ENTRY + 1
+        _require(fits, start, f"a table of {size} entries, with {left} bytes left")
         table: dict = {}
-        self.objects[index] = TABLE, table
+        self._keep(index, table)
         for _ in range(size):
             start = self.offset
             key, value = self._object(), self._object()
-            if not isinstance(key, str | int | float) or key != key:
-                raise FormatError(start, f"a key must be text or a number, got {short(key)}")
-            if key in table:
-                raise FormatError(start, f"the key {short(key)} is twice in a table")
+            is_key = isinstance(key, str | int | float) and key == key
+            _require(is_key, start, f"a key must be text or a number, got {short(key)}")
+            _require(key not in table, start, f"the key {short(key)} is twice in a table")
             if value is not None:
                 table[key] = value
         return table
 
-    def _function(self, index: int | None, type_: int) -> LuaFunction:
+    def _function(self, index: int) -> LuaFunction:
         size = self._number()
         self._skip(size)
         function = LuaFunction(size)
-        self.objects[index] = type_, function  # before the variables: it may call itself
+        self._keep(index, function)  # before the variables: it may call itself
         self._object()  # the variables it refers to: objects that others may share
         return function
 
@@ -235,70 +223,65 @@ class _Reader:
         start, typename = self.offset, self._text()
         if _VERSION.fullmatch(typename):  # the first files have no version
             start, typename = self.offset, self._text()
-        if not _CLASS_NAME.fullmatch(typename):
-            raise FormatError(start, f"expected the name of a class, got {short(typename)}")
+        is_name = _CLASS_NAME.fullmatch(typename) is not None
+        _require(is_name, start, f"expected the name of a class, got {short(typename)}")
         value: Torch7Object | Tensor
-        if typename in _STORAGES:
-            value = self._storage(_STORAGES[typename])
-            self.storages.add(id(value))
-        elif typename in _TENSORS:
-            value = self._tensor(_TENSORS[typename])
+        if found := _STORAGE.fullmatch(typename):
+            read = self._tensor if found[2] == "Tensor" else self._storage
+            value = read(_DTYPES[found[1]])
         else:
             value = Torch7Object(typename, {})
-            self.objects[index] = TORCH, value  # before its fields, which may refer to it
+            self._keep(index, value)  # before its fields, which may refer to it
             start, value.fields = self.offset, self._object()
-            if not isinstance(value.fields, dict):
-                raise FormatError(start, f"{typename} is not stored as a table of its fields")
-        self.objects[index] = TORCH, value
+            is_table = isinstance(value.fields, dict)
+            _require(is_table, start, f"{typename} is not stored as a table of its fields")
+        self._keep(index, value)
         return value
 
-    def _storage(self, dtype: torch.dtype) -> Tensor:
-        """A length and as many numbers: (n,) of `dtype`.
+    def _storage(self, dtype: str) -> Tensor:
+        """A length and as many numbers: (n,) of a numpy type.
 
         Torch's kernels may expect numbers at multiples of their size. Torch7 does not align them,
         so a storage that lies elsewhere is read into new memory, past the mapping.
         """
-        if dtype == torch.int64 and self.long == "<i":
-            return self._storage(torch.int32).long()
         start, count = self.offset, self._number(self.long)
-        if count < 0:
-            raise FormatError(start, f"a storage of {count} elements")
-        start = self._skip(count * dtype.itemsize)
+        _require(count >= 0, start, f"a storage of {count} elements")
+        stored = np.dtype("i4" if dtype == "i8" and self.long == "i" else dtype)
+        start = self._skip(count * stored.itemsize)
         if count == 0:
-            return torch.empty(0, dtype=dtype)
-        if start % dtype.itemsize == 0:
-            return torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
-        memory = bytearray(count * dtype.itemsize)
-        self.file.seek(start)
-        if self.file.readinto(memory) != len(memory):
-            raise FormatError(start, "the file has become shorter while it was read")
-        return torch.frombuffer(memory, dtype=dtype)
+            values = np.empty(0, dtype)
+        elif start % stored.itemsize:
+            values = np.fromfile(self.path, stored, count, offset=start)
+        else:
+            values = np.frombuffer(self.data, stored, count, start)
+        tensor = torch.from_numpy(values.astype(dtype, copy=False))
+        self.storages[id(tensor)] = dtype
+        return tensor
 
-    def _tensor(self, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, dtype: str) -> Tensor:
         start, dimensions = self.offset, self._number()
-        if not 0 <= dimensions <= MAX_DIMENSIONS:
-            raise FormatError(start, f"a tensor of {dimensions} dimensions")
-        sizes = [self._number(self.long) for _ in range(dimensions)]
-        strides = [self._number(self.long) for _ in range(dimensions)]
+        is_possible = 0 <= dimensions <= MAX_DIMENSIONS
+        _require(is_possible, start, f"a tensor of {dimensions} dimensions")
+        sizes, strides = ([self._number(self.long) for _ in range(dimensions)] for _ in "ns")
         offset = self._number(self.long) - 1  # Lua counts from 1; all are in elements
         storage = self._object()
         if storage is None:
-            storage = torch.empty(0, dtype=dtype)
-        elif id(storage) not in self.storages or storage.dtype != dtype:
-            raise FormatError(start, f"the storage of a {dtype} tensor is not one of its type")
+            storage = torch.from_numpy(np.empty(0, dtype))
+        else:
+            is_storage = self.storages.get(id(storage)) == dtype
+            name = np.dtype(dtype).name
+            _require(is_storage, start, f"the storage of a {name} tensor is not one of its type")
         if not sizes:
             return storage.new_empty(0)
         shape = f"sizes {cut(str(sizes))}, strides {cut(str(strides))}, offset {offset + 1}"
         repeated = math.prod(max(size, 1) for size in sizes)
-        if min(sizes + strides) < 0 or repeated > max(len(storage), MAX_REPEATED):
-            raise FormatError(start, f"a tensor of {shape} is impossible")
+        is_possible = min(sizes + strides) >= 0 and repeated <= max(len(storage), MAX_REPEATED)
+        _require(is_possible, start, f"a tensor of {shape} is impossible")
         if 0 in sizes:
             return storage.new_empty(sizes)
         last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-        if offset < 0 or last >= len(storage):
-            raise FormatError(
-                start, f"a tensor of {shape} is outside its storage of {len(storage)}"
-            )
+        fits = offset >= 0 and last < len(storage)
+        _require(fits, start, f"a tensor of {shape} is outside its storage of {len(storage)}")
         # Where the size is 1 the stride may be anything; torch multiplies it all the same.
         strides = [min(stride, len(storage)) for stride in strides]
         return storage.as_strided(sizes, strides, offset)

@@ -21,6 +21,7 @@ from datasets.files import atomic_path
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
 from pipeline.config import Config, OptimConfig
+from pipeline.precision import choose_precision
 from pipeline.recipe import config_from_dict, config_to_dict, save_config
 from pipeline.training.run_log import RunLog
 from pipeline.training.stages import Stage
@@ -34,7 +35,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def fit(
-    stage: Stage, config: Config, output: Path, *, device: torch.device, resume: bool = False
+    stage: Stage,
+    config: Config,
+    output: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    precision: str | None = None,
 ) -> Path:
     """Trains a stage; returns the best checkpoint's path.
 
@@ -42,6 +49,8 @@ def fit(
         output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and
             TensorBoard events.
         resume: continue from `checkpoints/last.pt` if there is one.
+        precision: as in `choose_precision`; bf16 is autocast. Without one, and with "auto", a
+            resumed run keeps what it was trained in.
 
     Raises:
         ValueError: the directory holds a run and `resume` is not set, or that run is of another
@@ -50,7 +59,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM came; the state is in `checkpoints/last.pt`.
     """
     run = TrainingRun(stage, config, output, device)
-    run.prepare(resume)
+    run.prepare(resume, precision)
     with _stop_signals() as stop:
         run.train(stop)
     return output / "checkpoints" / BEST
@@ -67,7 +76,7 @@ class TrainingRun:
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
 
-    def prepare(self, resume: bool) -> None:
+    def prepare(self, resume: bool, precision: str | None = None) -> None:
         """Starts a run, or continues the one that the directory holds."""
         last = self.checkpoints / LAST
         if last.exists() and not resume:
@@ -76,7 +85,14 @@ class TrainingRun:
                 "or choose another --output"
             )
         if last.exists():
-            self._restore(load_checkpoint(last, stage=self.stage.name), str(last))
+            state = load_checkpoint(last, stage=self.stage.name)
+            self._restore(state, str(last))
+            if precision in (None, "auto"):
+                precision = state.get("precision")
+        dtype = choose_precision(
+            precision, self.stage.trunk, self.device, amp=self.optim.amp, train=True
+        )
+        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         if distributed.is_main():  # from here on the directory is this run's
             save_config(self.config, self.output / "config.yaml")
         resume_step = self.step if last.exists() else None
@@ -129,9 +145,8 @@ class TrainingRun:
         rate = learning_rate(self.optim, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.optim.amp and self.device.type == "cuda"
-        ):
+        in_bfloat16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
             losses = self.stage.losses(self.model, batch)
         (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
         if broken:
@@ -185,6 +200,7 @@ class TrainingRun:
                 "config": config_to_dict(self.config),
                 "model": self.stage.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "precision": self.precision,
                 **{key: getattr(self, key) for key in PROGRESS},
                 **self.stage.metadata,
             }

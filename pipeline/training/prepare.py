@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from datasets.coco import CocoInstances
+from datasets.proposal_boxes import ProposalBoxes
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from pipeline.config import Config
@@ -41,11 +42,13 @@ class StageInputs:
         masks: checkpoint of the DeepMask that a SharpMask is built on, or of the mask network whose
             trunk a detector starts from.
         proposals: stores of the "train" and "val" images, for a detector.
+        boxes: the files of their boxes, see `ProposalBoxes`.
     """
 
     weights: Path | None = None
     masks: Path | None = None
     proposals: dict[str, ProposalStore] = field(default_factory=dict)
+    boxes: dict[str, Path] = field(default_factory=dict)
 
 
 def prepare_stage(name: str, config: Config, output: Path, device: torch.device) -> StageInputs:
@@ -73,12 +76,13 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     filled = begun or weights is not None
     if name == "sharpmask" and not filled:
         masks = find_deepmask(config, output)
-    proposals = {}
+    proposals, boxes = {}, {}
     if name == "multipathnet":
         proposals = {s: find_proposals(config, s, output, device) for s in ("train", "val")}
+        boxes = {s: write_boxes(config, s, output, store) for s, store in proposals.items()}
         if config.multipathnet.trunk.weights == "deepmask" and not filled:
             masks = find_proposer(config, output)
-    return StageInputs(weights, masks, proposals)
+    return StageInputs(weights, masks, proposals, boxes)
 
 
 def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
@@ -112,7 +116,8 @@ def _build_sharpmask(config: Config, deepmask: Path | None) -> SharpMaskStage:
 
 def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStage:
     stores = inputs.proposals
-    stage = MultiPathNetStage(config, {split: store.boxes() for split, store in stores.items()})
+    boxes = {split: ProposalBoxes.load(path) for split, path in inputs.boxes.items()}
+    stage = MultiPathNetStage(config, boxes, stores["val"])
     check_images(stores["train"], stage.train_data.coco)
     check_images(stores["val"], stage.val_data.coco)
     if inputs.masks is not None:
@@ -201,6 +206,22 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         write_json=False,
     )
     return ProposalStore(store)
+
+
+def write_boxes(config: Config, split: str, output: Path, store: ProposalStore) -> Path:
+    """Writes the boxes of a split's best proposals where all processes map them from.
+
+    Raises:
+        ValueError: the store holds no proposals.
+    """
+    path = output / "proposals" / f"{split}_boxes.f32"
+    if distributed.is_main():
+        if not store.count():
+            raise ValueError(f"{store.directory} holds no proposals")
+        limit = config.multipathnet.sampling.max_proposals
+        ProposalBoxes.write(store.box_rows(), path, limit=limit)
+    distributed.barrier()
+    return path
 
 
 def check_images(store: ProposalStore, coco: CocoInstances) -> None:

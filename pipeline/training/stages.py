@@ -4,19 +4,19 @@ Reading the data and building the network is all that happens here; what a stage
 or found by `pipeline/training/prepare.py`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datasets.patches import PatchDataset, patch_batches
+from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
-from datasets.rois import roi_batches
 from models.deepmask import DeepMask
 from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss
 from models.multipathnet import MultiPathNet
 from models.sharpmask import SharpMask
+from models.trunk import Trunk
 from pipeline import distributed
 from pipeline.config import Config, OptimConfig
 from pipeline.data import (
@@ -26,9 +26,12 @@ from pipeline.data import (
     load_split,
     patch_dataset,
     roi_dataset,
+    split_files,
 )
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
-from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois
+from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois, sample_ap
+from pipeline.inference.detect import Detector
+from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 
 
@@ -60,6 +63,11 @@ class Stage:
         torch.manual_seed(config.seed)  # for the weights that are drawn
         check_batch(config, self.name)
 
+    @property
+    def trunk(self) -> Trunk:
+        """The network's trunk."""
+        return next(module for module in self.model.modules() if isinstance(module, Trunk))
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters to train, with a factor on the learning rate and their weight decay.
 
@@ -85,17 +93,18 @@ class Stage:
 
     def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
         """This process's part of the minibatches of the given steps, on the device."""
-        shares = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         data, workers = self.train_data, self.config.data.workers
         broken = BrokenFiles(len(data.coco), self.config.data.max_broken_fraction)
-        indices = self.batch_indices(steps, seed=self.config.seed, **shares)
+        indices = data.batches(
+            steps,
+            batches_per_epoch=self.optim.batches_per_epoch,
+            batch_size=self.optim.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
         for batch in device_batches(data, indices, device, workers=workers):
             broken.note(batch["broken"])
             yield batch
-
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Indices of `train_data` for each minibatch of this process."""
-        raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Scalars of a minibatch; "loss" is what is minimized."""
@@ -142,16 +151,6 @@ class PatchStage(Stage):
 
         self.train_data = patches("train", config.seed)
         self.val_data = patches("val", VALIDATION_SEED)
-
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Mask and score minibatches, as `mask_batch_prob` draws them."""
-        return patch_batches(
-            steps,
-            batches_per_epoch=self.optim.batches_per_epoch,
-            groups_per_batch=self.optim.batch_size // self.sampling.patches_per_image,
-            mask_batch_prob=self.sampling.mask_batch_prob,
-            **options,
-        )
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""
@@ -215,9 +214,13 @@ class MultiPathNetStage(Stage):
     samples, best_metric = "images", "roi_accuracy"
     model: MultiPathNet
 
-    def __init__(self, config: Config, proposals: dict[str, ProposalBoxes]):
+    def __init__(
+        self, config: Config, proposals: dict[str, ProposalBoxes], val_store: ProposalStore
+    ):
         super().__init__(config)
-        c = config.multipathnet
+        c, self.val_store = config.multipathnet, val_store
+        if c.validation_images:
+            self.best_metric = "sample_ap"
         self.train_data = roi_dataset(
             c, *load_split(config, "train"), proposals["train"], seed=config.seed
         )
@@ -251,17 +254,6 @@ class MultiPathNetStage(Stage):
         for level in self.model.trunk.levels[self.config.multipathnet.trunk.frozen_levels :]:
             level.requires_grad_(in_phase_2)
 
-    def batch_indices(self, steps: range, **options: int) -> Iterable[list]:
-        """Images, each with its number of RoIs; with `draw_threshold`, of one IoU threshold."""
-        c = self.config.multipathnet
-        return roi_batches(
-            steps,
-            batches_per_epoch=self.optim.batches_per_epoch,
-            images_per_batch=self.optim.batch_size,
-            num_thresholds=len(c.iou_thresholds) if c.sampling.draw_threshold else None,
-            **options,
-        )
-
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Integral loss plus the box regressor's."""
         outputs = model(batch["images"], batch["rois"])
@@ -273,8 +265,8 @@ class MultiPathNetStage(Stage):
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 
     def validate(self, device: torch.device) -> dict[str, float]:
-        """RoI metrics on `validation_batches` minibatches."""
-        return evaluate_rois(
+        """RoI metrics on `validation_batches` minibatches, AP on `validation_images`."""
+        metrics = evaluate_rois(
             self.model,
             self.val_data,
             device,
@@ -282,3 +274,18 @@ class MultiPathNetStage(Stage):
             batch_size=self.optim.batch_size,
             workers=self.config.data.workers,
         )
+        c = self.config.multipathnet
+        if c.validation_images:
+            detector = Detector(
+                self.model,
+                self.metadata["categories"],
+                device=device,
+                config=c,
+                options=self.config.detect,
+            )
+            annotations, images = split_files(self.config, "val")
+            ap = sample_ap(
+                detector, self.val_store, annotations, images, num_images=c.validation_images
+            )
+            metrics["sample_ap"] = ap or 0.0
+        return metrics

@@ -32,12 +32,11 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(data: bytes) -> np.ndarray:
-        path = tmp_path / "image.bin"
-        path.write_bytes(data)
-        return read_image(path)
+    def read_bytes(data: bytes) -> np.ndarray:
+        (tmp_path / "image.bin").write_bytes(data)
+        return read_image(tmp_path / "image.bin")
 
-    return write_and_read
+    return read_bytes
 
 
 def assert_shows(array: np.ndarray, expected: Image.Image, tolerance: int = 0) -> None:
@@ -98,8 +97,8 @@ def test_any_file_name(tmp_path, name):
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_truncated(read, kind, fraction):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
-    progressive = kind == "progressive"
-    data = encode(noise, "JPEG", progressive=True) if progressive else encode(noise, kind)
+    options = {"progressive": True} if kind == "progressive" else {}
+    data = encode(noise, "JPEG" if options else kind, **options)
     read(data)
     with pytest.raises(ImageError):
         read(data[: int(len(data) * fraction)])
@@ -132,10 +131,7 @@ def test_data_after_the_end_does_not_matter(read, kind):
         (b"\xff\xd8\xff", "truncated"),
         (b"\x89PNG\r\n\x1a\n", "truncated"),
         (b"\xff\xd8\xff\xd9", "not an image"),
-        (
-            encode(PICTURE, "JPEG")[:480] + bytes(480),
-            "truncated",
-        ),  # cut short and filled with zeros
+        (encode(PICTURE, "JPEG")[:480] + bytes(480), "truncated"),  # filled up with zeros
     ],
 )
 def test_not_an_image(read, data, reason, capfd):

@@ -11,22 +11,19 @@ import torch
 from datasets.images import ImageError
 from datasets.loading import batch_loader
 from datasets.patch_sampler import MASK, SCORE
-from datasets.patches import patch_batches
-from datasets.rois import roi_batches
 from tests.coco_json import assert_frequency, painted_patches, painted_rois
 
-PATCHES = partial(patch_batches, groups_per_batch=4)
-ROIS = partial(roi_batches, images_per_batch=4)
-THRESHOLDS = partial(ROIS, num_thresholds=6)
+PATCHES = partial(painted_patches, seed=1)
+ROIS = partial(painted_rois, seed=1)
+THRESHOLDS = partial(ROIS, sampling={"draw_threshold": True})
 
 
-@pytest.fixture(params=[(painted_patches, PATCHES), (painted_rois, THRESHOLDS)])
+@pytest.fixture(params=[PATCHES, THRESHOLDS])
 def load(request, tmp_path):
-    make, batches = request.param
-    data = make(tmp_path)
+    data = request.param(tmp_path)
 
     def load_batches(steps=range(6), workers=0):
-        indices = batches(steps, batches_per_epoch=3, seed=1)
+        indices = data.batches(steps, batches_per_epoch=3, batch_size=4)
         return list(batch_loader(data, indices, data.collate, workers=workers))
 
     return load_batches
@@ -67,27 +64,26 @@ def test_a_folder_without_a_readable_image_is_given_up(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batches", "probabilities"),
+    ("make", "probabilities"),
     [
         (partial(PATCHES, mask_batch_prob=0.0), {SCORE: 1}),
         (partial(PATCHES, mask_batch_prob=0.3), {MASK: 0.3, SCORE: 0.7}),
-        (partial(PATCHES, mask_batch_prob=1.0), {MASK: 1}),
+        (partial(PATCHES, mask_batch_prob=1.0, patches_per_image=2), {MASK: 1}),
         (THRESHOLDS, dict.fromkeys(range(6), 1 / 6)),
         (ROIS, {-1: 1}),
     ],
 )
-def test_a_minibatch_has_one_head_or_threshold_and_the_next_samples(batches, probabilities):
-    count = 3000
-    batches = partial(batches, range(count), batches_per_epoch=100, seed=1)
+def test_a_minibatch_has_one_head_or_threshold_and_the_next_samples(make, probabilities, tmp_path):
+    count, data = 3000, make(tmp_path)
+    batches = partial(data.batches, range(count), batches_per_epoch=100, batch_size=4)
     whole = list(batches())
     parts = [batches(rank=rank, world_size=2) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
-    if isinstance(whole[0][0][0], str):
-        whole = [[(epoch, index, head) for head, epoch, index in batch] for batch in whole]
-    drawn = [{head for _, _, head in batch} for batch in whole]
-    assert all(len(heads) == 1 for heads in drawn)
-    assert {head for heads in drawn for head in heads} == set(probabilities)
-    for head, probability in probabilities.items():
-        assert_frequency(drawn.count({head}) / count, probability, count)
-    samples = [(epoch, index) for batch in whole for epoch, index, _ in batch]
-    assert samples == [(epoch, index) for epoch in range(30) for index in range(400)]
+    drawn = [{choice for choice, _, _ in batch} for batch in whole]
+    assert {len(choices) for choices in drawn} == {1}
+    assert set.union(*drawn) == set(probabilities)
+    for choice, probability in probabilities.items():
+        assert_frequency(drawn.count({choice}) / count, probability, count)
+    groups = [(epoch, group) for batch in whole for _, epoch, group in batch]
+    per_epoch = 400 // data.group_size
+    assert groups == [(epoch, group) for epoch in range(30) for group in range(per_epoch)]

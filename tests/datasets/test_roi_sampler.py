@@ -29,7 +29,7 @@ def proposals_of(boxes_by_image):
     ids = [i for i, boxes in boxes_by_image.items() for _ in boxes]
     boxes = np.array([b for boxes in boxes_by_image.values() for b in boxes], np.float32)
     scores = -np.arange(len(ids), dtype=np.float32)
-    return ProposalBoxes.from_rows(np.array(ids, np.int64), boxes.reshape(-1, 4), scores)
+    return ProposalBoxes.from_rows((np.array(ids, np.int64), boxes.reshape(-1, 4), scores))
 
 
 def make_sampler(coco, proposals, *, seed=0, iou_thresholds=IOU_THRESHOLDS, **config):
@@ -83,7 +83,7 @@ def slow_candidates(coco, proposals, image, options):
     objects = {a: coco.boxes[a].tolist() for a in rows if not coco.is_crowd[a]}
     crowds = [coco.boxes[a].tolist() for a in rows if coco.is_crowd[a]]
     boxes = list(objects.values())
-    for box in proposals.of(coco.image_ids[image])[0][: options["max_proposals"]].tolist():
+    for box in proposals.of(coco.image_ids[image])[: options["max_proposals"]].tolist():
         in_crowd = max((intersection(box, crowd) / area(box) for crowd in crowds), default=0)
         if in_crowd <= options["crowd_overlap"]:
             boxes.append(box)

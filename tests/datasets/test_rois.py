@@ -32,7 +32,7 @@ def test_boxes_of_foreground_lie_on_the_painted_object(tmp_path, short_side, lon
     data = painted_rois(tmp_path, sizes=sizes, sampling=sampling)
     flips = set()
     for index in range(24):
-        item, sample = data.load(0, index)
+        item, sample = data.load(-1, 0, index)
         flips.add(sample.flip)
         painted = red_rectangle(item["image"], green=20 * (sample.image + 1))
         foreground = item["labels"][0] > 0
@@ -50,7 +50,7 @@ def test_inclusive_boxes_end_at_their_last_pixel(tmp_path):
     edges, pixels = (painted_rois(tmp_path, inclusive_boxes=inclusive) for inclusive in (0, 1))
     margin = torch.tensor([0, 0, 133 / 160, 100 / 120])
     for index in range(6):
-        outer, inner = (data[0, index, -1] for data in (edges, pixels))
+        outer, inner = (data[-1, 0, index] for data in (edges, pixels))
         for name in ("rois", "boxes"):
             assert torch.allclose(outer[name] - inner[name], margin, atol=1e-4)
     thin = np.array([[5, 6, 5.5, 9]], np.float32)  # a pixel at least
@@ -60,7 +60,7 @@ def test_inclusive_boxes_end_at_their_last_pixel(tmp_path):
 def test_the_released_resizing_is_that_of_detection(tmp_path):
     sides = {"short_side": 217, "long_side": 1000}
     data = painted_rois(tmp_path, sampling=sides, align_corners=True)
-    items = [data.load(0, index) for index in range(8)]
+    items = [data.load(-1, 0, index) for index in range(8)]
     assert {sample.flip for _, sample in items} == {True, False}
     for item, sample in items:
         image = read_image(tmp_path / f"{sample.image + 1}.png")
@@ -72,15 +72,15 @@ def test_the_released_resizing_is_that_of_detection(tmp_path):
 
 def test_pixels_come_as_configured(tmp_path):
     config = PixelConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), bgr=True)
-    rgb = denormalize(painted_rois(tmp_path)[0, 0, -1]["image"].numpy()) / 255
-    image = painted_rois(tmp_path, pixels=config)[0, 0, -1]["image"].numpy()
+    rgb = denormalize(painted_rois(tmp_path)[-1, 0, 0]["image"].numpy()) / 255
+    image = painted_rois(tmp_path, pixels=config)[-1, 0, 0]["image"].numpy()
     expected = (rgb - config.mean) / config.std
     np.testing.assert_allclose(image[::-1].transpose(1, 2, 0), expected, atol=1e-5)
 
 
 def test_a_minibatch_holds_each_image_and_points_each_roi_to_its_own(tmp_path):
     data = painted_rois(tmp_path, sizes=((120, 160), (160, 120)))
-    items = [data[0, index, -1] for index in range(8)]
+    items = [data[-1, 0, index] for index in range(8)]
     assert {tuple(item["image"].shape) for item in items} == {(3, 100, 133), (3, 133, 100)}
     batch = data.collate(items)
     assert batch["labels"].dtype == torch.int64
@@ -95,8 +95,8 @@ def test_a_minibatch_holds_each_image_and_points_each_roi_to_its_own(tmp_path):
     assert torch.equal(batch["labels"], torch.cat([item["labels"] for item in items], dim=1))
     # Half of a minibatch of two processes, which has larger images in its other half.
     data.images_per_batch = 8
-    items = [data[0, index, -1] for index in range(8)]
+    items = [data[-1, 0, index] for index in range(8)]
     tall = [item for item in items if item["image"].shape[1] == 133]
     assert data.collate(tall)["images"].shape[2:] == (160, 160)
-    one_threshold = data[0, 0, 2]["labels"]
+    one_threshold = data[2, 0, 0]["labels"]
     assert (one_threshold >= 0).any(dim=1).nonzero().tolist() == [[2]]

@@ -1,6 +1,7 @@
 """The synthetic dataset: the same bytes from the same seed, and annotations true to the pixels."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,17 +12,14 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets import shapes
-from datasets.shapes import CATEGORY_IDS, ShapeObject, annotate, render, write_shapes
+from datasets.shapes import CATEGORY_IDS, annotate, render, write_shapes
 
 
 @pytest.fixture(scope="module")
 def rendered():
-    """Per image: its (height, width) and its (object, annotation) pairs."""
-    images = []
-    for i in range(300):
-        image, objects = render(np.random.default_rng([7, i]))
-        images.append((image.shape[:2], [(shape, annotate(shape)) for shape in objects]))
-    return images
+    """Per image, the masks of its objects and their annotations."""
+    images = (render(np.random.default_rng([7, i]))[1] for i in range(300))
+    return [[(shape[1], annotate(*shape)) for shape in image] for image in images]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -29,12 +27,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def decode(segmentation, height: int, width: int) -> np.ndarray:
-    rle = coco_mask.frPyObjects(segmentation, height, width)
+def decode(annotation: dict, shape: tuple[int, int]) -> np.ndarray:
+    rle = coco_mask.frPyObjects(annotation["segmentation"], *shape)
     return coco_mask.decode(coco_mask.merge(rle) if isinstance(rle, list) else rle).astype(bool)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# Files
 
 
 def test_an_image_depends_on_seed_split_and_index_and_on_nothing_else(tmp_path):
@@ -73,21 +71,13 @@ def test_the_same_parameters_keep_the_files_and_others_rewrite_them(tmp_path, ot
     assert contents(tmp_path / "both") == contents(tmp_path / "fresh")
 
 
-def test_interrupted_write_is_redone(tmp_path, monkeypatch):
+def test_interrupted_write_is_redone(tmp_path):
     """Over an older dataset at that: its json must not describe a mixture of images."""
     path = write_shapes(tmp_path / "cut", num_images=3, seed=0)
-    drawn = []
-
-    def render_two_then_stop(rng):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(render(rng))
-        return drawn[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shapes, "render", render_two_then_stop)
-        with pytest.raises(KeyboardInterrupt):
-            write_shapes(tmp_path / "cut", num_images=3, seed=1)
+    two = [render(np.random.default_rng(i)) for i in range(2)]
+    stop = patch.object(shapes, "render", side_effect=[*two, KeyboardInterrupt])
+    with stop, pytest.raises(KeyboardInterrupt):
+        write_shapes(tmp_path / "cut", num_images=3, seed=1)
     assert not path.exists()
     write_shapes(tmp_path / "cut", num_images=3, seed=1)
     write_shapes(tmp_path / "fresh", num_images=3, seed=1)
@@ -104,19 +94,17 @@ def test_a_foreign_json_is_kept(tmp_path, text):
     assert path.read_text() == text
 
 
-# --- annotations ----------------------------------------------------------------------------------
+# Annotations
 
 
 def test_segmentation_box_and_area_agree_with_the_painted_mask(rendered):
-    for (height, width), pairs in rendered:
-        for shape, annotation in pairs:
-            decoded = decode(annotation["segmentation"], height, width)
-            agreement = np.sum(decoded & shape.mask) / np.sum(decoded | shape.mask)
-            exact = isinstance(annotation["segmentation"], dict)
-            assert agreement == 1 if exact else agreement >= 0.95, (shape.category, agreement)
-            box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(decoded)))
-            np.testing.assert_allclose(annotation["bbox"], box, atol=1)
-            assert annotation["area"] == pytest.approx(np.count_nonzero(decoded), rel=0.04)
+    for mask, annotation in (pair for image in rendered for pair in image):
+        decoded = decode(annotation, mask.shape)
+        agreement = np.sum(decoded & mask) / np.sum(decoded | mask)
+        assert agreement >= (1 if isinstance(annotation["segmentation"], dict) else 0.95)
+        box = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(decoded)))
+        np.testing.assert_allclose(annotation["bbox"], box, atol=1)
+        assert annotation["area"] == pytest.approx(np.count_nonzero(decoded), rel=0.04)
 
 
 @settings(max_examples=200, deadline=None)
@@ -124,8 +112,8 @@ def test_segmentation_box_and_area_agree_with_the_painted_mask(rendered):
 def test_any_mask_is_annotated(mask):
     """Specks, diagonal contacts, holes, one-pixel lines: never a polygon pycocotools refuses."""
     mask[mask.shape[0] // 2, mask.shape[1] // 2] = True
-    annotation = annotate(ShapeObject("disk", mask))
-    decoded = decode(annotation["segmentation"], *mask.shape)
+    annotation = annotate("disk", mask)
+    decoded = decode(annotation, mask.shape)
     if isinstance(annotation["segmentation"], dict):
         assert np.array_equal(decoded, mask)
     else:
@@ -136,46 +124,42 @@ def test_any_mask_is_annotated(mask):
 def test_a_rectangle_is_one_polygon_along_pixel_edges_cut_it_is_two_with_a_hole_it_is_rle():
     mask = np.zeros((40, 50), bool)
     mask[10:30, 5:45] = True
-    (polygon,) = annotate(ShapeObject("square", mask))["segmentation"]
+    (polygon,) = annotate("square", mask)["segmentation"]
     x, y = np.reshape(polygon, (-1, 2)).T
     assert (x.min(), y.min(), x.max(), y.max()) == (5, 10, 45, 30)
-    assert np.array_equal(decode([polygon], 40, 50), mask)
+    assert np.array_equal(decode(annotate("square", mask), mask.shape), mask)
     cut, hole = mask.copy(), mask.copy()
     cut[:, 20:30] = False
     hole[15:20, 20:30] = False
-    assert len(annotate(ShapeObject("square", cut))["segmentation"]) == 2
-    assert set(annotate(ShapeObject("square", hole))["segmentation"]) == {"counts", "size"}
+    assert len(annotate("square", cut)["segmentation"]) == 2
+    assert set(annotate("square", hole)["segmentation"]) == {"counts", "size"}
 
 
-# --- what there is to learn from ------------------------------------------------------------------
+# What there is to learn from
 
 
 def test_all_categories_sizes_crowds_and_segmentations_occur(rendered):
-    pairs = [pair for _, pairs in rendered for pair in pairs]
-    assert {shape.category for shape, _ in pairs} == set(CATEGORY_IDS)
+    annotations = [annotation for image in rendered for _, annotation in image]
+    assert {a["category_id"] for a in annotations} == set(CATEGORY_IDS.values())
     assert max(CATEGORY_IDS.values()) > len(CATEGORY_IDS) == len(set(CATEGORY_IDS.values()))
-    longest = np.array([max(annotation["bbox"][2:]) for _, annotation in pairs])
+    longest = np.array([max(a["bbox"][2:]) for a in annotations])
     assert longest.max() > 250
     assert np.mean(longest < 32) > 0.05 and np.mean(longest > 96) > 0.25
-    crowds = [annotation for shape, annotation in pairs if shape.iscrowd]
-    single = [annotation["segmentation"] for shape, annotation in pairs if not shape.iscrowd]
-    assert 0.03 < np.mean([not pairs for _, pairs in rendered]) < 0.15  # empty images
-    assert 3 <= len(crowds) <= 30
-    assert all(a["iscrowd"] == 1 and "counts" in a["segmentation"] for a in crowds)
+    crowds = [a["segmentation"] for a in annotations if a["iscrowd"]]
+    single = [a["segmentation"] for a in annotations if not a["iscrowd"]]
+    assert 0.03 < np.mean([not image for image in rendered]) < 0.15  # empty images
+    assert 3 <= len(crowds) <= 30 and all("counts" in segmentation for segmentation in crowds)
     assert any(isinstance(segmentation, dict) for segmentation in single)
     assert any(len(segmentation) > 1 for segmentation in single if isinstance(segmentation, list))
 
 
 def test_masks_are_disjoint_and_well_visible_and_some_are_cut_by_the_border(rendered):
     cut = []
-    for (height, width), pairs in rendered:
-        objects = np.zeros((height, width), int)  # at each pixel
-        for shape, annotation in pairs:
-            objects += shape.mask
-            assert np.count_nonzero(shape.mask) >= 60
-            x, y, w, h = annotation["bbox"]
-            cut.append(x == 0 or y == 0 or x + w == width or y + h == height)
-        assert objects.max(initial=0) <= 1
+    for image in rendered:
+        masks = [mask for mask, _ in image]
+        assert np.sum(masks, axis=0).max() <= 1
+        assert all(np.count_nonzero(mask) >= 60 for mask in masks)
+        cut += [m[0].any() or m[-1].any() or m[:, 0].any() or m[:, -1].any() for m in masks]
     assert 0.1 < np.mean(cut) < 0.4
 
 
@@ -186,8 +170,8 @@ def test_masks_end_where_the_image_changes(axis):
     for i in range(25):
         image, objects = render(np.random.default_rng([8, i]))
         steps = np.abs(np.diff(image.sum(axis=2, dtype=float), axis=axis))
-        for shape in objects:
-            edge = np.diff(shape.mask.astype(int), axis=axis)
+        for _, mask, _ in objects:
+            edge = np.diff(mask.astype(int), axis=axis)
             for distance, found in beside.items():
                 entering = np.roll(edge > 0, -distance, axis)
                 leaving = np.roll(edge < 0, distance, axis)

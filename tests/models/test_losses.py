@@ -140,3 +140,20 @@ def test_without_foreground_or_samples_the_losses_stay_finite(label):
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     assert (loss.item() == 0) == (label == -1)
+
+
+def test_losses_of_logits_in_bfloat16_are_computed_in_float32():
+    torch.manual_seed(0)
+    masks, classes, deltas = torch.randn(4, 8, 8), torch.randn(4, 2, 3), torch.randn(4, 3, 4)
+    signs, labels = torch.randn(4, 16, 16).sign(), torch.randint(0, 3, (2, 4))
+    *samples, rois = count_samples(labels)
+    samples = torch.stack(samples)
+    losses = {
+        masks: lambda logits: mask_loss(logits, signs),
+        masks[:, 0, 0]: lambda logits: score_loss(logits, signs[:, 0, 0]),
+        classes: lambda logits: integral_loss(logits, labels, samples),
+        deltas: lambda logits: box_loss(logits, torch.ones(4, 4), labels, rois),
+    }
+    for logits, loss in losses.items():
+        low = logits.bfloat16()
+        assert loss(low).dtype == torch.float32 and loss(low) == loss(low.float())

@@ -19,7 +19,7 @@ def make_dataset(folder, *, objects=True, offset=0.0, **sampling):
     annotations = [rectangle(n, n, 1, 30, 20, 60, 50) for n in ids] if objects else []
     coco = write_coco(folder / "a.json", dict.fromkeys(ids, (120, 160)), annotations, [1])
     boxes = np.array([30, 20, 90, 70]) + offset + rng.normal(0, 8, (6 * 40, 4))
-    proposals = ProposalBoxes.from_rows(np.repeat(ids, 40), boxes, rng.random(len(boxes)))
+    proposals = ProposalBoxes.from_rows((np.repeat(ids, 40), boxes, rng.random(len(boxes))))
     config = RoiSamplingConfig(**sampling)
     return RoiDataset(coco, folder, RoiSampler(coco, proposals, config=config))
 

@@ -89,15 +89,15 @@ def test_speed_at_a_tiny_size(measure, capsys):
     tables = measure(speed.main, SMALL)
     rows = {name: row for table in tables.values() for name, row in table.items()}
     assert list(rows) == [
-        "DeepMask, 5 proposals, 0.02 Mpx", "SharpMask, 5 proposals, 0.02 Mpx",
-        "MultiPathNet, 4 RoIs", "DeepMask, 4 patches", "SharpMask, 4 patches",
+        "DeepMask, 5 proposals, 0.02 Mpx, fp32", "SharpMask, 5 proposals, 0.02 Mpx, fp32",
+        "MultiPathNet, 4 RoIs, fp32", "DeepMask, 4 patches, fp32", "SharpMask, 4 patches, fp32",
     ]  # fmt: skip
     for row in rows.values():  # of one round: both are of the same measurement
         assert row["seconds"] > 0
         assert row["times the floor"] == pytest.approx(row["seconds"] / row["floor"])
     deepmask, sharpmask, *_ = (row["GFLOP"] for row in rows.values())
     assert sharpmask > deepmask
-    assert "MultiPathNet, 4 RoIs" in capsys.readouterr().out
+    assert "MultiPathNet, 4 RoIs, fp32" in capsys.readouterr().out
 
 
 def test_pycocotools_is_asked_for_the_same_metrics(measure, monkeypatch):

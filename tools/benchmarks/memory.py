@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import run_tool
 from pipeline.inference.folders import propose_images
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.recipe import load_config
 from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image, write_sharpmask

@@ -3,6 +3,7 @@ r"""Seconds of proposals, detection and training steps on the CPU, and how near 
 
     python tools/benchmarks/speed.py --config configs/coco.yaml --num-proposals 10 100 1000
     python tools/benchmarks/speed.py --config configs/shapes.yaml --only training --batch 32
+    python tools/benchmarks/speed.py --precision fp32 bf16
 
 The floor of a call is its convolutions and matrix products at the machine's peak, the speed of a
 large matrix product in the same round. Weights are random: they change which masks come out, not
@@ -33,7 +34,7 @@ from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config
 from pipeline.inference.detect import Detector
-from pipeline.inference.memory import keep_freed_blocks
+from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
@@ -56,6 +57,7 @@ def main() -> None:
         megapixels=[0.3],
         rois=[400],
         batch=8,
+        precision=["fp32"],
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -106,13 +108,22 @@ def proposal_calls(config: Config, args: argparse.Namespace) -> Calls:
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "sharpmask.pt"
         write_sharpmask(config, checkpoint)
-        for name, count in itertools.product(("DeepMask", "SharpMask"), args.num_proposals):
-            options = {"num_proposals": count, "refine": name == "SharpMask"}
-            proposer, _ = load_proposer(checkpoint, CPU, **options)
+        for name, count, precision in itertools.product(
+            ("DeepMask", "SharpMask"), args.num_proposals, args.precision
+        ):
+            proposer, _ = load_proposer(
+                checkpoint,
+                CPU,
+                num_proposals=count,
+                refine=name == "SharpMask",
+                precision=precision,
+            )
             for size in args.megapixels:
                 width = 64 * round(math.sqrt(size * 1e6 * 4 / 3) / 64)  # .3: 640 x 480
                 image = draw_image(np.random.default_rng(0), width * 3 // 4, width)
-                calls[f"{name}, {count} proposals, {size:g} Mpx"] = partial(proposer, image)
+                calls[f"{name}, {count} proposals, {size:g} Mpx, {precision}"] = partial(
+                    proposer, image
+                )
     return calls
 
 
@@ -123,8 +134,8 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
     height, width = sampling.short_side, sampling.long_side
     image = draw_image(rng, height, width)
     categories = [{"id": i, "name": str(i)} for i in range(1, 81)]
-    model = make_multipathnet(config, num_classes=len(categories))
-    for count in args.rois:
+    for count, precision in itertools.product(args.rois, args.precision):
+        model = make_multipathnet(config, num_classes=len(categories))
         boxes = draw_boxes(rng, count, height, width).astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]  # xyxy
         scores = np.linspace(1, 0, count, dtype=np.float32)
@@ -132,9 +143,14 @@ def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
         proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * count)
         options = replace(config.detect, num_proposals=count)
         detector = Detector(
-            model, categories, device=CPU, short_sides=[height], long_side=width, options=options
+            model,
+            categories,
+            device=CPU,
+            config=config.multipathnet,
+            options=options,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         )
-        calls[f"MultiPathNet, {count} RoIs"] = partial(detector, image, proposals)
+        calls[f"MultiPathNet, {count} RoIs, {precision}"] = partial(detector, image, proposals)
     return calls
 
 
@@ -152,15 +168,20 @@ def training_calls(config: Config, args: argparse.Namespace) -> Calls:
         model.train().to(memory_format=torch.channels_last)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(optim, [{"params": trained}])
-        call = partial(train_step, model, optimizer, patches, targets)
-        calls[f"{name}, {args.batch} patches"] = call
+        for precision in args.precision:
+            call = partial(train_step, model, optimizer, patches, targets, precision)
+            calls[f"{name}, {args.batch} patches, {precision}"] = call
     return calls
 
 
-def train_step(model: nn.Module, optimizer: Optimizer, patches: Tensor, targets: Tensor) -> None:
+def train_step(
+    model: nn.Module, optimizer: Optimizer, patches: Tensor, targets: Tensor, precision: str
+) -> None:
     """One step of the training loop."""
     optimizer.zero_grad(set_to_none=True)
-    mask_loss(model(patches, head="mask")["mask_logits"], targets).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = mask_loss(model(patches, head="mask")["mask_logits"], targets)
+    loss.backward()
     optimizer.step()
 
 

@@ -136,7 +136,7 @@ def test_no_objects_write_none(tmp_path, capsys):
 
 BAD_FILES = {  # more of them in user_errors.txt
     "half": (b"[{", "is not JSON"),
-    "deep": (b"[" * 100_000, "nested too deeply"),
+    "deep": (b"[" * 100_000, "maximum recursion depth"),
     "latin": (b"\xff", "is not JSON"),
     "wrong result": (b'[{"image_id": 7}]', "results[0]"),
 }

@@ -14,13 +14,13 @@ from torch import nn
 
 from datasets.coco import CocoInstances
 from datasets.images import read_image
+from datasets.roi_sampler import RoiSamplingConfig
 from models.multipathnet import MultiPathNet
-from pipeline.config import DetectConfig
+from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
-from pipeline.inference.coco_json import results_of
 from pipeline.inference.detect import Detector, compress_checkpoint, load_detector, select_boxes
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.proposals import Proposals, results_of
 
 CPU = torch.device("cpu")
 
@@ -65,8 +65,8 @@ def test_perfect_proposals_and_classes_score_1(shapes_directory):
     categories = [{"id": int(i), "name": ""} for i in coco.category_ids]
     # At the published NMS of .3 an object is lost if one of its class overlaps it that much.
     options = DetectConfig(chunk=1000, nms=1.0)
-    sides = {"short_sides": [160], "long_side": 224}
-    detector = Detector(model, categories, device=CPU, options=options, **sides)
+    config = MultiPathNetStageConfig(sampling=RoiSamplingConfig(short_side=160, long_side=224))
+    detector = Detector(model, categories, device=CPU, config=config, options=options)
     results = []
     for image in range(len(coco)):
         rows = np.arange(coco.image_starts[image], coco.image_starts[image + 1])
@@ -209,37 +209,33 @@ def iou(a, b):
     return float(inter / (areas[0] + areas[1] - inter))
 
 
-def slow_selection(probabilities, boxes, *, score_threshold, nms_iou, max_detections, vote_iou):
+def slow_selection(probabilities, boxes, options):
     """[(score, label, box, roi)] by the definition: one box and one class after another."""
     found = []
     for label in range(boxes.shape[1]):
+        scores, places = probabilities[:, label + 1], boxes[:, label]
         rows = [
             roi
-            for roi, (x1, y1, x2, y2) in enumerate(boxes[:, label])
-            if probabilities[roi, label + 1] > score_threshold and x2 > x1 and y2 > y1
+            for roi, (x1, y1, x2, y2) in enumerate(places)
+            if scores[roi] > options.score_threshold and x2 > x1 and y2 > y1
         ]
-        waiting = sorted(rows, key=lambda roi: (-probabilities[roi, label + 1], roi))
+        waiting = sorted(rows, key=lambda roi: (-scores[roi], roi))
         while waiting:
             best, *others = waiting
-            waiting = [r for r in others if iou(boxes[best, label], boxes[r, label]) <= nms_iou]
-            found.append((probabilities[best, label + 1], label, rows, best))
-    found = sorted(found, key=lambda item: -item[0])[:max_detections]  # stable: class, then RoI
-    return [
-        (score, label, slow_vote(probabilities, boxes, label, rows, roi, vote_iou), roi)
-        for score, label, rows, roi in found
-    ]
+            waiting = [roi for roi in others if iou(places[best], places[roi]) <= options.nms]
+            voted = slow_vote(best, rows, scores, places, options.box_voting_iou)
+            found.append((scores[best], label, voted, best))
+    found.sort(key=lambda item: -item[0])  # stable: class, then RoI
+    return found[: options.max_detections]
 
 
-def slow_vote(probabilities, boxes, label, rows, roi, vote_iou):
+def slow_vote(best, rows, scores, places, vote_iou):
     if vote_iou is None:
-        return boxes[roi, label]
-    total, weight = np.zeros(4), 0.0
-    for voter in rows:
-        # PyTorch compares in float32, torchvision's NMS in float64: 3 / 10 is above .3 there only.
-        if iou(boxes[roi, label], boxes[voter, label]) > float(np.float32(vote_iou)):
-            total += float(probabilities[voter, label + 1]) * boxes[voter, label].astype(float)
-            weight += float(probabilities[voter, label + 1])
-    return total / weight
+        return places[best]
+    # PyTorch compares in float32, torchvision's NMS in float64: 3 / 10 is above .3 there only.
+    limit = float(np.float32(vote_iou))
+    voters = [roi for roi in rows if iou(places[best], places[roi]) > limit]
+    return np.average(places[voters].astype(float), axis=0, weights=scores[voters].astype(float))
 
 
 @st.composite
@@ -265,16 +261,17 @@ def scenes(draw):
 @settings(max_examples=150, deadline=None)
 @given(
     scenes(),
-    st.sampled_from([0.0, 0.05, 0.2]),
-    st.sampled_from([0.0, 0.3, 0.5, 0.7]),
-    st.sampled_from([None, 0.3, 0.5]),
-    st.sampled_from([1, 5, 100]),
+    st.builds(
+        DetectConfig,
+        score_threshold=st.sampled_from([0.0, 0.05, 0.2]),
+        nms=st.sampled_from([1e-9, 0.3, 0.5, 0.7]),
+        box_voting_iou=st.sampled_from([None, 0.3, 0.5]),
+        max_detections=st.sampled_from([1, 5, 100]),
+    ),
 )
-def test_equals_slow_loops(scene, score_threshold, nms_iou, vote_iou, max_detections):
-    settings = {"score_threshold": score_threshold, "nms_iou": nms_iou, "vote_iou": vote_iou}
-    settings["max_detections"] = max_detections
-    expected = slow_selection(*scene, **settings)
-    scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), **settings)
+def test_equals_slow_loops(scene, options):
+    expected = slow_selection(*scene, options)
+    scores, labels, boxes, rois = select_boxes(*map(torch.tensor, scene), options)
     assert scores.tolist() == [item[0] for item in expected]
     assert labels.tolist() == [item[1] for item in expected]
     assert rois.tolist() == [item[3] for item in expected]
@@ -288,7 +285,7 @@ def test_the_class_does_not_blur_the_boxes():
     probabilities, boxes = torch.zeros(3, 81), torch.zeros(3, 80, 4)
     boxes[:, 79] = torch.tensor([[0, 0, 10, 10], [5.386, 0, 15.386, 10], [900, 900, 1000, 1000]])
     probabilities[:, 80] = torch.tensor([0.9, 0.8, 0.7])
-    _, labels, _, rois = select_boxes(probabilities, boxes, score_threshold=0.05, nms_iou=0.3)
+    _, labels, _, rois = select_boxes(probabilities, boxes, DetectConfig())
     assert rois.tolist() == [0, 1, 2] and labels.tolist() == [79] * 3
 
 
@@ -300,7 +297,7 @@ def test_voting_never_leaves_the_image():
     scores = rng.uniform(0.1, 1, (50, 1)).astype(np.float32)
     probabilities = torch.tensor(np.concatenate([1 - scores, scores], axis=1))
     _, _, selected, _ = select_boxes(
-        probabilities, torch.tensor(boxes), score_threshold=0.05, vote_iou=0.5
+        probabilities, torch.tensor(boxes), DetectConfig(box_voting_iou=0.5)
     )
     assert len(selected) == 1
     assert torch.equal(selected[0, 2:], torch.tensor([333.1, 499.7]))

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -15,13 +15,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.images import read_image
+from pipeline.inference import folders
 from pipeline.inference.detect import load_detector
 from pipeline.inference.folders import detect_images, propose_images
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose import load_proposer
 from tests.pipeline.inference.builders import listing, proposals_of
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SETTINGS = {"num_proposals": 3}
 GOOD = ["a.jpg", "c.png", "e.jpg", "inner/b.jpg", "k.jpg"]
@@ -180,22 +180,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
         assert next(listings) == next(listings)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import pipeline.inference.folders as folders
-from tests.pipeline.inference.test_folders import BoxProposer, propose
-
-class Killed(BoxProposer):
-    def __call__(self, image, **names):
-        if len(self.seen) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(image, **names)
-
-folders.MAX_IMAGES_IN_SHARD = 2
-propose(Killed(), Path({source!r}), Path({output!r}))
-"""
+def propose_until_killed(source: Path, output: Path) -> None:
+    """For two shards of two images, and one more image."""
+    folders.MAX_IMAGES_IN_SHARD = 2
+    errors = {"f.png": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    propose(BoxProposer(errors=errors), source, output)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
@@ -204,15 +193,12 @@ def test_a_killed_run_loses_no_finished_shard(tmp_path):
     names = [f"{letter}.png" for letter in "abcdefgh"]
     for n, name in enumerate(names):
         write_image(source / name, n)
-    places = {"root": ROOT, "source": source, "output": output}
-    script = KILLED.format(**{name: str(path) for name, path in places.items()})
-    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == -9
-    assert not (output / "proposals.json").exists()
-
+    process = get_context("spawn").Process(target=propose_until_killed, args=(source, output))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL and not (output / "proposals.json").exists()
     proposer = BoxProposer()
-    summary = propose(proposer, source, output)
-    assert proposer.seen == names[4:]  # two shards of two images were whole
-    assert summary.done_before == 4
+    assert propose(proposer, source, output).done_before == 4 and proposer.seen == names[4:]
     propose(BoxProposer(), source, tmp_path / "whole")
     assert results(output) == results(tmp_path / "whole")
 

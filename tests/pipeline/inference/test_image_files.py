@@ -1,4 +1,4 @@
-"""Image files for inference: their ids and names, however they are given, and reading ahead."""
+"""Image files for inference: their ids and names, however they are given; reading and memory."""
 
 import threading
 from pathlib import Path
@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from datasets.images import ImageError
 from pipeline.inference import image_files
-from pipeline.inference.image_files import ImageFile, common_folder, find_images, read_ahead
+from pipeline.inference.image_files import (
+    MAX_KEPT,
+    ImageFile,
+    common_folder,
+    find_images,
+    process_images,
+)
 from tests.pipeline.inference.builders import listing
 
 
@@ -95,23 +101,25 @@ def test_the_folder_is_the_same_whatever_way_the_files_are_given(tmp_path, monke
     assert common_folder(find_images("photos/inner/b.jpg", None, {})) == photos / "inner"
 
 
-def test_files_are_read_in_order_and_errors_come_as_values(tmp_path, monkeypatch):
+def name_of(file: ImageFile, image: np.ndarray) -> str:
+    return file.file_name
+
+
+def test_files_come_in_order_and_those_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     def read(path: Path) -> np.ndarray:
         if path.stem in errors:
             raise errors[path.stem]
         return np.full((1, 1, 3), int(path.stem), np.uint8)
 
     errors = {"broken": ImageError("broken.jpg: not an image"), "huge": MemoryError()}
-
     monkeypatch.setattr(image_files, "read_image", read)
-    names = ["1.jpg", "broken.jpg", "huge.jpg", "2.jpg"]
+    names, broken = ["1.jpg", "broken.jpg", "huge.jpg", "2.jpg"], []
     files = [ImageFile(n, name, tmp_path / name) for n, name in enumerate(names)]
-    found = list(read_ahead(files))
-    assert [file.file_name for file, _ in found] == names
-    assert [image.max() for _, image in (found[0], found[3])] == [1, 2]
-    assert found[1][1] == errors["broken"]
-    assert isinstance(found[2][1], ImageError) and "huge.jpg: out of memory" in str(found[2][1])
-    assert list(read_ahead([])) == []
+    found = list(process_images(files, name_of, broken=broken, advice="buy more"))
+    assert [(image.max(), name) for image, name in found] == [(1, "1.jpg"), (2, "2.jpg")]
+    assert broken[0] == "broken.jpg: not an image"
+    assert broken[1:] == [f"{tmp_path / 'huge.jpg'}: out of memory; buy more"]
+    assert list(process_images([], name_of, broken=broken, advice="")) == []
 
 
 def test_a_reader_given_up_does_not_wait_for_the_next_image(tmp_path, monkeypatch):
@@ -126,9 +134,31 @@ def test_a_reader_given_up_does_not_wait_for_the_next_image(tmp_path, monkeypatc
         return np.zeros((2, 2, 3), np.uint8)
 
     monkeypatch.setattr(image_files, "read_image", read_slowly)
-    images = read_ahead(files)
+    images = process_images(files, name_of, broken=[], advice="")
     next(images)
     assert reading.wait(30)
     images.close()  # returns, though the second image is still being read
     assert not done
     finish.set()
+
+
+@pytest.mark.parametrize(
+    ("sides", "releases"),
+    [
+        ([4, 4, 5, 5, 4], [0, 0, 1, 1, 2]),
+        ([4, None, 4], [0, 0]),  # an unreadable image is no other size
+        ([4] * (2 * MAX_KEPT + 1), [*[0] * MAX_KEPT, *[1] * MAX_KEPT, 2]),  # now and then
+    ],
+)
+def test_memory_is_given_back_before_another_size(monkeypatch, sides, releases):
+    def read(path: Path) -> np.ndarray:
+        if (side := sides[int(path.name)]) is None:
+            raise ImageError("no image")
+        return np.zeros((side, 8, 3), np.uint8)
+
+    calls: list[str] = []
+    monkeypatch.setattr(image_files, "_call_libc", lambda name, *_: calls.append(name))
+    monkeypatch.setattr(image_files, "read_image", read)
+    files = [ImageFile(n, str(n), Path(str(n))) for n in range(len(sides))]
+    images = process_images(files, lambda *_: calls.count("malloc_trim"), broken=[], advice="")
+    assert [count for _, count in images] == releases

@@ -80,9 +80,3 @@ def test_what_eight_bits_need(proposer, photos, tmp_path, monkeypatch):
     refused(photos, "pip install openvino nncf")
     proposer.device = torch.device("cuda")
     refused(photos, "for CPUs")
-
-
-def test_scores_keep_full_precision_under_autocast(proposer, inputs):
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        embeddings, scores, *_ = proposer.dense(inputs[0])
-    assert embeddings.dtype == torch.bfloat16 and scores.dtype == torch.float32

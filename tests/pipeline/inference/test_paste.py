@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import paste as paste_module
-from pipeline.inference.paste import Pasted, Placement, encode_edges, paste
-
-
-def place(left, top, width, height, align_corners=False) -> Placement:
-    """The places of several patches, or of one."""
-    sides = np.broadcast_arrays(*map(np.atleast_1d, (left, top, width, height)))
-    return Placement(*(side.astype(np.float64) for side in sides), align_corners)
+from pipeline.inference.paste import Pasted, encode_edges, paste
 
 
 def decode(pasted: Pasted, count: int, size: tuple[int, int]) -> np.ndarray:
@@ -66,7 +60,7 @@ def test_paste_equals_the_slow_reference(seed, cells, boxes, threshold, bias, bl
         patch.setattr(paste_module, "BLOCK", block)
         result = paste(
             torch.from_numpy(logits),
-            place(*np.transpose(boxes)),
+            np.array(boxes),
             image_size=size,
             threshold=threshold,
         )
@@ -102,9 +96,9 @@ def test_corners_on_corners_as_the_released_code(seed, cells, boxes, bias):
     size = (37, 45)
     logits = np.random.default_rng(seed).normal(bias, 2, (len(boxes), cells, cells))
     logits = logits.astype(np.float32)
-    left, top, side = np.transpose(boxes)
-    places = place(left, top, side, side, align_corners=True)
-    result = paste(torch.from_numpy(logits), places, image_size=size, threshold=0.2)
+    places = np.array(boxes, float)[:, [0, 1, 2, 2]]
+    options = {"image_size": size, "threshold": 0.2, "align_corners": True}
+    result = paste(torch.from_numpy(logits), places, **options)
     masks = decode(result, len(boxes), size)
     for mask, (x, y, length), found in zip(logits, boxes, masks, strict=True):
         rows = np.array([scale_slowly(row, length) for row in mask])
@@ -161,8 +155,8 @@ def test_long_runs_are_written_as_pycocotools_does(lengths):
 def test_a_mask_outside_the_image_or_empty_is_left_out():
     inside = torch.full((1, 4, 4), 5.0)
     logits = torch.cat([inside, -inside, inside, inside])
-    places = place([100, 10, 10.2, 3], [10, 10, 10.2, 5], [20, 20, 0.2, 9], [20, 20, 0.2, 9])
+    places = np.array([[100, 10, 20, 20], [10, 10, 20, 20], [10.2, 10.2, 0.2, 0.2], [3, 5, 9, 9]])
     result = paste(logits, places, image_size=(50, 50), threshold=0.2)
     assert result.indices.tolist() == [3] and len(result.boxes) == len(result.rles) == 1
-    nothing = paste(logits[:3], places.select(slice(3)), image_size=(50, 50), threshold=0.2)
+    nothing = paste(logits[:3], places[:3], image_size=(50, 50), threshold=0.2)
     assert nothing.indices.shape == (0,) and nothing.boxes.shape == (0, 4) and not nothing.rles

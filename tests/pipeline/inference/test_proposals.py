@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inference.coco_json import results_of, write_proposals
-from pipeline.inference.proposals import Proposals, ProposalStore, ResumableDirectory
+from pipeline.inference.proposals import (
+    Proposals,
+    ProposalStore,
+    ResumableDirectory,
+    results_of,
+)
 from tests.pipeline.inference.builders import proposals_of
 
 SETTINGS = {"log2_scales": (-1.0, 0.5, 0.5), "num_proposals": 5}
@@ -41,7 +45,7 @@ def test_what_is_written_is_read(shards, seed):
             store.write_shard(images, writer=writer)
             written |= {proposals.file_name: proposals for proposals in images}
         found, covered, count = list(ProposalStore(directory)), store.images(), store.count()
-        results = json.loads(write_proposals(store).read_text())
+        results = json.loads(store.write_json().read_text())
         listed = json.loads((store.directory / "images.json").read_text())["images"]
     assert len(found) == sum(len(p) > 0 for p in written.values())
     for proposals in found:
@@ -68,12 +72,13 @@ def store(tmp_path) -> ProposalStore:
     return store
 
 
-def test_boxes_are_those_of_all_images(store):
-    boxes = store.boxes()
-    for proposals in store:
-        found, scores = boxes.of(proposals.image_id)
-        np.testing.assert_array_equal(found, proposals.boxes)
-        np.testing.assert_array_equal(scores, proposals.scores)
+def test_box_rows_are_those_of_all_images(store):
+    rows = [np.concatenate(columns) for columns in zip(*store.box_rows(), strict=True)]
+    found = [np.concatenate(columns) for columns in zip(
+        *((np.full(len(p), p.image_id), p.boxes, p.scores) for p in store), strict=True
+    )]  # fmt: skip
+    for column, expected in zip(rows, found, strict=True):
+        np.testing.assert_array_equal(column, expected)
 
 
 def test_no_shard_is_written_over(store):
@@ -120,6 +125,4 @@ def test_a_directory_may_be_discarded_with_its_settings(tmp_path):
 def test_an_empty_store_is_valid(tmp_path):
     store = ProposalStore(tmp_path)
     assert list(store) == [] and store.images() == {} and store.shards() == []
-    assert json.loads(write_proposals(store).read_text()) == [] and store.count() == 0
-    with pytest.raises(ValueError, match="holds no proposals"):
-        store.boxes()
+    assert json.loads(store.write_json().read_text()) == [] and store.count() == 0

@@ -1,13 +1,12 @@
 """Pictures of proposals and detections."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import visualize
+from pipeline.inference.patch_sheet import GREEN, RED, patch_sheet
 from pipeline.inference.visualize import (
     LABEL_HEIGHT,
     Label,
@@ -15,9 +14,10 @@ from pipeline.inference.visualize import (
     draw_detections,
     draw_proposals,
     label_width,
-    picture_path,
     put_labels,
+    save_in_folder,
 )
+from tests.coco_json import painted_patches
 from tests.pipeline.inference.builders import proposals_of
 from tests.pipeline.report.small_run import detections_of
 
@@ -76,11 +76,11 @@ def test_detections_have_names_and_their_own_boxes(monkeypatch):
     assert not changed(picture, gray)[40:, :32].any()  # of the second one, nothing
 
 
-def test_pictures_stay_below_their_directory():
-    directory = Path("drawn")
-    assert picture_path(directory, "val/1.png") == directory / "val" / "1.png.jpg"
-    assert picture_path(directory, "../../1.png") == directory / "1.png.jpg"
-    assert picture_path(directory, "/etc/1.png") == directory / "etc" / "1.png.jpg"
+@pytest.mark.parametrize("name", ["val/1.png", "../../val/1.png", "/val/1.png"])
+def test_pictures_stay_below_their_folder(tmp_path, name):
+    folder = tmp_path / "one" / "two" / "drawn"
+    save_in_folder(GRAY, folder, name)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [folder / "val" / "1.png.jpg"]
 
 
 corners = st.tuples(st.floats(-5, 310), st.floats(-5, 210))
@@ -109,3 +109,13 @@ def test_labels_do_not_cover_each_other(labels):
         for u, v, its_width in seen[:n]:
             beside = x >= u + its_width or u >= x + width
             assert beside or abs(y - v) >= LABEL_HEIGHT
+
+
+def test_a_sheet_has_mask_patches_with_yellow_and_score_patches_with_other_frames(tmp_path):
+    """Eight tiles of 96 pixels in a row, the first three of each head in use, on white."""
+    sheet = patch_sheet(painted_patches(tmp_path), count=3)
+    assert sheet.shape == (2 * 100 + 4, 8 * 100 + 4, 3) and sheet.dtype == np.uint8
+    corners = sheet[4::100, 4::100].tolist()
+    assert corners[0] == [[255, 230, 0]] * 3 + [[255, 255, 255]] * 5
+    assert all(tuple(corner) in (GREEN, RED) for corner in corners[1][:3])
+    assert corners[1][3:] == [[255, 255, 255]] * 5

@@ -7,9 +7,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.evaluation.precision import METRICS
-from pipeline.inference.coco_json import results_of
-from pipeline.inference.detections import Detections
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import Detections, Proposals, ProposalStore, results_of
 from tests.pipeline.evaluation import scenes
 from tests.pipeline.evaluation.scenes import annotation
 
@@ -36,10 +34,10 @@ def proposals_of(image_id, name, boxes, scores=None):
 def detections_of(image_id, name, found, *, masks=True):
     """Detections of rectangles: (box, category id, score) each, best first."""
     boxes, labels, scores = zip(*found, strict=True) if found else ([], [], [])
-    rles = [rle_of(box)["counts"] for box in boxes] if masks else None
+    counts = [rle_of(box)["counts"] for box in boxes] if masks else []
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     scores, labels = np.array(scores, np.float32), np.array(labels, np.int64)
-    return Detections(image_id, name, SIDE, SIDE, scores, boxes, labels, rles)
+    return Detections(image_id, name, SIDE, SIDE, scores, boxes, counts, labels)
 
 
 def object_of(image_id, box, *, iscrowd=0, category=1):

@@ -40,25 +40,16 @@ def test_long_content_is_cut():
 
 @pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
 @pytest.mark.parametrize(
-    ("file", "tree"),
-    [
-        ("deepmask_sharpmask/deepmask", "deepmask_sharpmask/tree_deepmask"),
-        ("deepmask_sharpmask/sharpmask", "deepmask_sharpmask/tree_sharpmask"),
-        ("multipathnet/model", "multipathnet/tree_model"),
-    ],
+    "file", ["deepmask_sharpmask/deepmask", "deepmask_sharpmask/sharpmask", "multipathnet/model"]
 )
-def test_trees_are_those_of_an_independent_reader(file, tree):
-    text = (TORCH7 / f"{tree}.txt").read_text().splitlines()
+def test_trees_are_those_of_an_independent_reader(file):
+    tree = (TORCH7 / f"{file.replace('/', '/tree_')}.txt").read_text().splitlines()
     described = describe(read_torch7(TORCH7 / f"{file}.t7")).splitlines()
-    expected = [line.split(" [V")[0].split()[-1] for line in text if " [V " in line]
+    classes = [line.split(" [V")[0].split()[-1] for line in tree if " [V " in line]
     headings = [line.split(": ", 1)[-1].split(" (")[0] for line in described]
-    assert sorted(h for h in headings if h.startswith(("nn.", "cudnn.", "inn."))) == sorted(
-        expected
-    )
-    weights = [
-        line.split("size=[")[1].split("]")[0].replace(", ", "x")
-        for line in text
-        if line.strip().startswith("weight =")
-    ]
+    found = [heading for heading in headings if heading.startswith(("nn.", "cudnn.", "inn."))]
+    assert sorted(found) == sorted(classes)
+    weights = [line for line in tree if line.strip().startswith("weight =")]
+    sizes = [line.split("size=[")[1].split("]")[0].replace(", ", "x") for line in weights]
     words = [line.split() for line in described]
-    assert sorted(line[-1] for line in words if line[0] == "weight:") == sorted(weights)
+    assert sorted(line[-1] for line in words if line[0] == "weight:") == sorted(sizes)

@@ -6,6 +6,7 @@ There is no file of these networks here: theirs are trees with what is known of 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from datasets.resize import normalize
 from models.multipathnet import MultiPathNet
@@ -20,12 +21,11 @@ from pipeline.torch7.modules import unused_parameters
 from tests.pipeline.torch7.lua_networks import (
     CAFFE_NETWORKS,
     CLASSES,
-    RandomLayers,
+    FastRCNN,
     assert_near,
     change,
-    fast_rcnn,
+    lua,
     module,
-    run,
 )
 
 CPU = torch.device("cpu")
@@ -42,7 +42,8 @@ def filled(content: dict) -> MultiPathNet:
 @pytest.mark.parametrize("name", CAFFE_NETWORKS)
 @torch.inference_mode()
 def test_fast_rcnn_of_caffe_computes_the_same(name):
-    value, used = fast_rcnn(name), set()
+    network, used = FastRCNN(name), set()
+    value = network.lua()
     assert find_converter(value) is convert_detector
     words, content = convert_detector(value, used)
     assert words.startswith("Fast R-CNN on") and "20 classes" in words
@@ -50,13 +51,13 @@ def test_fast_rcnn_of_caffe_computes_the_same(name):
     model = filled(content)
     # 75 x 102 pixels: pools round sizes up.
     image = np.random.default_rng(1).integers(0, 256, (75, 102, 3), np.uint8)
-    lua = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float()
-    lua = (lua - torch.tensor([102.9801, 115.9465, 122.7717])[:, None, None])[None]
+    theirs = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float()
+    theirs = (theirs - torch.tensor([102.9801, 115.9465, 122.7717])[:, None, None])[None]
     planes = normalize(image.astype(np.float32) / 255, content["config"].multipathnet.pixels)
     layers = model.layers(torch.from_numpy(planes)[None])
-    assert_near(layers[16], run(value["model"].fields["modules"][0].fields["modules"][0], lua))
+    assert_near(layers[16], network.features(theirs))
     rois = torch.tensor([[1, 1, 1, 102, 75], [1, 20, 10, 70, 50], [1, -5, 30, 40, 90.0]])
-    logits, deltas = run(value["model"], [lua, rois])
+    logits, deltas = network(theirs, rois)
     found = model.classify_rois(layers, rois - 1)
     assert_near(found["class_logits"][:, 0], logits)
     assert_near(found["deltas"].flatten(1), deltas)
@@ -64,7 +65,7 @@ def test_fast_rcnn_of_caffe_computes_the_same(name):
 
 
 def test_fast_rcnn_of_caffe_detects(tmp_path):
-    _, content = convert_detector(fast_rcnn("caffenet"), set())
+    _, content = convert_detector(FastRCNN("caffenet").lua(), set())
     checkpoint = content | {"config": config_to_dict(content["config"])}
     save_checkpoint(tmp_path / "fast.pt", checkpoint)
     detector, _ = load_detector(tmp_path / "fast.pt", CPU, overrides={"short_sides": [60]})
@@ -89,7 +90,7 @@ FEATURES = "model.modules[1].modules[1].modules[1]"
 
 
 def test_what_does_not_fit_is_listed():
-    value = fast_rcnn("caffenet")
+    value = FastRCNN("caffenet").lua()
     settings = {
         1: {"dW": 2},
         3: {"padW": 0},
@@ -106,26 +107,22 @@ def test_what_does_not_fit_is_listed():
     assert "trunk.levels.1.2.weight is (256, 48, 3, 3) instead of (256, 48, 5, 5)" in message
 
 
-def test_parameters_that_nothing_uses_are_named():
-    value, used = fast_rcnn("caffenet"), set()
-    switch = module("nn.ModeSwitch", RandomLayers(5).linear(2, 3), module("nn.Identity"))
-    value["model"].fields["modules"].append(switch)
-    convert_detector(value, used)
-    assert unused_parameters(value, used) == [
-        "model.modules[6].modules[1].weight 3x2",
-        "model.modules[6].modules[1].bias 3",
-    ]
-
-
-RANDOM = RandomLayers(0)
-HEADS = module("nn.ConcatTable", *(RANDOM.linear(size, CLASSES + 1) for size in (8, 3)))
+HEADS = module("nn.ConcatTable", *(lua(nn.Linear(size, CLASSES + 1)) for size in (8, 3)))
 OTHERS = [
     ({"model.modules[5]": {"modules": lambda m: [m[1]] * 2}}, "is in the network twice"),
     (
         {"model.modules[5]": {"modules": lambda m: [HEADS, m[1]]}},
         r"modules\[1\]: class linears of different inputs",
     ),
-    ({"model": {"modules": lambda m: m[:-1]}}, "expected a ConcatTable of class and box linears"),
+    (
+        {"model": {"modules": lambda m: m[:-1]}},
+        "expected ParallelTable ROIPooling any. ConcatTable",
+    ),
+    ({"model.modules[5].modules[2]": {"weight": torch.ones(4, 8)}}, "4 outputs for background and"),
+    (
+        {"model.modules[5]": {"modules": lambda m: [module("nn.ConcatTable", *m * 4), m[1]]}},
+        "8 class",
+    ),
     ({"model.modules[2]": {"spatial_scale": 1 / 8}}, r"2\]: expected square pooling at stride 16"),
     (
         {"model": {"modules": lambda m: [*m, module("nn.Linear")]}},
@@ -140,7 +137,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("edits, reason", OTHERS)
 def test_other_structures_are_refused(edits, reason):
-    value = fast_rcnn("caffenet")
+    value = FastRCNN("caffenet").lua()
     change(value, edits)
     with pytest.raises(ValueError, match=reason):
         convert_detector(value, set())

@@ -1,19 +1,22 @@
 """The released detector against the original's own outputs, from the image to what NMS keeps."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import roi_pool
 
 from datasets.roi_sampler import mirror
+from pipeline.config import DetectConfig
 from pipeline.inference.detect import Detector, load_detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.torch7.convert import convert_file
-from tests.pipeline.torch7.lua_networks import assert_near
+from tests.pipeline.torch7.lua_networks import assert_near, image_of
 from tests.real_data import TORCH7
 
 DATA = TORCH7 / "multipathnet"
@@ -94,8 +97,7 @@ def test_kept_boxes_are_the_originals(scores, outputs):
     values, _, boxes, rows = select_boxes(
         torch.stack([1 - best, best], 1),
         (scored[:, :4] - 1 + CORNER)[:, None],
-        score_threshold=0.0,
-        nms_iou=0.3,
+        DetectConfig(score_threshold=0.0, nms=0.3),
     )
     assert rows.tolist() == (reference("nms_dense_0.3") - 1).tolist()
     kept = torch.cat([boxes + 1 - CORNER, values[:, None]], 1)
@@ -107,19 +109,15 @@ def original_selection(probabilities: Tensor, boxes: Tensor, size: tuple[int, in
     """The Lua test's clamp and NMS of each class, best first: (R, C + 1), (R, C + 1, 4) 1-based."""
     kept, limits = [], torch.tensor([size[1], size[0]] * 2)
     for label in range(1, probabilities.shape[1]):
-        rows = torch.minimum(boxes[:, label].clamp(min=1), limits).tolist()
-        left = sorted(range(len(rows)), key=lambda n: -float(probabilities[n, label]))
+        rows = torch.minimum(boxes[:, label].clamp(min=1), limits).double().numpy()
+        xywh = np.hstack([rows[:, :2], rows[:, 2:] - rows[:, :2] + 1])
+        ious = coco_mask.iou(xywh, xywh, [0] * len(xywh))
+        left = probabilities[:, label].argsort(descending=True, stable=True).tolist()
         while left:
             best, *left = left
             kept.append((label, float(probabilities[best, label]), rows[best]))
-            left = [n for n in left if overlap(rows[best], rows[n]) <= 0.3]
+            left = [n for n in left if ious[best, n] <= 0.3]
     return sorted(kept, key=lambda row: -row[1])
-
-
-def overlap(a: list[float], b: list[float]) -> float:
-    w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1))
-    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
-    return 0 if w <= 0 or h <= 0 else w * h / (sum(areas) - w * h)
 
 
 def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):
@@ -140,8 +138,7 @@ def test_mirrored_views_of_inclusive_boxes_agree(checkpoint):
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
-    return (reference("image") * 255).permute(1, 2, 0).contiguous().numpy()
+    return image_of(DATA)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +181,7 @@ def test_detections_are_those_of_the_originals_outputs(whole, image):
 def test_resizing_by_area_would_move_the_boxes(whole, image):
     """What `multipathnet.align_corners` is for."""
     by_area = copy.copy(whole)
-    by_area.align_corners = False
+    by_area.config = replace(whole.config, align_corners=False)
     _, boxes = classified(by_area, image)
     assert 1 < float((boxes - reference("pred_boxes")[:, 4:]).abs().max()) < 5
 

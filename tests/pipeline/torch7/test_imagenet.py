@@ -16,13 +16,10 @@ from pipeline.torch7.modules import unused_parameters
 from pipeline.torch7.reader import LuaFunction, read_torch7
 from tests.pipeline.torch7.lua_networks import (
     CAFFE_NETWORKS,
-    RandomLayers,
     assert_near,
+    lua,
     lua_resnet,
     module,
-    relu,
-    run,
-    sequence,
 )
 from tests.real_data import TORCH7
 
@@ -81,20 +78,17 @@ def test_other_resnets_in_either_form_of_batch_norm(name, frozen):
         torch.testing.assert_close(other(x), network(x), rtol=1e-4, atol=1e-4)
 
 
-def fully_connected(inputs: int) -> list:
-    """fc6 and fc7 of zeros that take no memory."""
-    linears = [
-        module("nn.Linear", weight=torch.zeros(1).expand(4096, size), bias=torch.zeros(4096))
-        for size in (inputs, 4096)
-    ]
-    return [linears[0], relu(), linears[1], relu()]
-
-
 @pytest.mark.parametrize("name", CAFFE_NETWORKS)
 def test_networks_of_caffe_become_weights_of_a_trunk(name, tmp_path):
     make, width, side = CAFFE_NETWORKS[name]
-    features, top = make(RandomLayers(3)), sequence(*fully_connected(width * side**2))
-    value = {"features": {"unpack": LuaFunction(9), "model": features}, "top": {"model": top}}
+    torch.manual_seed(0)
+    features = nn.Sequential(*make())
+    top = []
+    for inputs in (width * side**2, 4096):  # fc6 and fc7 of zeros that take no memory
+        weight, bias = torch.zeros(1).expand(4096, inputs), torch.zeros(4096)
+        top += [module("nn.Linear", weight=weight, bias=bias), lua(nn.ReLU())]
+    value = {"features": {"unpack": LuaFunction(9), "model": lua(features)}}
+    value["top"] = {"model": module("nn.Sequential", *top)}
     assert find_converter(value) is convert_caffe_network
     used = set()
     words, state = convert_caffe_network(value, used)
@@ -106,4 +100,4 @@ def test_networks_of_caffe_become_weights_of_a_trunk(name, tmp_path):
     trunk = build_trunk(name, weights=tmp_path / "weights.pth", **settings)
     x = torch.randn(1, 3, 45, 70)
     with torch.inference_mode():
-        assert_near(trunk(x)[-1], run(features, x))
+        assert_near(trunk(x)[-1], features(x))

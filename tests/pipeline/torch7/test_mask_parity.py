@@ -19,7 +19,7 @@ from pipeline.inference import propose
 from pipeline.inference.propose import Proposer, best_cells
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
-from tests.pipeline.torch7.lua_networks import assert_near
+from tests.pipeline.torch7.lua_networks import assert_near, image_of
 from tests.real_data import TORCH7
 
 DATA = TORCH7 / "deepmask_sharpmask"
@@ -140,8 +140,7 @@ def test_whole_patch_forward(folded):
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """(H, W, 3) float32 from 0 to 255: the original's was scaled and is not of whole numbers."""
-    return (reference("image") * 255).permute(1, 2, 0).contiguous().numpy()
+    return image_of(DATA)
 
 
 @pytest.fixture(scope="module", params=["dm", "sm", "smdm"])
@@ -149,7 +148,7 @@ def whole_image(request, folded, image):
     """Prefix of the references, proposer, its pyramid."""
     model = folded["deepmask" if request.param == "dm" else "sharpmask"]
     model = model.deepmask if request.param == "smdm" else model
-    settings = {"log2_scales": LOG2_SCALES, "align_corners": True, "num_proposals": 10}
+    settings = {"log2_scales": (-1.0, 0.0, 0.5), "align_corners": True, "num_proposals": 10}
     proposer = Proposer(model, device=CPU, **settings)
     return request.param, proposer, [proposer.run_scale(image, scale) for scale in LOG2_SCALES]
 
@@ -211,6 +210,6 @@ def test_masks_by_area_lie_elsewhere(whole_image, image, monkeypatch):
     """What `propose.align_corners` is for."""
     prefix, proposer, _ = whole_image
     model = proposer.refinement or proposer.deepmask
-    other = Proposer(model, device=CPU, log2_scales=LOG2_SCALES)
+    other = Proposer(model, device=CPU, log2_scales=(-1.0, 0.0, 0.5))
     monkeypatch.setattr(other, "run_scale", proposer.run_scale)  # so only the placing differs
     assert 0.8 < min(ious_of_masks(other, prefix, image, monkeypatch)) < 0.96

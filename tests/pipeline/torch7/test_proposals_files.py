@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+import torch
 
 from pipeline.inference.proposals import ProposalStore
 from pipeline.torch7.convert import convert_file
-from tests.pipeline.torch7.torch7_writer import Storage, Tensor, written
+from tests.pipeline.torch7.torch7_writer import written
 
 HEIGHT, WIDTH = 30, 40
 # y1, x1, y2, x2 from 1 on, the last pixel in the box
@@ -21,12 +22,8 @@ BOXES = {
 SCORES = {"b.jpg": [0.25, 0.75, 0.5], "a.jpg": [0.9, 0.8, 0.7], "empty.jpg": []}
 
 
-def tensor(rows: list) -> Tensor | dict:
-    values = np.array(rows, np.float32)
-    if values.size == 0:
-        return {}
-    strides = tuple(stride // 4 for stride in values.strides)
-    return Tensor(Storage("Float", values.ravel()), values.shape, strides)
+def tensor(rows: list) -> torch.Tensor | dict:
+    return torch.tensor(rows, dtype=torch.float32) if rows else {}
 
 
 def table(**changes: list) -> dict:

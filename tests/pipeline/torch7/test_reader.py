@@ -2,10 +2,7 @@
 
 import os
 import struct
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import MAX_DEPTH, LuaFunction, Torch7Object, read_torch7, walk
-from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, written
+from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, memory, written
 from tests.real_data import TORCH7
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = [f"reader/{name}.t7" for name in ("closure", "misc", "number", "string", "tensor")]
 SMALL += ["reader/unreferenced.t7", "multipathnet/transformer.t7"]
 needs_originals = pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
@@ -42,7 +38,7 @@ def load(tmp_path):
 @pytest.fixture(params=[8, 4], ids=["8-byte longs", "4-byte longs"])
 def store(request, load):
     """Writes an object and reads it."""
-    return lambda value: load(written(value, long_bytes=request.param))
+    return lambda value, **options: load(written(value, long_bytes=request.param, **options))
 
 
 def refused(load, content: bytes, reason: str) -> None:
@@ -108,44 +104,32 @@ def test_strided_views_share_their_storage(tmp_path_factory, long_bytes, padding
 
 
 def test_empty_tensors_and_large_strides_of_single_elements(store):
-    five = Storage("Int", [5, 6])
-    empty, no_storage, single, repeated = store(
-        [
-            Tensor(Storage("Double", [1]), (), ()),
-            Tensor(None, (), (), element="Cuda"),
-            Tensor(five, (1, 2), (2**31 - 1, 1)),
-            Tensor(five, (3, 4), (0, 0)),
-        ]
-    )
+    five, nothing = Storage("Int", [5, 6]), Tensor(None, (), (), element="Cuda")
+    empty, no_storage = store([Tensor(Storage("Double", [1]), (), ()), nothing])
     assert empty.numel() == no_storage.numel() == 0
     assert (empty.dtype, no_storage.dtype) == (torch.float64, torch.float32)
-    assert single.tolist() == [[5, 6]] and repeated.tolist() == [[5] * 4] * 3
+    assert store(Tensor(five, (1, 2), (HUGE, 1))).tolist() == [[5, 6]]
+    assert store(Tensor(five, (3, 4), (0, 0))).tolist() == [[5] * 4] * 3
 
 
-def test_shared_and_self_referencing_objects(store):
+@pytest.mark.parametrize("version", [None, "V 1", "V 2"])  # the first files have none
+def test_shared_and_self_referencing_objects(store, version):
     shared, tensor = [1, 2], Tensor(Storage("Float", [1, 2]), (2,), (1,))
     outer = {"a": shared, "b": shared, "t": tensor, "u": tensor}
     outer["self"] = outer
     ring = [outer]
     ring.append(ring)
     ring.append({"up": ring})
-    module = Torch7Object("nn.Loop", {"list": ring})
-    module.fields["me"] = module
-    read = store(module)
+    module = Torch7Object("nn.Loop", {"list": ring, "none": Torch7Object("x.Y", {})})
+    module.fields |= {"me": module, "fields": Torch7Object("nn.Sequential", {1: "a"})}
+    read = store(module, version=version)
     assert isinstance(read, Torch7Object) and read.typename == "nn.Loop"
     assert read.fields["me"] is read
+    assert read.fields["fields"].fields == {1: "a"} and read.fields["none"].fields == {}
     items = read.fields["list"]
     assert isinstance(items, list) and items[1] is items and items[2]["up"] is items
     assert items[0]["self"] is items[0] and items[0]["a"] is items[0]["b"] == [1, 2]
     assert items[0]["t"] is items[0]["u"]
-
-
-@pytest.mark.parametrize("version", [None, "V 2"])
-def test_fields_stay_a_dict_and_files_without_versions_are_read(load, version):
-    objects = [Torch7Object("nn.Sequential", {1: "a"}), Torch7Object("x.Y", {})]
-    read = load(written(objects, version=version))
-    assert [item.typename for item in read] == ["nn.Sequential", "x.Y"]
-    assert [item.fields for item in read] == [{1: "a"}, {}]
 
 
 @pytest.mark.parametrize("type_", [6, 7, 8])
@@ -169,66 +153,54 @@ def test_every_truncation_is_refused(load, long_bytes):
     refused(load, content + b"\0", "too many")
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (Tensor(Storage("Float", [1, 2]), (3,), (1,)), "outside its storage of 2"),
-        (Tensor(Storage("Float", [1, 2]), (2,), (1,), 0), "outside its storage"),
-        (Tensor(Storage("Float", [1, 2]), (2,), (-1,), 2), "impossible"),
-        (Tensor(Storage("Float", [1, 2]), (-2,), (1,)), "impossible"),
-        (Tensor(Storage("Float", [1]), (HUGE,), (0,)), "impossible"),
-        (Tensor(Storage("Float", [1]), (HUGE,) * 5 + (0,), (1,) * 6), "impossible"),
-        (Tensor(None, (2,), (1,)), "outside its storage of 0"),
-        (Tensor(Storage("Float", [1]), (1,) * 65, (1,) * 65), "65 dimensions"),
-        (Torch7Object("nn.Linear", 3), "nn.Linear is not stored as a table"),
-        (Torch7Object("not a name", {}), "expected the name of a class, got 'not a name'"),
-        ({float("nan"): "b"}, "a key must be text or a number, got nan"),
-        ({None: 1}, "a key must be text or a number, got None"),
-    ],
-)
-def test_impossible_values_are_refused(store, load, value, reason):
-    refused(load, written(value), reason)
-    with pytest.raises(ValueError, match="byte"):
-        store(value)
+def floats(values: list, *layout: object) -> bytes:
+    """A file with a tensor of these sizes and strides, perhaps from an offset."""
+    return written(Tensor(Storage("Float", values) if values else None, *layout))
 
 
 def binary(*parts: int | bytes) -> bytes:
     return b"".join(p if isinstance(p, bytes) else struct.pack("<i", p) for p in parts)
 
 
-def named(name: str) -> bytes:
-    return binary(4, 1, 3, b"V 1", len(name), name.encode())
+def named(name: str, code: str, *numbers: int) -> bytes:
+    return binary(4, 1, 3, b"V 1", len(name), name.encode()) + struct.pack(code, *numbers)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "empty"),
-        (b"PK\x03\x04 a zip file", "the type of an object is 0 to 8, got 67324752"),
-        (binary(9), "0 to 8, got 9"),
-        (binary(2, HUGE), "expected 2147483647 bytes, and 0 are left"),
-        (binary(5, 2), "a boolean is 0 or 1, got 2"),
-        (binary(3, 1, HUGE), "a table of 2147483647 entries"),
-        (binary(3, 0, 0), "the index of an object is at least 1, got 0"),
-        (binary(3, 1, 1, 3, 1, 5, 0), "a key must be text or a number, got dict"),
-        (binary(3, 1, 2, 5, 1, 5, 0, 5, 1, 5, 0), "True is twice"),
-        (binary(3, 1, 1, 2, 0, 4, 1), "object 1 is a table, not a class"),
-        (named("torch.FloatStorage") + struct.pack("<q", 2**62), "expected .* bytes"),
-        (named("torch.FloatStorage") + struct.pack("<q", -1), "a storage of -1 elements"),
-        (named("torch.FloatTensor") + binary(HUGE), "a tensor of 2147483647 dimensions"),
-        (named("torch.FloatTensor") + struct.pack("<iqii", 0, 1, 4, 1), "contains itself"),
-        (
-            named("torch.FloatTensor") + struct.pack("<iqii", 0, 1, 3, 2) + bytes(4),
-            "the storage of a torch.float32 tensor is not one",
-        ),
-        (
-            written(Tensor(Storage("Float", [1, 2]), (2,), (1,))).replace(b"FloatT", b"ShortT"),
-            "the storage of a torch.int16 tensor is not one",
-        ),
-        (b"4\n1\n3\nV 1\n18\ntorch.ShortStorage\n1\n4\n", "Torch7's ascii mode is not supported"),
-        (b"1\n3.25\n", "ascii mode is not supported; in Lua, load the file and save it again"),
-    ],
-)
+HOSTILE = [
+    (floats([1, 2], (3,), (1,)), "outside its storage of 2"),
+    (floats([1, 2], (2,), (1,), 0), "outside its storage"),
+    (floats([1, 2], (2,), (-1,), 2), "impossible"),
+    (floats([1, 2], (-2,), (1,)), "impossible"),
+    (floats([1], (HUGE,), (0,)), "impossible"),
+    (floats([1], (HUGE,) * 5 + (0,), (1,) * 6), "impossible"),
+    (floats([], (2,), (1,)), "outside its storage of 0"),
+    (floats([1], (1,) * 65, (1,) * 65), "65 dimensions"),
+    (floats([1, 2], (2,), (1,)).replace(b"FloatT", b"ShortT"), "of a int16 tensor is not one"),
+    (written(Torch7Object("nn.Linear", 3)), "nn.Linear is not stored as a table"),
+    (written(Torch7Object("not a name", {})), "expected the name of a class, got 'not a name'"),
+    (written({float("nan"): "b"}), "a key must be text or a number, got nan"),
+    (written({None: 1}), "a key must be text or a number, got None"),
+    (b"", "empty"),
+    (b"PK\x03\x04 a zip file", "the type of an object is 0 to 8, got 67324752"),
+    (binary(9), "0 to 8, got 9"),
+    (binary(2, HUGE), "expected 2147483647 bytes, and 0 are left"),
+    (binary(5, 2), "a boolean is 0 or 1, got 2"),
+    (binary(3, 1, HUGE), "a table of 2147483647 entries"),
+    (binary(3, 0, 0), "the index of an object is at least 1, got 0"),
+    (binary(3, 1, 1, 3, 1, 5, 0), "a key must be text or a number, got dict"),
+    (binary(3, 1, 2, 5, 1, 5, 0, 5, 1, 5, 0), "True is twice"),
+    (binary(3, 1, 1, 2, 0, 4, 1), "object 1 is a table, not a class"),
+    (named("torch.FloatStorage", "<q", 2**62), "expected .* bytes"),
+    (named("torch.FloatStorage", "<q", -1), "a storage of -1 elements"),
+    (named("torch.FloatTensor", "<i", HUGE), "a tensor of 2147483647 dimensions"),
+    (named("torch.FloatTensor", "<iqii", 0, 1, 4, 1), "contains itself"),
+    (named("torch.FloatTensor", "<iqiii", 0, 1, 3, 2, 0), "of a float32 tensor is not one"),
+    (b"4\n1\n3\nV 1\n18\ntorch.ShortStorage\n1\n4\n", "Torch7's ascii mode is not supported"),
+    (b"1\n3.25\n", "ascii mode is not supported; in Lua, load the file and save it again"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), HOSTILE)
 def test_hostile_bytes_are_refused(load, content, reason):
     refused(load, content, reason)
 
@@ -259,36 +231,23 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
             read_torch7(path)
 
 
-NUMBERS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, 255, 65536, HUGE, -(2**31)]
+NUMBERS = (*range(10), -1, 255, 65536, HUGE, -(2**31))
+ADDED = st.one_of(
+    st.binary(max_size=9),
+    st.sampled_from(NUMBERS).map(lambda number: struct.pack("<i", number)),
+    st.sampled_from([*NUMBERS, 2**62, -(2**63)]).map(lambda number: struct.pack("<q", number)),
+)
+EDIT = st.tuples(st.floats(0, 1), st.integers(0, 32), ADDED)  # where, and how many bytes go
 
 
 @needs_originals
-@given(
-    index=st.integers(0, len(SMALL) - 1),
-    edits=st.lists(
-        st.tuples(
-            st.floats(0, 1),  # where
-            st.integers(0, 32),  # bytes that go
-            st.one_of(  # bytes that come
-                st.binary(max_size=9),
-                st.sampled_from(NUMBERS).map(lambda n: struct.pack("<i", n)),
-                st.sampled_from([*NUMBERS, 2**62, -(2**63)]).map(lambda n: struct.pack("<q", n)),
-                st.tuples(st.sampled_from(SMALL), st.floats(0, 1), st.integers(1, 64)),
-            ),
-        ),
-        max_size=4,
-    ),
-    length=st.one_of(st.just(1.0), st.floats(0, 1)),
-)
+@given(st.sampled_from(SMALL), st.lists(EDIT, max_size=4), st.just(1.0) | st.floats(0, 1))
 @settings(max_examples=500, deadline=None)
-def test_damaged_files_are_read_or_refused(tmp_path_factory, index, edits, length):
+def test_damaged_files_are_read_or_refused(tmp_path_factory, name, edits, length):
     """No other error, no long time and no long text; a crash would end the tests."""
-    content = (TORCH7 / SMALL[index]).read_bytes()
+    content = (TORCH7 / name).read_bytes()
     for where, removed, added in edits:
         at = int(where * len(content))
-        if isinstance(added, tuple):  # a part of another file
-            other, start, size = (TORCH7 / added[0]).read_bytes(), *added[1:]
-            added = other[int(start * len(other)) :][:size]
         content = content[:at] + added + content[at + removed :]
     content = content[: round(length * len(content))]
     path = tmp_path_factory.getbasetemp() / "damaged.t7"
@@ -326,25 +285,8 @@ def test_original_files_of_all_types():
         read_torch7(TORCH7 / "reader" / "misc_ascii.t7")
 
 
-MEASURE = """
-import re, sys
-sys.path.insert(0, sys.argv[1])
-from pipeline.torch7.reader import read_torch7
-def peak():  # not ru_maxrss, which begins with what the process had that started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-read_torch7(sys.argv[2])
-for path in sys.argv[3:]:
-    before = peak()
-    tensors = read_torch7(path)
-    print(peak() - before)
-"""
-
-
 def test_tensors_are_in_memory_once_at_most(tmp_path):
-    """Peak resident memory of a new process that reads a file; a mapped one's is not read at all.
-
-    A converter that copies all of it needs twice the file's size.
-    """
+    """A mapped one is not read at all; a converter that copies all needs twice the file's size."""
     size = 2**25
     values = np.zeros(size // 4, np.float32) + 1
     one = Tensor(Storage("Float", [1]), (1,), (1,))
@@ -354,8 +296,6 @@ def test_tensors_are_in_memory_once_at_most(tmp_path):
     files = {"small": one, "mapped": ["x" * aligned, large], "moved": ["x" * (aligned + 1), large]}
     for name, value in files.items():
         (tmp_path / name).write_bytes(written(value))
-    command = [sys.executable, "-c", MEASURE, ROOT, *(tmp_path / name for name in files)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    mapped, moved = map(int, output.split())
+    _, mapped, moved = memory("read_torch7(path)", *map(tmp_path.joinpath, files))
     assert mapped < 0.1 * size
     assert moved < 1.1 * size

@@ -1,7 +1,10 @@
 """Writes Torch7 files, as torch7's File.lua and THDiskFile.c do in binary mode."""
 
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,92 +40,97 @@ class Function:
     type: int = 8
 
 
-class Writer:
-    def __init__(self, *, long_bytes: int = 8, version: str | None = "V 1"):
-        self.long_bytes, self.version = long_bytes, version
-        self.content = bytearray()
-        self.known: dict[int, tuple[int, object]] = {}  # index and object by id
+def written(value: object, *, long_bytes: int = 8, version: str | None = "V 1") -> bytes:
+    """The content of a file with a value: one of what `read_torch7` gives, or of the above."""
+    content, long = bytearray(), "q" if long_bytes == 8 else "i"
+    known: dict[int, tuple[int, object]] = {}  # index and object by id
 
-    def pack(self, code: str, *values: float) -> None:
-        self.content += struct.pack(f"<{len(values)}{code}", *values)
+    def pack(code: str, *values: float) -> None:
+        content.extend(struct.pack(f"<{len(values)}{code}", *values))
 
-    def longs(self, *values: int) -> None:
-        self.pack("q" if self.long_bytes == 8 else "i", *values)
-
-    def text(self, text: str | bytes) -> None:
+    def text(text: str | bytes) -> None:
         data = text.encode() if isinstance(text, str) else text
-        self.pack("i", len(data))
-        self.content += data
+        pack("i", len(data))
+        content.extend(data)
 
-    def write(self, value: object) -> None:
+    def write(value: object) -> None:
         if value is None:
-            self.pack("i", 0)
+            pack("i", 0)
         elif isinstance(value, bool):
-            self.pack("i", 5, value)
+            pack("i", 5, value)
         elif isinstance(value, int | float):
-            self.pack("i", 1)
-            self.pack("d", value)
+            pack("i", 1)
+            pack("d", value)
         elif isinstance(value, str | bytes):
-            self.pack("i", 2)
-            self.text(value)
-        elif isinstance(value, Function) and value.type == 6:
-            self.pack("i", 6)
-            self.function(value)
+            pack("i", 2)
+            text(value)
         else:
-            self.indexed(value)
+            is_table, is_known = isinstance(value, dict | list), id(value) in known
+            type_ = value.type if isinstance(value, Function) else 3 if is_table else 4
+            pack("i", type_)
+            if type_ != 6:  # which has no index
+                pack("i", known.setdefault(id(value), (len(known) + 1, value))[0])
+            if not is_known:
+                write_content(value)
 
-    def indexed(self, value: object) -> None:
-        is_known = id(value) in self.known
-        index, _ = self.known.setdefault(id(value), (len(self.known) + 1, value))
+    def write_content(value: object) -> None:
         if isinstance(value, Function):
-            type_, write = value.type, self.function
+            text(value.code)
+            write(value.variables)
         elif isinstance(value, dict | list):
-            type_, write = 3, self.table
+            table = value if isinstance(value, dict) else dict(enumerate(value, 1))
+            pack("i", len(table))
+            for key, item in table.items():
+                write(key)
+                write(item)
         else:
-            type_, write = 4, self.instance
-        self.pack("i", type_, index)
-        if not is_known:
-            write(value)
+            if version:
+                text(version)
+            write_instance(value)
 
-    def function(self, value: Function) -> None:
-        self.text(value.code)
-        self.write(value.variables)
-
-    def table(self, value: dict | list) -> None:
-        table = value if isinstance(value, dict) else dict(enumerate(value, 1))
-        self.pack("i", len(table))
-        for key, item in table.items():
-            self.write(key)
-            self.write(item)
-
-    def instance(self, value: Torch7Object | torch.Tensor | Tensor | Storage) -> None:
+    def write_instance(value: object) -> None:
         if isinstance(value, torch.Tensor):
             element = {torch.float32: "Float", torch.int64: "Long"}[value.dtype]
             storage = Storage(element, value.flatten().numpy()) if value.numel() else None
             strides = value.contiguous().stride()
             value = Tensor(storage, tuple(value.shape), strides, element=element)
-        if self.version:
-            self.text(self.version)
         if isinstance(value, Torch7Object):
-            self.text(value.typename)
-            self.write(value.fields)
+            text(value.typename)
+            write(value.fields)
         elif isinstance(value, Tensor):
-            self.text(f"torch.{value.storage.element if value.storage else value.element}Tensor")
-            self.pack("i", len(value.sizes))
-            self.longs(*value.sizes, *value.strides, value.offset)
-            self.write(value.storage)
+            text(f"torch.{value.storage.element if value.storage else value.element}Tensor")
+            pack("i", len(value.sizes))
+            pack(long, *value.sizes, *value.strides, value.offset)
+            write(value.storage)
         else:
-            self.text(f"torch.{value.element}Storage")
-            self.longs(len(value.values))
+            text(f"torch.{value.element}Storage")
+            pack(long, len(value.values))
             code = CODES[value.element.removeprefix("Cuda") or "Float"]
-            if code == "q":
-                self.longs(*value.values)
-            else:
-                self.content += np.asarray(value.values, code).tobytes()
+            content.extend(np.asarray(value.values, long if code == "q" else code).tobytes())
+
+    write(value)
+    return bytes(content)
 
 
-def written(value: object, **options: object) -> bytes:
-    """The content of a file with a value: one of what `read_torch7` gives, or of the above."""
-    writer = Writer(**options)
-    writer.write(value)
-    return bytes(writer.content)
+MEASURE = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+from pipeline.torch7.convert import convert_file
+from pipeline.torch7.reader import read_torch7
+def peak():  # not ru_maxrss, which begins with what the process had that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+for path in sys.argv[3:]:
+    before = peak()
+    value = eval(sys.argv[2])
+    print(peak() - before)
+"""
+
+
+def memory(call: str, *paths: Path) -> list[int]:
+    """Peak resident memory that a call takes for each `path`, all in one new process.
+
+    The first also has what libraries take once.
+    """
+    command = [sys.executable, "-c", MEASURE, Path(__file__).parents[3], call, *paths]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return list(map(int, output.split()))

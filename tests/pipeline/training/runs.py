@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,27 +17,31 @@ from pipeline.training.stages import Stage
 CPU = torch.device("cpu")
 
 
-def make_stage(name: str, config: Config, output: Path) -> Stage:
-    return build_stage(name, config, prepare_stage(name, config, output, CPU))
+def make_stage(name: str, config: Config, output: Path, *, device: torch.device = CPU) -> Stage:
+    return build_stage(name, config, prepare_stage(name, config, output, device))
 
 
-def train(name: str, config: Config, output: Path, *, resume: bool = False) -> Path:
-    """Trains a stage; returns its best checkpoint."""
-    return fit(make_stage(name, config, output), config, output, device=CPU, resume=resume)
+def train(
+    name: str, config: Config, output: Path, *, device: torch.device = CPU, **options: Any
+) -> Path:
+    """Trains a stage; options are `fit`'s. Returns its best checkpoint."""
+    stage = make_stage(name, config, output, device=device)
+    return fit(stage, config, output, device=device, **options)
 
 
-def interrupt(name: str, config: Config, output: Path, *, steps: int, resume: bool = False) -> None:
-    """Trains a stage and stops it after some steps, as a signal does."""
+def interrupt(name: str, config: Config, output: Path, *, steps: int, **options: Any) -> None:
+    """Trains a stage and stops it after some steps, as a signal does; options are `train`'s."""
     stop = _StopAfter(steps)
     with (
         mock.patch.object(engine, "_stop_signals", lambda: contextlib.nullcontext(stop)),
         pytest.raises(Interrupted),
     ):
-        train(name, config, output, resume=resume)
+        train(name, config, output, **options)
 
 
 def last_checkpoint(output: Path) -> dict:
-    return torch.load(output / "checkpoints" / "last.pt", weights_only=True)
+    path = output / "checkpoints" / "last.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _StopAfter(dict):

@@ -253,7 +253,7 @@ def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):
     }  # fmt: skip
     state = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     assert state.keys() == {
-        "stage", "config", "model", "optimizer", "step", "validated", "best"
+        "stage", "config", "model", "optimizer", "precision", "step", "validated", "best"
     }  # fmt: skip
     assert validations(tiny_run)[-1].keys() >= {
         "mean_iou", "median_iou", "iou_above_0.5", "iou_above_0.7", "score_accuracy"

@@ -12,15 +12,20 @@ import pytest
 import torch
 
 from datasets.images import read_image
+from datasets.proposal_boxes import ProposalBoxes
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.inference.proposals import ProposalStore
+from pipeline.evaluation.ground_truth import load_ground_truth
+from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference.detect import load_detector
+from pipeline.inference.folders import detect_in_shard
+from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import load_network
 from pipeline.recipe import config_from_dict, load_config
 from pipeline.torch7.convert import convert_file
 from pipeline.training.engine import fit
-from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals
+from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals, write_boxes
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, make_stage, train
 from tests.real_data import TORCH7
@@ -165,18 +170,20 @@ def test_proposals_are_made_once_with_the_network_beside(tiny_config, tiny_sharp
     shutil.copytree(tiny_sharpmask.parents[1], tmp_path / "sharpmask")
     config = load_config(tiny_config, ["multipathnet.sampling.max_proposals=7"])
     output = tmp_path / "multipathnet"
-    boxes = find_proposals(config, "val", output, CPU).boxes()
-    store = ProposalStore(output / "proposals" / "val")
+    store = find_proposals(config, "val", output, CPU)
+    assert store.directory == output / "proposals" / "val"
+    boxes = ProposalBoxes.load(write_boxes(config, "val", output, store))
     expected = {p.image_id: p for p in store}
     assert len(expected) == 8 and max(map(len, expected.values())) <= 7
     for image_id, proposals in expected.items():
-        found, scores = boxes.of(image_id)
-        np.testing.assert_array_equal(found, proposals.boxes)
-        np.testing.assert_array_equal(scores, proposals.scores)
+        np.testing.assert_array_equal(boxes.of(image_id), proposals.boxes)
     assert not (store.directory / "proposals.json").exists()  # nobody reads those of training
     shards = store.shards()
     find_proposals(config, "val", output, CPU)
     assert store.shards() == shards
+    empty = ProposalStore(tmp_path / "empty")
+    with pytest.raises(ValueError, match="holds no proposals"):
+        write_boxes(config, "val", output, empty)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -275,3 +282,24 @@ def test_a_converted_files_recipe_is_its_networks_settings(converted):
         content = load_checkpoint(converted / f"{name}.pt")
         recipe = load_config(converted / f"{name}.pt.yaml")
         assert recipe == config_from_dict(content["config"], source="the test")
+
+
+def test_the_best_detector_may_be_that_of_the_highest_ap(tiny_config, stores, tmp_path):
+    """On the first images of the store, as the detections of those images score."""
+    options = ["multipathnet.validation_images=3", "detect.score_threshold=0.0"]
+    config = load_config(tiny_config, [*stores, *options])
+    best = train("multipathnet", config, tmp_path / "run")
+    state = load_checkpoint(best)
+    (line,) = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["split"] == "val"]
+    assert state["best"] == line["sample_ap"] and "roi_accuracy" in line
+    store = ProposalStore(stores[1].partition("=")[2])
+    first = store.shards()[0]
+    assert len(store.images_of(first)) >= 3
+    detector, _ = load_detector(best, CPU)
+    images = Path(config.data.val.images)
+    found = [d for _, d in detect_in_shard(detector, store, first, images, broken=[])]
+    ids = {image["id"] for image in store.images_of(first)}
+    truth = load_ground_truth(config.data.val.annotations, ids)
+    assert set(truth.getImgIds()) == ids
+    scores = evaluate_detections(truth, [r for d in found for r in results_of(d)])
+    assert line["sample_ap"] == pytest.approx(scores.metrics()["box"]["AP"])
