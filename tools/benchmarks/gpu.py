@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.files import write_json
 from pipeline.command import add_device, make_parser, run_tool
-from tools.benchmarks import gpu_changes, gpu_checks, gpu_run_checks, gpu_speed
+from tools.benchmarks import gpu_checks, gpu_speed
 from tools.benchmarks.gpu_setup import Setup, failed
 from tools.benchmarks.timing import Rows, format_table
 
-CHECKS = gpu_checks.CHECKS | gpu_run_checks.CHECKS
+CHECKS = gpu_checks.CHECKS
 # What matters most comes first: time may run out.
-PARTS: dict[str, Callable[[Setup], Rows]] = CHECKS | gpu_speed.PARTS | gpu_changes.PARTS
+PARTS: dict[str, Callable[[Setup], Rows]] = CHECKS | gpu_speed.PARTS
 
 
 def main() -> int:

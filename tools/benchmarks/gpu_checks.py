@@ -1,70 +1,96 @@
-"""Whether the GPU computes what the CPU does: networks, gradients and whole images.
+"""Whether the GPU computes what the CPU does, and whether runs work on it.
 
-Every check gives rows of a figure and its limit. `gpu_run_checks.py` has those of runs.
+Every check gives rows of a figure and its limit.
 """
 
 import itertools
-from collections.abc import Callable
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from models.multipathnet import ROI_POOLS, MultiPathNet
-from pipeline.config import STAGES, Config
-from pipeline.inference.detect import Detector
-from pipeline.inference.detections import Detections
+from models.multipathnet import ROI_POOLS
+from pipeline.checkpoint import LAST, load_checkpoint
+from pipeline.config import ROOT, STAGES, Config
+from pipeline.data import device_batches
+from pipeline.inference.folders import propose_images
 from pipeline.inference.paste import Pasted
-from pipeline.inference.proposals import Proposals
-from pipeline.inference.propose import PyramidScale, best_cells
+from pipeline.inference.proposals import Detections
+from pipeline.inference.propose import Proposer, best_cells
 from pipeline.networks import make_multipathnet
+from pipeline.recipe import save_config
+from pipeline.training.engine import fit
 from pipeline.training.stages import Stage
 from tools.benchmarks.gpu_setup import (
+    CLASSES,
     CPU,
-    NO_DROPOUT,
+    PRECISIONS,
     Setup,
     at_least,
     at_most,
-    full_precision,
+    detection_input,
+    draw_corners,
+    make_detector,
     make_stage,
     start_run,
+    switch,
 )
-from tools.benchmarks.synthetic import draw_boxes, draw_image
+from tools.benchmarks.synthetic import draw_image
 from tools.benchmarks.timing import Rows
 
-Masks = tuple[list[PyramidScale], Tensor, Pasted]  # of an image: pyramid, chosen cells, masks
 SIZE, QUICK_SIZE = (240, 320), (96, 128)  # of images, which the CPU goes through as well
 STEPS = 4
-CLASSES = 80
+# Dropout draws other numbers on another device, and in another type.
+NO_DROPOUT = ("deepmask.dropout=0", "multipathnet.dropout=0")
+EXIT_ON_SIGNAL = 130
+PATIENCE = 120  # seconds, for a tool to start
+IMAGES = {"a": (192, 256), "b": (1536, 2048), "c": (192, 256)}  # `b` does not fit into memory
+DIVISOR = 8  # of their sides, if it has to be quick
+# By precision: of the cells and detections that are the same, of the mean IoU of masks, of the
+# differences of scores and of the gradient of RoI pooling.
+LIMITS = {
+    "fp32": {"cells": 0.995, "masks": 0.999, "boxes": 0.97, "scores": 1e-3, "gradient": 1e-5},
+    "bf16": {"cells": 0.9, "masks": 0.99, "boxes": 0.9, "scores": 1e-2, "gradient": 1e-2},
+}
 
 
 def check_proposals(setup: Setup) -> Rows:
-    """Scores, chosen cells and masks of an image; in float32, then in bfloat16."""
+    """Chosen cells and masks of an image in each precision, against the CPU's in full."""
     image = draw_image(np.random.default_rng(0), *(QUICK_SIZE if setup.quick else SIZE))
     rows: Rows = {}
     for name, refine in (("DeepMask", False), ("SharpMask", True)):
-        on_cpu = setup.proposer(CPU, amp=False, refine=refine)
+        on_cpu = setup.proposer("fp32", refine=refine, device=CPU)
         pyramid = [on_cpu.run_scale(image, scale) for scale in on_cpu.log2_scales]
         scores = [scale.score_logits for scale in pyramid]
         _, cells = best_cells(scores, sum(map(torch.numel, scores)) // 3)  # leaves some out
         masks = on_cpu._masks(pyramid, cells, image.shape[:2])
-        for amp in (False, True):
-            proposer = setup.proposer(setup.device, amp=amp, refine=refine)
-            with full_precision():
-                there = [proposer.run_scale(image, scale) for scale in proposer.log2_scales]
-                _, chosen = best_cells([scale.score_logits for scale in there], len(cells))
-                found = proposer._masks(there, cells.to(setup.device), image.shape[:2])
-            key = f"{name}, {'bfloat16' if amp else 'float32'}"
+        for precision, limits in LIMITS.items():
+            proposer = setup.proposer(precision, refine=refine)
+            there = [proposer.run_scale(image, scale) for scale in proposer.log2_scales]
+            _, chosen = best_cells([scale.score_logits for scale in there], len(cells))
+            found = proposer._masks(there, cells.to(setup.device), image.shape[:2])
             same = len(set(map(tuple, cells.tolist())) & set(map(tuple, chosen.tolist())))
             ious = mask_ious(masks, found, len(cells), image.shape[:2])
-            rows[f"{key}: cells that are the same"] = at_least(
-                same / len(cells), 0.9 if amp else 0.995
-            )
-            rows[f"{key}: mean mask IoU"] = at_least(ious.mean(), 0.99 if amp else 0.999)
-            rows[f"{key}: lowest mask IoU"] = {"measured": ious.min()}
+            rows |= {
+                f"{name}, {precision}: cells that are the same": at_least(
+                    same / len(cells), limits["cells"]
+                ),
+                f"{name}, {precision}: mean mask IoU": at_least(ious.mean(), limits["masks"]),
+                f"{name}, {precision}: lowest mask IoU": {"measured": ious.min()},
+            }
     return rows
 
 
@@ -82,52 +108,36 @@ def mask_ious(a: Pasted, b: Pasted, count: int, size: tuple[int, int]) -> np.nda
 
 
 def check_detections(setup: Setup) -> Rows:
-    """Detections of the published detector in float32, which is all that it knows."""
+    """Detections of the published detector in each precision, against the CPU's in full."""
     config = setup.published()
     image, proposals = detection_input(config, 20 if setup.quick else 100)
     model = make_multipathnet(config, num_classes=CLASSES)
     if setup.quick:  # with few features all classes would score the same
         nn.init.normal_(model.cls_score.weight)
-    found = []
-    with full_precision():
-        for device in (CPU, setup.device):
-            found.append(make_detector(config, model, device)(image, proposals))
-    on_cpu, there = found
-    scores = abs(np.sort(on_cpu.scores) - np.sort(there.scores)).max(initial=0)
-    return {
-        "detections": at_least(len(there.scores), 1),
-        "detections that both have": at_least(common_detections(on_cpu, there), 0.97),
-        "largest difference of scores": at_most(float(scores), 1e-3),
-    }
-
-
-def detection_input(config: Config, rois: int) -> tuple[np.ndarray, Proposals]:
-    """An image that has the network's size already, and proposals without masks."""
-    rng, sampling = np.random.default_rng(0), config.multipathnet.sampling
-    height, width = sampling.short_side, sampling.long_side
-    boxes = draw_boxes(rng, rois, height, width).astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    scores = np.linspace(1, 0, rois, dtype=np.float32)
-    proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * rois)
-    return draw_image(rng, height, width), proposals
-
-
-def make_detector(config: Config, model: MultiPathNet, device: torch.device) -> Detector:
-    """A detector of a config, for images of the network's size."""
-    return Detector(
-        model,
-        [{"id": i, "name": str(i)} for i in range(1, CLASSES + 1)],
-        device=device,
-        short_sides=[config.multipathnet.sampling.short_side],
-        long_side=config.multipathnet.sampling.long_side,
-        options=config.detect,
-    )
+    on_cpu = make_detector(config, model, CPU, "fp32")(image, proposals)
+    rows: Rows = {}
+    for precision, limits in LIMITS.items():
+        there = make_detector(config, model, setup.device, precision)(image, proposals)
+        # As many on both: without some, the lowest scores are compared with 0.
+        scores = np.zeros((2, config.detect.max_detections))
+        for row, found in zip(scores, (on_cpu, there), strict=True):
+            row[: len(found)] = found.scores
+        rows |= {
+            f"{precision}: detections": at_least(len(there), 1),
+            f"{precision}: detections that both have": at_least(
+                common_detections(on_cpu, there), limits["boxes"]
+            ),
+            f"{precision}: largest difference of scores": at_most(
+                float(abs(scores[0] - scores[1]).max()), limits["scores"]
+            ),
+        }
+    return rows
 
 
 def common_detections(a: Detections, b: Detections) -> float:
     """The fraction of `a` that `b` has too: the same class, boxes with an IoU of .99."""
-    if not len(a.scores) or not len(b.scores):
-        return float(len(a.scores) == len(b.scores))
+    if not len(a) or not len(b):
+        return float(len(a) == len(b))
     overlaps = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)) > 0.99
     same = torch.from_numpy(a.labels)[:, None] == torch.from_numpy(b.labels)
     return (overlaps & same).any(dim=1).float().mean().item()
@@ -137,31 +147,31 @@ def check_roi_pooling(setup: Setup) -> Rows:
     """Values and gradients of both kinds; under autocast the features are bfloat16."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 64, 50, 62, generator=generator)
-    boxes = draw_boxes(np.random.default_rng(0), 100, 800, 992)
-    corners = torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+    corners = torch.from_numpy(draw_corners(np.random.default_rng(0), 100, 800, 992))
     rois = torch.cat([torch.arange(100)[:, None] % 2, corners], dim=1).float()
     rows: Rows = {}
     for kind, size in itertools.product(ROI_POOLS, (7, 14)):
-        pool, weights = ROI_POOLS[kind], torch.randn(100, 64, size, size, generator=generator)
-        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        weights = torch.randn(100, 64, size, size, generator=generator)
+        for precision, limits in LIMITS.items():
             results = []
             for device in (CPU, setup.device):
-                leaf = features.to(device, dtype).contiguous(memory_format=torch.channels_last)
-                leaf.requires_grad_()
-                autocast = dtype == torch.bfloat16
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    pooled = pool(leaf, rois.to(device), size, 1 / 16)
+                leaf = features.to(device, PRECISIONS[precision])
+                leaf = leaf.contiguous(memory_format=torch.channels_last).requires_grad_()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    pooled = ROI_POOLS[kind](leaf, rois.to(device), size, 1 / 16)
                 (pooled.float() * weights.to(device)).sum().backward()
                 assert leaf.grad is not None
                 results.append((pooled.detach().float().cpu(), leaf.grad.float().cpu()))
             (values, gradient), (values_there, gradient_there) = results
-            key = f"{kind}, {size} x {size} bins, {str(dtype).removeprefix('torch.')}"
-            rows[f"{key}: largest difference"] = at_most(
-                float((values - values_there).abs().max()), 0
-            )
-            rows[f"{key}: of the gradient"] = at_most(
-                relative_difference(gradient_there, gradient), limit
-            )
+            key = f"{kind}, {size} x {size} bins, {precision}"
+            rows |= {
+                f"{key}: largest difference": at_most(
+                    float((values - values_there).abs().max()), 0
+                ),
+                f"{key}: of the gradient": at_most(
+                    relative_difference(gradient_there, gradient), limits["gradient"]
+                ),
+            }
     return rows
 
 
@@ -177,53 +187,192 @@ def check_first_steps(setup: Setup) -> Rows:
     does (`check_resume` does that).
     """
     rows: Rows = {}
-    for name in STAGES:
-        for optimizer in ("sgd", "adamw"):
-            optim = {"optimizer": optimizer, "lr": 1e-5, "clip_gradient": 10}
-            changes = [f"{name}.optim.{key}={value}" for key, value in optim.items()]
-            config = setup.published(*changes, *NO_DROPOUT)
-            stage = make_stage(name, config)
-            weights = {k: v.clone() for k, v in stage.model.state_dict().items()}
-            batches = list(stage.training_batches(range(STEPS), CPU))  # DeepMask's: of both heads
-            key = f"{name}, {optimizer}"
-            with full_precision():
-                whole, half = (
-                    train_steps(setup, stage, config, weights, batches, amp)
-                    for amp in (False, True)
-                )
-                if optimizer == "sgd":  # the other one has the same
-                    difference = abs(whole[0] / loss_on_cpu(stage, weights, batches[0]) - 1)
-                    rows[f"{key}: loss against the CPU's"] = at_most(difference, 1e-3)
-            difference = max(abs(b / a - 1) for a, b in zip(whole, half, strict=True))
-            rows[f"{key}: losses in bfloat16"] = at_most(difference, 0.01)
+    for name, optimizer in itertools.product(STAGES, ("sgd", "adamw")):
+        optim = {"optimizer": optimizer, "lr": 1e-5, "clip_gradient": 10}
+        changes = [f"{name}.optim.{key}={value}" for key, value in optim.items()]
+        stage = make_stage(name, setup.published(*changes, *NO_DROPOUT))
+        weights = {k: v.clone() for k, v in stage.model.state_dict().items()}
+        batches = list(stage.training_batches(range(STEPS), CPU))  # DeepMask's: of both heads
+        full, half = (train_steps(setup, stage, weights, batches, p) for p in PRECISIONS)
+        if optimizer == "sgd":  # the other one has the same
+            stage.model.to(CPU).load_state_dict(weights)
+            with torch.no_grad():
+                on_cpu = float(stage.losses(stage.model, batches[0])["loss"])
+            rows[f"{name}: loss against the CPU's"] = at_most(abs(full[0] / on_cpu - 1), 1e-3)
+        difference = max(abs(b / a - 1) for a, b in zip(full, half, strict=True))
+        rows[f"{name}, {optimizer}: losses in bfloat16"] = at_most(difference, 0.01)
     return rows
 
 
 def train_steps(
-    setup: Setup, stage: Stage, config: Config, weights: dict, batches: list[dict], amp: bool
+    setup: Setup, stage: Stage, weights: dict, batches: list[dict], precision: str
 ) -> list[float]:
     """The loss of each step, from given weights on."""
     stage.model.load_state_dict(weights)
-    stage.optim = replace(stage.optim, amp=amp)
-    run = start_run(stage, config, setup.device, setup.directory / "steps")
-    return [float(run.train_step(to_device(b, setup.device))["loss"]) for b in batches]
+    run, losses = start_run(setup, stage, precision), []
+    for batch in batches:
+        moved = {k: v.to(setup.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        losses.append(float(run.train_step(moved)["loss"]))
+    return losses
 
 
-def loss_on_cpu(stage: Stage, weights: dict, batch: dict) -> float:
-    """The loss of a minibatch before any step; leaves the stage on the CPU."""
-    stage.model.to(CPU).load_state_dict(weights)
-    with torch.no_grad():
-        return float(stage.losses(stage.model, to_device(batch, CPU))["loss"])
+def train(config: Config, name: str, output: Path, device: torch.device, *, epochs: int) -> dict:
+    """Trains or resumes a stage in fp32 up to an epoch; returns its last checkpoint."""
+    section = getattr(config, name)
+    section = replace(section, optim=replace(section.optim, epochs=epochs))
+    config = replace(config, **{name: section})
+    stage = make_stage(name, config)
+    fit(stage, config, output, device=device, resume=True, precision="fp32")
+    return load_checkpoint(output / "checkpoints" / LAST)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """A minibatch on another device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def check_phases(setup: Setup) -> Rows:
+    """The detector's trunk stays as it is for `frozen_epochs`, and learns afterwards."""
+    config, name = setup.tiny("multipathnet.frozen_epochs=1"), "multipathnet"
+    states = [make_stage(name, config).model.state_dict()]
+    for epochs in (1, 2):
+        output = setup.directory / "phases"
+        states.append(train(config, name, output, setup.device, epochs=epochs)["model"])
+    first, second = (
+        max(float((new[k].cpu() - old[k].cpu()).abs().max()) for k in new if k.startswith("trunk."))
+        for old, new in itertools.pairwise(states)
+    )
+    return {
+        "the trunk moves in phase 1": at_most(first, 0),
+        "the trunk moves in phase 2": at_least(second, 1e-8),
+    }
 
 
+def check_resume(setup: Setup) -> Rows:
+    """An epoch on one device, the next on the other, and back, against the CPU alone."""
+    rows: Rows = {}
+    stages, optimizers = (STAGES[:1], ("adamw",)) if setup.quick else (STAGES, ("sgd", "adamw"))
+    for name, optimizer in itertools.product(stages, optimizers):
+        config = setup.tiny(f"{name}.optim.optimizer={optimizer}", *NO_DROPOUT)
+        start = make_stage(name, config).model.state_dict()
+        steps, moves = [], []
+        for device in (setup.device, CPU):
+            output = setup.directory / f"{name}_{optimizer}_{len(moves)}"
+            for epochs, where in enumerate((device, CPU, device), start=1):
+                last = train(config, name, output, where, epochs=epochs)
+            steps.append(last["step"])
+            moves.append(torch.cat([(v - start[k]).flatten() for k, v in last["model"].items()]))
+        # Where a gradient is almost 0, AdamW's step may go either way.
+        limit = 0.1 if optimizer == "adamw" else 0.01
+        rows |= {
+            f"{name}, {optimizer}: steps": at_least(*steps),
+            f"{name}, {optimizer}: how the weights moved": at_most(
+                relative_difference(*moves), limit
+            ),
+        }
+    return rows
+
+
+def check_workers(setup: Setup) -> Rows:
+    """Processes that load, started after CUDA, against loading in the training process."""
+    torch.ones(1, device=setup.device)
+    data = make_stage("deepmask", setup.tiny()).train_data
+    loaded = []
+    for workers in (0, 2):
+        indices = data.batches(range(3), batches_per_epoch=2, batch_size=8)
+        batches = device_batches(data, indices, setup.device, workers=workers)
+        loaded.append([batch["patches"] for batch in batches])
+    same = [torch.equal(a, b) for a, b in zip(*loaded, strict=True)]
+    return {"minibatches that are the same": at_least(sum(same), 3)}
+
+
+def check_signal(setup: Setup) -> Rows:
+    """SIGTERM during training: the checkpoint is saved, the exit status is 130."""
+    optim = ("batches_per_epoch=100000", "save_every_minutes=0")
+    config = setup.tiny(*(f"deepmask.optim.{setting}" for setting in optim), "data.workers=2")
+    recipe, output = setup.directory / "signal.yaml", setup.directory / "signal"
+    save_config(config, recipe)
+    command = [sys.executable, str(ROOT / "tools" / "train_stage.py"), "--stage", "deepmask"]
+    command += ["--config", str(recipe), "--output", str(output), "--device", str(setup.device)]
+    last = output / "checkpoints" / LAST
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
+        try:
+            end = time.monotonic() + PATIENCE
+            while not last.exists() and run.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+            run.send_signal(signal.SIGTERM)
+            printed, _ = run.communicate(timeout=PATIENCE)
+        finally:
+            run.kill()
+    print(printed)
+    ok = run.returncode == EXIT_ON_SIGNAL and "--resume" in printed
+    row = {"measured": run.returncode, "limit": EXIT_ON_SIGNAL, "ok": float(ok)}
+    step = load_checkpoint(last)["step"] if last.exists() else 0
+    return {"exit status": row, "step of the checkpoint": at_least(step, 1)}
+
+
+def check_memory(setup: Setup) -> Rows:
+    """An image that does not fit into memory is named, and the next one works."""
+    folder, shrink = setup.directory / "images", DIVISOR if setup.quick else 1
+    folder.mkdir()
+    for name, size in IMAGES.items():
+        image = draw_image(np.random.default_rng(0), *(side // shrink for side in size))
+        cv2.imwrite(str(folder / f"{name}.jpg"), image)
+    proposer, output = setup.proposer("bf16"), setup.directory / "proposals"
+    with _little_memory(setup, proposer, image):
+        summary = propose_images(proposer, folder, output, settings={}, write_json=False)
+    named = [m for m in summary.broken if re.search(r"b\.jpg.*out of memory at", m)]
+    return {
+        "images that are left out": at_most(len(summary.broken), 1),
+        "images named for lack of memory": at_least(len(named), 1),
+        "images that are done": at_least(summary.done, 2),
+    }
+
+
+@contextmanager
+def _little_memory(setup: Setup, proposer: Proposer, small: np.ndarray) -> Iterator[None]:
+    """So little that twice a small image fits, but not a large one; on a CPU by pretense."""
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        proposer(small)
+        needed = torch.cuda.max_memory_reserved()
+        total = torch.cuda.get_device_properties(setup.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 2 * needed / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return
+    pixels, _ = proposer.scale(small, max(proposer.log2_scales))
+    dense, fits = proposer.dense, 4 * pixels.numel()
+
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
+        if pixels.numel() > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return dense(pixels)
+
+    with mock.patch.object(proposer, "dense", run):
+        yield
+
+
+def check_tests(setup: Setup) -> Rows:
+    """The project's tests that need CUDA; where there is none they are skipped."""
+    files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in p.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-rs"]
+    done = subprocess.run([*command, *map(str, files)], cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout + done.stderr)
+    return {"exit status of pytest": at_most(done.returncode, 0)}
+
+
+# Convolutions and matrix products of fp32 without TF32.
+_full_precision = switch("allow_tf32", False, torch.backends.cudnn, torch.backends.cuda.matmul)
 CHECKS: dict[str, Callable[[Setup], Rows]] = {
-    "proposals": check_proposals,
-    "detections": check_detections,
+    "proposals": _full_precision(check_proposals),
+    "detections": _full_precision(check_detections),
     "roi_pooling": check_roi_pooling,
-    "first_steps": check_first_steps,
+    "first_steps": _full_precision(check_first_steps),
+    "phases": check_phases,
+    "resume": _full_precision(check_resume),
+    "workers": check_workers,
+    "signal": check_signal,
+    "memory": check_memory,
+    "tests": check_tests,
 }

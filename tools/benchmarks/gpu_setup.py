@@ -1,27 +1,37 @@
-"""What the GPU's checks and timings share: a device, configs, stages on synthetic data."""
+"""What the GPU's checks and timings share: stages on synthetic data, figures of calls, limits."""
 
-from collections.abc import Iterator
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
+from models.multipathnet import MultiPathNet
 from pipeline.config import STAGES, Config
 from pipeline.data import load_split, prepare_data
+from pipeline.inference.detect import Detector
+from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.recipe import load_config
 from pipeline.training.engine import TrainingRun
 from pipeline.training.stages import DeepMaskStage, MultiPathNetStage, SharpMaskStage, Stage
-from tools.benchmarks.synthetic import draw_boxes, write_sharpmask
-from tools.benchmarks.timing import Rows
+from tools.benchmarks.synthetic import draw_boxes, draw_image, write_sharpmask
+from tools.benchmarks.timing import Calls, Rows, interleave
 
 CPU = torch.device("cpu")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLASSES = 80
 PROPOSALS = 200  # boxes of an image that the detector is trained on
 TINY = (
     *(
@@ -39,8 +49,8 @@ TINY = (
     "propose.num_proposals=60",
 )  # fmt: skip
 RANDOM = ("trunk.weights=null", "multipathnet.trunk.weights=null")
-# Dropout draws other numbers on another device, and in another type.
-NO_DROPOUT = ("deepmask.dropout=0", "multipathnet.dropout=0")
+ROUNDS, SECONDS = 3, 0.25  # of a call, which repeats as often as fits in so many seconds
+MAX_REPEATS = 50
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,9 @@ class Setup:
         return self._load("configs/coco.yaml", "data.workers=0", *overrides)
 
     def _load(self, path: str, *overrides: str) -> Config:
-        images = (12, 4) if self.quick else (64, 16)
-        shapes = f"{{directory: {self.directory / 'shapes'}, train_images: {images[0]}, "
-        shapes += f"val_images: {images[1]}}}"
+        train, val = (12, 4) if self.quick else (64, 16)
+        directory = self.directory / "shapes"
+        shapes = f"{{directory: {directory}, train_images: {train}, val_images: {val}}}"
         config = load_config(path, [f"data.shapes={shapes}", *RANDOM, *overrides])
         prepare_data(config)
         return config
@@ -82,11 +92,12 @@ class Setup:
         write_sharpmask(self.published(), path)
         return path
 
-    def proposer(self, device: torch.device, *, amp: bool, refine: bool = True) -> Proposer:
+    def proposer(
+        self, precision: str, *, refine: bool = True, device: torch.device | None = None
+    ) -> Proposer:
         """A proposer with the weights of `sharpmask`."""
-        proposer, _ = load_proposer(self.sharpmask, device, refine=refine)
-        proposer.amp = amp
-        return proposer
+        where = device or self.device
+        return load_proposer(self.sharpmask, where, refine=refine, precision=precision)[0]
 
     def synchronize(self) -> None:
         """Waits until the device has done its work."""
@@ -99,8 +110,8 @@ def make_stage(name: str, config: Config) -> Stage:
     if name == "deepmask":
         return DeepMaskStage(config)
     if name == "multipathnet":
-        splits = {split: load_split(config, split)[0] for split in ("train", "val")}
-        return MultiPathNetStage(config, {s: draw_proposals(coco) for s, coco in splits.items()})
+        boxes = {s: draw_proposals(load_split(config, s)[0]) for s in ("train", "val")}
+        return MultiPathNetStage(config, boxes, ProposalStore(Path()))  # of masks: there are none
     stage = SharpMaskStage(config)
     stage.model.start_from_deepmask()
     return stage
@@ -109,34 +120,141 @@ def make_stage(name: str, config: Config) -> Stage:
 def draw_proposals(coco: CocoInstances) -> ProposalBoxes:
     """Boxes of all sizes in every image."""
     rng = np.random.default_rng(0)
-    boxes = [draw_boxes(rng, PROPOSALS, *size) for size in coco.image_sizes.tolist()]
-    corners = np.concatenate(boxes)
-    corners[:, 2:] += corners[:, :2]
+    corners = np.concatenate(
+        [draw_corners(rng, PROPOSALS, *size) for size in coco.image_sizes.tolist()]
+    )
     ids = np.repeat(coco.image_ids, PROPOSALS)
-    return ProposalBoxes.from_rows(ids, corners, rng.random(len(ids)))
+    return ProposalBoxes.from_rows((ids, corners, rng.random(len(ids))))
 
 
-def start_run(stage: Stage, config: Config, device: torch.device, output: Path) -> TrainingRun:
+def draw_corners(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """Boxes of all sizes in an image, (count, 4) xyxy."""
+    boxes = draw_boxes(rng, count, height, width)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def start_run(setup: Setup, stage: Stage, precision: str) -> TrainingRun:
     """A run that is ready for `train_step`; nothing is written."""
-    run = TrainingRun(stage, config, output, device)
+    run = TrainingRun(stage, stage.config, setup.directory / "run", setup.device)
+    run.precision = precision
     stage.start_phase(0)
-    run.model = stage.model
-    stage.model.train()
+    run.model = stage.model.train()
     return run
 
 
+def detection_input(config: Config, rois: int) -> tuple[np.ndarray, Proposals]:
+    """An image that has the network's size already, and proposals without masks."""
+    rng, sampling = np.random.default_rng(0), config.multipathnet.sampling
+    size = sampling.short_side, sampling.long_side
+    boxes = draw_corners(rng, rois, *size).astype(np.float32)
+    scores = np.linspace(1, 0, rois, dtype=np.float32)
+    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, scores, boxes, [b""] * rois)
+
+
+def make_detector(
+    config: Config, model: MultiPathNet, device: torch.device, precision: str
+) -> Detector:
+    """A detector with a copy of the network."""
+    return Detector(
+        copy.deepcopy(model),
+        [{"id": i, "name": str(i)} for i in range(1, CLASSES + 1)],
+        device=device,
+        config=config.multipathnet,
+        options=config.detect,
+        dtype=PRECISIONS[precision],
+    )
+
+
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products of float32 without TF32."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
+def switch(name: str, value: bool, *backends: Any) -> Iterator[None]:
+    """Sets a flag of backends in the block."""
+    before = [getattr(backend, name) for backend in backends]
     try:
         for backend in backends:
-            backend.allow_tf32 = False
+            setattr(backend, name, value)
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        for backend, old in zip(backends, before, strict=True):
+            setattr(backend, name, old)
+
+
+def median_seconds(setup: Setup, calls: Calls) -> dict[str, float]:
+    """Seconds of each alternative, called in turn and each repeated without a wait between."""
+    repeats = dict.fromkeys(calls, 1)
+    if not setup.quick:
+        for call in calls.values():
+            run_repeatedly(setup, call, 3)  # warm-up: memory, plans of cuDNN
+        once = {name: partial(run_repeatedly, setup, call, 1) for name, call in calls.items()}
+        for name, [seconds] in interleave(once, rounds=1).items():
+            repeats[name] = max(1, min(MAX_REPEATS, round(SECONDS / seconds)))
+    repeated: Calls = {
+        name: partial(run_repeatedly, setup, call, repeats[name]) for name, call in calls.items()
+    }
+    times = interleave(repeated, rounds=1 if setup.quick else ROUNDS)
+    return {name: statistics.median(times[name]) / repeats[name] for name in calls}
+
+
+def run_repeatedly(setup: Setup, call: Callable[[], object], repeats: int) -> None:
+    """Calls it so often, and waits for the device at the end."""
+    for _ in range(repeats):
+        call()
+    setup.synchronize()
+
+
+def rates(setup: Setup, calls: Calls, samples: int = 1, *, row: str = "{}") -> Rows:
+    """How many samples a second, for each alternative; a call has so many `samples`.
+
+    `row` is the name of a row, given that of its alternative.
+    """
+    seconds = median_seconds(setup, calls)
+    return {row.format(name): {"measured": samples / each} for name, each in seconds.items()}
+
+
+def measure(
+    setup: Setup,
+    call: Callable[[], object],
+    samples: int = 1,
+    *,
+    floor: Callable[[], object],
+    aim: float,
+) -> dict[str, float]:
+    """A row: samples a second, peak memory, how much of the time the GPU idles, floor and aim."""
+    row, cuda = {}, setup.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    [seconds] = median_seconds(setup, {"call": call}).values()
+    row["measured"] = samples / seconds
+    if cuda:
+        row["peak GB"] = torch.cuda.max_memory_allocated(setup.device) / 1e9
+    if busy := busy_seconds(setup, call):  # the profiler may not be allowed to see the GPU
+        row["idle"] = max(0.0, 1 - busy / seconds)
+    [least] = median_seconds(setup, {"floor": floor}).values()
+    return row | {"floor": samples / least, "aim": aim}
+
+
+def busy_seconds(setup: Setup, call: Callable[[], object]) -> float:
+    """Seconds of a call in which at least one kernel ran.
+
+    From the profiler, which slows down what launches the kernels, but not the kernels.
+    """
+    cuda, repeats = setup.device.type == "cuda", 1 if setup.quick else 3
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        run_repeatedly(setup, call, repeats)
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    events: list[Any] = [e for e in profiler.events() or () if e.device_type == wanted]
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if not getattr(event, "is_user_annotation", False)
+    )
+    busy, end = 0.0, -math.inf
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e6 / repeats
 
 
 def at_least(measured: float, limit: float) -> dict[str, float]:
