@@ -181,21 +181,19 @@ def switch(name: str, value: bool, *backends: Any) -> Iterator[None]:
 
 def median_seconds(setup: Setup, calls: Calls) -> dict[str, float]:
     """Seconds of each alternative, called in turn and each repeated without a wait between."""
-    repeats = dict.fromkeys(calls, 1)
-    if not setup.quick:
-        for call in calls.values():
-            run_repeatedly(setup, call, 3)  # warm-up: memory, plans of cuDNN
-        once = {name: partial(run_repeatedly, setup, call, 1) for name, call in calls.items()}
-        for name, [seconds] in interleave(once, rounds=1).items():
-            repeats[name] = max(1, min(MAX_REPEATS, round(SECONDS / seconds)))
-    repeated: Calls = {
-        name: partial(run_repeatedly, setup, call, repeats[name]) for name, call in calls.items()
-    }
-    times = interleave(repeated, rounds=1 if setup.quick else ROUNDS)
+    repeats = dict.fromkeys(calls, 1 if setup.quick else 3)
+
+    def repeated() -> Calls:
+        return {name: partial(run, setup, call, repeats[name]) for name, call in calls.items()}
+
+    if not setup.quick:  # the first round warms up: memory, plans of cuDNN
+        for name, [seconds] in interleave(repeated(), rounds=1).items():
+            repeats[name] = max(1, min(MAX_REPEATS, round(SECONDS * repeats[name] / seconds)))
+    times = interleave(repeated(), rounds=1 if setup.quick else ROUNDS)
     return {name: statistics.median(times[name]) / repeats[name] for name in calls}
 
 
-def run_repeatedly(setup: Setup, call: Callable[[], object], repeats: int) -> None:
+def run(setup: Setup, call: Callable[[], object], repeats: int) -> None:
     """Calls it so often, and waits for the device at the end."""
     for _ in range(repeats):
         call()
@@ -242,7 +240,7 @@ def busy_seconds(setup: Setup, call: Callable[[], object]) -> float:
     cuda, repeats = setup.device.type == "cuda", 1 if setup.quick else 3
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
-        run_repeatedly(setup, call, repeats)
+        run(setup, call, repeats)
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     events: list[Any] = [e for e in profiler.events() or () if e.device_type == wanted]
     spans = sorted(

@@ -7,7 +7,7 @@ that are ready, forward and, where the trunk is trained, backward. The aims are 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -200,9 +200,9 @@ def time_loading(setup: Setup) -> Rows:
     return rows | {title: pace(setup, map(run.train_step, batches), size)}
 
 
-def pace(setup: Setup, items: Iterator[object], size: int) -> dict[str, float]:
+def pace(setup: Setup, minibatches: Iterable, size: int) -> dict[str, float]:
     """Samples a second of minibatches that come, from the first one on."""
-    items, budget = iter(items), 0.2 if setup.quick else LOADING_SECONDS
+    items, budget = iter(minibatches), 0.2 if setup.quick else LOADING_SECONDS
     next(items)
     setup.synchronize()
     start, count = time.monotonic(), 0
@@ -247,9 +247,9 @@ def time_graphs(setup: Setup) -> Rows:
     """CUDA graphs, which take the launching of kernels off the CPU; sizes must repeat."""
     rows: Rows = {}
     for size in batch_sizes(setup):
-        graph = capture(setup, forward_and_backward(*ready_run(setup, "deepmask", size)))
         name = f"DeepMask, batch {size}, forward and backward, patches"
-        rows |= rates(setup, {name: graph}, size)
+        call = forward_and_backward(*ready_run(setup, "deepmask", size))
+        rows |= rates(setup, {name: capture(setup, call)}, size)
     for name, refine in NETWORKS.items():
         parts = proposal_parts(setup.proposer("bf16", refine=refine), proposal_image(setup))
         rows |= rates(setup, {f"{name}, network, images": capture(setup, parts["network"])})
@@ -343,13 +343,7 @@ def time_padding(setup: Setup) -> Rows:
 
 
 PARTS: dict[str, Callable[[Setup], Rows]] = {
-    "training": time_training,
-    "proposing": time_proposals,
-    "detecting": time_detection,
-    "loading": time_loading,
-    "step": time_step,
-    "graphs": time_graphs,
-    "trunk": time_trunk,
-    "padding": time_padding,
-    "compiling": time_compile,
-}
+    "training": time_training, "proposing": time_proposals, "detecting": time_detection,
+    "loading": time_loading, "step": time_step, "graphs": time_graphs, "trunk": time_trunk,
+    "padding": time_padding, "compiling": time_compile,
+}  # fmt: skip
