@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.files import write_json
 from pipeline.command import add_device, make_parser, run_tool
-from tools.benchmarks import gpu_checks, gpu_speed
+from tools.benchmarks.gpu_checks import CHECKS
 from tools.benchmarks.gpu_setup import Setup, failed
+from tools.benchmarks.gpu_speed import TIMINGS
 from tools.benchmarks.timing import Rows, format_table
 
-CHECKS = gpu_checks.CHECKS
 # What matters most comes first: time may run out.
-PARTS: dict[str, Callable[[Setup], Rows]] = CHECKS | gpu_speed.PARTS
+PARTS: dict[str, Callable[[Setup], Rows]] = CHECKS | TIMINGS
 
 
 def main() -> int:
@@ -52,25 +52,22 @@ def main() -> int:
     args = parser.parse_args()
 
     device, end = torch.device(args.device), time.monotonic() + 60 * args.minutes
-    results: dict[str, Any] = {"machine": describe(device), "quick": args.quick, "parts": {}}
+    parts: dict[str, dict[str, Any]] = {}
+    results = {"machine": describe(device), "quick": args.quick, "parts": parts}
     args.output.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        (args.output / "gpu.log").open("w") as log,
-    ):
+    with tempfile.TemporaryDirectory() as directory, (args.output / "gpu.log").open("w") as log:
         setup = Setup(device, args.quick, Path(directory))
         for name in args.only:
             print(f"{name} ... ", end="", flush=True)
-            result = run_part(PARTS[name], setup, end - time.monotonic(), log)
-            print(f"{result['seconds']:.0f} s{', failed' if 'error' in result else ''}", flush=True)
-            results["parts"][name] = result
+            part = parts[name] = run_part(PARTS[name], setup, end - time.monotonic(), log)
+            print(f"{part['seconds']:.0f} s{', failed' if 'error' in part else ''}", flush=True)
             write_json(args.output / "gpu.json", results)
-    print(f"\n{format_table('GPU', rows_of(results['parts']))}")
-    for name, result in results["parts"].items():
-        if "error" in result:
-            print(f"{name}: {result['error'].strip().splitlines()[-1]}", file=sys.stderr)
-    checks = {name: result for name, result in results["parts"].items() if name in CHECKS}
-    broken = [name for name, r in checks.items() if "error" in r or failed(r["rows"])]
+    rows = {f"{part}: {k}": row for part in parts for k, row in parts[part]["rows"].items()}
+    print(f"\n{format_table('GPU', rows)}")
+    for name, part in parts.items():
+        if "error" in part:
+            print(f"{name}: {part['error'].strip().splitlines()[-1]}", file=sys.stderr)
+    broken = [name for name in parts if name in CHECKS and failed(parts[name]["rows"])]
     if broken:
         print(f"checks that failed: {', '.join(broken)}", file=sys.stderr)
     return 1 if broken else 0
@@ -95,24 +92,25 @@ def describe(device: torch.device) -> dict[str, Any]:
 def run_part(
     part: Callable[[Setup], Rows], setup: Setup, seconds: float, log: TextIO
 ) -> dict[str, Any]:
-    """The rows of a part and its seconds; "error" if it failed or ran out of time."""
+    """The rows of a part and its seconds; "error" and a row if it failed or ran out of time.
+
+    Figures that are not numbers are left out.
+    """
     start = time.monotonic()
-    result: dict[str, Any] = {"rows": {}}
+    result: dict[str, Any] = {}
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             with time_limit(seconds):
                 rows = part(setup)
-            for name, row in rows.items():  # JSON knows no NaN
-                result["rows"][name] = {
-                    k: float(v) if isfinite(v) else None for k, v in row.items()
-                }
         except Exception:
-            result["error"] = traceback.format_exc()
+            rows, result["error"] = {"failed": {"ok": 0.0}}, traceback.format_exc()
             traceback.print_exc()
         log.flush()
+    for name, row in rows.items():
+        rows[name] = {column: float(value) for column, value in row.items() if isfinite(value)}
     gc.collect()  # the next part may need all of the memory
     torch.cuda.empty_cache()
-    return {"seconds": round(time.monotonic() - start, 1), **result}
+    return {"seconds": round(time.monotonic() - start, 1), "rows": rows, **result}
 
 
 @contextlib.contextmanager
@@ -122,26 +120,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError("the time is up")
 
-    if seconds <= 0:
-        stop()
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def rows_of(parts: dict[str, dict[str, Any]]) -> Rows:
-    """The rows of all parts; one that failed has a row of its own."""
-    rows: Rows = {}
-    for part, result in parts.items():
-        for name, row in result["rows"].items():
-            rows[f"{part}: {name}"] = {k: v for k, v in row.items() if v is not None}
-        if "error" in result:
-            rows[f"{part}: failed"] = {"ok": 0.0}
-    return rows
 
 
 if __name__ == "__main__":

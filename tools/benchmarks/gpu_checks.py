@@ -36,7 +36,7 @@ from pipeline.training.engine import fit
 from pipeline.training.stages import Stage
 from tools.benchmarks import gpu_setup as kit
 from tools.benchmarks.gpu_setup import CPU, Setup, at_least, at_most
-from tools.benchmarks.synthetic import draw_image
+from tools.benchmarks.synthetic import draw_corners, draw_image, draw_rois, make_detector
 from tools.benchmarks.timing import Rows
 
 SIZE, QUICK_SIZE = (240, 320), (96, 128)  # of images, which the CPU goes through as well
@@ -93,14 +93,14 @@ def mask_ious(a: Pasted, b: Pasted, count: int, size: tuple[int, int]) -> np.nda
 def check_detections(setup: Setup) -> Rows:
     """Detections of the published detector in each precision, against the CPU's in full."""
     config = setup.published()
-    image, proposals = kit.detection_input(config, 20 if setup.quick else 100)
-    model = make_multipathnet(config, num_classes=kit.CLASSES)
+    image, proposals = draw_rois(np.random.default_rng(0), config, 20 if setup.quick else 100)
+    model = make_multipathnet(config, num_classes=80)
     if setup.quick:  # with few features all classes would score the same
         nn.init.normal_(model.cls_score.weight)
-    on_cpu = kit.make_detector(config, model, CPU, "fp32")(image, proposals)
+    on_cpu = make_detector(config, model, CPU, "fp32")(image, proposals)
     rows: Rows = {}
     for precision, limits in LIMITS.items():
-        there = kit.make_detector(config, model, setup.device, precision)(image, proposals)
+        there = make_detector(config, model, setup.device, precision)(image, proposals)
         # The best first; what only one has is compared with 0.
         pairs = itertools.zip_longest(on_cpu.scores, there.scores, fillvalue=0.0)
         scores, same = max(abs(a - b) for a, b in pairs), common_detections(on_cpu, there)
@@ -123,8 +123,8 @@ def check_roi_pooling(setup: Setup) -> Rows:
     """Values and gradients of both kinds; under autocast the features are bfloat16."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 64, 50, 62, generator=generator)
-    corners = torch.from_numpy(kit.draw_corners(np.random.default_rng(0), 100, 800, 992))
-    rois = torch.cat([torch.arange(100)[:, None] % 2, corners], dim=1).float()
+    corners = torch.from_numpy(draw_corners(np.random.default_rng(0), 100, 800, 992))
+    rois = torch.cat([torch.arange(100)[:, None] % 2, corners], dim=1)
     rows: Rows = {}
     for kind, size in itertools.product(ROI_POOLS, (7, 14)):
         weights = torch.randn(100, 64, size, size, generator=generator)

@@ -1,6 +1,5 @@
 """What the GPU's checks and timings share: stages on synthetic data, figures of calls, limits."""
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,21 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
-from models.multipathnet import MultiPathNet
 from pipeline.config import STAGES, Config
 from pipeline.data import load_split, prepare_data
-from pipeline.inference.detect import Detector
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.recipe import load_config
 from pipeline.training.engine import TrainingRun
 from pipeline.training.stages import DeepMaskStage, MultiPathNetStage, SharpMaskStage, Stage
-from tools.benchmarks.synthetic import draw_boxes, draw_image, write_sharpmask
+from tools.benchmarks.synthetic import draw_corners, write_sharpmask
 from tools.benchmarks.timing import Calls, Rows, interleave
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLASSES = 80
 PROPOSALS = 200  # boxes of an image that the detector is trained on
 TINY = (
     *(
@@ -127,13 +123,6 @@ def draw_proposals(coco: CocoInstances) -> ProposalBoxes:
     return ProposalBoxes.from_rows((ids, corners, rng.random(len(ids))))
 
 
-def draw_corners(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
-    """Boxes of all sizes in an image, (count, 4) xyxy."""
-    boxes = draw_boxes(rng, count, height, width)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
-
-
 def start_run(setup: Setup, stage: Stage, precision: str) -> TrainingRun:
     """A run that is ready for `train_step`; nothing is written."""
     run = TrainingRun(stage, stage.config, setup.directory / "run", setup.device)
@@ -141,29 +130,6 @@ def start_run(setup: Setup, stage: Stage, precision: str) -> TrainingRun:
     stage.start_phase(0)
     run.model = stage.model.train()
     return run
-
-
-def detection_input(config: Config, rois: int) -> tuple[np.ndarray, Proposals]:
-    """An image that has the network's size already, and proposals without masks."""
-    rng, sampling = np.random.default_rng(0), config.multipathnet.sampling
-    size = sampling.short_side, sampling.long_side
-    boxes = draw_corners(rng, rois, *size).astype(np.float32)
-    scores = np.linspace(1, 0, rois, dtype=np.float32)
-    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, scores, boxes, [b""] * rois)
-
-
-def make_detector(
-    config: Config, model: MultiPathNet, device: torch.device, precision: str
-) -> Detector:
-    """A detector with a copy of the network."""
-    return Detector(
-        copy.deepcopy(model),
-        [{"id": i, "name": str(i)} for i in range(1, CLASSES + 1)],
-        device=device,
-        config=config.multipathnet,
-        options=config.detect,
-        dtype=PRECISIONS[precision],
-    )
 
 
 @contextmanager

@@ -30,7 +30,14 @@ from pipeline.networks import make_multipathnet
 from pipeline.training.engine import TrainingRun
 from tools.benchmarks import gpu_setup as kit
 from tools.benchmarks.gpu_setup import Setup, measure, rates
-from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_dataset, draw_image
+from tools.benchmarks.synthetic import (
+    HEIGHT,
+    WIDTH,
+    draw_dataset,
+    draw_image,
+    draw_rois,
+    make_detector,
+)
 from tools.benchmarks.timing import Calls, Rows
 
 AIMS = {
@@ -143,13 +150,13 @@ def proposal_parts(proposer: Proposer, image: np.ndarray) -> Calls:
 def time_detection(setup: Setup) -> Rows:
     """Detection in an image of the network's size, and of what its time is made."""
     config, rows = setup.published(), Rows()
-    image, proposals = kit.detection_input(config, 20 if setup.quick else ROIS)
-    model = make_multipathnet(config, num_classes=kit.CLASSES)
+    image, proposals = draw_rois(np.random.default_rng(0), config, 20 if setup.quick else ROIS)
+    model = make_multipathnet(config, num_classes=80)
     height, width = image.shape[:2]
     pixels = torch.rand(1, 3, height, width, device=setup.device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     for precision in kit.PRECISIONS:
-        detector = kit.make_detector(config, model, setup.device, precision)
+        detector = make_detector(config, model, setup.device, precision)
         title = f"{precision}, {len(proposals)} RoIs, {width} x {height}, images"
         call = partial(detector, image, proposals)
         floor = one_pass(detector.model.trunk, pixels, trained=False)
@@ -342,7 +349,7 @@ def time_padding(setup: Setup) -> Rows:
     return rows
 
 
-PARTS: dict[str, Callable[[Setup], Rows]] = {
+TIMINGS: dict[str, Callable[[Setup], Rows]] = {
     "training": time_training, "proposing": time_proposals, "detecting": time_detection,
     "loading": time_loading, "step": time_step, "graphs": time_graphs, "trunk": time_trunk,
     "padding": time_padding, "compiling": time_compile,

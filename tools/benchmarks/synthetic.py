@@ -1,6 +1,9 @@
 """What the benchmarks run on: random images, networks and COCO data of realistic sizes."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.multipathnet import MultiPathNet
 from pipeline.checkpoint import save_checkpoint
 from pipeline.config import Config
+from pipeline.inference.detect import Detector
+from pipeline.inference.proposals import Proposals
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import config_to_dict
 
@@ -47,6 +53,37 @@ def draw_boxes(rng: np.random.Generator, count: int, height: int, width: int) ->
     """Boxes of all sizes in an image, (count, 4) xywh."""
     sizes = np.exp(rng.uniform(np.log(12), np.log([width * 0.8, height * 0.8]), (count, 2)))
     return np.concatenate([rng.uniform(0, [width, height] - sizes), sizes], axis=1)
+
+
+def draw_corners(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """The same as (count, 4) float32 xyxy."""
+    boxes = draw_boxes(rng, count, height, width)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes.astype(np.float32)
+
+
+def draw_rois(rng: np.random.Generator, config: Config, count: int) -> tuple[np.ndarray, Proposals]:
+    """An image that has the detector's size already, and proposals in it.
+
+    Detection only hands their masks on: empty strings will do.
+    """
+    size = config.multipathnet.sampling.short_side, config.multipathnet.sampling.long_side
+    boxes, scores = draw_corners(rng, count, *size), np.linspace(1, 0, count, dtype=np.float32)
+    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, scores, boxes, [b""] * count)
+
+
+def make_detector(
+    config: Config, model: MultiPathNet, device: torch.device, precision: str, **options: Any
+) -> Detector:
+    """A detector with a copy of a network; `options` are fields of `DetectConfig`."""
+    return Detector(
+        copy.deepcopy(model),
+        [{"id": i, "name": str(i)} for i in range(1, model.num_classes + 1)],
+        device=device,
+        config=config.multipathnet,
+        options=replace(config.detect, **options),
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
 
 
 def draw_polygon(rng: np.random.Generator, box: np.ndarray) -> list[float]:
