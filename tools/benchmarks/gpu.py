@@ -75,13 +75,8 @@ def main() -> int:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine: its versions, cores and GPU."""
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "cores": os.cpu_count(),
-        "device": device.type,
-    }
+    machine = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    machine |= {"python": platform.python_version(), "cores": os.cpu_count(), "device": device.type}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         machine |= {"device": gpu.name, "GB": round(gpu.total_memory / 1e9, 1)}

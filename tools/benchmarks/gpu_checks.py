@@ -3,6 +3,7 @@
 Every check gives rows of a figure and its limit.
 """
 
+import copy
 import itertools
 import re
 import signal
@@ -11,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +24,7 @@ from torchvision.ops import box_iou
 
 from models.multipathnet import ROI_POOLS
 from pipeline.checkpoint import LAST, load_checkpoint
-from pipeline.config import ROOT, STAGES, Config
+from pipeline.config import ROOT, STAGES
 from pipeline.data import device_batches
 from pipeline.inference.folders import propose_images
 from pipeline.inference.paste import Pasted
@@ -33,7 +33,6 @@ from pipeline.inference.propose import Proposer, best_cells
 from pipeline.networks import make_multipathnet
 from pipeline.recipe import save_config
 from pipeline.training.engine import fit
-from pipeline.training.stages import Stage
 from tools.benchmarks import gpu_setup as kit
 from tools.benchmarks.gpu_setup import CPU, Setup, at_least, at_most
 from tools.benchmarks.synthetic import draw_corners, draw_image, draw_rois, make_detector
@@ -112,8 +111,6 @@ def check_detections(setup: Setup) -> Rows:
 
 def common_detections(a: Detections, b: Detections) -> float:
     """The fraction of `a` that `b` has too: the same class, boxes with an IoU of .99."""
-    if not len(a) or not len(b):
-        return float(len(a) == len(b))
     overlaps = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)) > 0.99
     same = torch.from_numpy(a.labels)[:, None] == torch.from_numpy(b.labels)
     return (overlaps & same).any(dim=1).float().mean().item()
@@ -129,11 +126,11 @@ def check_roi_pooling(setup: Setup) -> Rows:
     for kind, size in itertools.product(ROI_POOLS, (7, 14)):
         weights = torch.randn(100, 64, size, size, generator=generator)
         for precision, limits in LIMITS.items():
-            results = []
+            results, half = [], precision == "bf16"
             for device in (CPU, setup.device):
-                leaf = features.to(device, kit.PRECISIONS[precision])
+                leaf = features.to(device, torch.bfloat16 if half else torch.float32)
                 leaf = leaf.contiguous(memory_format=torch.channels_last).requires_grad_()
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
                     pooled = ROI_POOLS[kind](leaf, rois.to(device), size, 1 / 16)
                 (pooled.float() * weights.to(device)).sum().backward()
                 assert leaf.grad is not None
@@ -163,50 +160,41 @@ def check_first_steps(setup: Setup) -> Rows:
         optim = {"optimizer": optimizer, "lr": 1e-6, "clip_gradient": 10}
         changes = [f"{name}.optim.{key}={value}" for key, value in optim.items()]
         stage = kit.make_stage(name, setup.published(*changes, *NO_DROPOUT))
-        weights = {k: v.clone() for k, v in stage.model.state_dict().items()}
-        batches = list(stage.training_batches(range(STEPS), CPU))  # DeepMask's: of both heads
-        full, half = (train_steps(setup, stage, weights, batches, p) for p in kit.PRECISIONS)
+        weights, losses = copy.deepcopy(stage.model.state_dict()), []
+        for precision in kit.PRECISIONS:
+            stage.model.load_state_dict(weights)
+            run = kit.start_run(setup, stage, precision)
+            batches = stage.training_batches(range(STEPS), setup.device)  # DeepMask's: both heads
+            losses.append([float(run.train_step(batch)["loss"]) for batch in batches])
+        full, half = losses
         if optimizer == "sgd":  # the other one has the same
             stage.model.to(CPU).load_state_dict(weights)
+            [batch] = stage.training_batches(range(1), CPU)
             with torch.no_grad():
-                on_cpu = float(stage.losses(stage.model, batches[0])["loss"])
+                on_cpu = float(stage.losses(stage.model, batch)["loss"])
             rows[f"{name}: loss against the CPU's"] = at_most(abs(full[0] / on_cpu - 1), 1e-3)
         difference = max(abs(b / a - 1) for a, b in zip(full, half, strict=True))
         rows[f"{name}, {optimizer}: losses in bfloat16"] = at_most(difference, 0.01)
     return rows
 
 
-def train_steps(
-    setup: Setup, stage: Stage, weights: dict, batches: list[dict], precision: str
-) -> list[float]:
-    """The loss of each step, from given weights on."""
-    stage.model.load_state_dict(weights)
-    run, losses = kit.start_run(setup, stage, precision), []
-    for batch in batches:
-        moved = {k: v.to(setup.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        losses.append(float(run.train_step(moved)["loss"]))
-    return losses
-
-
-def train(config: Config, name: str, output: Path, device: torch.device, *, epochs: int) -> dict:
-    """Trains or resumes a stage in fp32 up to an epoch; returns its last checkpoint."""
-    section = getattr(config, name)
-    section = replace(section, optim=replace(section.optim, epochs=epochs))
-    config = replace(config, **{name: section})
-    stage = kit.make_stage(name, config)
-    fit(stage, config, output, device=device, resume=True, precision="fp32")
+def train(setup: Setup, name: str, output: Path, device: torch.device, *overrides: str) -> dict:
+    """Trains or resumes a stage in fp32; returns its last checkpoint."""
+    stage = kit.make_stage(name, setup.tiny(*overrides))
+    fit(stage, stage.config, output, device=device, resume=True, precision="fp32")
     return load_checkpoint(output / "checkpoints" / LAST)
 
 
 def check_phases(setup: Setup) -> Rows:
     """The detector's trunk stays as it is for `frozen_epochs`, and learns afterwards."""
-    config, name = setup.tiny("multipathnet.frozen_epochs=1"), "multipathnet"
-    states = [kit.make_stage(name, config).model.state_dict()]
+    name, frozen = "multipathnet", "multipathnet.frozen_epochs=1"
+    states = [kit.make_stage(name, setup.tiny(frozen)).model.state_dict()]
     for epochs in (1, 2):
-        output = setup.directory / "phases"
-        states.append(train(config, name, output, setup.device, epochs=epochs)["model"])
+        options = (frozen, f"{name}.optim.epochs={epochs}")
+        last = train(setup, name, setup.directory / "phases", setup.device, *options)
+        states.append(last["model"])
     first, second = (
-        max(float((new[k].cpu() - old[k].cpu()).abs().max()) for k in new if k.startswith("trunk."))
+        max(float((new[k] - old[k]).abs().max()) for k in new if k.startswith("trunk."))
         for old, new in itertools.pairwise(states)
     )
     return {
@@ -220,14 +208,14 @@ def check_resume(setup: Setup) -> Rows:
     rows: Rows = {}
     stages, optimizers = (STAGES[:1], ("adamw",)) if setup.quick else (STAGES, ("sgd", "adamw"))
     for name, optimizer in itertools.product(stages, optimizers):
-        config = setup.tiny(f"{name}.optim.optimizer={optimizer}", *NO_DROPOUT)
-        start = kit.make_stage(name, config).model.state_dict()
+        options = (f"{name}.optim.optimizer={optimizer}", *NO_DROPOUT)
+        start = kit.make_stage(name, setup.tiny(*options)).model.state_dict()
         steps: list[float] = []
         moves: list[Tensor] = []
         for device in (setup.device, CPU):
             output = setup.directory / f"{name}_{optimizer}_{len(moves)}"
             for epochs, where in enumerate((device, CPU, device), start=1):
-                last = train(config, name, output, where, epochs=epochs)
+                last = train(setup, name, output, where, *options, f"{name}.optim.epochs={epochs}")
             steps.append(last["step"])
             moves.append(torch.cat([(v - start[k]).flatten() for k, v in last["model"].items()]))
         # Where a gradient is almost 0, AdamW's step may go either way.
@@ -330,8 +318,8 @@ def check_tests(setup: Setup) -> Rows:
     return {"exit status of pytest": at_most(done.returncode, 0)}
 
 
-# Convolutions and matrix products of fp32 without TF32.
-FULL = kit.switch("allow_tf32", False, torch.backends.cudnn, torch.backends.cuda.matmul)
+# Convolutions of fp32 without TF32, as matrix products are by default.
+FULL = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 CHECKS: dict[str, Callable[[Setup], Rows]] = {
     check.__name__.removeprefix("check_"): FULL(check)
     for check in (

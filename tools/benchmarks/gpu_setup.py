@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,17 +26,15 @@ from tools.benchmarks.synthetic import draw_corners, write_sharpmask
 from tools.benchmarks.timing import Calls, Rows, interleave
 
 CPU = torch.device("cpu")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
+Call = Callable[[], object]
 PROPOSALS = 200  # boxes of an image that the detector is trained on
+TINY_OPTIM = (
+    "batches_per_epoch=2", "epochs=1", "validation_batches=1", "log_every=1", "lr=1e-4",
+    "warmup_batches=0",
+)  # fmt: skip
 TINY = (
-    *(
-        f"{stage}.optim.{setting}"
-        for stage in STAGES
-        for setting in (
-            "batches_per_epoch=2", "epochs=1", "validation_batches=1", "log_every=1", "lr=1e-4",
-            "warmup_batches=0",
-        )
-    ),
+    *(f"{stage}.optim.{setting}" for stage in STAGES for setting in TINY_OPTIM),
     "deepmask.optim.batch_size=8", "sharpmask.optim.batch_size=8",
     "multipathnet.optim.batch_size=2", "multipathnet.width=8", "multipathnet.features=16",
     "multipathnet.pooled_size=3", "multipathnet.sampling.short_side=96",
@@ -116,9 +113,8 @@ def make_stage(name: str, config: Config) -> Stage:
 def draw_proposals(coco: CocoInstances) -> ProposalBoxes:
     """Boxes of all sizes in every image."""
     rng = np.random.default_rng(0)
-    corners = np.concatenate(
-        [draw_corners(rng, PROPOSALS, *size) for size in coco.image_sizes.tolist()]
-    )
+    sizes = coco.image_sizes.tolist()
+    corners = np.concatenate([draw_corners(rng, PROPOSALS, *size) for size in sizes])
     ids = np.repeat(coco.image_ids, PROPOSALS)
     return ProposalBoxes.from_rows((ids, corners, rng.random(len(ids))))
 
@@ -130,19 +126,6 @@ def start_run(setup: Setup, stage: Stage, precision: str) -> TrainingRun:
     stage.start_phase(0)
     run.model = stage.model.train()
     return run
-
-
-@contextmanager
-def switch(name: str, value: bool, *backends: Any) -> Iterator[None]:
-    """Sets a flag of backends in the block."""
-    before = [getattr(backend, name) for backend in backends]
-    try:
-        for backend in backends:
-            setattr(backend, name, value)
-        yield
-    finally:
-        for backend, old in zip(backends, before, strict=True):
-            setattr(backend, name, old)
 
 
 def median_seconds(setup: Setup, calls: Calls) -> dict[str, float]:
@@ -159,7 +142,7 @@ def median_seconds(setup: Setup, calls: Calls) -> dict[str, float]:
     return {name: statistics.median(times[name]) / repeats[name] for name in calls}
 
 
-def run(setup: Setup, call: Callable[[], object], repeats: int) -> None:
+def run(setup: Setup, call: Call, repeats: int) -> None:
     """Calls it so often, and waits for the device at the end."""
     for _ in range(repeats):
         call()
@@ -176,12 +159,7 @@ def rates(setup: Setup, calls: Calls, samples: int = 1, *, row: str = "{}") -> R
 
 
 def measure(
-    setup: Setup,
-    call: Callable[[], object],
-    samples: int = 1,
-    *,
-    floor: Callable[[], object],
-    aim: float,
+    setup: Setup, call: Call, floor: Call, *, aim: float, samples: int = 1
 ) -> dict[str, float]:
     """A row: samples a second, peak memory, how much of the time the GPU idles, floor and aim."""
     row, cuda = {}, setup.device.type == "cuda"
@@ -198,7 +176,7 @@ def measure(
     return row | {"floor": samples / least, "aim": aim}
 
 
-def busy_seconds(setup: Setup, call: Callable[[], object]) -> float:
+def busy_seconds(setup: Setup, call: Call) -> float:
     """Seconds of a call in which at least one kernel ran.
 
     From the profiler, which slows down what launches the kernels, but not the kernels.
@@ -208,14 +186,13 @@ def busy_seconds(setup: Setup, call: Callable[[], object]) -> float:
     with profile(activities=[activity]) as profiler:
         run(setup, call, repeats)
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
-    events: list[Any] = [e for e in profiler.events() or () if e.device_type == wanted]
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if not getattr(event, "is_user_annotation", False)
-    )
+    events: list[Any] = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == wanted and not getattr(event, "is_user_annotation", False)
+    ]
     busy, end = 0.0, -math.inf
-    for start, stop in spans:
+    for start, stop in sorted((e.time_range.start, e.time_range.end) for e in events):
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return busy / 1e6 / repeats

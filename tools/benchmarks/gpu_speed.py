@@ -4,7 +4,6 @@ All figures are a second. The floor of a call is a bare loop of its trunk in bfl
 that are ready, forward and, where the trunk is trained, backward. The aims are for an H100.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -13,13 +12,11 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.coco import CocoInstances
 from datasets.loading import batch_loader
 from models.trunk import SymmetricConv2d, Trunk, build_trunk, fold_norms, symmetric_pad
 from pipeline import distributed
@@ -29,15 +26,8 @@ from pipeline.inference.propose import MASK_CHUNK, Proposer, best_cells
 from pipeline.networks import make_multipathnet
 from pipeline.training.engine import TrainingRun
 from tools.benchmarks import gpu_setup as kit
-from tools.benchmarks.gpu_setup import Setup, measure, rates
-from tools.benchmarks.synthetic import (
-    HEIGHT,
-    WIDTH,
-    draw_dataset,
-    draw_image,
-    draw_rois,
-    make_detector,
-)
+from tools.benchmarks.gpu_setup import Call, Setup, measure, rates
+from tools.benchmarks.synthetic import draw_image, draw_rois, make_detector, write_dataset
 from tools.benchmarks.timing import Calls, Rows
 
 AIMS = {
@@ -51,7 +41,7 @@ IMAGES = 128  # for the loader, of COCO's size and as many objects
 LOADING_SECONDS = 3.0  # for each figure of the loader
 MAPS = ((64, 48), (128, 24), (256, 12))  # channels and sides of maps of ResNet-50 in training
 # cuDNN chooses its algorithms by timing them.
-with_benchmark = kit.switch("benchmark", True, torch.backends.cudnn)
+with_benchmark = torch.backends.cudnn.flags(enabled=True, benchmark=True)
 
 
 def time_training(setup: Setup) -> Rows:
@@ -63,7 +53,7 @@ def time_training(setup: Setup) -> Rows:
         pixels = batch["images" if name == "multipathnet" else "patches"]
         floor = one_pass(run.stage.trunk, pixels, trained=trained)
         step = partial(run.train_step, batch)
-        rows[title] = measure(setup, step, len(pixels), floor=floor, aim=AIMS[name])
+        rows[title] = measure(setup, step, floor, aim=AIMS[name], samples=len(pixels))
 
     for name in ("deepmask", "sharpmask"):
         for size in batch_sizes(setup):
@@ -94,7 +84,7 @@ def ready_run(
     return run, next(iter(stage.training_batches(range(1), setup.device)))
 
 
-def one_pass(module: nn.Module, *inputs: Tensor, trained: bool = True) -> Callable[[], None]:
+def one_pass(module: nn.Module, *inputs: Tensor, trained: bool = True) -> Call:
     """A call of a module in bfloat16 on each input: forward and, if it is trained, backward."""
 
     def call() -> None:
@@ -113,25 +103,19 @@ def one_pass(module: nn.Module, *inputs: Tensor, trained: bool = True) -> Callab
 def time_proposals(setup: Setup) -> Rows:
     """Proposals of an image as RLE, and of what their time is made."""
     rows: Rows = {}
-    image = proposal_image(setup)
     for name, refine in NETWORKS.items():
         proposer = setup.proposer("bf16", refine=refine)
-        pixels = [proposer.scale(image, scale)[0] for scale in proposer.log2_scales]
-        floor = one_pass(proposer.deepmask.trunk, *pixels, trained=False)
-        title = f"{name}, {proposer.options.num_proposals} masks, {len(pixels)} scales, images"
-        call = partial(proposer, image)
-        rows[title] = measure(setup, call, floor=floor, aim=AIMS["proposals"])
-        rows |= rates(setup, proposal_parts(proposer, image), row=f"{name}, {{}}")
+        calls, count = proposal_calls(setup, proposer), proposer.options.num_proposals
+        title = f"{name}, {count} masks, {len(proposer.log2_scales)} scales, images"
+        call, floor = calls.pop("all"), calls.pop("floor")
+        rows[title] = measure(setup, call, floor, aim=AIMS["proposals"])
+        rows |= rates(setup, calls, row=f"{name}, {{}}")
     return rows
 
 
-def proposal_image(setup: Setup) -> np.ndarray:
-    """The image that is proposed for."""
-    return draw_image(np.random.default_rng(0), *((96, 128) if setup.quick else (HEIGHT, WIDTH)))
-
-
-def proposal_parts(proposer: Proposer, image: np.ndarray) -> Calls:
-    """The steps of `Proposer.__call__` on what the steps before have left."""
+def proposal_calls(setup: Setup, proposer: Proposer) -> Calls:
+    """A proposer's call, its floor, and its steps on what the steps before have left."""
+    image = draw_image(np.random.default_rng(0), *((96, 128) if setup.quick else ()))
     scales, count = proposer.log2_scales, proposer.options.num_proposals
     pixels = [proposer.scale(image, scale)[0] for scale in scales]
     pyramid = [proposer.run_scale(image, scale) for scale in scales]
@@ -139,6 +123,8 @@ def proposal_parts(proposer: Proposer, image: np.ndarray) -> Calls:
     _, cells = best_cells(logits, count)
     chunks, size, inference = cells.split(MASK_CHUNK), image.shape[:2], torch.inference_mode()
     return {
+        "all": partial(proposer, image),
+        "floor": one_pass(proposer.deepmask.trunk, *pixels, trained=False),
         "resizing": lambda: [proposer.scale(image, scale) for scale in scales],
         "network": inference(lambda: [proposer.dense(each) for each in pixels]),
         "best cells": lambda: best_cells(logits, count),
@@ -160,7 +146,7 @@ def time_detection(setup: Setup) -> Rows:
         title = f"{precision}, {len(proposals)} RoIs, {width} x {height}, images"
         call = partial(detector, image, proposals)
         floor = one_pass(detector.model.trunk, pixels, trained=False)
-        rows[title] = measure(setup, call, floor=floor, aim=AIMS["detection"])
+        rows[title] = measure(setup, call, floor, aim=AIMS["detection"])
         parts = detection_parts(detector, image, proposals.boxes)
         rows |= rates(setup, parts, row=f"{precision}, {{}}")
     return rows
@@ -183,13 +169,9 @@ def detection_parts(detector: Detector, image: np.ndarray, corners: np.ndarray) 
 
 def time_loading(setup: Setup) -> Rows:
     """Patches a second of the loading processes alone, then with training."""
-    rng, folder = np.random.default_rng(0), setup.directory / "loading"
-    folder.mkdir()
-    content = draw_dataset(rng, 8 if setup.quick else IMAGES)
-    (folder / "instances.json").write_text(json.dumps(content))
-    for image in content["images"]:
-        cv2.imwrite(str(folder / image["file_name"]), draw_image(rng, HEIGHT, WIDTH))
-    c, coco = setup.published().deepmask, CocoInstances.load(folder / "instances.json")
+    folder = setup.directory / "loading"
+    coco = write_dataset(np.random.default_rng(0), 8 if setup.quick else IMAGES, folder)
+    c, pin_memory = setup.published().deepmask, setup.device.type == "cuda"
     cores, size = (1, 8) if setup.quick else (os.cpu_count() or 1, 256)
     rows: Rows = {}
     for shared in (1, 4):
@@ -198,7 +180,7 @@ def time_loading(setup: Setup) -> Rows:
         for workers in (1,) if setup.quick else sorted({4, 8, cores}):
             indices = data.batches(range(100_000), batches_per_epoch=1000, batch_size=size)
             loader = batch_loader(
-                data, indices, data.collate, workers=workers, pin_memory=setup.device.type == "cuda"
+                data, indices, data.collate, workers=workers, pin_memory=pin_memory
             )
             rows[f"{shared} from an image, {workers} workers, patches"] = pace(setup, loader, size)
     run, _ = ready_run(setup, "deepmask", size, f"data.workers={cores}")
@@ -238,7 +220,7 @@ def time_step(setup: Setup) -> Rows:
     return rows
 
 
-def forward_and_backward(run: TrainingRun, batch: dict) -> Callable[[], None]:
+def forward_and_backward(run: TrainingRun, batch: dict) -> Call:
     """A training step without the optimizer's and without a wait."""
 
     def call() -> None:
@@ -258,12 +240,12 @@ def time_graphs(setup: Setup) -> Rows:
         call = forward_and_backward(*ready_run(setup, "deepmask", size))
         rows |= rates(setup, {name: capture(setup, call)}, size)
     for name, refine in NETWORKS.items():
-        parts = proposal_parts(setup.proposer("bf16", refine=refine), proposal_image(setup))
-        rows |= rates(setup, {f"{name}, network, images": capture(setup, parts["network"])})
+        network = proposal_calls(setup, setup.proposer("bf16", refine=refine))["network"]
+        rows |= rates(setup, {f"{name}, network, images": capture(setup, network)})
     return rows
 
 
-def capture(setup: Setup, call: Callable[[], object]) -> Callable[[], object]:
+def capture(setup: Setup, call: Call) -> Call:
     """A CUDA graph of a call, to be replayed; where there is no CUDA, the call."""
     if setup.device.type != "cuda":
         return call
@@ -296,27 +278,22 @@ def time_compile(setup: Setup) -> Rows:
 
 def time_trunk(setup: Setup) -> Rows:
     """Variants of the trunk, forward and backward in bfloat16."""
-    config, last = setup.published(), torch.channels_last
+    config = setup.published()
     size, side = (2, 64) if setup.quick else (256, config.deepmask.patch_size + 32)
     planes = torch.randn(size, 3, side, side, device=setup.device)
-    pixels = planes.contiguous(memory_format=last)
-
-    def trunk(padding: str, change: Callable[[nn.Module], object] = nn.Module.train) -> nn.Module:
-        made = build_trunk(config.trunk.name, padding=padding)
-        change(made)
-        return made.to(setup.device).to(memory_format=last)
-
-    half, first = trunk("zero", nn.Module.bfloat16), trunk("symmetric")
-    calls: Calls = {
-        "padding symmetric": one_pass(trunk("symmetric"), pixels),
-        "padding symmetric, norms folded": one_pass(trunk("symmetric", fold_norms), pixels),
-        "padding zero": one_pass(trunk("zero"), pixels),
-        "padding zero, norms folded": one_pass(trunk("zero", fold_norms), pixels),
-        "padding zero, weights in bfloat16": one_pass(half, pixels.bfloat16()),
-        "padding symmetric, channels first": one_pass(
-            first.to(memory_format=torch.contiguous_format), planes
-        ),
+    pixels = planes.contiguous(memory_format=torch.channels_last)
+    build = partial(build_trunk, config.trunk.name)
+    trunks = {
+        "padding symmetric": build(),
+        "padding symmetric, norms folded": fold_norms(build()),
+        "padding zero": build(padding="zero"),
+        "padding zero, norms folded": fold_norms(build(padding="zero")),
+        "padding zero, weights in bfloat16": build(padding="zero").bfloat16(),
     }
+    calls: Calls = {"padding symmetric, channels first": one_pass(build().to(setup.device), planes)}
+    for name, trunk in trunks.items():
+        trunk.to(setup.device).to(memory_format=torch.channels_last)
+        calls[name] = one_pass(trunk, pixels.to(next(trunk.parameters()).dtype))
     calls["padding symmetric, cudnn.benchmark"] = with_benchmark(calls["padding symmetric"])
     return rates(setup, calls, size, row="{}, patches")
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.coco import CocoInstances
+from datasets.files import write_json
 from models.multipathnet import MultiPathNet
 from pipeline.checkpoint import save_checkpoint
 from pipeline.config import Config
@@ -24,7 +26,7 @@ OBJECTS, HEIGHT, WIDTH = 7.3, 480, 640
 CATEGORIES = 10
 
 
-def draw_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_image(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """Smooth noise, (height, width, 3) uint8."""
     noise = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -112,3 +114,13 @@ def draw_dataset(rng: np.random.Generator, images: int) -> dict:
         "categories": [{"id": i, "name": f"{i}"} for i in range(1, CATEGORIES + 1)],
         "annotations": annotations,
     }
+
+
+def write_dataset(rng: np.random.Generator, images: int, folder: Path) -> CocoInstances:
+    """Such a dataset with its images, in a new folder."""
+    folder.mkdir()
+    content, path = draw_dataset(rng, images), folder / "instances.json"
+    write_json(path, content)
+    for image in content["images"]:
+        cv2.imwrite(str(folder / image["file_name"]), draw_image(rng))
+    return CocoInstances.load(path)
