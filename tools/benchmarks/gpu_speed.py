@@ -30,9 +30,7 @@ from tools.benchmarks.gpu_setup import Call, Setup, measure, rates
 from tools.benchmarks.synthetic import draw_image, draw_rois, make_detector, write_dataset
 from tools.benchmarks.timing import Calls, Rows
 
-AIMS = {
-    "deepmask": 3000, "sharpmask": 6000, "multipathnet": 12, "proposals": 25, "detection": 20
-}  # fmt: skip
+AIMS = {"deepmask": 3000, "sharpmask": 6000, "multipathnet": 12, "proposer": 25, "detector": 20}
 BATCHES, QUICK_BATCHES = (32, 256), (8,)  # patches
 ROIS = 400
 FROZEN_LEVELS = {"coco.yaml": 4, "coco_1gpu.yaml": 1}  # of the detector's trunk, by recipe
@@ -108,7 +106,7 @@ def time_proposals(setup: Setup) -> Rows:
         calls, count = proposal_calls(setup, proposer), proposer.options.num_proposals
         title = f"{name}, {count} masks, {len(proposer.log2_scales)} scales, images"
         call, floor = calls.pop("all"), calls.pop("floor")
-        rows[title] = measure(setup, call, floor, aim=AIMS["proposals"])
+        rows[title] = measure(setup, call, floor, aim=AIMS["proposer"])
         rows |= rates(setup, calls, row=f"{name}, {{}}")
     return rows
 
@@ -146,7 +144,7 @@ def time_detection(setup: Setup) -> Rows:
         title = f"{precision}, {len(proposals)} RoIs, {width} x {height}, images"
         call = partial(detector, image, proposals)
         floor = one_pass(detector.model.trunk, pixels, trained=False)
-        rows[title] = measure(setup, call, floor, aim=AIMS["detection"])
+        rows[title] = measure(setup, call, floor, aim=AIMS["detector"])
         parts = detection_parts(detector, image, proposals.boxes)
         rows |= rates(setup, parts, row=f"{precision}, {{}}")
     return rows
@@ -171,7 +169,7 @@ def time_loading(setup: Setup) -> Rows:
     """Patches a second of the loading processes alone, then with training."""
     folder = setup.directory / "loading"
     coco = write_dataset(np.random.default_rng(0), 8 if setup.quick else IMAGES, folder)
-    c, pin_memory = setup.published().deepmask, setup.device.type == "cuda"
+    c, cuda = setup.published().deepmask, setup.device.type == "cuda"
     cores, size = (1, 8) if setup.quick else (os.cpu_count() or 1, 256)
     rows: Rows = {}
     for shared in (1, 4):
@@ -179,9 +177,7 @@ def time_loading(setup: Setup) -> Rows:
         data = patch_dataset(c, coco, folder, sampling=sampling, target_size=c.target_size, seed=0)
         for workers in (1,) if setup.quick else sorted({4, 8, cores}):
             indices = data.batches(range(100_000), batches_per_epoch=1000, batch_size=size)
-            loader = batch_loader(
-                data, indices, data.collate, workers=workers, pin_memory=pin_memory
-            )
+            loader = batch_loader(data, indices, data.collate, workers=workers, pin_memory=cuda)
             rows[f"{shared} from an image, {workers} workers, patches"] = pace(setup, loader, size)
     run, _ = ready_run(setup, "deepmask", size, f"data.workers={cores}")
     batches = run.stage.training_batches(range(100_000), setup.device)
