@@ -114,7 +114,8 @@ def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
 
     (H, W, 3) of values 0 to 255 to (1, 3, H + 2 border, W + 2 border) float32, channels last.
     """
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
+    # Not with `device=`, which would wait for what a GPU is still computing.
+    mean, std = (torch.tensor(v).to(pixels.device, non_blocking=True) for v in (MEAN, STD))
     height, width = pixels.shape[:2]
     gray = (GRAY - mean) / std
     canvas = gray.expand(height + 2 * border, width + 2 * border, 3).contiguous()

@@ -82,7 +82,8 @@ def _pool_by_axes(features: Tensor, rois: Tensor, bins: list[Tensor]) -> Tensor:
 def _bins(edges: Callable, features: Tensor, rois: Tensor, size: int, scale: float) -> list[Tensor]:
     """First cells (R, s) of the bins and the ends after their last cells: rows, then columns.
 
-    In float32, step by step like the originals: an edge may fall on a half.
+    In float32, step by step like the originals: an edge may fall on a half. So the side of a bin is
+    divided by a tensor: by a number, a GPU would multiply with its rounded inverse.
     """
     bins = []
     for axis, limit in ((2, features.shape[2]), (1, features.shape[3])):
@@ -94,13 +95,16 @@ def _bins(edges: Callable, features: Tensor, rois: Tensor, size: int, scale: flo
 
 
 def _caffe_edges(last: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Starts and ends of bins, counted from the RoI's first cell to its `last` (R, 1)."""
-    edges = steps * ((last + 1).clamp(min=1).float() / (len(steps) - 1))
+    """Starts and ends of bins, counted from the RoI's first cell to its `last` (R, 1).
+
+    `steps` are 0 to s, float32.
+    """
+    edges = steps * ((last + 1).clamp(min=1).float() / steps[-1])
     return edges[:, :-1].floor().long(), edges[:, 1:].ceil().long()
 
 
 def _lua_edges(last: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    edges = _round(steps * (last.clamp(min=1).float() / (len(steps) - 1)))
+    edges = _round(steps * (last.clamp(min=1).float() / steps[-1]))
     return edges[:, :-1], edges[:, 1:]
 
 

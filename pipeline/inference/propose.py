@@ -189,8 +189,8 @@ def gather_windows(features: Tensor, cells: Tensor, size: int, step: int) -> Ten
     """
     # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
     missing = [
-        max(0, int(last) * step + size - side)
-        for last, side in zip(cells.amax(0), features.shape[1:], strict=True)
+        max(0, last * step + size - side)
+        for last, side in zip(cells.amax(0).tolist(), features.shape[1:], strict=True)
     ]
     if any(missing):
         features = F.pad(features[None], (0, missing[1], 0, missing[0]), mode="replicate")[0]

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,14 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config
-from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import keep_freed_blocks
-from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 from pipeline.recipe import load_config
 from pipeline.training.engine import build_optimizer
-from tools.benchmarks.synthetic import draw_boxes, draw_image, write_sharpmask
+from tools.benchmarks.synthetic import draw_image, draw_rois, make_detector, write_sharpmask
 from tools.benchmarks.timing import Calls, Rows, interleave, make_parser, median_ratio, report
 
 CPU = torch.device("cpu")
@@ -130,26 +127,10 @@ def proposal_calls(config: Config, args: argparse.Namespace) -> Calls:
 def detection_calls(config: Config, args: argparse.Namespace) -> Calls:
     """Detection in an image that has the network's size already, by number of RoIs."""
     calls: Calls = {}
-    sampling, rng = config.multipathnet.sampling, np.random.default_rng(0)
-    height, width = sampling.short_side, sampling.long_side
-    image = draw_image(rng, height, width)
-    categories = [{"id": i, "name": str(i)} for i in range(1, 81)]
+    model = make_multipathnet(config, num_classes=80)
     for count, precision in itertools.product(args.rois, args.precision):
-        model = make_multipathnet(config, num_classes=len(categories))
-        boxes = draw_boxes(rng, count, height, width).astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]  # xyxy
-        scores = np.linspace(1, 0, count, dtype=np.float32)
-        # Detection only hands the masks on: empty strings will do.
-        proposals = Proposals(1, "noise.jpg", height, width, scores, boxes, [b""] * count)
-        options = replace(config.detect, num_proposals=count)
-        detector = Detector(
-            model,
-            categories,
-            device=CPU,
-            config=config.multipathnet,
-            options=options,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        )
+        image, proposals = draw_rois(np.random.default_rng(0), config, count)
+        detector = make_detector(config, model, CPU, precision, num_proposals=count)
         calls[f"MultiPathNet, {count} RoIs, {precision}"] = partial(detector, image, proposals)
     return calls
 

@@ -1,6 +1,9 @@
 """What the benchmarks run on: random images, networks and COCO data of realistic sizes."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.coco import CocoInstances
+from datasets.files import write_json
+from models.multipathnet import MultiPathNet
 from pipeline.checkpoint import save_checkpoint
 from pipeline.config import Config
+from pipeline.inference.detect import Detector
+from pipeline.inference.proposals import Proposals
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import config_to_dict
 
@@ -18,7 +26,7 @@ OBJECTS, HEIGHT, WIDTH = 7.3, 480, 640
 CATEGORIES = 10
 
 
-def draw_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_image(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """Smooth noise, (height, width, 3) uint8."""
     noise = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -49,6 +57,37 @@ def draw_boxes(rng: np.random.Generator, count: int, height: int, width: int) ->
     return np.concatenate([rng.uniform(0, [width, height] - sizes), sizes], axis=1)
 
 
+def draw_corners(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """The same as (count, 4) float32 xyxy."""
+    boxes = draw_boxes(rng, count, height, width)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes.astype(np.float32)
+
+
+def draw_rois(rng: np.random.Generator, config: Config, count: int) -> tuple[np.ndarray, Proposals]:
+    """An image that has the detector's size already, and proposals in it.
+
+    Detection only hands their masks on: empty strings will do.
+    """
+    size = config.multipathnet.sampling.short_side, config.multipathnet.sampling.long_side
+    boxes, scores = draw_corners(rng, count, *size), np.linspace(1, 0, count, dtype=np.float32)
+    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, scores, boxes, [b""] * count)
+
+
+def make_detector(
+    config: Config, model: MultiPathNet, device: torch.device, precision: str, **options: Any
+) -> Detector:
+    """A detector with a copy of a network; `options` are fields of `DetectConfig`."""
+    return Detector(
+        copy.deepcopy(model),
+        [{"id": i, "name": str(i)} for i in range(1, model.num_classes + 1)],
+        device=device,
+        config=config.multipathnet,
+        options=replace(config.detect, **options),
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+
+
 def draw_polygon(rng: np.random.Generator, box: np.ndarray) -> list[float]:
     """A star-shaped outline in a box, in hundredths of a pixel, with as many points as COCO's."""
     count = int(np.clip(rng.lognormal(2.75, 0.65), 4, 300))
@@ -75,3 +114,13 @@ def draw_dataset(rng: np.random.Generator, images: int) -> dict:
         "categories": [{"id": i, "name": f"{i}"} for i in range(1, CATEGORIES + 1)],
         "annotations": annotations,
     }
+
+
+def write_dataset(rng: np.random.Generator, images: int, folder: Path) -> CocoInstances:
+    """Such a dataset with its images, in a new folder."""
+    folder.mkdir()
+    content, path = draw_dataset(rng, images), folder / "instances.json"
+    write_json(path, content)
+    for image in content["images"]:
+        cv2.imwrite(str(folder / image["file_name"]), draw_image(rng))
+    return CocoInstances.load(path)
