@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.coco import read_image_list
+from datasets.coco_file import read_image_list
 from datasets.images import ImageError, list_images, read_image
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
