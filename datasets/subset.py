@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco import CocoInstances
+from datasets.coco_file import read_json
 from datasets.files import write_atomically
 from datasets.images import ImageError, read_image
 
@@ -66,7 +67,7 @@ def cut_subset(
             f"{images}: only {len(rows)} of the {num_images} images asked for can be read; "
             f"the first of {len(broken)} that cannot: {broken[0]}"
         )
-    content = json.loads(Path(annotations).read_bytes())  # CocoInstances does not keep all of it
+    content = read_json(annotations)  # CocoInstances does not keep all of it
     chosen = set(coco.image_ids[rows].tolist())
     for array, key in (("images", "id"), ("annotations", "image_id")):
         content[array] = [element for element in content[array] if element[key] in chosen]

@@ -145,7 +145,7 @@ def delta_statistics(
     """
     sampler, rng = data.sampler, np.random.default_rng(seed)
     if len(sampler.object_images) == 0:
-        raise ValueError(f"{data.coco.path}: no image has an object (not a crowd)")
+        raise ValueError(f"{data.coco.path}: no image has an object: {data.coco.why_none()}")
     rows = rng.permutation(sampler.object_images)[:images].tolist()
     deltas = []
     for sample in (sampler.sample(row, rng) for row in rows):
