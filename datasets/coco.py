@@ -34,6 +34,7 @@ from datasets.coco_file import (
     read_arrays,
     refuse_duplicates,
 )
+from datasets.file_names import find_named_files
 from datasets.segmentations import Reason
 from datasets.sharing import SharedArrays
 
@@ -65,7 +66,9 @@ class CocoInstances(SharedArrays):
     areas: np.ndarray  # (A,) float32 in pixels
     boxes: np.ndarray  # (A, 4) float32 xyxy in absolute pixels
     left_out: dict[str, int]  # number of annotations that cannot be used, by reason
-    without_mask: dict[str, int]  # of those with a box only, by what is wrong about the segmentation
+    without_mask: dict[
+        str, int
+    ]  # of those with a box only, by what is wrong about the segmentation
     num_measured: int  # of boxes that contradicted the segmentation and were measured on it
 
     # Flat, in the file's order; spans (..., 2) int64 say where each piece begins and ends.
@@ -98,14 +101,31 @@ class CocoInstances(SharedArrays):
         self.path = str(path)
         self.image_ids = np.array([image.id for image in images], np.int64)
         self.image_sizes = np.array([(image.height, image.width) for image in images], np.int32)
-        names = [image.file_name.encode("utf-8", "surrogatepass") for image in images]
-        self._name_bytes = np.frombuffer(b"".join(names), np.uint8)
-        self._name_spans = _spans([len(name) for name in names])
+        self._set_file_names([image.file_name for image in images])
         categories.sort(key=attrgetter("id"))
         self.category_ids = np.array([category.id for category in categories], np.int64)
         self.category_names = [category.name for category in categories]
         self._set_annotations(content.pop("annotations"))
         return self
+
+    def _set_file_names(self, names: list[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        self._name_bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._name_spans = _spans([len(name) for name in encoded])
+
+    def find_files(self, folder: str | Path) -> str:
+        """From now on, `file_name` gives the files in the folder that the json's names mean.
+
+        Returns:
+            One line on what had to be resolved and what is missing; empty if nothing.
+
+        Raises:
+            ValueError: the folder has none of the files.
+        """
+        names = [self.file_name(i) for i in range(len(self))]
+        found = find_named_files(names, folder, self.path)
+        self._set_file_names(found.names)
+        return found.message
 
     def _set_annotations(self, elements: list[msgspec.Raw]) -> None:
         image_rows = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
@@ -196,23 +216,29 @@ class CocoInstances(SharedArrays):
         reason[(is_crowd == UNREADABLE) | (is_difficult == UNREADABLE)] = Reason.FLAG
         reason[category < 0] = Reason.UNKNOWN_CATEGORY
         reason[image < 0] = Reason.UNKNOWN_IMAGE
-        return reason, mask_reason, is_measured, columns | {
-            "annotation_ids": np.array([a.id for a in annotations], np.int64),
-            "image_index": image,
-            "category_index": category,
-            "is_crowd": is_crowd > 0,
-            "is_difficult": is_difficult > 0,
-            "has_mask": has_mask,
-            "areas": areas.astype(np.float32),
-            "boxes": boxes,
-        }
+        return (
+            reason,
+            mask_reason,
+            is_measured,
+            columns
+            | {
+                "annotation_ids": np.array([a.id for a in annotations], np.int64),
+                "image_index": image,
+                "category_index": category,
+                "is_crowd": is_crowd > 0,
+                "is_difficult": is_difficult > 0,
+                "has_mask": has_mask,
+                "areas": areas.astype(np.float32),
+                "boxes": boxes,
+            },
+        )
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.image_ids)
 
     def file_name(self, i: int) -> str:
-        """The file name of image i as the json has it; it may contain folders."""
+        """The file name of image i as the json has it (see `find_files`); it may have folders."""
         start, end = self._name_spans[i]
         return self._name_bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
 
@@ -251,7 +277,9 @@ class CocoInstances(SharedArrays):
             if counts:
                 line += f"; {text} {sum(counts.values()):,}: {name_counts(counts)}"
         if self.num_measured:
-            line += f"; boxes that contradict the segmentation, measured on it: {self.num_measured:,}"
+            line += (
+                f"; boxes that contradict the segmentation, measured on it: {self.num_measured:,}"
+            )
         return line
 
     def why_none(self, unfit: dict[str, int] | None = None) -> str:

@@ -73,7 +73,14 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
+    find_files(coco, images)
     return coco, images
+
+
+def find_files(coco: CocoInstances, images: str | Path) -> None:
+    """Finds the files of annotated images; says what had to be resolved."""
+    if message := coco.find_files(images):
+        distributed.say(message)
 
 
 def patch_dataset(

@@ -11,7 +11,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
-from pipeline.data import patch_dataset
+from pipeline.data import find_files, patch_dataset
 from pipeline.evaluation.ground_truth import (
     IOU_THRESHOLDS,
     IOU_TYPES,
@@ -159,6 +159,7 @@ def score_patches(
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations)
+    find_files(coco, images)
     data = patch_dataset(
         c, coco, images, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
     )

@@ -116,7 +116,9 @@ def test_many_chunks_in_any_order_of_the_keys(load):
     content, count = minimal(), 2 * CHUNK + 3
     content["images"] = [content["images"][0] | {"id": i} for i in range(30)]
     content["annotations"] = [
-        minimal(id=i, image_id=int(rng.integers(30)), bbox=[10 + i % 4 / 8, 9, 20, 16])["annotations"][0]
+        minimal(id=i, image_id=int(rng.integers(30)), bbox=[10 + i % 4 / 8, 9, 20, 16])[
+            "annotations"
+        ][0]
         for i in range(count)
     ]
     content["annotations"][-1] |= {"segmentation": rle(RUNS), "bbox": [0, 5, 1, 10]}

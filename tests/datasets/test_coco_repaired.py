@@ -123,9 +123,7 @@ def test_boxes_of_other_hands_and_of_hidden_parts_are_kept(load, bbox):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    x=st.integers(0, 560), y=st.integers(0, 400), w=st.integers(12, 300), h=st.integers(12, 300)
-)
+@given(x=st.integers(0, 560), y=st.integers(0, 400), w=st.integers(12, 300), h=st.integers(12, 300))
 def test_boxes_of_other_conventions_are_never_far_from_the_object(tmp_path_factory, x, y, w, h):
     """Whatever the object: what is kept overlaps it well, unless it may be its hidden part's."""
     height, width = 480, 640
