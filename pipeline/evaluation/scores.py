@@ -48,8 +48,8 @@ def score_proposals(
     Raises:
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
-    proposals = read_results(results)
     ground_truth = load_ground_truth(annotations, needs_object=True)
+    proposals = read_results(results)
     try:
         given = scored_types(proposals) if isinstance(proposals, list) else tuple(IOU_TYPES)
         iou_types = scorable(ground_truth, given)
