@@ -34,7 +34,7 @@ def are_near(boxes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 def _are_empty(boxes: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = boxes.astype(np.float32)
-    return (rounded[:, 2:] <= rounded[:, :2]).any(axis=1)
+    return (rounded[:, 2] <= rounded[:, 0]) | (rounded[:, 3] <= rounded[:, 1])
 
 
 def find_problems(xywh: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
@@ -56,10 +56,11 @@ def find_problems(xywh: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
 def are_outside(boxes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
     """Which boxes show nothing of their image, reach far out of it, or are NaN: (n,) bool."""
     # pycocotools draws a polygon's edges all the way, in memory too.
-    is_within = np.abs(boxes) <= FAR * image_sizes.max(axis=1, keepdims=True)
-    is_within[:, :2] &= boxes[:, :2] < image_sizes[:, ::-1]
-    is_within[:, 2:] &= boxes[:, 2:] > 0
-    return ~is_within.all(axis=1)
+    x1, y1, x2, y2 = boxes.T
+    height, width = image_sizes.T
+    reach = np.abs(boxes).max(axis=1)
+    is_within = reach <= FAR * np.maximum(height, width)
+    return ~(is_within & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0))
 
 
 def contradict(xywh: np.ndarray, bounds: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:

@@ -51,8 +51,9 @@ def find_named_files(names: Sequence[str], folder: str | Path, source: str | Pat
     for file, by_path in claims.items():
         itself = _keys(tuple(file.split("/")))
         if len(by_path) > 1 or file in found:
-            by_path = {itself: by_path.get(itself, [])}
-        found |= dict.fromkeys(chain.from_iterable(by_path.values()), file)
+            found |= dict.fromkeys(by_path.get(itself, []), file)
+        else:
+            found |= dict.fromkeys(chain.from_iterable(by_path.values()), file)
     if names and not found:
         raise ValueError(
             f"{folder}: none of the {len(names)} images of {source} is there: it names "

@@ -74,10 +74,11 @@ def repair_segmentation(value: Any) -> Segmentation:
         return Reason.MALFORMED
     if any(len(ring) % 2 for ring in rings):
         return Reason.ODD_COORDINATES
-    if not all(x is not None and math.isfinite(x) for x in chain.from_iterable(rings)):
+    finite = [[x for x in ring if x is not None and math.isfinite(x)] for ring in rings]
+    if finite != rings:
         return Reason.NOT_FINITE
     # A ring of one or two points beside good ones encloses nothing: it goes, the annotation stays.
-    return [ring for ring in rings if len(ring) >= 6] or Reason.FEW_POINTS
+    return [ring for ring in finite if len(ring) >= 6] or Reason.FEW_POINTS
 
 
 def _as_integers(value: Any) -> Any:
