@@ -39,7 +39,7 @@ from datasets.segmentations import Reason
 from datasets.sharing import SharedArrays
 
 MAX_AREA = float(np.finfo(np.float32).max)
-CHUNK = 512  # annotations decoded at once: for numpy to work in bulk, in the cache
+CHUNK = 256  # annotations decoded at once: for numpy to work in bulk, in the cache
 # With these there is something wrong about the image, not about the segmentation alone: then a box
 # beside it is not to be trusted.
 MISPLACED = (Reason.RLE_SIZE, Reason.OUTSIDE)
