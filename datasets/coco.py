@@ -5,73 +5,44 @@ I: images, A: usable annotations, C: categories.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import json
-import math
 from collections import Counter, defaultdict
 from itertools import compress
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from datasets import segmentations as seg
+from datasets.annotated_boxes import (
+    are_good,
+    are_near,
+    are_outside,
+    as_corners,
+    contradict,
+    find_problems,
+)
+from datasets.coco_file import (
+    NO_BOX,
+    UNREADABLE,
+    AnnotatedImage,
+    Annotation,
+    Category,
+    decode,
+    read_arrays,
+    refuse_duplicates,
+)
+from datasets.file_names import find_named_files
 from datasets.segmentations import Reason
 from datasets.sharing import SharedArrays
 
-FAR = 20  # times the image's longer side: what reaches so far out is a mistake
 MAX_AREA = float(np.finfo(np.float32).max)
 CHUNK = 256  # annotations decoded at once: for numpy to work in bulk, in the cache
-
-T = TypeVar("T")
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Name = Annotated[str, msgspec.Meta(min_length=1)]
-Box = tuple[float, float, float, float]
-NO_BOX = (math.nan,) * 4
-
-
-class ListedImage(msgspec.Struct, gc=False, kw_only=True):
-    """An image of any COCO json."""
-
-    id: Int64
-    file_name: Name
-    height: Int64 | None = None
-    width: Int64 | None = None
-
-
-class AnnotatedImage(ListedImage, gc=False, kw_only=True):
-    """An image of a COCO instances json."""
-
-    height: seg.Side
-    width: seg.Side
-
-    def __post_init__(self) -> None:
-        if self.height * self.width > seg.MAX_PIXELS:
-            raise ValueError(f"{self.width} x {self.height} pixels is too large")
-
-
-class Category(msgspec.Struct, gc=False):
-    """A category of a COCO instances json."""
-
-    id: Int64
-    name: Name
-
-
-class Annotation(msgspec.Struct, gc=False):
-    """An annotation of a COCO instances json."""
-
-    id: Int64
-    image_id: Int64
-    category_id: Int64
-    segmentation: seg.Segmentation = None
-    area: float | None = None
-    bbox: Box | None = None  # xywh
-    iscrowd: Any = None
-    ignore: Any = None
+# With these there is something wrong about the image, not about the segmentation alone: then a box
+# beside it is not to be trusted.
+MISPLACED = (Reason.RLE_SIZE, Reason.OUTSIDE)
 
 
 class CocoInstances(SharedArrays):
@@ -91,18 +62,23 @@ class CocoInstances(SharedArrays):
     category_index: np.ndarray  # (A,) int32, row of category_ids
     is_crowd: np.ndarray  # (A,) bool
     is_difficult: np.ndarray  # (A,) bool, PASCAL VOC's flag: "ignore" in its jsons in COCO's format
+    has_mask: np.ndarray  # (A,) bool, else there is a box only
     areas: np.ndarray  # (A,) float32 in pixels
     boxes: np.ndarray  # (A, 4) float32 xyxy in absolute pixels
     left_out: dict[str, int]  # number of annotations that cannot be used, by reason
+    without_mask: dict[
+        str, int
+    ]  # of those with a box only, by what is wrong about the segmentation
+    num_measured: int  # of boxes that contradicted the segmentation and were measured on it
 
     # Flat, in the file's order; spans (..., 2) int64 say where each piece begins and ends.
     _name_bytes: np.ndarray  # UTF-8
     _name_spans: np.ndarray  # (I, 2)
     _points: np.ndarray  # (P, 2) float32
     _ring_spans: np.ndarray  # (R, 2) of rings in the points
-    _polygon_spans: np.ndarray  # (A, 2) of annotations in the rings, empty for an RLE
+    _polygon_spans: np.ndarray  # (A, 2) of annotations in the rings, empty without polygons
     _rle_bytes: np.ndarray  # compressed counts
-    _rle_spans: np.ndarray  # (A, 2), empty for polygons
+    _rle_spans: np.ndarray  # (A, 2), empty without an RLE
 
     @classmethod
     def load(cls, path: str | Path) -> CocoInstances:
@@ -113,50 +89,76 @@ class CocoInstances(SharedArrays):
             ValueError: its structure is broken; one line with the file and the place. A single
                 annotation that cannot be used is no error: it is left out and counted.
         """
-        content = _read_arrays(path, "images", "annotations", "categories")
-        images = _decode(path, "images", content.pop("images"), AnnotatedImage)
-        categories = _decode(path, "categories", content.pop("categories"), Category)
+        content = read_arrays(path, "images", "annotations", "categories")
+        images = decode(path, "images", content.pop("images"), AnnotatedImage)
+        categories = decode(path, "categories", content.pop("categories"), Category)
         if not images:
             raise ValueError(f'{path}: "images" is empty')
-        _refuse_duplicates(path, "images", images)
-        _refuse_duplicates(path, "categories", categories)
+        refuse_duplicates(path, "images", images)
+        refuse_duplicates(path, "categories", categories)
 
         self = cls()
         self.path = str(path)
         self.image_ids = np.array([image.id for image in images], np.int64)
         self.image_sizes = np.array([(image.height, image.width) for image in images], np.int32)
-        names = [image.file_name.encode("utf-8", "surrogatepass") for image in images]
-        self._name_bytes = np.frombuffer(b"".join(names), np.uint8)
-        self._name_spans = _spans([len(name) for name in names])
+        self._set_file_names([image.file_name for image in images])
         categories.sort(key=attrgetter("id"))
         self.category_ids = np.array([category.id for category in categories], np.int64)
         self.category_names = [category.name for category in categories]
         self._set_annotations(content.pop("annotations"))
         return self
 
+    def _set_file_names(self, names: list[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        self._name_bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._name_spans = _spans([len(name) for name in encoded])
+
+    def find_files(self, folder: str | Path) -> str:
+        """From now on, `file_name` gives the files in the folder that the json's names mean.
+
+        Returns:
+            One line on what had to be resolved and what is missing; empty if nothing.
+
+        Raises:
+            ValueError: the folder has none of the files.
+        """
+        names = [self.file_name(i) for i in range(len(self))]
+        found = find_named_files(names, folder, self.path)
+        self._set_file_names(found.names)
+        return found.message
+
     def _set_annotations(self, elements: list[msgspec.Raw]) -> None:
         image_rows = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
         category_rows = {id_: row for row, id_ in enumerate(self.category_ids.tolist())}
         self.has_left_out = np.zeros(len(self), bool)
         left_out: Counter[str] = Counter()
+        without_mask: Counter[str] = Counter()
+        self.num_measured = 0
         # Columns grow in place: pieces to be joined would need twice the memory, scattered.
         usable: defaultdict[str, bytearray] = defaultdict(bytearray)
         for start in range(0, max(len(elements), 1), CHUNK):
             part = elements[start : start + CHUNK]
-            chunk = _decode(self.path, "annotations", part, Annotation, first=start)
+            chunk = decode(self.path, "annotations", part, Annotation, first=start)
             image = np.array([image_rows.get(a.image_id, -1) for a in chunk], np.int32)
             category = np.array([category_rows.get(a.category_id, -1) for a in chunk], np.int32)
-            reason, columns = self._flatten(chunk, image, category)
+            reason, mask_reason, is_measured, columns = self._flatten(chunk, image, category)
             is_usable = reason == seg.USABLE
-            if not is_usable.all():
+            if not (is_usable.all() and columns["has_mask"].all()):
                 left_out.update(map(str, reason[~is_usable]))
                 self.has_left_out[image[~is_usable & (image >= 0)]] = True
+                has_no_mask = is_usable & ~columns["has_mask"]
+                without_mask.update(map(str, mask_reason[has_no_mask]))
+                for i in np.flatnonzero(has_no_mask):
+                    chunk[i].segmentation = None
                 chunk = list(compress(chunk, is_usable))
-                _, columns = self._flatten(chunk, image[is_usable], category[is_usable])
+                *_, is_measured, columns = self._flatten(
+                    chunk, image[is_usable], category[is_usable]
+                )
+            self.num_measured += int(is_measured.sum())
             for name, column in columns.items():
                 usable[name].extend(np.ascontiguousarray(column))
         elements.clear()  # the file's text
-        self.left_out = dict(left_out)
+        self.left_out, self.without_mask = dict(left_out), dict(without_mask)
         columns = {
             name: np.frombuffer(usable[name], column.dtype).reshape(-1, *column.shape[1:])
             for name, column in columns.items()
@@ -172,53 +174,76 @@ class CocoInstances(SharedArrays):
 
     def _flatten(
         self, annotations: list[Annotation], image: np.ndarray, category: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Why each annotation cannot be used, if so, and the columns of them all."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Checks annotations of images and categories (their rows, or -1).
+
+        Returns:
+            Why each cannot be used, and why its segmentation cannot (a `Reason` or USABLE); whether
+            a box that was given was measured on the segmentation; and the columns of them all.
+        """
         sizes = self.image_sizes[image]
         segmentations = [a.segmentation for a in annotations]
-        reason, bounds, measured, columns = seg.flatten_segmentations(segmentations, sizes)
-        area = np.array([a.area for a in annotations], np.float64)  # None becomes NaN
-        area = np.where(np.isfinite(area), area, measured).clip(max=MAX_AREA)
-        box = np.array([a.bbox or NO_BOX for a in annotations]).reshape(-1, 4)
-        has_no_box = [a.bbox is None for a in annotations]
-        with np.errstate(over="ignore"):  # of 1e300
-            box[:, 2:] += box[:, :2]  # xywh to xyxy
-            box[has_no_box] = bounds[has_no_box]
-            areas, boxes = area.astype(np.float32), box.astype(np.float32)
+        mask_reason, bounds, areas, columns = seg.flatten_segmentations(segmentations, sizes)
+        mask_reason[(mask_reason == seg.USABLE) & are_outside(bounds, sizes)] = Reason.OUTSIDE
+        has_mask = mask_reason == seg.USABLE
+        xywh = np.array([a.bbox or NO_BOX for a in annotations], np.float64).reshape(-1, 4)
+        boxes = as_corners(xywh)
+        reason, is_fit = mask_reason.copy(), has_mask & are_good(boxes, sizes)
+        far = np.flatnonzero(is_fit & ~are_near(boxes, bounds))
+        if len(far):
+            is_fit[far] = ~contradict(xywh[far], bounds[far], sizes[far])
+        is_measured = np.zeros(len(annotations), bool)
+        rows = np.flatnonzero(~is_fit)
+        if len(rows):  # few, of a good file
+            has_box = np.array([annotations[i].bbox is not None for i in rows], bool)
+            is_measured[rows] = has_mask[rows] & has_box
+            boxes[rows[has_mask[rows]]] = bounds[rows[has_mask[rows]]]
+            # A box may stand alone, but not beside a segmentation that is of another image.
+            box_reason = find_problems(xywh[rows], sizes[rows])
+            is_alone = has_box & ~has_mask[rows] & ~np.isin(mask_reason[rows], MISPLACED)
+            is_bad = is_alone & (mask_reason[rows] == Reason.NO_SEGMENTATION)
+            reason[rows[is_bad]] = box_reason[is_bad]
+            alone = rows[is_alone & (box_reason == seg.USABLE)]
+            reason[alone] = seg.USABLE
+            areas[alone] = xywh[alone, 2:].prod(axis=1)
 
-        extents = np.stack([box, bounds])  # (2, n, 4)
-        is_outside = np.concatenate([extents[..., :2] >= sizes[:, ::-1], extents[..., 2:] <= 0], 2)
-        # pycocotools draws a polygon's edges all the way, in memory too.
-        is_far = np.abs(extents) > FAR * sizes.max(axis=1, keepdims=True)
-        for problem, is_so in (
-            (Reason.MALFORMED_BOX, ~np.isfinite(box).all(axis=1)),
-            (Reason.ZERO_AREA, (box[:, 2:] <= box[:, :2]).any(axis=1) | (area <= 0)),
-            (Reason.OUTSIDE, (is_outside | is_far).any(axis=(0, 2))),
-        ):
-            reason[is_so & (reason == seg.USABLE)] = problem
+        given = np.array([a.area for a in annotations], np.float64)  # None becomes NaN
+        areas = np.where((given > 0) & np.isfinite(given), given, areas).clip(max=MAX_AREA)
+        with np.errstate(over="ignore"):  # of those that cannot be used
+            boxes = boxes.astype(np.float32)
+        is_crowd = np.array([a.iscrowd for a in annotations], np.int8)
+        is_difficult = np.array([a.ignore for a in annotations], np.int8)
+        reason[(is_crowd == UNREADABLE) | (is_difficult == UNREADABLE)] = Reason.FLAG
         reason[category < 0] = Reason.UNKNOWN_CATEGORY
         reason[image < 0] = Reason.UNKNOWN_IMAGE
-        return reason, columns | {
-            "annotation_ids": np.array([a.id for a in annotations], np.int64),
-            "image_index": image,
-            "category_index": category,
-            "is_crowd": np.array([bool(a.iscrowd) for a in annotations], bool),
-            "is_difficult": np.array([bool(a.ignore) for a in annotations], bool),
-            "areas": areas,
-            "boxes": boxes,
-        }
+        return (
+            reason,
+            mask_reason,
+            is_measured,
+            columns
+            | {
+                "annotation_ids": np.array([a.id for a in annotations], np.int64),
+                "image_index": image,
+                "category_index": category,
+                "is_crowd": is_crowd > 0,
+                "is_difficult": is_difficult > 0,
+                "has_mask": has_mask,
+                "areas": areas.astype(np.float32),
+                "boxes": boxes,
+            },
+        )
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.image_ids)
 
     def file_name(self, i: int) -> str:
-        """The file name of image i as the json has it; it may contain folders."""
+        """The file name of image i as the json has it (see `find_files`); it may have folders."""
         start, end = self._name_spans[i]
         return self._name_bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
 
     def polygons(self, a: int) -> list[np.ndarray] | None:
-        """The rings of annotation a, each (n, 2) float32 in absolute pixels; None for an RLE.
+        """The rings of annotation a, each (n, 2) float32 in absolute pixels; None if it has none.
 
         Rings of one or two points, which enclose nothing, are not among them.
         """
@@ -227,8 +252,14 @@ class CocoInstances(SharedArrays):
         return [self._points[start:stop].copy() for start, stop in rings] or None
 
     def rle(self, a: int) -> dict[str, Any]:
-        """The mask of annotation a, {"size": [height, width], "counts": bytes}."""
+        """The mask of annotation a, {"size": [height, width], "counts": bytes}.
+
+        Of one without a mask it is the whole box.
+        """
         height, width = self.image_sizes[self.image_index[a]].tolist()
+        if not self.has_mask[a]:
+            x1, y1, x2, y2 = self.boxes[a].astype(np.float64)
+            return coco_mask.frPyObjects(np.array([[x1, y1, x2 - x1, y2 - y1]]), height, width)[0]
         rings = self.polygons(a)
         if rings is None:
             start, end = self._rle_spans[a]
@@ -242,77 +273,28 @@ class CocoInstances(SharedArrays):
             f"{self.path}: {len(self):,} images, {len(self.annotation_ids):,} annotations "
             f"({int(self.is_crowd.sum()):,} crowd) of {len(self.category_ids):,} categories"
         )
-        if self.left_out:
-            reasons = ", ".join(f"{name} {count:,}" for name, count in self.left_out.items())
-            line += f"; left out {sum(self.left_out.values()):,}: {reasons}"
+        for text, counts in (("without a mask", self.without_mask), ("left out", self.left_out)):
+            if counts:
+                line += f"; {text} {sum(counts.values()):,}: {name_counts(counts)}"
+        if self.num_measured:
+            line += (
+                f"; boxes that contradict the segmentation, measured on it: {self.num_measured:,}"
+            )
         return line
 
+    def why_none(self, unfit: dict[str, int] | None = None) -> str:
+        """Why no annotation is fit for a purpose: how many for which reason.
 
-def read_image_list(path: str | Path) -> list[ListedImage]:
-    """The images of a COCO json, annotated or not: test sets have no annotations.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no such list; one line with the file and the place.
-    """
-    return _decode(path, "images", _read_arrays(path, "images")["images"], ListedImage)
-
-
-def _read_arrays(path: str | Path, *names: str) -> dict[str, list[msgspec.Raw]]:
-    """Arrays of a JSON file's top-level object, their elements still to be decoded."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: a folder, expected a JSON file")
-    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors put it
-    layout = msgspec.defstruct("Layout", [(name, list[msgspec.Raw]) for name in names])
-    with contextlib.suppress(msgspec.DecodeError, RecursionError):
-        return msgspec.structs.asdict(msgspec.json.decode(data, type=layout))
-    # Slower, but it says where the JSON is broken, and reads NaN and half a surrogate pair.
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    for name in names:
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f'{path}: has no "{name}" array')
-    return {name: [msgspec.Raw(json.dumps(e).encode()) for e in content[name]] for name in names}
+        `unfit` counts, by reason, usable ones that are not fit for it; crowds never are.
+        """
+        crowds = {"crowd": int(self.is_crowd.sum())}
+        counts = Counter(self.left_out) + Counter(crowds) + Counter(unfit or {})
+        return name_counts(counts) or "there is no annotation"
 
 
-def _decode(
-    path: str | Path, array: str, elements: list[msgspec.Raw], element_type: type[T], first: int = 0
-) -> list[T]:
-    """Decode elements of an array, from index `first` on; an error names the file and the place."""
-    with contextlib.suppress(ValueError):
-        return list(map(msgspec.json.Decoder(element_type).decode, elements))
-    decoded = []
-    for i, element in enumerate(elements, first):
-        try:
-            value = _repair(json.loads(bytes(element)))
-            decoded.append(msgspec.convert(value, element_type))
-        except ValueError as error:
-            problem, _, member = str(error).replace("`", '"').partition(' - at "$')
-            raise ValueError(f"{path}: {array}[{i}]{member[:-1]}: {problem}") from None
-    return decoded
-
-
-def _repair(element: Any) -> Any:
-    """An element that can be decoded if its shape, area or box could not; 3.0 becomes 3."""
-    if not isinstance(element, dict):
-        return element
-    integers = {n: int(x) for n, x in element.items() if isinstance(x, float) and x.is_integer()}
-    shape = {
-        "segmentation": seg.repair_segmentation(element.get("segmentation")),
-        "area": seg.convert_or(None, element.get("area"), float | None),
-        "bbox": seg.convert_or(NO_BOX, element.get("bbox") or None, Box | None),
-    }
-    return element | integers | shape
-
-
-def _refuse_duplicates(path: str | Path, array: str, elements: list) -> None:
-    rows: dict[int, int] = {}
-    for row, element in enumerate(elements):
-        first = rows.setdefault(element.id, row)
-        if first != row:
-            raise ValueError(f"{path}: {array}[{row}] has the id {element.id} of {array}[{first}]")
+def name_counts(counts: dict[str, int]) -> str:
+    """Counts by name, in one line."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _spans(lengths: np.ndarray | list[int]) -> np.ndarray:

@@ -111,16 +111,16 @@ class PatchSampler:
     def _index_mask_objects(self) -> None:
         coco, config = self.coco, self.config
         sides = coco.boxes[:, 2:] - coco.boxes[:, :2]
-        usable = (
-            ~coco.is_crowd
-            & (coco.areas >= config.min_area)
-            & (sides >= config.min_side).all(axis=1)
-        )
-        rows = np.flatnonzero(usable)
+        objects = ~coco.is_crowd & coco.has_mask
+        is_small = coco.areas < config.min_area
+        is_thin = (sides < config.min_side).any(axis=1)
+        rows = np.flatnonzero(objects & ~is_small & ~is_thin)
         if len(rows) == 0:
+            unfit = dict(coco.without_mask)
+            unfit[f"area below {config.min_area:g} px"] = int((objects & is_small).sum())
+            unfit[f"side below {config.min_side:g} px"] = int((objects & is_thin & ~is_small).sum())
             raise ValueError(
-                f"{coco.path}: no annotation is large enough for a mask patch "
-                f"(not a crowd, area >= {config.min_area:g}, sides >= {config.min_side:g} px)"
+                f"{coco.path}: no annotation to train masks on: {coco.why_none(unfit)}"
             )
         # Usable annotations by category. Only categories that have one are drawn: an empty one
         # would be searched for ever.

@@ -108,8 +108,8 @@ class RoiSampler:
         self.drawable = np.flatnonzero(drawable[: self.config.max_images])
         if len(self.drawable) == 0:
             raise ValueError(
-                f"{coco.path}: no image to train on: none has an object (not a crowd) "
-                "or a proposal that is background; check that the proposals are of these images"
+                f"{coco.path}: no image to train on: no object ({coco.why_none()}), and no "
+                "proposal that is background; check that the proposals are of these images"
             )
 
     def draw(self, epoch: int, index: int, threshold: int = -1, *, attempt: int = 0) -> RoiSample:

@@ -21,6 +21,7 @@ MIN_AREA = 1e-6  # square pixels; points on one line give some 1e-10 by rounding
 # another one, to beyond the end of the mask. Six digits are enough for any run in 2^29 pixels.
 MAX_DIGITS = 6
 MAX_PIXELS = 2**29
+RELATIVE = -0.02, 1.02  # range of relative coordinates: tools round, and draw over the edge
 CHUNK = 40  # run-length strings checked at once: arrays small enough for the cache and the heap
 
 USABLE = ""
@@ -41,6 +42,8 @@ class Reason(StrEnum):
     MALFORMED_BOX = "box is not four finite numbers"
     ZERO_AREA = "zero area"
     OUTSIDE = "outside the image"
+    RELATIVE = "relative coordinates (0 to 1, not pixels)"
+    FLAG = "iscrowd or ignore is neither 0 nor 1"
 
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # of an image: OpenCV reads none longer
@@ -55,6 +58,8 @@ class Rle(msgspec.Struct, gc=False):
 
 
 Segmentation = list[Ring] | Rle | Reason | None
+Number = float | None
+Point = tuple[Number, Number]
 
 
 def repair_segmentation(value: Any) -> Segmentation:
@@ -62,16 +67,39 @@ def repair_segmentation(value: Any) -> Segmentation:
     if not value:
         return None
     if isinstance(value, dict):
-        return convert_or(Reason.BROKEN_RLE, value, Rle)
-    rings = convert_or(None, value, list[list[float | None]])
+        integral = {name: _as_integers(value.get(name)) for name in ("size", "counts")}
+        return convert_or(Reason.BROKEN_RLE, integral, Rle)
+    rings = _read_rings(value)
     if rings is None:
         return Reason.MALFORMED
     if any(len(ring) % 2 for ring in rings):
         return Reason.ODD_COORDINATES
-    if not all(x is not None and math.isfinite(x) for x in chain.from_iterable(rings)):
+    finite = [[x for x in ring if x is not None and math.isfinite(x)] for ring in rings]
+    if finite != rings:
         return Reason.NOT_FINITE
     # A ring of one or two points beside good ones encloses nothing: it goes, the annotation stays.
-    return [ring for ring in rings if len(ring) >= 6] or Reason.FEW_POINTS
+    return [ring for ring in finite if len(ring) >= 6] or Reason.FEW_POINTS
+
+
+def _as_integers(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [int(x) if isinstance(x, float) and x.is_integer() else x for x in value]
+
+
+def _read_rings(value: Any) -> list[list[Number]] | None:
+    """Rings x, y, x, y, ..., given so or as pairs of points; a single ring may be given bare."""
+    is_bare = convert_or(None, value, list[Number]) or len(convert_or((), value, list[Point])) > 2
+    if not isinstance(value, list):
+        return None
+    rings = []
+    for ring in [value] if is_bare else value:
+        points = convert_or(None, ring, list[Point])
+        ring = list(chain(*points)) if points else convert_or(None, ring, list[Number])
+        if ring is None:
+            return None
+        rings.append(ring)
+    return rings
 
 
 def convert_or(otherwise: Any, value: Any, type_: Any) -> Any:
@@ -118,6 +146,7 @@ def flatten_segmentations(
         cross = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
         cross[ends - 1] = 0  # from the last point to the first, the origin
         area = np.bincount(owner, np.abs(np.add.reduceat(cross, starts)) / 2, n)
+        area = area.astype(np.float64, copy=False)  # of no ring at all they are integers
         points = points.astype(np.float32)
 
     rles = {row: s for row, s in enumerate(segmentations) if isinstance(s, Rle)}
@@ -136,6 +165,11 @@ def flatten_segmentations(
     rle_length[rows] = [len(string) for string in counts]
 
     reason[area < MIN_AREA] = Reason.ZERO_AREA
+    tiny = np.flatnonzero((bounds[:, 2] <= RELATIVE[1]) & (ring_count > 0))
+    if len(tiny):
+        is_line = (bounds[tiny, 2:] <= bounds[tiny, :2]).any(axis=1)
+        is_relative = are_relative(bounds[tiny], image_sizes[tiny]) & ~is_line
+        reason[tiny[is_relative]] = Reason.RELATIVE
     reason[owner[odd]] = Reason.ODD_COORDINATES
     reason[rows[~fits]] = Reason.RLE_SIZE
     reason[rows[~valid]] = Reason.BROKEN_RLE
@@ -147,9 +181,24 @@ def flatten_segmentations(
     return reason, bounds, area, columns | {"rle_length": rle_length, "rle_bytes": rle_bytes}
 
 
+def are_relative(boxes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """Which boxes (n, 4) of images (n, 2) are in parts of the image's sides, not in pixels."""
+    low, high = RELATIVE
+    return ((boxes >= low) & (boxes <= high)).all(axis=1) & (image_sizes.min(axis=1) > 1)
+
+
+def encode_counts(counts: str | bytes) -> bytes:
+    """Compressed counts as bytes, also of the text that Python prints for bytes: "b'...'"."""
+    if isinstance(counts, bytes):
+        return counts
+    if counts.startswith(("b'", 'b"')):  # no counts of masks begin like this
+        counts = counts[2:-1].replace("\\\\", "\\")
+    return counts.encode("utf-8", "surrogatepass")
+
+
 def _compress(rle: Rle) -> bytes:
     if isinstance(rle.counts, str):
-        return rle.counts.encode("utf-8", "surrogatepass")
+        return encode_counts(rle.counts)
     return coco_mask.frPyObjects({"size": rle.size, "counts": rle.counts}, *rle.size)["counts"]
 
 

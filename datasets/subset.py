@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco import CocoInstances
+from datasets.coco_file import read_json
 from datasets.files import write_atomically
 from datasets.images import ImageError, read_image
 
@@ -26,7 +27,8 @@ def cut_subset(
     """Copies `num_images` images and their annotations.
 
     Writes `images/{split}/...` and, last, `annotations/instances_{split}.json`: the large json
-    without the other images and their annotations. Annotations that are not usable are kept.
+    without the other images and their annotations, with the names of the files as they are.
+    Annotations that are not usable are kept.
 
     Returns:
         The new json's path, and a message for each unreadable image; another took its place.
@@ -42,6 +44,8 @@ def cut_subset(
     if not images.is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
     coco = CocoInstances.load(annotations)
+    if message := coco.find_files(images):
+        tqdm.write(message)
     if not 1 <= num_images <= len(coco):
         raise ValueError(f"{num_images} images were asked for; {coco.path} lists {len(coco)}")
     if seed < 0:
@@ -50,8 +54,6 @@ def cut_subset(
 
     def copy(row: int) -> bool:
         source, target = images / coco.file_name(row), folder / coco.file_name(row)
-        if not target.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f'"file_name": "{coco.file_name(row)}" leads out of the image folder')
         try:
             read_image(source)  # a broken file is not worth copying
         except ImageError as error:
@@ -66,10 +68,13 @@ def cut_subset(
             f"{images}: only {len(rows)} of the {num_images} images asked for can be read; "
             f"the first of {len(broken)} that cannot: {broken[0]}"
         )
-    content = json.loads(Path(annotations).read_bytes())  # CocoInstances does not keep all of it
+    content = read_json(annotations)  # CocoInstances does not keep all of it
     chosen = set(coco.image_ids[rows].tolist())
     for array, key in (("images", "id"), ("annotations", "image_id")):
         content[array] = [element for element in content[array] if element[key] in chosen]
+    names = {int(coco.image_ids[row]): coco.file_name(row) for row in rows}
+    for image in content["images"]:
+        image["file_name"] = names[image["id"]]
     write_atomically(path, json.dumps(content).encode())
     return path, broken
 

@@ -73,7 +73,14 @@ def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
+    find_files(coco, images)
     return coco, images
+
+
+def find_files(coco: CocoInstances, images: str | Path) -> None:
+    """Finds the files of annotated images; says what had to be resolved."""
+    if message := coco.find_files(images):
+        distributed.say(message)
 
 
 def patch_dataset(
@@ -149,7 +156,7 @@ def delta_statistics(
     """
     sampler, rng = data.sampler, np.random.default_rng(seed)
     if len(sampler.object_images) == 0:
-        raise ValueError(f"{data.coco.path}: no image has an object (not a crowd)")
+        raise ValueError(f"{data.coco.path}: no image has an object: {data.coco.why_none()}")
     rows = rng.permutation(sampler.object_images)[:images].tolist()
     deltas = []
     for sample in (sampler.sample(row, rng) for row in rows):

@@ -19,23 +19,28 @@ AREAS = tuple(Params(iouType="bbox").areaRngLbl)  # all, small, medium, large
 logger = logging.getLogger(__name__)
 
 
-def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None) -> COCO:
+def load_ground_truth(
+    annotations: str | Path, image_ids: set[int] | None = None, *, needs_object: bool = False
+) -> COCO:
     """Read a COCO instances json for evaluation, or of it the images with these ids.
 
     It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
     and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
-    Segmentations become compressed RLE. Annotation ids are renumbered from 1, because COCOeval
-    takes a match with id 0 for none.
+    Segmentations become compressed RLE; objects with a box only have none. Annotation ids are
+    renumbered from 1, because COCOeval takes a match with id 0 for none.
 
     Raises:
-        ValueError: the file is missing or is not COCO instances json.
+        ValueError: the file is missing or is not COCO instances json; or it has no object, crowds
+            apart, when it `needs_object`.
     """
     try:
         instances = CocoInstances.load(annotations)
     except OSError as error:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
-    if instances.left_out:
+    if instances.left_out or instances.without_mask or instances.num_measured:
         logger.warning(instances.summary())
+    if needs_object and instances.is_crowd.all():
+        raise ValueError(f"{annotations}: no object to score against: {instances.why_none()}")
     heights, widths = instances.image_sizes.T
     objects = _rows(
         id=np.arange(1, len(instances.areas) + 1),
@@ -51,7 +56,7 @@ def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None
     coco.dataset = {
         "images": [i for i in images if image_ids is None or i["id"] in image_ids],
         "annotations": [
-            o | {"segmentation": instances.rle(a)}
+            o | ({"segmentation": instances.rle(a)} if instances.has_mask[a] else {})
             for a, o in enumerate(objects)
             if image_ids is None or o["image_id"] in image_ids
         ],
@@ -62,6 +67,19 @@ def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco.createIndex()
     return coco
+
+
+def objects_for(iou_type: str, annotations: list[dict]) -> list[dict]:
+    """The annotations that can be scored by "box", or those that can by "mask"."""
+    if iou_type == "box":
+        return annotations
+    return [annotation for annotation in annotations if annotation.get("segmentation")]
+
+
+def scorable(ground_truth: COCO, iou_types: tuple[str, ...]) -> tuple[str, ...]:
+    """These IoU types, but not "mask" if all objects have a box only."""
+    annotations = ground_truth.dataset["annotations"]
+    return tuple(t for t in iou_types if objects_for(t, annotations) or not annotations)
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:

@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from pipeline.evaluation.ground_truth import IOU_TYPES
+from pipeline.evaluation.ground_truth import IOU_TYPES, objects_for, scorable
 from pipeline.inference.coco_json import box_of, check_results
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100")
@@ -69,23 +69,27 @@ def evaluate_detections(ground_truth: COCO, results: list[dict]) -> DetectionSco
     apart by the mask's area, as on COCO's server and in pycocotools for results without boxes
     (given both, `loadRes` takes the box's area).
 
-    Equal scores keep the order of the list within an image; images follow each other by id.
+    Equal scores keep the order of the list within an image; images follow each other by id. Objects
+    with a box only do not count for masks; if all are such, masks are not scored.
 
     Raises:
         ValueError: a result that cannot be scored (`check_results`); one line with its index.
     """
-    iou_types = check_results(results, ground_truth.imgs, ground_truth.cats)
-    truth = hotcoco.COCO(ground_truth.dataset)
+    given = check_results(results, ground_truth.imgs, ground_truth.cats)
+    iou_types = scorable(ground_truth, given)
+    dataset = ground_truth.dataset
     regions = {iou_type: [_with_region(r, iou_type) for r in results] for iou_type in iou_types}
     evaluations = {}
     for iou_type, found in regions.items():
+        objects = objects_for(iou_type, dataset["annotations"])
+        truth = hotcoco.COCO(dataset | {"annotations": objects})
         evaluation = hotcoco.COCOeval(truth, truth.load_res(found), IOU_TYPES[iou_type])
         evaluation.evaluate()
         evaluation.accumulate()
         assert evaluation.eval is not None
         evaluations[iou_type] = {k: np.asarray(evaluation.eval[k]) for k in ("precision", "recall")}
     ids = sorted(ground_truth.cats)
-    objects_of = _group_by(ground_truth.dataset["annotations"], "category_id")
+    objects_of = _group_by(dataset["annotations"], "category_id")
     boxes_of = _group_by(regions["box"], "category_id")
     categories = {
         "category_id": ids,

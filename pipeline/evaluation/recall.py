@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS
+from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS, objects_for
 from pipeline.inference.coco_json import box_of, results_by_image
 
 NUM_PROPOSALS = (10, 100, 1000)  # per image, for which AR is reported
@@ -62,7 +62,8 @@ def evaluate_proposals(
 ) -> ProposalScores:
     """AR of class-agnostic proposals: COCO's evaluation with useCats = 0, crowds ignored.
 
-    Every image of the ground truth counts, with or without proposals.
+    Every image of the ground truth counts, with or without proposals. Objects with a box only do
+    not count for masks.
 
     Args:
         results: COCO results, {"image_id", "score", "bbox" xywh, "segmentation" RLE}. Without a
@@ -76,21 +77,23 @@ def evaluate_proposals(
     shape = (len(IOU_THRESHOLDS), MAX_PROPOSALS, len(AREAS))
     num_hits = {iou_type: np.zeros(shape, np.int64) for iou_type in iou_types}
     by_image = results_by_image(ground_truth, results, masks="mask" in iou_types)
-    total = len(ground_truth.imgs)
+    total, annotated = len(ground_truth.imgs), ground_truth.dataset["annotations"]
     for image, proposals in tqdm(by_image, desc="AR", total=total, unit="image", disable=None):
         if not (annotations := ground_truth.imgToAnns.get(image["id"])):
             continue
         # COCOeval goes through the objects by category; the order decides between equal overlaps.
-        objects = sorted(annotations, key=lambda annotation: annotation["category_id"])
-        countable = _countable(objects)
+        annotations = sorted(annotations, key=lambda annotation: annotation["category_id"])
         scores = np.array([proposal["score"] for proposal in proposals], float)
         best = [proposals[i] for i in np.argsort(-scores, kind="stable")[:MAX_PROPOSALS]]
         for iou_type in iou_types:
-            overlaps = _overlaps(ground_truth, best, objects, iou_type)
-            num_hits[iou_type][:, : len(best)] += find_hits(overlaps, countable)
-    num_objects = _countable(ground_truth.dataset["annotations"]).sum(axis=1)  # (A,)
-    some = np.ma.masked_equal(num_objects, 0)
-    return ProposalScores({t: hits.cumsum(axis=1) / some for t, hits in num_hits.items()})
+            if objects := objects_for(iou_type, annotations):
+                overlaps = _overlaps(ground_truth, best, objects, iou_type)
+                num_hits[iou_type][:, : len(best)] += find_hits(overlaps, _countable(objects))
+    recall = {}
+    for iou_type, hits in num_hits.items():
+        num_objects = _countable(objects_for(iou_type, annotated)).sum(axis=1)  # (A,)
+        recall[iou_type] = hits.cumsum(axis=1) / np.ma.masked_equal(num_objects, 0)
+    return ProposalScores(recall)
 
 
 def _overlaps(ground_truth: COCO, proposals: list, objects: list, iou_type: str) -> np.ndarray:
@@ -162,7 +165,7 @@ def rank_by_overlap(ground_truth: COCO, results: Iterable[dict], iou_type: str) 
     image after the other.
     """
     for image, proposals in results_by_image(ground_truth, results, masks=iou_type == "mask"):
-        annotations = ground_truth.imgToAnns.get(image["id"], [])
+        annotations = objects_for(iou_type, ground_truth.imgToAnns.get(image["id"], []))
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         if objects:
             free = _overlaps(ground_truth, proposals, objects, iou_type)

@@ -11,8 +11,13 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
-from pipeline.data import patch_dataset
-from pipeline.evaluation.ground_truth import IOU_THRESHOLDS, IOU_TYPES, load_ground_truth
+from pipeline.data import find_files, patch_dataset
+from pipeline.evaluation.ground_truth import (
+    IOU_THRESHOLDS,
+    IOU_TYPES,
+    load_ground_truth,
+    scorable,
+)
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
 from pipeline.evaluation.precision import METRICS, RECALL_POINTS, evaluate_detections
 from pipeline.evaluation.recall import (
@@ -21,7 +26,7 @@ from pipeline.evaluation.recall import (
     evaluate_proposals,
     rank_by_overlap,
 )
-from pipeline.inference.coco_json import load_results, read_results
+from pipeline.inference.coco_json import load_results, read_results, scored_types
 from pipeline.networks import load_network
 
 THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
@@ -30,7 +35,7 @@ THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
 def score_proposals(
     annotations: str | Path, results: str | Path, output: Path, *, perfect_ranking: bool = True
 ) -> dict:
-    """AR of a proposal store or results file.
+    """AR of a proposal store or results file, by boxes and, if there are any, by masks.
 
     Writes metrics.json, curves.json (AR by number of proposals, recall by IoU threshold),
     scores.txt and, if asked for, perfect_ranking.json: the AR that the same masks would have in
@@ -38,19 +43,21 @@ def score_proposals(
 
     Returns:
         The metrics, {"box": {"AR@10", "AR@100", "AR@1000", "AUC", "AR@1000/small", ...}, "mask":
-        the same}, each in [0, 1] or None.
+        the same if there are masks}, each in [0, 1] or None.
 
     Raises:
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
-    ground_truth = load_ground_truth(annotations)
+    ground_truth = load_ground_truth(annotations, needs_object=True)
     proposals = read_results(results)
     try:
-        scores = evaluate_proposals(ground_truth, proposals)
+        given = scored_types(proposals) if isinstance(proposals, list) else tuple(IOU_TYPES)
+        iou_types = scorable(ground_truth, given)
+        scores = evaluate_proposals(ground_truth, proposals, iou_types=iou_types)
         rankings = {"as ranked": scores.metrics()}
         if perfect_ranking:
             perfect: dict = {}
-            for iou_type in IOU_TYPES:
+            for iou_type in iou_types:
                 ranked = rank_by_overlap(ground_truth, proposals, iou_type)
                 perfect |= evaluate_proposals(ground_truth, ranked, iou_types=(iou_type,)).metrics()
             rankings["perfect ranking"] = perfect
@@ -66,7 +73,7 @@ def score_proposals(
     names = [name.removeprefix("AR@1000/") for name in rankings["as ranked"]["box"]]
     rows = [
         [f"{iou_type:4}  {ranking}", *values[iou_type].values()]
-        for iou_type in IOU_TYPES
+        for iou_type in iou_types
         for ranking, values in rankings.items()
     ]
     table = _table(["average recall, percent", *names], rows)
@@ -89,7 +96,7 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
     detections = load_results(results)
-    ground_truth = load_ground_truth(annotations)
+    ground_truth = load_ground_truth(annotations, needs_object=True)
     try:
         scores = evaluate_detections(ground_truth, detections)
     except ValueError as error:
@@ -152,6 +159,7 @@ def score_patches(
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations)
+    find_files(coco, images)
     data = patch_dataset(
         c, coco, images, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
     )

@@ -5,7 +5,6 @@ so they are checked before it sees them.
 """
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +17,15 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from datasets.segmentations import check_counts
+from datasets.coco_file import read_json, whole
+from datasets.segmentations import check_counts, encode_counts
 from pipeline.inference.proposals import Detections, ProposalStore, results_of
 
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 
 
 def load_results(path: str | Path) -> list:
-    """The list of results in a JSON file, unchecked.
+    """The list of results in a JSON file: repaired (`_repair`), unchecked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -36,15 +36,29 @@ def load_results(path: str | Path) -> list:
         raise ValueError(f"{path} is a folder; give the detections.json in it")
     if not path.is_file():
         raise FileNotFoundError(f"results {path} do not exist")
-    try:
-        results = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    results = read_json(path)
     if not isinstance(results, list):
         raise ValueError(
             f"{path} is not COCO results: it must be a list, not {type(results).__name__}"
         )
+    for result in results:
+        _repair(result)
     return results
+
+
+def _repair(result: Any) -> None:
+    """Makes ids that are 3.0 whole, in place, and counts that are the text of Python's bytes."""
+    if not isinstance(result, dict):
+        return
+    for key in ("image_id", "category_id"):
+        if key in result:
+            result[key] = whole(result[key])
+    mask = result.get("segmentation")
+    if isinstance(mask, dict):
+        if isinstance(counts := mask.get("counts"), str) and counts.startswith("b"):
+            mask["counts"] = encode_counts(counts)
+        if isinstance(size := mask.get("size"), list):
+            mask["size"] = list(map(whole, size))
 
 
 def read_results(path: str | Path) -> Iterable[dict]:
@@ -106,14 +120,35 @@ def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections
 
 def box_of(result: dict) -> list[float]:
     """A checked result's box, xywh; that of its mask if it has none."""
-    box = result.get("bbox")
-    return coco_mask.toBbox(result["segmentation"]).tolist() if box is None else list(box)
+    if _lacks(result, "bbox"):
+        return coco_mask.toBbox(result["segmentation"]).tolist()
+    return list(result["bbox"])
+
+
+def _lacks(result: dict, region: str) -> bool:
+    """Whether a result has no box, or no mask: none, null or, as some tools write it, []."""
+    value = result.get(region)
+    return value is None or (isinstance(value, list | dict | str) and not value)
+
+
+def scored_types(results: list) -> tuple[str, ...]:
+    """What results can be scored by: ("box", "mask"), or ("box",) if the first has no mask."""
+    first = results[0] if results else {"segmentation": "of any"}
+    has_masks = isinstance(first, dict) and not _lacks(first, "segmentation")
+    for index, result in enumerate(results):
+        if isinstance(result, dict) and _lacks(result, "segmentation") == has_masks:
+            has, other = ("no", "one") if has_masks else ("a", "none")
+            raise ValueError(
+                f"results[{index}] (image_id {result.get('image_id')!r:.20}): has {has} "
+                f"segmentation, while results[0] has {other}: give all one, or none"
+            )
+    return ("box", "mask") if has_masks else ("box",)
 
 
 def check_results(
     results: list, images: Mapping[int, dict], categories: Container[int] | None = None
 ) -> tuple[str, ...]:
-    """Checks detections; returns what can be scored: ("box", "mask"), or ("box",) without masks.
+    """Checks detections; returns what they can be scored by, see `scored_types`.
 
     Without any result both can: nothing was found. Either all or none have masks; a mask without a
     box gives its box as well. Images are COCO's by id, categories the ids that may occur.
@@ -121,24 +156,20 @@ def check_results(
     Raises:
         ValueError: the first result that cannot be scored, and why, in one line.
     """
-    first = results[0] if results else {"segmentation": "of any"}
-    has_masks = isinstance(first, dict) and first.get("segmentation") is not None
+    iou_types = scored_types(results)
 
     def problem(result: dict) -> str | None:
         if "category_id" not in result:
             return "has no category_id; class-agnostic proposals are scored as `proposals`"
         category_id = result["category_id"]
-        if not isinstance(category_id, int | np.integer):
+        if not _is_whole(category_id):
             return f"category_id must be a whole number, not {category_id!r:.40}"
         if categories is not None and category_id not in categories:
             return f"category_id {category_id} is not among the annotations' categories"
-        if (result.get("segmentation") is not None) != has_masks:
-            has, first = ("no", "one") if has_masks else ("a", "none")
-            return f"has {has} segmentation, while results[0] has {first}: give all one, or none"
         return None
 
-    _check(range(len(results)), results, images, needs_mask=has_masks, problem=problem)
-    return ("box", "mask") if has_masks else ("box",)
+    _check(range(len(results)), results, images, needs_mask="mask" in iou_types, problem=problem)
+    return iou_types
 
 
 def results_by_image(
@@ -206,7 +237,7 @@ def _check_masks(
 ) -> None:
     """Refuses masks on whose runs pycocotools.iou would loop forever, or leave its memory."""
     # pycocotools sees the masks only if they are scored, or stand in for a box.
-    rows = [i for i, r in enumerate(results) if needs_mask or r.get("bbox") is None]
+    rows = [i for i, r in enumerate(results) if needs_mask or _lacks(r, "bbox")]
     strings = [_rle_string(results[i]) for i in rows]
     pixels = [math.prod(results[i]["segmentation"]["size"]) for i in rows]
     valid, *_ = check_counts(strings, np.array(pixels, np.int64))
@@ -243,7 +274,7 @@ def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
     if not isinstance(result, dict) or "image_id" not in result:
         raise ValueError(f"results[{index}] has no image_id: {result!r:.60}")
     image_id: Any = result["image_id"]
-    if not isinstance(image_id, int | np.integer) or image_id not in images:
+    if not _is_whole(image_id) or image_id not in images:
         raise ValueError(
             f"results[{index}]: image_id {image_id!r:.20} is not in the annotations; "
             "score against the file that lists these images"
@@ -254,18 +285,19 @@ def _image_id(index: int, result: Any, images: Mapping[int, dict]) -> int:
 def _problem(result: dict, image: dict, *, needs_mask: bool) -> str | None:
     """Why a result cannot be scored; a mask that nobody needs is not looked at."""
     score, box, mask = result.get("score"), result.get("bbox"), result.get("segmentation")
+    has_box, has_mask = (not _lacks(result, region) for region in ("bbox", "segmentation"))
     if not _is_number(score):
         return f"score must be a finite number, not {score!r:.40}"
-    if box is not None and not _is_box(box):
+    if has_box and not _is_box(box):
         return (
             "bbox must be four finite numbers (x, y, width, height), the sizes not negative, "
             f"not {box!r:.80}"
         )
-    if mask is None and box is None:
+    if not has_mask and not has_box:
         return "has neither a bbox nor a segmentation"
-    if mask is None and needs_mask:
+    if not has_mask and needs_mask:
         return "has no segmentation, so its mask cannot be scored"
-    if box is not None and not needs_mask:
+    if has_box and not needs_mask:
         return None
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
         return "segmentation must be a compressed RLE (size, counts)"
@@ -275,9 +307,13 @@ def _problem(result: dict, image: dict, *, needs_mask: bool) -> str | None:
     return None
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
-    is_real = isinstance(value, int | float | np.number)
-    return is_real and abs(value) < LIMIT  # nan is not less
+    is_real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return is_real and bool(abs(value) < LIMIT)  # nan is not less
 
 
 def _is_box(box: Any) -> bool:
@@ -286,5 +322,4 @@ def _is_box(box: Any) -> bool:
 
 
 def _rle_string(result: dict) -> bytes:
-    counts = result["segmentation"]["counts"]
-    return counts if isinstance(counts, bytes) else counts.encode("utf-8", "surrogatepass")
+    return encode_counts(result["segmentation"]["counts"])

@@ -89,9 +89,9 @@ def propose_images(
     # Leave out the images that earlier runs have done.
     store = ProposalStore(output)
     done = store.images()
-    known = {name: image["id"] for name, image in done.items()}
+    known = {image_id: image["file_name"] for image_id, image in done.items()}
     files = find_images(source, annotations, known)[:max_images]
-    todo = [file for file in files if file.file_name not in done]
+    todo = [file for file in files if file.image_id not in done]
     if distributed.is_main():
         store.open_for(settings | {"backend": backend, "image_folder": str(common_folder(files))})
     distributed.barrier()  # every process has seen the same store before one adds to it
@@ -198,7 +198,8 @@ def detect_images(
         ValueError: no store, or none of its images is in the folder or can be used.
     """
     _check_draw(draw)
-    shards, names = store.require_shards(), list(store.images())
+    shards = store.require_shards()
+    names = [image["file_name"] for image in store.images().values()]
     if not any((images / name).is_file() for name in names):
         raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
     # Keep the parts of an interrupted run that had the same settings: one for each shard.
@@ -258,10 +259,10 @@ def detect_in_shard(
         images: the folder that the store's file names are relative to.
         broken: see `process_images`; also images of another size than their proposals'.
     """
-    proposals_of = {proposals.file_name: proposals for proposals in store.read_shard(shard)}
+    proposals_of = {proposals.image_id: proposals for proposals in store.read_shard(shard)}
 
     def process(file: ImageFile, image: np.ndarray) -> T:
-        proposals = proposals_of[file.file_name]
+        proposals = proposals_of[file.image_id]
         if image.shape[:2] != (proposals.height, proposals.width):
             raise ImageError(
                 f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are of "
@@ -269,6 +270,6 @@ def detect_in_shard(
             )
         return detect(image, proposals)
 
-    files = [ImageFile(p.image_id, name, images / name) for name, p in proposals_of.items()]
+    files = [ImageFile(i, p.file_name, images / p.file_name) for i, p in proposals_of.items()]
     advice = "make the image smaller or lower --short-sides"
     yield from process_images(files, process, broken=broken, advice=advice)

@@ -9,10 +9,11 @@ import itertools
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.coco import read_image_list
+from datasets.coco_file import read_image_list
+from datasets.file_names import find_named_files, match_paths
 from datasets.images import ImageError, list_images, read_image
+from pipeline import distributed
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
@@ -46,7 +49,7 @@ class ImageFile:
 
 
 def find_images(
-    source: str | Path, annotations: str | Path | None, known: dict[str, int]
+    source: str | Path, annotations: str | Path | None, known: dict[int, str]
 ) -> list[ImageFile]:
     """The images of a folder, file or glob, with ids.
 
@@ -55,7 +58,8 @@ def find_images(
     Images that the annotations (a COCO json) do not list are left out.
 
     Args:
-        known: ids by file name that an earlier run has given; they stay, whatever has come since.
+        known: file names by the ids that an earlier run has given; they stay, whatever has come
+            since.
 
     Raises:
         FileNotFoundError, ValueError: no images, annotations that are not COCO, or ids other than
@@ -63,12 +67,13 @@ def find_images(
     """
     if annotations is not None:
         files = _annotated_images(source, Path(annotations))
-        for file in files:
-            if known.get(file.file_name, file.image_id) != file.image_id:
+        listed = {file.image_id: file.file_name for file in files}
+        id_of = {name: image_id for image_id, name in listed.items()}
+        for image_id, name in known.items():
+            if listed.get(image_id) != name and name in id_of:
                 raise ValueError(
-                    f"{file.file_name} has the id {file.image_id} in {annotations}, "
-                    f"but the output holds its proposals under {known[file.file_name]}; "
-                    "choose another --output or delete it"
+                    f"{name} has the id {id_of[name]} in {annotations}, but the output holds its "
+                    f"proposals under {image_id}; choose another --output or delete it"
                 )
         return files
     paths = list_images(source)
@@ -78,10 +83,10 @@ def find_images(
     if all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
         stems = [int(path.stem) for path in paths]
         numbers = stems if len(set(stems)) == len(stems) else numbers
-    taken = set(known.values())
+    taken, known_ids = set(known), {name: image_id for image_id, name in known.items()}
     unused = itertools.count(max([*numbers, *taken]) + 1)
     ids = [
-        known[name] if name in known else next(unused) if number in taken else number
+        known_ids[name] if name in known_ids else next(unused) if number in taken else number
         for name, number in zip(names, numbers, strict=True)
     ]
     return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
@@ -89,28 +94,30 @@ def find_images(
 
 def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
     """Of a folder, all images that the annotations list; else those that match file or glob."""
-    ids = {image.file_name: image.id for image in read_image_list(annotations)}
+    images = read_image_list(annotations)
     if Path(source).is_dir():
-        files = [ImageFile(i, name, Path(source) / name) for name, i in ids.items()]
-        if not any(file.path.is_file() for file in files):
-            raise ValueError(f"{source}: none of the {len(ids)} images of {annotations} is there")
-        return files
-    found: dict[str, Path] = {}
-    for path in list_images(source):
-        # The longest listed name that the path ends in: several folders may have files of one name.
-        parts = path.absolute().parts
-        endings = ("/".join(parts[i:]) for i in range(len(parts)))
-        name = next((ending for ending in endings if ending in ids), None)
-        if name in found:
+        found = find_named_files([image.file_name for image in images], source, annotations)
+        if found.message:
+            distributed.say(found.message)
+        return [
+            ImageFile(image.id, name, Path(source) / name)
+            for image, name in zip(images, found.names, strict=True)
+        ]
+    files: dict[str, ImageFile] = {}
+    named = match_paths(list_images(source), [image.file_name for image in images])
+    for path, (name, end) in named.items():
+        if name in files:
             raise ValueError(
-                f"{source}: {found[name]} and {path} are both {name} of {annotations}; "
+                f"{source}: {files[name].path} and {path} are both {name} of {annotations}; "
                 "give one folder at a time"
             )
-        if name is not None:
-            found[name] = path
-    if not found:
+        files[name] = ImageFile(0, end, path)
+    if not files:
         raise ValueError(f"{source}: none of these images is listed in {annotations}")
-    return [ImageFile(ids[name], name, path) for name, path in found.items()]
+    ids = defaultdict(list)
+    for image in images:  # several may have one name
+        ids[image.file_name].append(image.id)
+    return [replace(file, image_id=i) for name, file in files.items() for i in ids[name]]
 
 
 def common_folder(files: list[ImageFile]) -> Path:

@@ -183,10 +183,10 @@ class ProposalStore(ResumableDirectory):
             raise ValueError(f"{self.directory} is no proposal store: no proposals-*.parquet in it")
         return shards
 
-    def images(self) -> dict[str, dict]:
-        """The images that are done: file name to {"id", "file_name", "height", "width"}."""
+    def images(self) -> dict[int, dict]:
+        """The images that are done: id to {"id", "file_name", "height", "width"}."""
         images = itertools.chain.from_iterable(map(self.images_of, self.shards()))
-        return {image["file_name"]: image for image in images}
+        return {image["id"]: image for image in images}
 
     def images_of(self, shard: Path) -> list[dict]:
         """The images that a shard covers, also those without a proposal."""

@@ -54,9 +54,9 @@ def read_proposals(directory: Path) -> list[Proposals]:
     store = ProposalStore(directory)
     none = np.empty(0, np.float32)
     found = {proposals.image_id: first(proposals, TOP) for proposals in store}
-    for name, image in store.images().items():
+    for image in store.images().values():
         size = image["height"], image["width"]
-        empty = Proposals(image["id"], name, *size, none, none.reshape(0, 4), [])
+        empty = Proposals(image["id"], image["file_name"], *size, none, none.reshape(0, 4), [])
         found.setdefault(image["id"], empty)
     return list(found.values())
 
@@ -113,15 +113,17 @@ def scenes_of(found: Iterable[Found], coco: CocoInstances) -> list[Scene[Found]]
 
 
 def overlaps(found: Proposals | Detections, coco: CocoInstances, objects: list[int]) -> np.ndarray:
-    """IoU with objects, (D, G): of masks, or of boxes if there are no masks.
+    """IoU with objects, (D, G): of masks, or of boxes where there are none.
 
     0 where a detection is of another category than the object.
     """
-    if not found.rles:
-        ious = box_ious(found.boxes, coco.boxes[objects])
-    else:
-        masks, truth = [found.rle(d) for d in range(len(found))], [coco.rle(a) for a in objects]
-        ious = np.reshape(coco_mask.iou(masks, truth, [0] * len(truth)), (-1, len(truth)))
+    ious, has_mask = box_ious(found.boxes, coco.boxes[objects]), coco.has_mask[objects]
+    if found.rles and has_mask.any():
+        masks = [found.rle(d) for d in range(len(found))]
+        truth = [coco.rle(a) for a in objects if coco.has_mask[a]]
+        ious[:, has_mask] = np.reshape(
+            coco_mask.iou(masks, truth, [0] * len(truth)), (-1, len(truth))
+        )
     if isinstance(found, Detections):
         ious[found.labels[:, None] != coco.category_ids[coco.category_index[objects]]] = 0
     return ious

@@ -47,6 +47,7 @@ class Run:
         self.missing: list[tuple[str, str]] = []
         self.summary = self.read("summary.json", "patch metrics and seconds") or {}
         self.coco = CocoInstances.load(annotations)
+        self.coco.find_files(images)
 
     def read(self, name: str, purpose: str, reader: Callable[[Path], Any] = read_json) -> Any:
         """What `reader` makes of a file below the run directory; None if it is not there."""

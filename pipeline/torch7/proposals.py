@@ -10,7 +10,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from torch import Tensor
 
-from datasets.coco import read_image_list
+from datasets.coco_file import read_image_list
 from datasets.images import read_image
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore

@@ -52,6 +52,6 @@ def various() -> dict:
         {"id": 4, "image_id": 30, "category_id": 5, "segmentation": [triangle], "iscrowd": 0},
     ]
     content["annotations"][2]["ignore"] = 1
-    for annotation in content["annotations"][:2]:
-        annotation |= {"area": 123.5, "bbox": [10.5, 11, 12, 13]}
+    content["annotations"][0] |= {"area": 123.5, "bbox": [8.5, 3, 43, 24]}
+    content["annotations"][1] |= {"area": 99.5, "bbox": [0.5, 4, 2, 12]}
     return content

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from datasets.coco import CHUNK, CocoInstances, read_image_list
+from datasets.coco import CHUNK, CocoInstances
+from datasets.coco_file import read_image_list
 from tests.datasets.coco_jsons import (
     HEIGHT,
     RUNS,
@@ -57,9 +58,9 @@ def test_columns(load):
 def test_box_and_area_from_the_json_or_measured(load):
     coco = load(various())
     triangle, runs = [40.5, 5, 50.13, 20.7], [0, 5, 1, 15]  # rows 5 to 14 of the first column
-    given = [10.5, 11, 22.5, 24]
-    np.testing.assert_allclose(coco.boxes, [given, triangle, given, runs], rtol=1e-6)
-    np.testing.assert_allclose(coco.areas, [123.5, 74.95425, 123.5, 10], rtol=1e-6)
+    given = [0.5, 4, 2.5, 16], [8.5, 3, 51.5, 27]
+    np.testing.assert_allclose(coco.boxes, [given[0], triangle, given[1], runs], rtol=1e-6)
+    np.testing.assert_allclose(coco.areas, [99.5, 74.95425, 123.5, 10], rtol=1e-6)
 
 
 def test_polygons_and_masks(load, tmp_path):
@@ -115,10 +116,12 @@ def test_many_chunks_in_any_order_of_the_keys(load):
     content, count = minimal(), 2 * CHUNK + 3
     content["images"] = [content["images"][0] | {"id": i} for i in range(30)]
     content["annotations"] = [
-        minimal(id=i, image_id=int(rng.integers(30)), bbox=[i % 30, 1, 2, 3])["annotations"][0]
+        minimal(id=i, image_id=int(rng.integers(30)), bbox=[10 + i % 4 / 8, 9, 20, 16])[
+            "annotations"
+        ][0]
         for i in range(count)
     ]
-    content["annotations"][-1]["segmentation"] = rle(RUNS)
+    content["annotations"][-1] |= {"segmentation": rle(RUNS), "bbox": [0, 5, 1, 10]}
     expected = sorted(content["annotations"], key=lambda a: a["image_id"])
     backwards = {"info": {"images": [[]]}} | dict(reversed(content.items())) | {"licenses": []}
     for coco in (load(content), load(backwards)):

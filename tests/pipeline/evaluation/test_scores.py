@@ -10,7 +10,13 @@ from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_proposals
 from pipeline.inference.coco_json import StoredResults, read_results
-from tests.pipeline.evaluation.scenes import CATEGORIES, random_scene, result, write_dataset
+from tests.pipeline.evaluation.scenes import (
+    CATEGORIES,
+    annotation,
+    random_scene,
+    result,
+    write_dataset,
+)
 from tests.pipeline.report.small_run import (
     ELSEWHERE,
     SQUARE,
@@ -124,20 +130,31 @@ def test_the_files_of_detections(tmp_path, capsys):
             assert np.mean(by_recall) == pytest.approx(by_iou[float(iou)])
 
 
-def test_no_objects_write_none(tmp_path, capsys):
-    (tmp_path / "detections.json").write_text(json.dumps([result([1, 1, 9, 9], 0.5)]))
-    truth = write_dataset(tmp_path, [])
-    metrics = score_detections(truth, tmp_path / "detections.json", tmp_path)
-    assert [set(values.values()) for values in metrics.values()] == [{None}, {None}]
-    curves = read_json(tmp_path / "curves.json")
-    assert curves["voc_ap50"] is None and set(curves["mask"]["ap_by_iou"]) == {None}
-    assert "VOC AP50 of boxes (all-point): -" in capsys.readouterr().out
+CROWD = annotation(1, (1, 1, 9, 9), iscrowd=1)
+LINE = annotation(2, (1, 1, 9, 0), segmentation=[[1, 1, 10, 1, 5, 1]])
+NOTHING = {
+    "none": ([], "there is no annotation"),
+    "crowds": ([CROWD], "crowd 1"),
+    "all kinds": ([CROWD, LINE, annotation(3, (1, 1, 9, 9), image_id=77)], "unknown image 1"),
+    "zero": ([LINE], "zero area 1"),
+}
+
+
+@pytest.mark.parametrize(("annotations", "reason"), NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("score", [score_detections, score_proposals])
+def test_scores_over_no_object_are_an_error_that_says_why(score, annotations, reason, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps([result([1, 1, 9, 9], 0.5)]))
+    truth = write_dataset(tmp_path, annotations)
+    with pytest.raises(ValueError, match="no object to score against: ") as error:
+        score(truth, tmp_path / "results.json", tmp_path / "scores")
+    assert str(error.value).startswith(f"{truth}: ") and reason in str(error.value)
+    assert not (tmp_path / "scores").exists()
 
 
 BAD_FILES = {  # more of them in user_errors.txt
-    "half": (b"[{", "is not JSON"),
+    "half": (b"[{", "not valid JSON"),
     "deep": (b"[" * 100_000, "maximum recursion depth"),
-    "latin": (b"\xff", "is not JSON"),
+    "latin": (b"\xff", "not valid JSON"),
     "wrong result": (b'[{"image_id": 7}]', "results[0]"),
 }
 
@@ -147,7 +164,8 @@ def test_a_bad_results_file_is_named_in_one_line(content, message, tmp_path):
     path = tmp_path / "detections.json"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        score_detections(write_dataset(tmp_path, []), path, tmp_path / "scores")
+        truth = write_dataset(tmp_path, [CROWD | {"iscrowd": 0}])
+        score_detections(truth, path, tmp_path / "scores")
     line = str(error.value)
     assert str(path) in line and message in line and "\n" not in line
     assert not (tmp_path / "scores").exists()

@@ -83,7 +83,10 @@ names = st.sets(st.from_regex(r"[0-9]{1,3}|[a-c]{1,2}", fullmatch=True), min_siz
 def test_ids_are_distinct_and_stay(tmp_path_factory, before, later):
     folder = tmp_path_factory.mktemp("photos")
     first = ids(touch(folder, *(f"{name}.jpg" for name in before)))
-    second = ids(touch(folder, *(f"{name}.jpg" for name in later)), known=first)
+    second = ids(
+        touch(folder, *(f"{name}.jpg" for name in later)),
+        known={i: name for name, i in first.items()},
+    )
     assert len(set(second.values())) == len(second) == len(before | later)
     assert first.items() <= second.items()
 

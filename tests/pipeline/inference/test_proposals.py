@@ -53,7 +53,7 @@ def test_what_is_written_is_read(shards, seed):
             np.testing.assert_array_equal(getattr(proposals, name), value)
         assert proposals.scores.dtype == proposals.boxes.dtype == np.float32
     assert covered == {  # also those without a proposal
-        name: {"id": p.image_id, "file_name": name, "height": p.height, "width": p.width}
+        p.image_id: {"id": p.image_id, "file_name": name, "height": p.height, "width": p.width}
         for name, p in written.items()
     }
     assert listed == sorted(covered.values(), key=lambda image: image["id"])

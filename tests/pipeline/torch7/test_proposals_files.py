@@ -61,7 +61,8 @@ def test_boxes_scores_ids_and_masks(write):
     store = ProposalStore(output)
     assert store.settings()["masks"] == "filled boxes"
     found = {proposals.file_name: proposals for proposals in store}
-    assert store.images().keys() == set(BOXES) and found.keys() == {"a.jpg", "b.jpg"}
+    assert {i["file_name"] for i in store.images().values()} == set(BOXES)
+    assert found.keys() == {"a.jpg", "b.jpg"}
     b = found["b.jpg"]
     assert (b.image_id, b.height, b.width) == (8, HEIGHT, WIDTH)
     assert b.scores.tolist() == [0.75, 0.5, 0.25]
