@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError
+from datasets.image_survey import survey_images
+from datasets.images import ImageError, ImageFolder
 from datasets.loading import batch_loader
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.roi_sampler import RoiSampler
 from datasets.rois import RoiDataset
+from datasets.segmentations import Reason
 from datasets.shapes import write_shapes
 from models.boxes import encode_boxes
 from pipeline import distributed
 from pipeline.config import (
     ROOT,
     Config,
+    DataConfig,
     DeepMaskStageConfig,
     MultiPathNetStageConfig,
     ShapesConfig,
@@ -68,18 +71,45 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
     return annotations, images
 
 
-def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
+def load_split(config: Config, split: str) -> tuple[CocoInstances, ImageFolder]:
     """Annotations and image folder of "train" or "val"; says what they hold."""
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
-    return coco, images
+    return coco, survey_split(coco, images, config.data, split)
+
+
+def survey_split(
+    coco: CocoInstances, images: str | Path, data: DataConfig, split: str
+) -> ImageFolder:
+    """The images as they are to be read, see `survey_images`; says what was found."""
+
+    def overfull() -> set[int]:
+        height, width = coco.image_sizes[coco.image_index].T
+        is_beyond = (coco.boxes[:, 2] > width + 1) | (coco.boxes[:, 3] > height + 1)
+        found = set(coco.image_index[is_beyond].tolist())
+        if Reason.OUTSIDE in coco.left_out:
+            found |= set(np.flatnonzero(coco.has_left_out).tolist())
+        return found
+
+    exif, lines = data.exif, []
+    if distributed.is_main():
+        exif, lines = survey_images(
+            [Path(images, coco.file_name(i)) for i in range(len(coco))],
+            exif=data.exif,
+            key="data.exif",
+            annotated_sizes=lambda: [(h, w) for h, w in coco.image_sizes.tolist()],
+            overfull=overfull,
+        )
+    for line in lines:
+        distributed.say(f"{split}: {line}")
+    return ImageFolder(Path(images), distributed.gather(exif)[0], data.max_pixels)
 
 
 def patch_dataset(
     c: DeepMaskStageConfig,
     coco: CocoInstances,
-    images: str | Path,
+    images: str | Path | ImageFolder,
     *,
     sampling: PatchSamplingConfig,
     target_size: int,
@@ -100,7 +130,7 @@ def patch_dataset(
 def roi_dataset(
     c: MultiPathNetStageConfig,
     coco: CocoInstances,
-    images: str | Path,
+    images: str | Path | ImageFolder,
     proposals: ProposalBoxes,
     *,
     seed: int,

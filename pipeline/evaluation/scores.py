@@ -11,7 +11,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
-from pipeline.data import patch_dataset
+from pipeline.data import patch_dataset, survey_split
 from pipeline.evaluation.ground_truth import IOU_THRESHOLDS, IOU_TYPES, load_ground_truth
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
 from pipeline.evaluation.precision import METRICS, RECALL_POINTS, evaluate_detections
@@ -152,8 +152,9 @@ def score_patches(
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations)
+    folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(
-        c, coco, images, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
+        c, coco, folder, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
     )
     metrics = evaluate_patches(
         model.to(device).to(memory_format=torch.channels_last),
