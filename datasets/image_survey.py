@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.coco import CocoInstances
 from datasets.image_headers import Header, read_header
 from datasets.images import APPLY, IGNORE, sample_bits
+from datasets.segmentations import Reason
 
 AUTO = "auto"
 EXIF_CHOICES = (AUTO, APPLY, IGNORE)
@@ -25,7 +27,6 @@ def survey_images(
     paths: Sequence[Path],
     *,
     exif: str,
-    key: str,
     annotated_sizes: Callable[[], Sequence[Size | None]] | None = None,
     overfull: Callable[[], Collection[int]] = tuple,
 ) -> tuple[str, list[str]]:
@@ -34,7 +35,6 @@ def survey_images(
     Args:
         exif: "auto" chooses "ignore" where the annotated sizes are those of the stored pixels, for
             every image that its EXIF turns by 90 degrees and that is not square; else "apply".
-        key: the name of this setting.
         annotated_sizes: gives the sizes that the annotations have for the paths; called only when
             EXIF turns an image.
         overfull: gives indices of paths whose annotations reach beyond the annotated size, so that
@@ -61,11 +61,21 @@ def survey_images(
             frame = shown
         lines.append(
             f"{len(turned):,} of {looked_at} are turned by their EXIF orientation; "
-            + _describe_frame(frame, shown, exif, key, contradicted, annotated_sizes is not None)
+            + _describe_frame(frame, shown, contradicted, annotated_sizes is not None)
         )
     if deep:
         lines.append(_describe_samples(deep, looked_at))
     return frame, lines
+
+
+def overfull_images(coco: CocoInstances) -> set[int]:
+    """Indices of the images whose annotations reach beyond them."""
+    height, width = coco.image_sizes[coco.image_index].T
+    is_beyond = (coco.boxes[:, 2] > width + 1) | (coco.boxes[:, 3] > height + 1)
+    found = set(coco.image_index[is_beyond].tolist())
+    if Reason.OUTSIDE in coco.left_out:
+        found |= set(np.flatnonzero(coco.has_left_out).tolist())
+    return found
 
 
 def _header(path: Path) -> Header | None:
@@ -90,11 +100,9 @@ def _frame_of_sizes(turned: dict[int, Header], sizes: Sequence[Size | None] | No
     return None
 
 
-def _describe_frame(
-    frame: str, shown: str | None, exif: str, key: str, contradicted: bool, annotated: bool
-) -> str:
+def _describe_frame(frame: str, shown: str | None, contradicted: bool, annotated: bool) -> str:
     reading = {APPLY: "read as turned", IGNORE: "read as stored"}
-    text = f"they are {reading[frame]} ({key} {frame})"
+    text = f"they are {reading[frame]} (exif: {frame})"
     other = IGNORE if frame == APPLY else APPLY
     if contradicted:
         return (
@@ -107,7 +115,7 @@ def _describe_frame(
         return f"{text}, but the annotated sizes say {shown}"
     if not annotated:
         return text
-    return f"{text}; if annotations lie beside their objects, set {key} to {other}"
+    return f"{text}; if annotations lie beside their objects, set data.exif or --exif to {other}"
 
 
 def _describe_samples(deep: list[Path], looked_at: str) -> str:

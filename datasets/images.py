@@ -44,8 +44,8 @@ class ImageFolder:
         """The folder, given as such or by its path."""
         return images if isinstance(images, ImageFolder) else cls(Path(images))
 
-    def read(self, name: str | Path) -> np.ndarray:
-        """`read_image` of a file in the folder, or of a path."""
+    def read(self, name: str) -> np.ndarray:
+        """`read_image` of a file in the folder."""
         return read_image(self.path / name, exif=self.exif, max_pixels=self.max_pixels)
 
 
@@ -92,8 +92,8 @@ def orientation_hint(path: str | Path, exif: str) -> str:
     stored = f"its EXIF orientation {header.orientation}"
     size = f"{header.width}x{header.height}"
     if exif == APPLY:
-        return f" ({stored} turns it, it is stored as {size}; --exif or data.exif: ignore)"
-    return f" ({stored} is ignored, as --exif or data.exif says)"
+        return f" ({stored} turns it, stored it is {size}; see data.exif and --exif)"
+    return f" ({stored} is ignored; see data.exif and --exif)"
 
 
 def _read_file(path: str | Path, max_pixels: int) -> tuple[bytes, Header]:

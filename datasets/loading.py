@@ -75,10 +75,11 @@ class TrainingDataset(Dataset):
         broken: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             drawn = draw(attempt)
-            path = self.images.path / self.coco.file_name(row_of(drawn))
+            name = self.coco.file_name(row_of(drawn))
+            path = self.images.path / name
             height, width = self.coco.image_sizes[row_of(drawn)]
             try:
-                image = self.images.read(path)
+                image = self.images.read(name)
                 if image.shape[:2] == (height, width):
                     return drawn, image, broken
                 found = f"{image.shape[1]}x{image.shape[0]}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasets.coco import CocoInstances
-from datasets.image_survey import survey_images
+from datasets.image_survey import overfull_images, survey_images
 from datasets.images import ImageError, ImageFolder
 from datasets.loading import batch_loader
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
@@ -17,7 +17,6 @@ from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from datasets.roi_sampler import RoiSampler
 from datasets.rois import RoiDataset
-from datasets.segmentations import Reason
 from datasets.shapes import write_shapes
 from models.boxes import encode_boxes
 from pipeline import distributed
@@ -83,23 +82,13 @@ def survey_split(
     coco: CocoInstances, images: str | Path, data: DataConfig, split: str
 ) -> ImageFolder:
     """The images as they are to be read, see `survey_images`; says what was found."""
-
-    def overfull() -> set[int]:
-        height, width = coco.image_sizes[coco.image_index].T
-        is_beyond = (coco.boxes[:, 2] > width + 1) | (coco.boxes[:, 3] > height + 1)
-        found = set(coco.image_index[is_beyond].tolist())
-        if Reason.OUTSIDE in coco.left_out:
-            found |= set(np.flatnonzero(coco.has_left_out).tolist())
-        return found
-
     exif, lines = data.exif, []
     if distributed.is_main():
         exif, lines = survey_images(
             [Path(images, coco.file_name(i)) for i in range(len(coco))],
             exif=data.exif,
-            key="data.exif",
             annotated_sizes=lambda: [(h, w) for h, w in coco.image_sizes.tolist()],
-            overfull=overfull,
+            overfull=lambda: overfull_images(coco),
         )
     for line in lines:
         distributed.say(f"{split}: {line}")

@@ -18,9 +18,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.coco import read_image_list
+from datasets.coco import CocoInstances, read_image_list
 from datasets.files import write_atomically, write_json
-from datasets.image_survey import AUTO, Size, survey_images
+from datasets.image_survey import AUTO, Size, overfull_images, survey_images
 from datasets.images import APPLY, MAX_PIXELS, ImageError, Sources, orientation_hint, read_image
 from pipeline import distributed
 from pipeline.inference.detect import Detector
@@ -158,13 +158,21 @@ def _choose_frame(
         sizes = {i.id: (i.height, i.width) for i in images if i.height and i.width}
         return [sizes.get(file.image_id) for file in files]
 
+    def overfull() -> list[int]:
+        try:
+            coco = CocoInstances.load(str(annotations))
+        except ValueError:  # it lists images only
+            return []
+        ids = set(coco.image_ids[list(overfull_images(coco))].tolist())
+        return [i for i, file in enumerate(files) if file.image_id in ids]
+
     lines: list[str] = []
     if distributed.is_main():
         exif, lines = survey_images(
             [file.path for file in files],
             exif=exif,
-            key="exif",
             annotated_sizes=annotated_sizes if annotations else None,
+            overfull=overfull,
         )
     for line in lines:
         distributed.say(line)
