@@ -24,13 +24,14 @@ READERS: tuple[type[ImageFile], ...] = (
 )  # fmt: skip
 ORIENTATION = 274  # of EXIF and of TIFF
 MAX_BANDS = 4
+HEIC_STARTS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx")
 J2K_SIZES = b"\xff\x4f\xff\x51"  # start of a JPEG 2000 code stream
 # Tags of a TIFF, and the formats of their integers.
 WIDTH, HEIGHT, BITS, PHOTOMETRIC, BANDS = 256, 257, 258, 262, 277
-TILE_WIDTH, TILE_HEIGHT, EXTRA_SAMPLES, SAMPLE_FORMAT = 322, 323, 338, 339
+PLANAR, TILE_WIDTH, TILE_HEIGHT, EXTRA_SAMPLES, SAMPLE_FORMAT = 284, 322, 323, 338, 339
 TIFF_TAGS = {
     WIDTH, HEIGHT, BITS, PHOTOMETRIC, BANDS, ORIENTATION,
-    TILE_WIDTH, TILE_HEIGHT, EXTRA_SAMPLES, SAMPLE_FORMAT,
+    PLANAR, TILE_WIDTH, TILE_HEIGHT, EXTRA_SAMPLES, SAMPLE_FORMAT,
 }  # fmt: skip
 TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 TARGET_PRINTER = 337  # a tag that nobody reads
@@ -81,6 +82,8 @@ def read_header(file: BinaryIO) -> Header:
     """
     start = file.read(16)
     file.seek(0)
+    if start[4:12] in HEIC_STARTS:
+        raise ImageError("HEIC images cannot be read; convert it to JPEG")
     try:
         if start.startswith(b"\x89PNG"):
             return _read_png(file)
@@ -92,8 +95,6 @@ def read_header(file: BinaryIO) -> Header:
     except (OSError, MemoryError):
         raise
     except Exception:  # whatever parsers raise on bytes of any kind
-        if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-            raise ImageError("HEIC images cannot be read; convert it to JPEG") from None
         raise ImageError("not an image, or a broken one") from None
 
 
@@ -179,6 +180,8 @@ def _read_tiff(file: BinaryIO) -> Header:
         raise ImageError(f"has signed samples of {bits} bits; convert it to unsigned ones")
     if bands == 2 and bits > 8:
         raise ImageError(f"has two bands of {bits} bits; save the first one alone")
+    if bands > 1 and bits > 8 and tags.get(PLANAR, (1,))[0] == 2:  # OpenCV mixes them up
+        raise ImageError(f"has bands of {bits} bits one after the other; save them interleaved")
     photometric = tags.get(PHOTOMETRIC, (GRAY,))[0]
     changed = {}
     if ORIENTATION in tags:  # the caller turns the image, of whatever kind

@@ -82,7 +82,7 @@ def survey_split(
     coco: CocoInstances, images: str | Path, data: DataConfig, split: str
 ) -> ImageFolder:
     """The images as they are to be read, see `survey_images`; says what was found."""
-    exif, lines = data.exif, []
+    exif, lines = data.exif, list[str]()
     if distributed.is_main():
         exif, lines = survey_images(
             [Path(images, coco.file_name(i)) for i in range(len(coco))],
