@@ -95,7 +95,7 @@ def find_images(
     is_text = [_is_text(name) for name in names]
     if not all(is_text):
         lines = [
-            f"{path}: its name is not UTF-8; rename it"
+            str(ImageError(f"{path}: its name is not UTF-8; rename it"))
             for path, good in zip(paths, is_text, strict=True)
             if not good
         ]
