@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError, read_image
+from datasets.images import ImageError, ImageFolder, orientation_hint
 
 MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
 PREFETCH = 4  # minibatches that each worker holds ready
@@ -33,9 +33,9 @@ class TrainingDataset(Dataset):
     choose: Callable[[np.random.Generator], Any]  # what a minibatch trains
     group_size = 1
 
-    def __init__(self, coco: CocoInstances, images: str | Path, sampler: Any):
+    def __init__(self, coco: CocoInstances, images: str | Path | ImageFolder, sampler: Any):
         """Files are in the folder `images`."""
-        self.coco, self.images, self.sampler = coco, Path(images), sampler
+        self.coco, self.images, self.sampler = coco, ImageFolder.of(images), sampler
 
     def __getitem__(self, index: tuple[Any, int, int]) -> dict:
         return self.load(*index)[0]
@@ -75,14 +75,18 @@ class TrainingDataset(Dataset):
         broken: list[str] = []
         for attempt in range(MAX_ATTEMPTS):
             drawn = draw(attempt)
-            path = self.images / self.coco.file_name(row_of(drawn))
+            name = self.coco.file_name(row_of(drawn))
+            path = self.images.path / name
             height, width = self.coco.image_sizes[row_of(drawn)]
             try:
-                image = read_image(path)
+                image = self.images.read(name)
                 if image.shape[:2] == (height, width):
                     return drawn, image, broken
                 found = f"{image.shape[1]}x{image.shape[0]}"
-                broken.append(f"{path}: is {found} pixels, the annotations say {width}x{height}")
+                hint = orientation_hint(path, self.images.exif)
+                broken.append(
+                    f"{path}: is {found} pixels, the annotations say {width}x{height}{hint}"
+                )
             except ImageError as error:
                 broken.append(str(error))
         raise ImageError(

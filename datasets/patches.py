@@ -17,6 +17,7 @@ import pycocotools.mask as coco_mask
 import torch
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageFolder
 from datasets.loading import TrainingDataset
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
 from datasets.resize import GRAY, normalize
@@ -129,7 +130,7 @@ class PatchDataset(TrainingDataset):
     def __init__(
         self,
         coco: CocoInstances,
-        images: str | Path,
+        images: str | Path | ImageFolder,
         sampler: PatchSampler,
         *,
         patch_size: int = 160,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageFolder
 from datasets.loading import TrainingDataset
 from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides, resized_sides
 from datasets.roi_sampler import RoiSample, RoiSampler
@@ -32,7 +33,7 @@ class RoiDataset(TrainingDataset):
     def __init__(
         self,
         coco: CocoInstances,
-        images: str | Path,
+        images: str | Path | ImageFolder,
         sampler: RoiSampler,
         *,
         pixels: PixelConfig = IMAGENET,

@@ -1,12 +1,15 @@
 """What the command-line tools share: options, and errors in one line."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
 
 import torch
 
+from datasets.image_survey import AUTO, EXIF_CHOICES
+from datasets.images import MAX_PIXELS
 from pipeline.precision import PRECISIONS
 
 
@@ -17,6 +20,9 @@ def run_tool(main: Callable[[], int | None]) -> None:
     Functions below raise ValueError or OSError for bad input and FloatingPointError for a loss that
     is not finite; MASKPATH_TRACEBACK=1 shows where from.
     """
+    for stream in (sys.stdout, sys.stderr):  # file names may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -72,6 +78,27 @@ def add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
         default=default,
         help="of the network; auto is bf16 on CUDA, and on a CPU with units for it if that is "
         f"faster, measured for a second (default: {words})",
+    )
+
+
+def add_images(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
+    """Adds --images, --exif and --max-pixels, see `pipeline.inference.folders.propose_images`."""
+    parser.add_argument(
+        "--images", required=required, nargs="+", metavar="DIR_OR_FILE_OR_GLOB", help=help
+    )
+    parser.add_argument(
+        "--exif",
+        choices=EXIF_CHOICES,
+        default=AUTO,
+        help="whether images are turned as their EXIF orientation says; auto: as the annotated "
+        "sizes show, else apply (default: auto)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"images that have more are not decoded (default: {MAX_PIXELS:,})",
     )
 
 

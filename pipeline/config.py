@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets.image_survey import EXIF_CHOICES
+from datasets.images import MAX_PIXELS, MAX_READABLE_PIXELS
 from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
@@ -57,10 +59,16 @@ class DataConfig:
     # Data-loading processes for each training process; 0 loads in the training process itself.
     workers: int = 4
     max_broken_fraction: float = 0.01  # of the training images; more unreadable ones stop the run
+    # apply: annotations are of images as their EXIF orientation turns them; ignore: of the stored
+    # pixels; auto: as the annotated sizes show, else apply.
+    exif: str = "auto"
+    max_pixels: int = MAX_PIXELS  # an image that has more is not decoded
 
     def __post_init__(self) -> None:
         require(self, "at least 0", lambda v: v >= 0, "workers")
         require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "max_broken_fraction")
+        require_one_of(self, "exif", EXIF_CHOICES)
+        require(self, "from 1 to 2^30", lambda v: 0 < v <= MAX_READABLE_PIXELS, "max_pixels")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError
+from datasets.image_survey import overfull_images, survey_images
+from datasets.images import ImageError, ImageFolder
 from datasets.loading import batch_loader
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
 from datasets.patches import PatchDataset
@@ -22,6 +23,7 @@ from pipeline import distributed
 from pipeline.config import (
     ROOT,
     Config,
+    DataConfig,
     DeepMaskStageConfig,
     MultiPathNetStageConfig,
     ShapesConfig,
@@ -68,13 +70,30 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
     return annotations, images
 
 
-def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
+def load_split(config: Config, split: str) -> tuple[CocoInstances, ImageFolder]:
     """Annotations and image folder of "train" or "val"; says what they hold."""
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
     find_files(coco, images)
-    return coco, images
+    return coco, survey_split(coco, images, config.data, split)
+
+
+def survey_split(
+    coco: CocoInstances, images: str | Path, data: DataConfig, split: str
+) -> ImageFolder:
+    """The images as they are to be read, see `survey_images`; says what was found."""
+    exif, lines = data.exif, list[str]()
+    if distributed.is_main():
+        exif, lines = survey_images(
+            [Path(images, coco.file_name(i)) for i in range(len(coco))],
+            exif=data.exif,
+            annotated_sizes=lambda: [(h, w) for h, w in coco.image_sizes.tolist()],
+            overfull=lambda: overfull_images(coco),
+        )
+    for line in lines:
+        distributed.say(f"{split}: {line}")
+    return ImageFolder(Path(images), distributed.gather(exif)[0], data.max_pixels)
 
 
 def find_files(coco: CocoInstances, images: str | Path) -> None:
@@ -86,7 +105,7 @@ def find_files(coco: CocoInstances, images: str | Path) -> None:
 def patch_dataset(
     c: DeepMaskStageConfig,
     coco: CocoInstances,
-    images: str | Path,
+    images: str | Path | ImageFolder,
     *,
     sampling: PatchSamplingConfig,
     target_size: int,
@@ -107,7 +126,7 @@ def patch_dataset(
 def roi_dataset(
     c: MultiPathNetStageConfig,
     coco: CocoInstances,
-    images: str | Path,
+    images: str | Path | ImageFolder,
     proposals: ProposalBoxes,
     *,
     seed: int,

@@ -111,7 +111,14 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         shutil.rmtree(stale)
     distributed.barrier()
     propose_images(
-        proposer, images, store, settings=settings, annotations=annotations, write_json=False
+        proposer,
+        images,
+        store,
+        settings=settings,
+        annotations=annotations,
+        exif=config.data.exif,
+        max_pixels=config.data.max_pixels,
+        write_json=False,
     )
     scores = {}
     if distributed.is_main():

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, add_precision, make_parser, run_tool
+from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.folders import detect_images, image_folder, propose_images
 from pipeline.inference.image_files import keep_freed_blocks
@@ -37,7 +37,11 @@ def main() -> None:
         metavar="K",
         help="only write a checkpoint whose fc6 and fc7 have rank K into --output",
     )
-    parser.add_argument("--images", type=Path, help="folder (default: that of the proposals)")
+    add_images(
+        parser,
+        required=False,
+        help="with --proposals, the folder of their images (default: as they were made)",
+    )
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
     parser.add_argument(
         "--output", required=True, type=Path, help="folder; a file with --compress-fc"
@@ -98,8 +102,14 @@ def main() -> None:
                 store.directory,
                 settings=proposer_settings,
                 annotations=args.annotations,
+                exif=args.exif,
+                max_pixels=args.max_pixels,
+                above_output=args.output,
             )
-        folder = image_folder(store, args.images if args.proposals else None)
+        given = args.images if args.proposals else None
+        if given and len(given) > 1:
+            raise ValueError("--images: with --proposals, give the one folder of their images")
+        folder = image_folder(store, Path(given[0]) if given else None)
         detect_images(detector, store, folder, args.output, settings=settings, draw=args.draw)
 
 

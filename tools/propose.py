@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Proposes object masks for images: a folder, one file or a glob.
+r"""Proposes object masks for images: folders, files or globs.
 
     python tools/propose.py --checkpoint runs/coco/deepmask/checkpoints/best.pt \
         --images photos --output runs/photos --draw 10
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, add_precision, make_parser, run_tool
+from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
 from pipeline.inference.folders import propose_images
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
@@ -25,7 +25,7 @@ def main() -> int:
     """Proposes masks; the exit status is 2 if no image could be read."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a trained DeepMask or SharpMask")
-    parser.add_argument("--images", required=True, metavar="DIR_OR_FILE_OR_GLOB")
+    add_images(parser, required=True, help="one or several")
     parser.add_argument("--output", required=True, type=Path, help="folder of the proposal store")
     parser.add_argument(
         "--annotations", metavar="COCO.json", help="gives image ids and which images to take"
@@ -77,6 +77,8 @@ def main() -> int:
             args.output,
             settings=settings,
             annotations=args.annotations,
+            exif=args.exif,
+            max_pixels=args.max_pixels,
             draw=args.draw,
             backend=args.backend,
         )

@@ -11,7 +11,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
-from pipeline.data import find_files, patch_dataset
+from pipeline.data import find_files, patch_dataset, survey_split
 from pipeline.evaluation.ground_truth import (
     IOU_THRESHOLDS,
     IOU_TYPES,
@@ -160,8 +160,9 @@ def score_patches(
     model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations)
     find_files(coco, images)
+    folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(
-        c, coco, images, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
+        c, coco, folder, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
     )
     metrics = evaluate_patches(
         model.to(device).to(memory_format=torch.channels_last),

@@ -7,17 +7,22 @@ interrupted run, started again, does what is left. Processes share the images.
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from datasets.coco import CocoInstances
+from datasets.coco_file import read_image_list
 from datasets.files import write_atomically, write_json
-from datasets.images import ImageError, read_image
+from datasets.image_survey import AUTO, Size, overfull_images, survey_images
+from datasets.images import APPLY, MAX_PIXELS, ImageError, Sources, orientation_hint, read_image
 from pipeline import distributed
 from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
@@ -34,7 +39,7 @@ from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import draw_detections, draw_proposals, save_in_folder
 
 MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
-DETECTIONS = "detections.json"
+PROPOSALS, DETECTIONS = "proposals.json", "detections.json"
 T = TypeVar("T")
 
 
@@ -46,12 +51,14 @@ class Summary:
         done: images of this run. done_before: of earlier runs.
         found: proposals or detections in all of them.
         broken: messages on images left out: unreadable, or the network failed on them.
+        passed_over: number of other files in the folders, by what they are.
     """
 
     done: int
     done_before: int
     broken: list[str]
     found: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     @property
     def none_readable(self) -> bool:
@@ -61,22 +68,28 @@ class Summary:
 
 def propose_images(
     proposer: Proposer,
-    source: str | Path,
+    source: Sources,
     output: str | Path,
     *,
     settings: dict,
     annotations: str | Path | None = None,
+    exif: str = AUTO,
+    max_pixels: int = MAX_PIXELS,
     draw: int = 0,
+    above_output: Path | None = None,
     max_images: int | None = None,
     backend: str = "torch",
     write_json: bool = True,
 ) -> Summary:
-    """Fills the proposal store `output` for a folder, file or glob.
+    """Fills the proposal store `output` for a folder, file or glob, or several of these.
 
     Args:
         settings: what the proposals depend on.
         annotations: COCO json that gives the images' ids and which images to take.
+        exif: see `survey_images`; what a store was begun with stays.
+        max_pixels: see `read_image`.
         draw: number of proposals to draw for each image, into `output/drawn`.
+        above_output: the folder of all results, if it is another one: what lies below is no input.
         backend: one of `BACKENDS`.
         write_json: write proposals.json (COCO results) as well, which is larger than the store.
 
@@ -90,26 +103,88 @@ def propose_images(
     store = ProposalStore(output)
     done = store.images()
     known = {image_id: image["file_name"] for image_id, image in done.items()}
-    files = find_images(source, annotations, known)[:max_images]
+    passed_over: Counter[str] = Counter()
+    unnamable: list[str] = []
+    # A detector's proposals lie below its output, which is then no input either.
+    files = find_images(
+        source,
+        annotations,
+        known,
+        output=above_output or store.directory,
+        passed_over=passed_over,
+        unnamable=unnamable,
+    )[:max_images]
     todo = [file for file in files if file.image_id not in done]
+    frame = _choose_frame(store, files, annotations, exif)
+    read = partial(read_image, exif=frame, max_pixels=max_pixels)
     if distributed.is_main():
-        store.open_for(settings | {"backend": backend, "image_folder": str(common_folder(files))})
+        # Stores that are older than the setting have none.
+        inputs = {
+            "image_folder": str(common_folder(files)),
+            "exif": None if frame == APPLY else frame,
+        }
+        store.open_for(settings | {"backend": backend} | inputs)
     distributed.barrier()  # every process has seen the same store before one adds to it
     if todo and backend == "openvino-int8":
         network = store.directory / "quantized" / "dense.xml"
-        run_in_8_bits(proposer, [file.path for file in files], network)
+        run_in_8_bits(proposer, [file.path for file in files], network, read)
     # Propose, each process for its part of the images.
     part = todo[distributed.rank() :: distributed.world_size()]
-    broken = list(itertools.chain(*distributed.gather(_propose(proposer, part, store))))
-    summary = Summary(len(todo) - len(broken), len(files) - len(todo), broken)
+    broken = list(itertools.chain(*distributed.gather(_propose(proposer, part, store, read))))
+    summary = Summary(len(todo) - len(broken), len(files) - len(todo), broken + unnamable)
+    summary.passed_over = passed_over
     if distributed.is_main():
         summary.found = store.count()
-        path = store.write_json() if write_json else store.directory
+        path = store.directory
+        if write_json:
+            path /= PROPOSALS
+            if summary.done or not _is_newer(path, store.shards()):
+                store.write_json()
         _report(summary, "proposals", path, store.directory)
     if draw:
-        _draw(store, files, draw)
+        _draw(store, files, draw, read)
     distributed.barrier()
     return summary
+
+
+def _choose_frame(
+    store: ProposalStore, files: list[ImageFile], annotations: str | Path | None, exif: str
+) -> str:
+    """The frame that images are read in, the same in all processes; says why."""
+    if exif == AUTO and store.path.exists():
+        exif = store.exif()
+
+    def annotated_sizes() -> list[Size | None]:
+        images = read_image_list(annotations) if annotations else []
+        sizes = {i.id: (i.height, i.width) for i in images if i.height and i.width}
+        return [sizes.get(file.image_id) for file in files]
+
+    def overfull() -> list[int]:
+        try:
+            coco = CocoInstances.load(str(annotations))
+        except ValueError:  # it lists images only
+            return []
+        ids = set(coco.image_ids[list(overfull_images(coco))].tolist())
+        return [i for i, file in enumerate(files) if file.image_id in ids]
+
+    lines: list[str] = []
+    if distributed.is_main():
+        exif, lines = survey_images(
+            [file.path for file in files],
+            exif=exif,
+            annotated_sizes=annotated_sizes if annotations else None,
+            overfull=overfull,
+        )
+    for line in lines:
+        distributed.say(line)
+    return distributed.gather(exif)[0]
+
+
+def _is_newer(path: Path, others: Iterable[Path]) -> bool:
+    if not path.exists():
+        return False
+    written = path.stat().st_mtime_ns
+    return all(other.stat().st_mtime_ns <= written for other in others)
 
 
 def _check_draw(draw: int) -> None:
@@ -117,7 +192,12 @@ def _check_draw(draw: int) -> None:
         raise ValueError(f"--draw must be at least 0, got {draw}")
 
 
-def _propose(proposer: Proposer, files: list[ImageFile], store: ProposalStore) -> list[str]:
+def _propose(
+    proposer: Proposer,
+    files: list[ImageFile],
+    store: ProposalStore,
+    read: Callable[[Path], np.ndarray],
+) -> list[str]:
     """Adds shards to the store; returns messages on the images that were left out."""
     broken: list[str] = []
     images = process_images(
@@ -125,6 +205,7 @@ def _propose(proposer: Proposer, files: list[ImageFile], store: ProposalStore) -
         lambda file, image: proposer(image, image_id=file.image_id, file_name=file.file_name),
         broken=broken,
         advice="make the image smaller or lower the largest of --scales",
+        read=read,
     )
     progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
     pending: list[Proposals] = []
@@ -144,23 +225,30 @@ def _report(summary: Summary, found: str, results: Path, output: Path) -> None:
     """Writes broken.json and metrics.json, and prints the same; `found` is their name."""
     write_json(output / "broken.json", summary.broken)
     counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
+    if passed_over := summary.passed_over.total():
+        counts["passed_over"] = passed_over
     write_json(output / "metrics.json", counts | {found: summary.found})
     before = f" ({summary.done_before} were there already)" if summary.done_before else ""
     print(
         f"{counts['images']} images{before}, {summary.found:,} {found}, "
         f"{counts['broken']} files could not be used; results in {results}"
     )
+    if passed_over:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.passed_over.most_common())
+        print(f"  passed over {passed_over:,} other files: {kinds}")
     for message in summary.broken:
         print(f"  left out: {message}")
 
 
-def _draw(store: ProposalStore, files: list[ImageFile], count: int) -> None:
+def _draw(
+    store: ProposalStore, files: list[ImageFile], count: int, read: Callable[[Path], np.ndarray]
+) -> None:
     """Pictures of this process's part of the store's images, also of those of earlier runs."""
     paths = {file.file_name: file.path for file in files}
     for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
         if proposals.file_name in paths:
             with suppress(ImageError):  # the file has gone since its proposals were made
-                picture = draw_proposals(read_image(paths[proposals.file_name]), proposals, count)
+                picture = draw_proposals(read(paths[proposals.file_name]), proposals, count)
                 save_in_folder(picture, store.directory / "drawn", proposals.file_name)
 
 
@@ -266,10 +354,13 @@ def detect_in_shard(
         if image.shape[:2] != (proposals.height, proposals.width):
             raise ImageError(
                 f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are of "
-                f"{proposals.width}x{proposals.height}"
+                f"{proposals.width}x{proposals.height}{orientation_hint(file.path, store.exif())}"
             )
         return detect(image, proposals)
 
     files = [ImageFile(i, p.file_name, images / p.file_name) for i, p in proposals_of.items()]
     advice = "make the image smaller or lower --short-sides"
-    yield from process_images(files, process, broken=broken, advice=advice)
+    # Images as large as their proposals' were allowed when these were made.
+    largest = max((p.height * p.width for p in proposals_of.values()), default=0)
+    read = partial(read_image, exif=store.exif(), max_pixels=max(largest, MAX_PIXELS))
+    yield from process_images(files, process, broken=broken, advice=advice, read=read)

@@ -9,11 +9,12 @@ import itertools
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from datasets.coco_file import read_image_list
 from datasets.file_names import find_named_files, match_paths
-from datasets.images import ImageError, list_images, read_image
+from datasets.images import ImageError, Sources, list_images, read_image
 from pipeline import distributed
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
@@ -49,9 +50,15 @@ class ImageFile:
 
 
 def find_images(
-    source: str | Path, annotations: str | Path | None, known: dict[int, str]
+    source: Sources,
+    annotations: str | Path | None,
+    known: dict[int, str],
+    *,
+    output: Path | None = None,
+    passed_over: Counter[str] | None = None,
+    unnamable: list[str] | None = None,
 ) -> list[ImageFile]:
-    """The images of a folder, file or glob, with ids.
+    """The images of a folder, file or glob, or of several of these, with ids.
 
     Ids come from the annotations, else from the file names if all of them are distinct numbers (as
     COCO's are), else they count from 1. Names are relative to the folder that was given.
@@ -60,11 +67,15 @@ def find_images(
     Args:
         known: file names by the ids that an earlier run has given; they stay, whatever has come
             since.
+        output, passed_over: see `list_images`.
+        unnamable: gets a line for each file whose name is not UTF-8, as results have to be.
 
     Raises:
         FileNotFoundError, ValueError: no images, annotations that are not COCO, or ids other than
             the known ones.
     """
+    if not isinstance(source, str | Path) and len(source) == 1:
+        [source] = source
     if annotations is not None:
         files = _annotated_images(source, Path(annotations))
         listed = {file.image_id: file.file_name for file in files}
@@ -76,9 +87,27 @@ def find_images(
                     f"proposals under {image_id}; choose another --output or delete it"
                 )
         return files
-    paths = list_images(source)
-    root = source if Path(source).is_dir() else os.path.commonpath([p.parent for p in paths])
+    paths = list_images(source, output=output, passed_over=passed_over)
+    if isinstance(source, str | Path):
+        tops = [Path(source)] if Path(source).is_dir() else [path.parent for path in paths]
+    else:
+        folders = [Path(one).absolute() for one in source if Path(one).is_dir()]
+        paths = [path.absolute() for path in paths]
+        tops = folders + [path.parent for path in paths]
+    root = os.path.commonpath(tops)
     names = [path.relative_to(root).as_posix() for path in paths]
+    is_text = [_is_text(name) for name in names]
+    if not all(is_text):
+        lines = [
+            str(ImageError(f"{path}: its name is not UTF-8; rename it"))
+            for path, good in zip(paths, is_text, strict=True)
+            if not good
+        ]
+        if not any(is_text):
+            raise ImageError(lines[0])
+        if unnamable is not None:
+            unnamable += lines
+        paths, names = list(compress(paths, is_text)), list(compress(names, is_text))
     numbers = list(range(1, len(paths) + 1))
     if all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
         stems = [int(path.stem) for path in paths]
@@ -92,10 +121,18 @@ def find_images(
     return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
 
 
-def _annotated_images(source: str | Path, annotations: Path) -> list[ImageFile]:
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _annotated_images(source: Sources, annotations: Path) -> list[ImageFile]:
     """Of a folder, all images that the annotations list; else those that match file or glob."""
     images = read_image_list(annotations)
-    if Path(source).is_dir():
+    if isinstance(source, str | Path) and Path(source).is_dir():
         found = find_named_files([image.file_name for image in images], source, annotations)
         if found.message:
             distributed.say(found.message)
@@ -134,6 +171,7 @@ def process_images(
     *,
     broken: list[str],
     advice: str,
+    read: Callable[[Path], np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, T]]:
     """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
 
@@ -145,9 +183,10 @@ def process_images(
     Args:
         broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
         advice: for when memory runs out.
+        read: `read_image` with other options.
     """
     size, kept = None, 0
-    for file, reading in _read_ahead(files):
+    for file, reading in _read_ahead(files, read or read_image):
         image = None
         try:
             image = reading.result()
@@ -167,13 +206,15 @@ def process_images(
         tqdm.write(f"skipped: {problem}")
 
 
-def _read_ahead(files: list[ImageFile]) -> Iterator[tuple[ImageFile, Future[np.ndarray]]]:
+def _read_ahead(
+    files: list[ImageFile], read: Callable[[Path], np.ndarray]
+) -> Iterator[tuple[ImageFile, Future[np.ndarray]]]:
     """Images in order; the next is read while the present is worked on."""
     reader, upcoming = ThreadPoolExecutor(1), None
     try:
         for file, following in itertools.zip_longest(files, files[1:]):
-            reading = upcoming or reader.submit(read_image, file.path)
-            upcoming = reader.submit(read_image, following.path) if following else None
+            reading = upcoming or reader.submit(read, file.path)
+            upcoming = reader.submit(read, following.path) if following else None
             yield file, reading
     finally:
         # Without waiting: a generator that is given up is closed by whatever thread collects

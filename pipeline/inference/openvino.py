@@ -27,7 +27,12 @@ BACKENDS = ("torch", "openvino-int8")
 CALIBRATION_IMAGES, CALIBRATION_PIXELS = 64, 1 << 21
 
 
-def run_in_8_bits(proposer: Proposer, images: list[Path], path: Path) -> None:
+def run_in_8_bits(
+    proposer: Proposer,
+    images: list[Path],
+    path: Path,
+    read: Callable[[Path], np.ndarray] = read_image,
+) -> None:
     """Has a proposer run its network in 8 bits, kept in an .xml file for later runs.
 
     It is calibrated on some of the images, spread evenly, each at a random scale.
@@ -40,17 +45,19 @@ def run_in_8_bits(proposer: Proposer, images: list[Path], path: Path) -> None:
     if distributed.is_main() and not path.exists():
         count = min(CALIBRATION_IMAGES, len(images))
         print(f"calibrating the network in 8 bits on {count} images", flush=True)
-        quantize(proposer.dense, _calibration_samples(proposer, images), path)
+        quantize(proposer.dense, _calibration_samples(proposer, images, read), path)
     distributed.barrier()
     proposer.dense = QuantizedNetwork(path)
 
 
-def _calibration_samples(proposer: Proposer, images: list[Path]) -> Iterator[Tensor]:
+def _calibration_samples(
+    proposer: Proposer, images: list[Path], read: Callable[[Path], np.ndarray]
+) -> Iterator[Tensor]:
     rng = np.random.default_rng(0)
     for index in np.linspace(0, len(images) - 1, CALIBRATION_IMAGES).astype(int):
         log2_scale = float(rng.choice(proposer.log2_scales))
         with contextlib.suppress(ImageError):
-            image = read_image(images[index])
+            image = read(images[index])
             largest = math.log2(CALIBRATION_PIXELS / (image.shape[0] * image.shape[1])) / 2
             yield proposer.scale(image, min(log2_scale, largest))[0]
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path, write_json
+from datasets.images import APPLY
 from datasets.proposal_boxes import Rows
 
 SCHEMA = pa.schema(
@@ -176,6 +177,10 @@ class ProposalStore(ResumableDirectory):
     def shards(self) -> list[Path]:
         """The shards, by name."""
         return sorted(self.directory.glob("proposals-*.parquet"))
+
+    def exif(self) -> str:
+        """How the images were read, see `datasets.images.read_image`."""
+        return self.settings().get("exif") or APPLY
 
     def require_shards(self) -> list[Path]:
         """The shards; ValueError if there is none, as in a directory that is no store."""

@@ -6,12 +6,12 @@ Letters: D, D' proposals of the two stages and P pairs of them; G objects of an 
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageFolder
 from pipeline.inference.proposals import Proposals
 from pipeline.report.drawing import draw_tiles
 from pipeline.report.pictures import FOUND_IOU, Scene, box_ious, make_example, spread
@@ -24,7 +24,7 @@ def object_gallery(
     coarse: list[Scene[Proposals]],
     refined: list[Scene[Proposals]],
     coco: CocoInstances,
-    images: Path,
+    images: ImageFolder,
 ) -> dict[str, Any]:
     """Objects that both stages found with the same proposal, from the smallest gain on."""
     coarse_scenes = {scene.found.image_id: scene for scene in coarse}

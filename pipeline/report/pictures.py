@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError, read_image
+from datasets.images import ImageError, ImageFolder
 from pipeline.inference.proposals import Detections, Proposals, ProposalStore
 from pipeline.inference.visualize import color
 from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
@@ -62,7 +62,7 @@ def read_proposals(directory: Path) -> list[Proposals]:
 
 
 def proposal_gallery(
-    scenes: list[Scene[Proposals]], coco: CocoInstances, images: Path
+    scenes: list[Scene[Proposals]], coco: CocoInstances, images: ImageFolder
 ) -> dict[str, Any]:
     """The images that came out best and worst by the mean IoU of their objects."""
     best, worst = (
@@ -75,7 +75,9 @@ def proposal_gallery(
     return {"best": best, "worst": worst, "images": len(scenes)}
 
 
-def detection_gallery(found: list[Detections], coco: CocoInstances, images: Path) -> dict[str, Any]:
+def detection_gallery(
+    found: list[Detections], coco: CocoInstances, images: ImageFolder
+) -> dict[str, Any]:
     """Images that stand for all that have objects, from the best to the worst.
 
     Images are ordered by the mean over their objects of the IoU with the best detection of the
@@ -150,7 +152,7 @@ def spread(ranked: list, count: int) -> list:
 
 
 def make_example(
-    images: Path, name: str, ious: np.ndarray, draw: Callable[[np.ndarray], list[np.ndarray]]
+    images: ImageFolder, name: str, ious: np.ndarray, draw: Callable[[np.ndarray], list[np.ndarray]]
 ) -> dict[str, Any]:
     """What the page shows of an image: the pictures that `draw` makes of it, or why there are none.
 
@@ -159,7 +161,7 @@ def make_example(
     """
     shown: dict[str, Any] = {"file_name": name, "ious": ious, "pictures": [], "error": ""}
     try:
-        image = read_image(images / name)
+        image = images.read(name)
     except ImageError as error:
         return shown | {"error": str(error)}
     return shown | {"pictures": [jpeg_uri(picture) for picture in draw(image)]}

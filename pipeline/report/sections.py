@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco import CocoInstances
+from datasets.images import APPLY, IGNORE, ImageFolder
+from pipeline.config import STAGES
 from pipeline.inference.coco_json import read_detections
+from pipeline.inference.proposals import ProposalStore
 from pipeline.report import pictures
 from pipeline.report.plots import metric_values
 from pipeline.training.run_log import read_metrics
@@ -43,7 +46,9 @@ class Run:
     """
 
     def __init__(self, directory: Path, annotations: str | Path, images: Path):
-        self.directory, self.images = directory, images
+        self.directory = directory
+        frames = {ProposalStore(directory / name / "proposals").exif() for name in STAGES}
+        self.images = ImageFolder(images, exif=IGNORE if IGNORE in frames else APPLY)
         self.missing: list[tuple[str, str]] = []
         self.summary = self.read("summary.json", "patch metrics and seconds") or {}
         self.coco = CocoInstances.load(annotations)

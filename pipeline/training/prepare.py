@@ -203,6 +203,8 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         store,
         settings=settings,
         annotations=annotations,
+        exif=config.data.exif,
+        max_pixels=config.data.max_pixels,
         max_images=sampling.max_images if split == "train" else None,
         write_json=False,
     )

@@ -20,7 +20,6 @@ from torchvision.transforms.functional import normalize, resized_crop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from datasets.images import read_image
 from datasets.patch_sampler import MASK, Patch
 from datasets.patches import PatchDataset
 from datasets.resize import MEAN, STD
@@ -61,7 +60,7 @@ def load_straightforwardly(data: PatchDataset, count: int) -> None:
     """The same patches the obvious way: everything at full size, then crop, resize, normalize."""
     for group in range(count):
         (patch,) = data.sampler.draw(MASK, 0, group)
-        pixels = torch.from_numpy(read_image(data.images / data.coco.file_name(patch.image)))
+        pixels = torch.from_numpy(data.images.read(data.coco.file_name(patch.image)))
         mask = torch.from_numpy(coco_mask.decode(data.coco.rle(patch.annotation)))
         image = crop(pixels.permute(2, 0, 1).float() / 255, patch, data.input_size, data.input_size)
         target = crop(mask[None].float(), patch, data.patch_size, data.target_size)

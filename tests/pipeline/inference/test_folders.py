@@ -105,7 +105,7 @@ def test_broken_files_are_named_and_done_once_they_can_be_read(photos, tmp_path,
     for name, message in zip(BROKEN, sorted(summary.broken), strict=True):
         assert str(photos / name) in message and f"  left out: {message}" in printed
     assert json.loads((output / "broken.json").read_text()) == summary.broken
-    counts = {"images": 5, "broken": 4, "proposals": 15}
+    counts = {"images": 5, "broken": 4, "passed_over": 1, "proposals": 15}
     assert json.loads((output / "metrics.json").read_text()) == counts
 
     write_image(photos / "d_text.jpg", 9)

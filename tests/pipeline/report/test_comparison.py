@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageFolder
 from pipeline.report.comparison import object_gallery, refined_objects, same_proposals
 from pipeline.report.pictures import scenes_of
 from tests.pipeline.report.small_run import (
@@ -84,6 +85,6 @@ def test_images_of_two_stores_meet_in_any_order(tmp_path):
         scenes_of([proposals_of(i, f"{i}.png", [SQUARE]) for i in ids], coco)
         for ids in ((5, 3, 1, 6, 2, 4), (8, 4, 3, 7, 6, 5))
     )
-    gallery = object_gallery(*stores, coco, images)
+    gallery = object_gallery(*stores, coco, ImageFolder(images))
     assert {e["file_name"] for e in gallery.pop("examples")} == set(names[2:6])
     assert gallery == {"proposals": 4, "pairs": 4, "objects": 4, "better": 0}

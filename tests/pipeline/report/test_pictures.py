@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from datasets.coco import CocoInstances
+from datasets.images import ImageFolder
 from pipeline.report import pictures
 from pipeline.report.pictures import FAINT, FULL
 from tests.pipeline.report.small_run import (
@@ -38,12 +39,14 @@ def proposal_examples(folder, dataset, proposals):
     write_store(folder / "store", proposals)
     coco = CocoInstances.load(dataset[0])
     scenes = pictures.scenes_of(pictures.read_proposals(folder / "store"), coco)
-    gallery = pictures.proposal_gallery(scenes, coco, dataset[1])
+    gallery = pictures.proposal_gallery(scenes, coco, ImageFolder(dataset[1]))
     return gallery["best"], gallery["worst"], gallery["images"]
 
 
 def detection_examples(dataset, found):
-    return pictures.detection_gallery(found, CocoInstances.load(dataset[0]), dataset[1])["examples"]
+    return pictures.detection_gallery(
+        found, CocoInstances.load(dataset[0]), ImageFolder(dataset[1])
+    )["examples"]
 
 
 def ious_of(examples):
