@@ -258,6 +258,18 @@ def read_image_list(path: str | Path) -> list[ListedImage]:
     return _decode(path, "images", _read_arrays(path, "images")["images"], ListedImage)
 
 
+def read_categories(path: str | Path) -> dict[int, str]:
+    """The names of a COCO instances json's categories by id; the rest is not looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such list; one line with the file and the place.
+    """
+    elements = _read_arrays(path, "categories")["categories"]
+    categories = _decode(path, "categories", elements, Category)
+    return {category.id: category.name for category in categories}
+
+
 def _read_arrays(path: str | Path, *names: str) -> dict[str, list[msgspec.Raw]]:
     """Arrays of a JSON file's top-level object, their elements still to be decoded."""
     if Path(path).is_dir():

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.coco import CocoInstances
+from datasets.categories import use_categories
+from datasets.coco import CocoInstances, read_categories
 from datasets.images import ImageError
 from datasets.loading import batch_loader
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
@@ -68,12 +69,32 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
     return annotations, images
 
 
-def load_split(config: Config, split: str) -> tuple[CocoInstances, Path]:
-    """Annotations and image folder of "train" or "val"; says what they hold."""
+def load_split(
+    config: Config, split: str, *, like: CocoInstances | None = None
+) -> tuple[CocoInstances, Path]:
+    """Annotations and image folder of "train" or "val"; says what they hold.
+
+    With the categories of `like`, if given.
+
+    Raises:
+        ValueError: files that cannot be used, or annotations of other categories.
+    """
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
+    if like is not None:
+        categories = dict(zip(like.category_ids.tolist(), like.category_names, strict=True))
+        if line := use_categories(coco, categories, source=like.path):
+            distributed.say(line)
     return coco, images
+
+
+def check_categories(config: Config) -> None:
+    """Raises a ValueError if validation has objects of categories that training does not have."""
+    (train, _), (val, _) = (split_files(config, split) for split in ("train", "val"))
+    categories = read_categories(train)
+    if read_categories(val) != categories:
+        use_categories(CocoInstances.load(val), categories, source=str(train))
 
 
 def patch_dataset(

@@ -1,15 +1,19 @@
 """COCO ground truth for evaluation, and COCO's IoU thresholds and area ranges."""
 
 import contextlib
+import functools
 import io
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 
+from datasets.categories import use_categories
 from datasets.coco import CocoInstances
+from pipeline import distributed
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}  # our names -> COCOeval's
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,) .50, .55, ... .95
@@ -19,8 +23,15 @@ AREAS = tuple(Params(iouType="bbox").areaRngLbl)  # all, small, medium, large
 logger = logging.getLogger(__name__)
 
 
-def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None) -> COCO:
+def load_ground_truth(
+    annotations: str | Path,
+    image_ids: set[int] | None = None,
+    *,
+    categories: Mapping[int, str] | None = None,
+) -> COCO:
     """Read a COCO instances json for evaluation, or of it the images with these ids.
+
+    With a detector's categories (names by id), if given, so that its results fit.
 
     It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
     and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
@@ -28,14 +39,17 @@ def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None
     takes a match with id 0 for none.
 
     Raises:
-        ValueError: the file is missing or is not COCO instances json.
+        ValueError: the file is missing, is not COCO instances json, or has objects of categories
+            that are not among those given.
     """
     try:
         instances = CocoInstances.load(annotations)
     except OSError as error:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
     if instances.left_out:
-        logger.warning(instances.summary())
+        _warn_once(instances.summary())
+    if categories is not None:
+        _warn_once(use_categories(instances, categories, source="the detector"))
     heights, widths = instances.image_sizes.T
     objects = _rows(
         id=np.arange(1, len(instances.areas) + 1),
@@ -62,6 +76,13 @@ def load_ground_truth(annotations: str | Path, image_ids: set[int] | None = None
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco.createIndex()
     return coco
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Training comes here at each validation, in each of its processes."""
+    if line and distributed.is_main():
+        logger.warning(line)
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:

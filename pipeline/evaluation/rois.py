@@ -81,5 +81,6 @@ def sample_ap(
         for _, detections in detect_in_shard(detector, store, shard, images, broken=[]):
             found += results_of(detections)
     results = [result for part in distributed.gather(found) for result in part]
-    scores = evaluate_detections(load_ground_truth(annotations, ids), results)
+    ground_truth = load_ground_truth(annotations, ids, categories=detector.category_names)
+    scores = evaluate_detections(ground_truth, results)
     return scores.metrics().get("box", {}).get("AP")

@@ -21,7 +21,7 @@ from pipeline.evaluation.recall import (
     evaluate_proposals,
     rank_by_overlap,
 )
-from pipeline.inference.coco_json import load_results, read_results
+from pipeline.inference.coco_json import load_results, read_result_categories, read_results
 from pipeline.networks import load_network
 
 THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
@@ -89,7 +89,7 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
     detections = load_results(results)
-    ground_truth = load_ground_truth(annotations)
+    ground_truth = load_ground_truth(annotations, categories=read_result_categories(results))
     try:
         scores = evaluate_detections(ground_truth, detections)
     except ValueError as error:

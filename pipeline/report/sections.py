@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets.categories import use_categories
 from datasets.coco import CocoInstances
-from pipeline.inference.coco_json import read_detections
+from pipeline.inference.coco_json import read_detections, read_result_categories
 from pipeline.report import pictures
 from pipeline.report.plots import metric_values
 from pipeline.training.run_log import read_metrics
@@ -107,6 +108,9 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
 def read_detector(run: Run, name: str) -> dict[str, Any]:
     """The section of the detector."""
     section, coco = read_stage(run, name, MultiPathNetStage, PRECISION_FILES), run.coco
+    results = run.directory / name / "detections.json"
+    if categories := read_result_categories(results):
+        use_categories(coco, categories, source=str(results))
     columns = zip(coco.image_ids.tolist(), *coco.image_sizes.T.tolist(), strict=True)
     images = [
         {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}
