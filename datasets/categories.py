@@ -65,10 +65,10 @@ def use_categories(coco: CocoInstances, categories: Mapping[int, str], *, source
             f"{listed(unknown)}; missing here {listed(missing) or 'none'}; "
             "give both the same names and ids"
         )
-    # The rows of the new categories; that of an unknown one is never looked up.
+    # The rows of the new categories; that of an unmatched one is never looked up.
     ids = sorted(categories)
     row_of = {id_: row for row, id_ in enumerate(ids)}
-    rows = [row_of.get(matched.get(id_, id_), -1) for id_ in own]
+    rows = [row_of[matched[id_]] if id_ in matched else -1 for id_ in own]
     coco.category_index = np.array(rows, np.int32)[coco.category_index]
     coco.category_ids = np.array(ids, np.int64)
     coco.category_names = [categories[id_] for id_ in ids]
