@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             f"config {path} does not exist; recipes that come with the project are in configs/"
         )
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"config {path} is no recipe: it has more than {MAX_BYTES:,} bytes")
+        raise ValueError(f"config {path} is not YAML of a recipe: more than {MAX_BYTES:,} bytes")
     try:
         layer = OmegaConf.load(path)
     except NOT_YAML as error:
