@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint format bench clean
+OLDEST := .venv-oldest
+
+.PHONY: setup demo test test-slow test-oldest lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +23,16 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# With the lowest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --constraint $(OLDEST)/constraints.txt ".[dev]"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +46,4 @@ bench: setup
 	$(BIN)/python tools/benchmarks/run_all.py
 
 clean:
-	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info $(OLDEST)

@@ -162,3 +162,15 @@ def read_image_list(path: str | Path) -> list[ListedImage]:
     images = decode(path, "images", read_arrays(path, "images")["images"], ListedImage)
     refuse_duplicates(path, "images", images)
     return images
+
+
+def read_categories(path: str | Path) -> dict[int, str]:
+    """The names of a COCO instances json's categories by id; the rest is not looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such list; one line with the file and the place.
+    """
+    elements = read_arrays(path, "categories")["categories"]
+    categories = decode(path, "categories", elements, Category)
+    return {category.id: category.name for category in categories}

@@ -177,6 +177,8 @@ def _patch(data: bytes, header: Header) -> bytes:
 
 _silence = threading.Lock()
 _num_silent, _log_level = 0, 0
+# OpenCV 5 has it below `utils`, OpenCV 4 at the top.
+_set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
 
 
 @contextmanager
@@ -188,7 +190,7 @@ def _silent_opencv() -> Iterator[None]:
     global _num_silent, _log_level
     with _silence:
         if _num_silent == 0:
-            _log_level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+            _log_level = _set_log_level(0)  # silent
         _num_silent += 1
     try:
         yield
@@ -196,7 +198,7 @@ def _silent_opencv() -> Iterator[None]:
         with _silence:
             _num_silent -= 1
             if _num_silent == 0:
-                cv2.utils.logging.setLogLevel(_log_level)
+                _set_log_level(_log_level)
 
 
 # A marker, but not the bytes that entropy-coded data has: stuffed, restart or fill bytes.

@@ -1,7 +1,10 @@
 """The ImageNet networks that trunks are cut from, and files of their weights."""
 
+import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ CUT_AWAY = {
         "classifier.", "features.denseblock4.", "features.norm5.", "features.transition3.conv.",
     ),
 }  # fmt: skip
+MAX_UNPACKED = 2  # times its size that a file's content may take
 CLASSIFIERS = ("fc.", "classifier.6.")  # last layers: their classes may be another data set's
 
 
@@ -131,10 +135,44 @@ def load_file(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    _refuse_compressed(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no checkpoint: no PyTorch file, or one with other objects than tensors and "
+            "plain values, which could run code (UnpicklingError)"
+        ) from error
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
         raise ValueError(f"{path} is not a PyTorch file ({type(error).__name__})") from error
+    _refuse_claims(path, content)
+    return content
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """A few megabytes can unpack to more than there is memory; `torch.save` packs nothing."""
+    if zipfile.is_zipfile(path):
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+            unpacked = sum(entry.file_size for entry in file.infolist())
+            if unpacked > MAX_UNPACKED * Path(path).stat().st_size:
+                raise ValueError(f"{path} is compressed: {unpacked:,} bytes in memory")
+
+
+def _refuse_claims(path: str | Path, content: Any) -> None:
+    """PyTorch 2.6 believes a storage that claims to be larger than the file; 2.14 does not."""
+    pending, size = [content], Path(path).stat().st_size
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() > size:
+            raise ValueError(f"{path} is damaged: a tensor claims more bytes than the file has")
+        if isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -68,6 +68,24 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     model.load_state_dict(state)
 
 
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Raises a ValueError if a network without memory (on "meta") is larger than its file.
+
+    The settings in a checkpoint may ask for any size, and a tensor of any size may repeat one
+    stored number.
+    """
+    difference = describe_mismatch(model.state_dict(), state)
+    if difference:
+        raise ValueError(f"{source} does not fit the configured model: {difference}")
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in state.values()}
+    stored = sum(storage.nbytes() for storage in storages.values())
+    needed = sum(t.numel() * t.element_size() for t in state.values())
+    if needed > stored:
+        raise ValueError(
+            f"{source} holds {stored:,} bytes of weights for a network of {needed:,} bytes"
+        )
+
+
 def file_sha256(path: str | Path) -> str:
     """Hash of a file's content: tells checkpoints apart that have the same name."""
     with open(path, "rb") as file:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.categories import use_categories
 from datasets.coco import CocoInstances
+from datasets.coco_file import read_categories
 from datasets.image_survey import overfull_images, survey_images
 from datasets.images import ImageError, ImageFolder
 from datasets.loading import batch_loader
@@ -70,11 +72,23 @@ def split_files(config: Config, split: str) -> tuple[Path, Path]:
     return annotations, images
 
 
-def load_split(config: Config, split: str) -> tuple[CocoInstances, ImageFolder]:
-    """Annotations and image folder of "train" or "val"; says what they hold."""
+def load_split(
+    config: Config, split: str, *, like: CocoInstances | None = None
+) -> tuple[CocoInstances, ImageFolder]:
+    """Annotations and image folder of "train" or "val"; says what they hold.
+
+    With the categories of `like`, if given.
+
+    Raises:
+        ValueError: files that cannot be used, or annotations of other categories.
+    """
     annotations, images = split_files(config, split)
     coco = CocoInstances.load(annotations)
     distributed.say(f"{split}: {coco.summary()}")
+    if like is not None:
+        categories = dict(zip(like.category_ids.tolist(), like.category_names, strict=True))
+        if line := use_categories(coco, categories, source=like.path):
+            distributed.say(line)
     find_files(coco, images)
     return coco, survey_split(coco, images, config.data, split)
 
@@ -100,6 +114,14 @@ def find_files(coco: CocoInstances, images: str | Path) -> None:
     """Finds the files of annotated images; says what had to be resolved."""
     if message := coco.find_files(images):
         distributed.say(message)
+
+
+def check_categories(config: Config) -> None:
+    """Raises a ValueError if validation has objects of categories that training does not have."""
+    (train, _), (val, _) = (split_files(config, split) for split in ("train", "val"))
+    categories = read_categories(train)
+    if read_categories(val) != categories:
+        use_categories(CocoInstances.load(val), categories, source=str(train))
 
 
 def patch_dataset(

@@ -15,7 +15,7 @@ import torch
 from datasets.files import write_json
 from pipeline import distributed
 from pipeline.config import Config
-from pipeline.data import prepare_data, split_files
+from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
@@ -58,6 +58,8 @@ def run_pipeline(
     for name in config.stages:  # before hours of training
         check_batch(config, name)
     prepare_data(config)
+    if "multipathnet" in config.stages:
+        check_categories(config)
     path = output / SUMMARY
     summary = json.loads(path.read_text()) if path.exists() else {}
     seconds = summary.setdefault("seconds", {})
@@ -154,7 +156,7 @@ def score_by_proposals(
         for _, by_count in detect_in_shard(detect, store, shard, images, broken=[]):
             for found, detections in zip(results, by_count, strict=True):
                 found += results_of(detections)
-    ground_truth = load_ground_truth(annotations)
+    ground_truth = load_ground_truth(annotations, categories=detector.category_names)
     metrics = [evaluate_detections(ground_truth, found).metrics() for found in results]
     by_type = {t: [m.get(t, {}).get("AP") for m in metrics] for t in IOU_TYPES}
     return {"counts": list(PROPOSAL_COUNTS)} | by_type

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
@@ -11,7 +12,7 @@ from models.deepmask import DeepMask, DeepMaskConfig
 from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
 from models.sharpmask import SharpMask, SharpMaskConfig
 from models.trunk import TrunkConfig
-from pipeline.checkpoint import load_checkpoint, load_weights
+from pipeline.checkpoint import check_weights, load_checkpoint, load_weights
 from pipeline.config import Config, MaskNetworkConfig
 from pipeline.recipe import config_from_dict, find_path, settings_of
 
@@ -63,6 +64,9 @@ def load_network(
     """
     checkpoint = load_checkpoint(path, stage=stage)
     config = config_from_dict(checkpoint["config"], source=str(path), schema=schema)
+    with torch.device("meta"):
+        empty = make_network(checkpoint, config, source=str(path))
+    check_weights(empty, checkpoint["model"], source=str(path))
     model = make_network(checkpoint, config, source=str(path))
     load_weights(model, checkpoint.pop("model"), source=str(path))
     return model.eval(), config, checkpoint

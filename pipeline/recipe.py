@@ -49,6 +49,9 @@ RENAMED = {
     "detect.vote": "detect.box_voting_iou",
     "detect.localisations": "detect.box_refinement_iters",
 }
+# A recipe has a few kilobytes, in four levels; more is no recipe, and can take hours to read.
+MAX_BYTES, MAX_DEPTH = 1 << 18, 10
+NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError)
 RENAMED_VALUES = {"area": False, "corners": True, "overlapping": "caffe", "rounded": "lua"}
 
 
@@ -67,21 +70,24 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise FileNotFoundError(
             f"config {path} does not exist; recipes that come with the project are in configs/"
         )
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"config {path} is not YAML of a recipe: more than {MAX_BYTES:,} bytes")
     try:
         layer = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except NOT_YAML as error:
         raise ValueError(f"config {path} is not YAML: {_one_line(error)}") from error
     if not isinstance(layer, DictConfig):
         raise ValueError(f"config {path} must be a mapping of keys to values")
-    layers: dict[str, Any] = {f"config {path}": layer}
+    layers: dict[str, Any] = {f"config {path}": OmegaConf.to_container(layer)}
     for override in overrides:
         if "=" not in override:
             raise ValueError(
                 f"--set {override}: write key=value, for example deepmask.optim.lr=1e-4"
             )
         try:
-            layers[f"--set {override}"] = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            layer = OmegaConf.from_dotlist([override])
+            layers[f"--set {override}"] = OmegaConf.to_container(layer)
+        except NOT_YAML as error:
             raise ValueError(f"--set {override}: {_one_line(error)}") from error
     return _resolve(layers, Config)
 
@@ -91,7 +97,7 @@ def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any
 
     `source` is named if it is no `Config`.
     """
-    return _resolve({source: OmegaConf.create(values)}, schema)
+    return _resolve({source: values}, schema)
 
 
 def config_to_dict(config: Config) -> dict:
@@ -134,10 +140,9 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
     source = ""
     try:
         for source, layer in layers.items():
-            layers[source] = _with_new_names(OmegaConf.to_container(layer))
+            layers[source] = _with_new_names(_plain_copy(layer, source))
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
-        OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         place = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{source}: {place}{_one_line(error)}") from error
@@ -147,6 +152,49 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
         key = str(error).split(" ")[0]
         named = [source for source, layer in layers.items() if _has(layer, key)]
         raise ValueError(f"{[*layers, *named][-1]}: {error}") from None
+
+
+def _plain_copy(values: Any, source: str) -> dict:
+    """A copy of what a file or checkpoint holds, whoever wrote it.
+
+    An interpolation, such as `${oc.env:NAME}`, would be resolved against the environment or run a
+    resolver, so there are none.
+
+    Raises:
+        ValueError: something that no recipe has.
+    """
+
+    def copy(value: Any, key: str, depth: int) -> Any:
+        if isinstance(value, str) and "${" in value or "${" in key:
+            raise ValueError(
+                f"{source}: {cut(key)}: interpolations are not resolved, write the value itself; "
+                f"got {cut(str(value))}"
+            )
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{source}: {cut(key)} is nested deeper than {MAX_DEPTH} levels")
+        if isinstance(value, Mapping):
+            return {
+                name if isinstance(name, int) else str(name): copy(
+                    item, f"{key}.{name}".lstrip("."), depth + 1
+                )
+                for name, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [copy(item, f"{key}[{i}]", depth + 1) for i, item in enumerate(value)]
+        if value is not None and not isinstance(value, str | int | float):
+            raise ValueError(f"{source}: {cut(key)} is a {type(value).__name__}")
+        if isinstance(value, int) and value.bit_length() > 64:  # Python may refuse to print it
+            raise ValueError(f"{source}: {cut(key)} is a number of more than 64 bits")
+        return value
+
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: its config is a {type(values).__name__}, not a mapping")
+    return copy(values, "", 0)
+
+
+def cut(text: str, limit: int = 60) -> str:
+    """The text, or its start if it is long; for messages."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _part_of(values: dict, schema: type) -> dict:

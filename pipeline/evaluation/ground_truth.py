@@ -1,15 +1,19 @@
 """COCO ground truth for evaluation, and COCO's IoU thresholds and area ranges."""
 
 import contextlib
+import functools
 import io
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 
+from datasets.categories import use_categories
 from datasets.coco import CocoInstances
+from pipeline import distributed
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}  # our names -> COCOeval's
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,) .50, .55, ... .95
@@ -20,9 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_ground_truth(
-    annotations: str | Path, image_ids: set[int] | None = None, *, needs_object: bool = False
+    annotations: str | Path,
+    image_ids: set[int] | None = None,
+    *,
+    categories: Mapping[int, str] | None = None,
+    needs_object: bool = False,
 ) -> COCO:
     """Read a COCO instances json for evaluation, or of it the images with these ids.
+
+    With a detector's categories (names by id), if given, so that its results fit.
 
     It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
     and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
@@ -30,15 +40,18 @@ def load_ground_truth(
     renumbered from 1, because COCOeval takes a match with id 0 for none.
 
     Raises:
-        ValueError: the file is missing or is not COCO instances json; or it has no object, crowds
-            apart, when it `needs_object`.
+        ValueError: the file is missing or is not COCO instances json; it has objects of categories
+            that are not among those given; or it has no object, crowds apart, when it
+            `needs_object`.
     """
     try:
         instances = CocoInstances.load(annotations)
     except OSError as error:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
     if instances.left_out or instances.without_mask or instances.num_measured:
-        logger.warning(instances.summary())
+        _warn_once(instances.summary())
+    if categories is not None:
+        _warn_once(use_categories(instances, categories, source="the detector"))
     if needs_object and instances.is_crowd.all():
         raise ValueError(f"{annotations}: no object to score against: {instances.why_none()}")
     heights, widths = instances.image_sizes.T
@@ -80,6 +93,13 @@ def scorable(ground_truth: COCO, iou_types: tuple[str, ...]) -> tuple[str, ...]:
     """These IoU types, but not "mask" if all objects have a box only."""
     annotations = ground_truth.dataset["annotations"]
     return tuple(t for t in iou_types if objects_for(t, annotations) or not annotations)
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Training comes here at each validation, in each of its processes."""
+    if line and distributed.is_main():
+        logger.warning(line)
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:

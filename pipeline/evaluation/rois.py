@@ -86,5 +86,6 @@ def sample_ap(
     messages = [message for part in distributed.gather(broken) for message in part]
     if len(messages) >= len(ids):
         raise ValueError(f"no image of {store.directory} can be used; the first: {messages[0]}")
-    scores = evaluate_detections(load_ground_truth(annotations, ids), results)
+    ground_truth = load_ground_truth(annotations, ids, categories=detector.category_names)
+    scores = evaluate_detections(ground_truth, results)
     return scores.metrics().get("box", {}).get("AP")

@@ -26,7 +26,12 @@ from pipeline.evaluation.recall import (
     evaluate_proposals,
     rank_by_overlap,
 )
-from pipeline.inference.coco_json import load_results, read_results, scored_types
+from pipeline.inference.coco_json import (
+    load_results,
+    read_result_categories,
+    read_results,
+    scored_types,
+)
 from pipeline.networks import load_network
 
 THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
@@ -96,7 +101,9 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
     detections = load_results(results)
-    ground_truth = load_ground_truth(annotations, needs_object=True)
+    ground_truth = load_ground_truth(
+        annotations, categories=read_result_categories(results), needs_object=True
+    )
     try:
         scores = evaluate_detections(ground_truth, detections)
     except ValueError as error:

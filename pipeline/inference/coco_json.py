@@ -61,6 +61,27 @@ def _repair(result: Any) -> None:
             mask["size"] = list(map(whole, size))
 
 
+def categories_file(results: str | Path) -> Path:
+    """Where the names of the categories in a results file are: results have ids only."""
+    return Path(results).with_suffix(".categories.json")
+
+
+def read_result_categories(results: str | Path) -> dict[int, str] | None:
+    """The names of a results file's categories by id; None without a file of them beside it.
+
+    Raises:
+        ValueError: a file that is no list of categories.
+    """
+    path = categories_file(results)
+    if not path.is_file():
+        return None
+    try:
+        categories = read_json(path)
+        return {int(category["id"]): str(category["name"]) for category in categories}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f'{path} is not a list of categories with "id" and "name"') from None
+
+
 def read_results(path: str | Path) -> Iterable[dict]:
     """COCO results of a JSON file, as a list, or of a proposal store, which is never held whole.
 

@@ -64,6 +64,7 @@ class Detector:
         self.categories, self.device, self.dtype = categories, device, dtype
         self.config, self.options = config, options
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
+        self.category_names = {category["id"]: category["name"] for category in categories}
         # From a box's last corner in the network to its edge.
         self.margin = 1 if config.inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)

@@ -24,6 +24,7 @@ from datasets.files import write_atomically, write_json
 from datasets.image_survey import AUTO, Size, overfull_images, survey_images
 from datasets.images import APPLY, MAX_PIXELS, ImageError, Sources, orientation_hint, read_image
 from pipeline import distributed
+from pipeline.inference.coco_json import categories_file
 from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
 from pipeline.inference.openvino import run_in_8_bits
@@ -277,6 +278,8 @@ def detect_images(
 ) -> Summary:
     """Writes `output/detections.json` for the images of a proposal store.
 
+    Beside it go the detector's categories, since results have ids only.
+
     Args:
         images: the folder that the store's file names are relative to.
         settings: what the detections depend on, beside the images and the store.
@@ -301,13 +304,12 @@ def detect_images(
     todo = [shard for shard in shards if not part_of[shard].exists()]
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its part of the shards.
-    category_names = {category["id"]: category["name"] for category in detector.categories}
     assigned = todo[distributed.rank() :: distributed.world_size()]
     for shard in tqdm(assigned, unit="shard", disable=None if distributed.is_main() else True):
         part: dict[str, list] = {"results": [], "broken": []}
         for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
             if draw:
-                picture = draw_detections(image, found, category_names, draw)
+                picture = draw_detections(image, found, detector.category_names, draw)
                 save_in_folder(picture, output / "drawn", found.file_name)
             part["results"] += results_of(found)
         write_atomically(part_of[shard], json.dumps(part).encode())
@@ -319,6 +321,7 @@ def detect_images(
     if distributed.is_main():
         if summary.done:
             results = _joined(part_of.values(), "results")
+            write_json(categories_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
             _report(summary, "detections", output / DETECTIONS, output)
         shutil.rmtree(parts.directory)

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets.categories import use_categories
 from datasets.coco import CocoInstances
 from datasets.images import APPLY, IGNORE, ImageFolder
 from pipeline.config import STAGES
-from pipeline.inference.coco_json import read_detections
+from pipeline.inference.coco_json import read_detections, read_result_categories
 from pipeline.inference.proposals import ProposalStore
 from pipeline.report import pictures
 from pipeline.report.plots import metric_values
@@ -113,6 +114,9 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
 def read_detector(run: Run, name: str) -> dict[str, Any]:
     """The section of the detector."""
     section, coco = read_stage(run, name, MultiPathNetStage, PRECISION_FILES), run.coco
+    results = run.directory / name / "detections.json"
+    if categories := read_result_categories(results):
+        use_categories(coco, categories, source=str(results))
     columns = zip(coco.image_ids.tolist(), *coco.image_sizes.T.tolist(), strict=True)
     images = [
         {"id": image_id, "file_name": coco.file_name(i), "height": height, "width": width}

@@ -16,7 +16,7 @@ from datasets.proposal_boxes import ProposalBoxes
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from pipeline.config import Config
-from pipeline.data import prepare_data, split_files
+from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.inference.folders import propose_images
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
@@ -64,6 +64,8 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     """
     check_batch(config, name)
     prepare_data(config)
+    if name == "multipathnet":  # before proposals are made
+        check_categories(config)
     weights = masks = None
     begun = (output / "checkpoints" / LAST).exists()  # its checkpoint fills the whole network
     if config.init.weights is not None and not begun:

@@ -226,7 +226,7 @@ class MultiPathNetStage(Stage):
         )
         self.val_data = roi_dataset(
             c,
-            *load_split(config, "val"),
+            *load_split(config, "val", like=self.train_data.coco),
             proposals["val"],
             seed=ROI_VALIDATION_SEED,
             all_images=True,

@@ -66,7 +66,7 @@ def write_image(path: Path, seed: int = 0, share: float = 1) -> None:
     """An image, of whose file only a share is written."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = rng.integers(0, 256, (20 + seed % 7, 30 + seed % 5, 3), np.uint8)
+    image = rng.integers(0, 256, (40 + seed % 7, 30 + seed % 5, 3), np.uint8)
     data = cv2.imencode(path.suffix, image)[1].tobytes()
     path.write_bytes(data[: round(share * len(data))])
 
@@ -128,7 +128,7 @@ def test_an_image_that_the_network_fails_on_is_named(photos, tmp_path, error, re
     summary = propose(BoxProposer(errors={"e.jpg": error}), photos, tmp_path / "out")
     [message] = [m for m in summary.broken if m.startswith(f"{photos / 'e.jpg'}: ")]
     assert reason in message and "\n" not in message
-    assert ("32 x 22 px" in message) == (reason == "out of memory")
+    assert ("32 x 42 px" in message) == (reason == "out of memory")
     assert summary.done == 4 and len(summary.broken) == 5
     proposer = BoxProposer()
     propose(proposer, photos, tmp_path / "out")
