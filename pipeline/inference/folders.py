@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.files import write_atomically, write_json
 from datasets.images import ImageError, read_image
+from datasets.progress import progress_bar
 from pipeline import distributed
 from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
@@ -32,6 +32,7 @@ from pipeline.inference.proposals import (
 )
 from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import draw_detections, draw_proposals, save_in_folder
+from pipeline.run_lock import locks_output
 
 MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
 DETECTIONS = "detections.json"
@@ -59,6 +60,7 @@ class Summary:
         return bool(self.broken) and not self.done and not self.done_before
 
 
+@locks_output
 def propose_images(
     proposer: Proposer,
     source: str | Path,
@@ -126,7 +128,7 @@ def _propose(proposer: Proposer, files: list[ImageFile], store: ProposalStore) -
         broken=broken,
         advice="make the image smaller or lower the largest of --scales",
     )
-    progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
+    progress = progress_bar(images, total=len(files), unit="img", enabled=distributed.is_main())
     pending: list[Proposals] = []
     try:
         for _, proposals in progress:
@@ -178,6 +180,7 @@ def image_folder(store: ProposalStore, given: Path | None) -> Path:
     return Path(folder)
 
 
+@locks_output
 def detect_images(
     detector: Detector,
     store: ProposalStore,
@@ -214,7 +217,7 @@ def detect_images(
     # Detect, each process in the images of its part of the shards.
     category_names = {category["id"]: category["name"] for category in detector.categories}
     assigned = todo[distributed.rank() :: distributed.world_size()]
-    for shard in tqdm(assigned, unit="shard", disable=None if distributed.is_main() else True):
+    for shard in progress_bar(assigned, unit="shard", enabled=distributed.is_main()):
         part: dict[str, list] = {"results": [], "broken": []}
         for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
             if draw:

@@ -1,0 +1,100 @@
+"""Stop signals during training: after the step at hand, or within seconds wherever it hangs."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from datasets.loading import STOP_SIGNALS
+from pipeline.command import Interrupted
+
+PATIENCE = 4  # seconds; launchers and schedulers kill after 10 to 30
+
+
+class StopSignals:
+    """Notes the first stop signal while it is entered; more of them change nothing.
+
+    A launcher like torchrun passes on a signal that its processes have received themselves.
+
+    Attributes:
+        signum: of the signal that has come.
+    """
+
+    signum: int | None = None
+
+    def __init__(self, rescue: Callable[[], None]):
+        """`rescue` saves the run from another thread: the main one may hang in a library's call."""
+        self._rescue, self._raises = rescue, False
+        self._ended = threading.Event()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catches the signals; if the block does not end in time after one, ends the process."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        previous: dict[int, Any] = {}
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) not in (None, signal.SIG_IGN):  # as of nohup
+                previous[signum] = signal.signal(signum, self._note)
+        # The handlers wait for the main thread, the descriptor is written to at once.
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(reader, set(previous)), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            signal.set_wakeup_fd(wakeup)
+            for caught, handler in previous.items():
+                signal.signal(caught, handler)
+            os.close(writer)  # ends the watcher
+            watcher.join()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal may end at any line, since it changes nothing."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is None:
+            self.signum = signum
+        if self._raises:
+            self._raises = False
+            raise Interrupted(self.signum)
+
+    def _watch(self, reader: int, signals: set[int]) -> None:
+        """The main thread may be anywhere, also in code that does not let handlers run."""
+        try:
+            while arrived := os.read(reader, 1):
+                if arrived[0] in signals:
+                    if not self._ended.wait(PATIENCE):
+                        self._end_process(arrived[0])
+                    return
+        finally:
+            os.close(reader)
+
+    def _end_process(self, signum: int) -> None:
+        try:
+            self._rescue()
+        finally:
+            for child in multiprocessing.active_children():
+                child.kill()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(128 + signum)
