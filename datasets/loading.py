@@ -36,6 +36,19 @@ STOP_SIGNALS = [
 Drawn = TypeVar("Drawn")
 
 
+def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Sets the handler of all stop signals; returns the handlers before, by signal.
+
+    SIGHUP stays ignored where it is, as by nohup.
+    """
+    previous = {}
+    for signum in STOP_SIGNALS:
+        before = signal.getsignal(signum)
+        if before != signal.SIG_IGN or signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, handler)
+    return previous
+
+
 class TrainingDataset(Dataset):
     """Samples drawn from annotated images, by index (choice, epoch, group).
 
@@ -140,8 +153,13 @@ def serve(loader: DataLoader) -> Iterator[dict]:
         ChildProcessError: a worker was killed.
     """
     before = set(active_children())
-    with _unstopped_start():
-        batches = iter(loader)
+    try:
+        with _unstopped_start():
+            batches = iter(loader)
+    except KeyboardInterrupt:
+        for worker in set(active_children()) - before:
+            worker.kill()  # it would start for nothing, and complain
+        raise
     workers = set(active_children()) - before
     if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
         # PyTorch's handler raises at any line as soon as a worker dies, as in the middle of a
@@ -187,18 +205,14 @@ def _unstopped_start() -> Iterator[None]:
         return
     resource_tracker.ensure_running()  # its start would unblock them
     caught: list[int] = []
-    previous = {n: signal.getsignal(n) for n in STOP_SIGNALS}
-    for n in previous:
-        if previous[n] not in (None, signal.SIG_IGN):
-            signal.signal(n, lambda signum, _: caught.append(signum))
+    previous = catch_stop_signals(lambda signum, _: caught.append(signum))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for n, handler in previous.items():
-            if handler is not None:
-                signal.signal(n, handler)
+            signal.signal(n, handler)
         for signum in caught:
             signal.raise_signal(signum)
 

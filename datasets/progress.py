@@ -2,26 +2,24 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 SECONDS = 30  # between two lines of a log; work that takes less has none
 
 
-class _LinesBar(tqdm):
-    """Writes each state as a line of its own."""
+class _Lines:
+    """A stream on which each state is a line of its own, instead of over the last one."""
 
-    @staticmethod
-    def status_printer(file: Any) -> Any:
-        """What writes a state: over the last one, in tqdm's own."""
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.flush = stream.flush
 
-        def write(state: str) -> None:
-            if state.strip():
-                file.write(state.strip() + "\n")
-                file.flush()
-
-        return write
+    def write(self, text: str) -> None:
+        """Writes a state; tqdm's carriage returns and blanks around it are left out."""
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
 
 
 def progress_bar(
@@ -34,8 +32,9 @@ def progress_bar(
 ) -> tqdm:
     """The items, with progress on stderr. Without items, call its `update()`."""
     options: dict[str, Any] = {"unit": unit, "total": total, "disable": not enabled}
-    if sys.stderr is not None and sys.stderr.isatty():
+    if not enabled or sys.stderr.isatty():
         return tqdm(items, description, **options)
     lines = {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "miniters": 1}
-    shape = "{desc}{percentage:3.0f}% {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left"
-    return _LinesBar(items, description, **options, **lines, bar_format=shape)
+    shape = "{desc}: {percentage:.0f}% {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left"
+    stream: Any = _Lines(sys.stderr)
+    return tqdm(items, description, file=stream, **options, **lines, bar_format=shape)

@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from datasets.loading import STOP_SIGNALS
+from datasets.loading import catch_stop_signals
 from pipeline.precision import PRECISIONS
 
 
@@ -58,10 +58,7 @@ def _orderly_stop() -> Iterator[None]:
     def stop(signum: int, _: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    previous = {}
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as of nohup
-            previous[signum] = signal.signal(signum, stop)
+    previous = catch_stop_signals(stop)
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ optimizer state and step are all that a resumed run needs.
 """
 
 import math
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -99,7 +98,7 @@ class TrainingRun:
         self.step, self.validated, self.best = 0, 0, -math.inf
         self.start, self.saved = 0, -1  # steps: of this session, and of what is in last.pt
         self.changing = threading.RLock()  # held while the weights change or are saved
-        self.half_step = False
+        self.half_step = self.ending = False
         self.stop = StopSignals(self._rescue)
 
     def prepare(self, resume: bool, precision: str | None = None) -> None:
@@ -209,6 +208,7 @@ class TrainingRun:
 
     def _keep(self, reason: BaseException) -> None:
         """Saves the state after the last whole step, whatever the other processes do."""
+        self.ending = True
         is_stop = isinstance(reason, Interrupted)
         if self.step == self.start and not is_stop:
             return  # nothing was learned, and a mistake to mend must not leave half a run
@@ -217,28 +217,28 @@ class TrainingRun:
                 return
         elif isinstance(reason, FloatingPointError) and not self._is_finite():
             return
+        self._write_last("stopped at" if is_stop else "saved")
+
+    def _rescue(self) -> bool:
+        """Saves the run while the main thread hangs somewhere; False if that is ending already."""
+        if self.ending:
+            return False
+        self.changing.acquire()  # for good: no step begins any more
+        if distributed.is_main():
+            self._write_last("stopped at")
+        return True
+
+    def _write_last(self, words: str) -> None:
         try:
-            self._write_last()
+            with self.changing:
+                if self.half_step:
+                    raise RuntimeError("an error in the middle of changing the weights")
+                if self.saved != self.step:
+                    self._write_checkpoint(LAST)
         except (OSError, RuntimeError) as problem:
-            with suppress(OSError):
-                print(f"step {self.step} could not be saved: {problem}", file=sys.stderr)
-            return
+            words = f"not saved ({problem}):"
         with suppress(OSError):
-            words = "stopped at" if is_stop else "saved"
             print(f"{words} step {self.step}; continue with --resume", flush=True)
-
-    def _rescue(self) -> None:
-        """Saves the run while the main thread hangs somewhere: the process ends after it."""
-        with suppress(OSError, RuntimeError):
-            self.changing.acquire()  # for good: no step begins any more
-            if distributed.is_main():
-                self._write_last()
-                print(f"stopped at step {self.step}; continue with --resume", flush=True)
-
-    def _write_last(self) -> None:
-        with self.changing:
-            if self.saved != self.step and not self.half_step:
-                self._write_checkpoint(LAST)
 
     def _main_saves(self) -> bool:
         """Whether the main process, which may be the one that ended, saves this run."""

@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
-from datasets.loading import STOP_SIGNALS
+from datasets.loading import catch_stop_signals
 from pipeline.command import Interrupted
 
-PATIENCE = 4  # seconds; launchers and schedulers kill after 10 to 30
+PATIENCE = 4  # seconds, twice: to begin to end, and to end; launchers kill after 10 to 30
 
 
 class StopSignals:
@@ -27,8 +26,11 @@ class StopSignals:
 
     signum: int | None = None
 
-    def __init__(self, rescue: Callable[[], None]):
-        """`rescue` saves the run from another thread: the main one may hang in a library's call."""
+    def __init__(self, rescue: Callable[[], bool]):
+        """`rescue` is called from another thread: the main one may hang in a library's call.
+
+        It saves the run, for good, and returns True; or False if the main thread is about to end.
+        """
         self._rescue, self._raises = rescue, False
         self._ended = threading.Event()
 
@@ -37,10 +39,7 @@ class StopSignals:
         """Catches the signals; if the block does not end in time after one, ends the process."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        previous: dict[int, Any] = {}
-        for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) not in (None, signal.SIG_IGN):  # as of nohup
-                previous[signum] = signal.signal(signum, self._note)
+        previous = catch_stop_signals(self._note)
         # The handlers wait for the main thread, the descriptor is written to at once.
         wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reader, set(previous)), daemon=True)
@@ -82,19 +81,19 @@ class StopSignals:
         try:
             while arrived := os.read(reader, 1):
                 if arrived[0] in signals:
-                    if not self._ended.wait(PATIENCE):
-                        self._end_process(arrived[0])
+                    if not self._ended.wait(PATIENCE) and (
+                        self._rescue() or not self._ended.wait(PATIENCE)
+                    ):
+                        _end_process(arrived[0])
                     return
         finally:
             os.close(reader)
 
-    def _end_process(self, signum: int) -> None:
-        try:
-            self._rescue()
-        finally:
-            for child in multiprocessing.active_children():
-                child.kill()
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(128 + signum)
+
+def _end_process(signum: int) -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(128 + signum)

@@ -194,10 +194,11 @@ def test_every_step_draws_its_own_dropout(tiny_recipe, tmp_path):
 
 def test_a_terminated_run_saves_and_a_killed_one_loses_little(tiny_config, tmp_path):
     overrides = ["deepmask.optim.batches_per_epoch=100000", "deepmask.optim.save_every_minutes=0"]
+    overrides += ["data.workers=1"]
     arguments = ["--config", tiny_config, "--output", tmp_path / "run", "--set", *overrides]
     run = start_tool(arguments)
     _wait_for(tmp_path / "run" / "checkpoints" / "last.pt", run)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGTERM)  # workers, too, as schedulers send it
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 143
     assert "continue with --resume" in output and "Traceback" not in output
