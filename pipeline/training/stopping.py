@@ -51,8 +51,10 @@ class StopSignals:
             signal.set_wakeup_fd(wakeup)
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
-            os.close(writer)  # ends the watcher
+            os.write(writer, b"\0")  # ends the watcher: workers may hold the pipe open
             watcher.join()
+            os.close(writer)
+            os.close(reader)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -78,16 +80,13 @@ class StopSignals:
 
     def _watch(self, reader: int, signals: set[int]) -> None:
         """The main thread may be anywhere, also in code that does not let handlers run."""
-        try:
-            while arrived := os.read(reader, 1):
-                if arrived[0] in signals:
-                    if not self._ended.wait(PATIENCE) and (
-                        self._rescue() or not self._ended.wait(PATIENCE)
-                    ):
-                        _end_process(arrived[0])
-                    return
-        finally:
-            os.close(reader)
+        while (arrived := os.read(reader, 1)) != b"\0":
+            if arrived[0] in signals:
+                if not self._ended.wait(PATIENCE) and (
+                    self._rescue() or not self._ended.wait(PATIENCE)
+                ):
+                    _end_process(arrived[0])
+                return
 
 
 def _end_process(signum: int) -> None:
