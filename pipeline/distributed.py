@@ -127,9 +127,10 @@ def stop_with_main() -> None:
         sys.exit(2)
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective call failed because another process has ended."""
-    return dist.is_initialized() and bool(LOST.search(str(error)))
+    is_runtime_error = isinstance(error, RuntimeError) and dist.is_initialized()
+    return is_runtime_error and bool(LOST.search(str(error)))
 
 
 def barrier() -> None:

@@ -146,7 +146,7 @@ class TrainingRun:
             self.log.close()
         except BaseException as error:
             reason = self._explain(error)
-            self._keep(reason)
+            self._keep(reason, lost=distributed.is_lost_connection(error))
             if reason is error:
                 raise
             raise reason from error
@@ -201,19 +201,22 @@ class TrainingRun:
         """The reason for an error: a stop signal, or that another process has ended."""
         if isinstance(error, Exception) and self.stop.signum is not None:
             return Interrupted(self.stop.signum)
-        if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+        if distributed.is_lost_connection(error):
             words = " ".join(str(error).split())
             return ConnectionError(f"another process of this run has ended ({words})")
         return error
 
-    def _keep(self, reason: BaseException) -> None:
-        """Saves the state after the last whole step, whatever the other processes do."""
+    def _keep(self, reason: BaseException, *, lost: bool) -> None:
+        """Saves the state after the last whole step, whatever the other processes do.
+
+        `lost`: one of them has ended, perhaps the main one.
+        """
         self.ending = True
         is_stop = isinstance(reason, Interrupted)
         if self.step == self.start and not is_stop:
             return  # nothing was learned, and a mistake to mend must not leave half a run
         if not distributed.is_main():
-            if not isinstance(reason, ConnectionError) or self._main_saves():
+            if not lost or self._main_saves():
                 return
         elif isinstance(reason, FloatingPointError) and not self._is_finite():
             return
@@ -236,7 +239,9 @@ class TrainingRun:
                 if self.saved != self.step:
                     self._write_checkpoint(LAST)
         except (OSError, RuntimeError) as problem:
-            words = f"not saved ({problem}):"
+            with suppress(OSError):
+                print(f"step {self.step} could not be saved: {problem}", flush=True)
+            return
         with suppress(OSError):
             print(f"{words} step {self.step}; continue with --resume", flush=True)
 
