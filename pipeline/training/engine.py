@@ -35,7 +35,7 @@ FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is res
 PROGRESS = ("step", "validated", "best")  # of a run, in its checkpoints
 RUN_FILES = ("config.yaml", METRICS, "tensorboard", f"checkpoints/{BEST}", f"checkpoints/{LAST}")
 # Seconds that other processes give the main one to save a run that one of them has left.
-MAIN_SAVES_WITHIN = 5
+MAIN_SAVES_WITHIN = 3
 
 
 @locks_output
@@ -227,7 +227,8 @@ class TrainingRun:
         if self.ending:
             return False
         self.changing.acquire()  # for good: no step begins any more
-        if distributed.is_main():
+        # Where the main process was killed, its workers may keep its connections open for a while.
+        if distributed.is_main() or not self._main_saves():
             self._write_last("stopped at")
         return True
 
@@ -249,7 +250,7 @@ class TrainingRun:
         """Whether the main process, which may be the one that ended, saves this run."""
         path, start = self.checkpoints / LAST, time.time()
         while time.time() < start + MAIN_SAVES_WITHIN:
-            if path.exists() and path.stat().st_mtime > start - 1:
+            if path.exists() and path.stat().st_mtime > start - 6:
                 return True
             time.sleep(0.1)
         return not self.output.is_dir()  # on a machine that does not share the directory
