@@ -1,11 +1,21 @@
 """Output files that are whole or absent."""
 
+import errno
 import json
 import os
+import platform
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+HOST = re.sub(r"[^\w-]", "-", platform.node())[:40]
+TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]*)\.(?P<pid>\d+)\.tmp", re.DOTALL)
+ABANDONED = 3600  # seconds without a byte after which a temporary file is another machine's rest
+# Errors of a disk: those of Python's file objects and of Arrow name no file.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
@@ -13,15 +23,60 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`: renamed to it when the block ends well, else removed.
 
     Folders above it are made; no reader and no second writer meets half a file.
+
+    Raises:
+        OSError: the disk is full or read-only, or the name too long; names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Any name that fits is short enough for its temporary file, too.
+    temporary = path.with_name(f".{path.name[:40]}.{HOST}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming_file(path, instead_of=temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_file(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """Has the system's errors about writing a file name it, not its temporary file or nothing."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in DISK_ERRORS
+        if unnamed or (instead_of is not None and str(error.filename) == str(instead_of)):
+            assert error.errno is not None
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes the temporary files that killed processes have left in a folder and those in it."""
+    for file in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/*/.*.tmp")):
+        match = TEMPORARY.fullmatch(file.name)
+        with suppress(OSError):  # gone meanwhile, or not ours to remove
+            if match and _is_abandoned(file, match["host"], int(match["pid"])):
+                file.unlink()
+
+
+def _is_abandoned(file: Path, host: str, pid: int) -> bool:
+    if host == HOST and (pid == os.getpid() or not is_alive(pid)):
+        return True  # this process, which is about to start, has none yet
+    return time.time() - file.stat().st_mtime > ABANDONED
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

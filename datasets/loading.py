@@ -4,8 +4,13 @@ A sample is a draw seeded by (seed, epoch, index, attempt) and the pixels of the
 image that cannot be read is named and the sample drawn again, the same way in any process.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children, parent_process, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +24,29 @@ from datasets.images import ImageError, ImageFolder, orientation_hint
 
 MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
 PREFETCH = 4  # minibatches that each worker holds ready
+WORKER_HINTS = {
+    "SIGKILL": "if memory ran out, a smaller data.workers needs less",
+    "SIGBUS": "if /dev/shm is full, give it more space or take a smaller data.workers",
+}
+# What ends a run: Ctrl-C, a scheduler, a terminal that closes. They may go to every process of it.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 Drawn = TypeVar("Drawn")
+
+
+def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Sets the handler of all stop signals; returns the handlers before, by signal.
+
+    SIGHUP stays ignored where it is, as by nohup.
+    """
+    previous = {}
+    for signum in STOP_SIGNALS:
+        before = signal.getsignal(signum)
+        if before != signal.SIG_IGN or signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, handler)
+    return previous
 
 
 class TrainingDataset(Dataset):
@@ -124,10 +150,97 @@ def batch_loader(
     )
 
 
+def serve(loader: DataLoader) -> Iterator[dict]:
+    """The minibatches of a loader whose workers outlive the signals that stop a run.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    before = set(active_children())
+    try:
+        with _unstopped_start():
+            batches = iter(loader)
+    except KeyboardInterrupt:
+        for worker in set(active_children()) - before:
+            worker.kill()  # it would start for nothing, and complain
+        raise
+    workers = set(active_children()) - before
+    if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
+        # PyTorch's handler raises at any line as soon as a worker dies, as in the middle of a
+        # step; without it, a dead worker shows at the next minibatch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                _check_workers(workers, error)
+                raise
+            yield batch
+    finally:
+        del batches  # ends the workers
+
+
+def _check_workers(workers: set[BaseProcess], error: Exception) -> None:
+    """Raises a ChildProcessError if one was killed: it explains the error."""
+    for worker in workers:
+        worker.join(timeout=0.1)
+        if worker.exitcode:
+            code = worker.exitcode
+            name = signal.Signals(-code).name if code < 0 else f"status {code}"
+            hint = WORKER_HINTS.get(name)
+            raise ChildProcessError(
+                f"a data-loading worker (process {worker.pid}) was ended by {name}"
+                + (f"; {hint}" if hint else "")
+            ) from error
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def _unstopped_start() -> Iterator[None]:
+    """Stop signals come after the block; processes that it starts are born with them blocked."""
+    if not hasattr(signal, "pthread_sigmask") or not _in_main_thread():
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would unblock them
+    caught: list[int] = []
+    previous = catch_stop_signals(lambda signum, _: caught.append(signum))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+        for signum in caught:
+            signal.raise_signal(signum)
+
+
 def _start_worker(_: int) -> None:
     # Workers are the parallelism: threads of theirs would only compete with each other and with
     # training.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C goes to the whole process group; the training process decides what to finish first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and the like go to all processes; the training process decides what to finish first.
+    signal.set_wakeup_fd(-1)  # a fork has the training process's
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # SIGTERM stays blocked, see `_unstopped_start`
+        threading.Thread(target=_end_when_told, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _end_when_told() -> None:
+    """Ends a worker at the training process's SIGTERM; another sender means all processes."""
+    parent = parent_process()
+    while True:
+        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+        if parent is None or sender == parent.pid:
+            os._exit(0)

@@ -15,9 +15,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.random import Generator
-from tqdm import tqdm
 
 from datasets.files import write_atomically
+from datasets.progress import progress_bar
 from datasets.shape_textures import blend, draw_background, random_colors, shading, texture
 
 DESCRIPTION = "synthetic shapes"
@@ -70,7 +70,7 @@ def write_shapes(
         for image_id in range(1, old["num_images"] + 1):
             (folder / FILE_NAME.format(image_id)).unlink(missing_ok=True)
     content: dict = {"info": info, "images": [], "annotations": [], "categories": []}
-    for image_id in tqdm(range(1, num_images + 1), f"drawing {split}", unit="image", disable=None):
+    for image_id in progress_bar(range(1, num_images + 1), f"drawing {split}", unit="image"):
         image, objects = render(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]))
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

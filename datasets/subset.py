@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_json
 from datasets.files import write_atomically
 from datasets.images import ImageError, read_image
+from datasets.progress import progress_bar
 
 GIVE_UP_AFTER = 200  # unreadable images in a row: this is not the folder of these annotations
 
@@ -45,7 +45,7 @@ def cut_subset(
         raise FileNotFoundError(f"image folder {images} does not exist")
     coco = CocoInstances.load(annotations)
     if message := coco.find_files(images):
-        tqdm.write(message)
+        print(message)
     if not 1 <= num_images <= len(coco):
         raise ValueError(f"{num_images} images were asked for; {coco.path} lists {len(coco)}")
     if seed < 0:
@@ -95,7 +95,7 @@ def choose_images(
     num_left, num_chosen = shows.sum(axis=1), np.zeros(len(shows), np.int64)  # images by category
     free, refused = np.ones(len(coco), bool), 0
     chosen: list[int] = []
-    with tqdm(total=num_images, desc="copying", unit="image", disable=None) as progress:
+    with progress_bar(None, "copying", total=num_images, unit="image") as progress:
         while len(chosen) < num_images and free.any() and refused < GIVE_UP_AFTER:
             candidates = free
             if len(chosen) >= num_images // 2 and num_left.any():

@@ -1,6 +1,7 @@
 """Checkpoints: one file of tensors and plain types that loads with `weights_only=True`."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,37 @@ RENAMED_WEIGHTS = (
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a checkpoint; the file is whole or absent."""
-    with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+    """Writes a checkpoint; the file is whole or absent, also after a power failure.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name stays.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # PyTorch's own words for a write that failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file that is meant: of a run's folder, its best checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no run in the folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for file in (path / "checkpoints" / BEST, path / BEST):
+        if file.is_file():
+            return file
+    runs = sorted(str(file.parents[1]) for file in path.glob(f"*/checkpoints/{BEST}"))
+    hint = f"; give one of {', '.join(runs)}" if runs else ""
+    raise FileNotFoundError(f"{path} is a folder without checkpoints/{BEST}{hint}")
 
 
 def load_checkpoint(
@@ -34,9 +63,12 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Reads a checkpoint of this project, of the given stages; None for any.
 
+    `path` may be a run's folder, see `find_checkpoint`.
+
     Raises:
         ValueError or FileNotFoundError: no such file, another kind of file, or another stage.
     """
+    path = find_checkpoint(path)
     checkpoint = load_file(path)
     if not isinstance(checkpoint, Mapping) or not all(key in checkpoint for key in KEYS):
         raise ValueError(
@@ -87,6 +119,6 @@ def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of a file's content: tells checkpoints apart that have the same name."""
-    with open(path, "rb") as file:
+    """Hash of a checkpoint's content: tells those apart that have the same name."""
+    with open(find_checkpoint(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

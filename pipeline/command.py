@@ -3,39 +3,85 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import torch
 
 from datasets.image_survey import AUTO, EXIF_CHOICES
 from datasets.images import MAX_PIXELS
+from datasets.loading import catch_stop_signals
 from pipeline.precision import PRECISIONS
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop, by the signal `signum`."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__(signum)
+        self.signum = signum
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Runs a tool's main function and exits.
 
-    The exit code is 0, what the function returns, or 2 after one line on a user's mistake.
-    Functions below raise ValueError or OSError for bad input and FloatingPointError for a loss that
-    is not finite; MASKPATH_TRACEBACK=1 shows where from.
+    The exit code is 0, what the function returns, 2 after one line on a user's mistake, or of a
+    process that was asked to stop 128 plus the signal's number, as in a shell. Functions below
+    raise ValueError or OSError for bad input and FloatingPointError for a loss that is not finite;
+    MASKPATH_TRACEBACK=1 shows where from.
     """
     for stream in (sys.stdout, sys.stderr):  # file names may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main() or 0)
+        with _orderly_stop():
+            status = main() or 0
+            sys.stdout.flush()
+        sys.exit(status)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("MASKPATH_TRACEBACK"):
             raise
-        print("error: " + " ".join(_message(error).split()), file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            _close_stdout()
+        with suppress(OSError):
+            print("error: " + " ".join(_message(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Ctrl-C has ended what read it, too
+            _close_stdout()
+        sys.exit(128 + (stop.signum if isinstance(stop, Interrupted) else signal.SIGINT))
+
+
+@contextmanager
+def _orderly_stop() -> Iterator[None]:
+    """Stop signals raise `Interrupted`, so that what is done is written and the rest removed."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    previous = catch_stop_signals(stop)
+    try:
+        yield
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
+
+
+def _close_stdout() -> None:
+    """Nobody reads it any more: the interpreter must not fail on it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str:
     """What the error says; the system's own errors as file and reason, without a number."""
+    if isinstance(error, BrokenPipeError):
+        return "what reads this program's output has ended (broken pipe)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename2 or error.filename}: {error.strerror}"  # the second: of a renaming
     return str(error)

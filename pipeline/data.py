@@ -1,6 +1,7 @@
 """Training and validation data of a config: files, samples, minibatches on the device."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from datasets.coco import CocoInstances
 from datasets.coco_file import read_categories
 from datasets.image_survey import overfull_images, survey_images
 from datasets.images import ImageError, ImageFolder
-from datasets.loading import batch_loader
+from datasets.loading import batch_loader, serve
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
@@ -215,15 +216,17 @@ def device_batches(
     device: torch.device,
     *,
     workers: int,
-) -> Iterator[dict]:
+) -> Generator[dict]:
     """Minibatches of the given indices on the device, their pixels channels-last.
 
     Raises:
         ImageError: too many images in a row cannot be read.
+        ChildProcessError: a worker was killed.
     """
     cuda = device.type == "cuda"
+    loader = batch_loader(data, indices, data.collate, workers=workers, pin_memory=cuda)
     try:
-        for batch in batch_loader(data, indices, data.collate, workers=workers, pin_memory=cuda):
+        for batch in serve(loader):
             for name, value in batch.items():
                 if isinstance(value, Tensor):
                     value = value.to(device, non_blocking=cuda)
@@ -241,22 +244,27 @@ class BrokenFiles:
 
     def __init__(self, images: int, max_fraction: float):
         self.images, self.max_fraction = images, max_fraction
-        self.messages: dict[str, None] = {}
+        self.messages: dict[str, None] = {}  # of all processes
+        self.news: list[str] = []
 
-    def note(self, messages: list[str]) -> None:
-        """Notes the images of a minibatch that could not be read.
+    def note(self, messages: list[str]) -> bool:
+        """Notes the images of a minibatch that could not be read; whether any is to report."""
+        self.news += [message for message in messages if message not in self.messages]
+        return bool(self.news)
+
+    def report(self) -> None:
+        """Names the images that any process has noted since the last report; all call it.
 
         Raises:
             ValueError: more than the configured fraction of the images is unreadable.
         """
-        for message in messages:
+        for message in itertools.chain(*distributed.gather(self.news)):
             if message not in self.messages:
                 self.messages[message] = None
-                print(f"skipped ({len(self.messages)} so far): {message}", flush=True)
-        # Every process meets its part of the images.
-        images = self.images / distributed.world_size()
-        if len(self.messages) > self.max_fraction * images:
+                distributed.say(f"skipped ({len(self.messages)} so far): {message}")
+        self.news = []
+        if len(self.messages) > self.max_fraction * self.images:
             raise ValueError(
-                f"{len(self.messages)} of {images:.0f} images cannot be read, more than "
+                f"{len(self.messages)} of {self.images} images cannot be read, more than "
                 f"data.max_broken_fraction {self.max_fraction:g}: " + "; ".join(self.messages)
             )

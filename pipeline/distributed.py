@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
 PATIENCE = timedelta(days=7)
+# What Gloo and NCCL say of a process that has gone.
+LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 _patient_group: Any = None
 
 
@@ -104,6 +108,29 @@ def gather(value: object) -> list:
     values: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient_group)
     return values
+
+
+@contextmanager
+def telling_errors() -> Iterator[None]:
+    """In the main process: a user's mistake in the block ends all, see `stop_with_main`."""
+    try:
+        yield
+    except (ValueError, OSError):
+        gather(True)
+        raise
+    gather(False)
+
+
+def stop_with_main() -> None:
+    """Ends this process, without a line, if the main one has met an error in its block."""
+    if any(gather(False)):
+        sys.exit(2)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective call failed because another process has ended."""
+    is_runtime_error = isinstance(error, RuntimeError) and dist.is_initialized()
+    return is_runtime_error and bool(LOST.search(str(error)))
 
 
 def barrier() -> None:

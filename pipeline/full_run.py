@@ -3,6 +3,7 @@
 A run that was interrupted continues where it stopped; what is done is not done again.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -25,7 +26,8 @@ from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
-from pipeline.training.engine import fit
+from pipeline.run_lock import locks_output
+from pipeline.training.engine import fit, holds_run
 from pipeline.training.prepare import build_stage, prepare_stage
 from pipeline.training.stages import check_batch
 
@@ -34,6 +36,7 @@ PROPOSAL_COUNTS = (10, 30, 100, 200, 400, 1000)
 FEW_IMAGES = 500  # up to here AP is measured for every number of proposals, too
 
 
+@locks_output
 def run_pipeline(
     config_path: str,
     output: Path,
@@ -73,7 +76,9 @@ def run_pipeline(
         inputs = prepare_stage(name, stage_config, output / name, device)
         stage = build_stage(name, stage_config, inputs)
         run = output / name
-        checkpoint = fit(stage, stage_config, run, device=device, resume=True, precision=precision)
+        checkpoint = fit(
+            stage, stage_config, run, device=device, resume=holds_run(run), precision=precision
+        )
         summary[name] = SCORERS[name](config, checkpoint, output / name, device)
         seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)
         if distributed.is_main():
@@ -136,11 +141,12 @@ def score_detector(config: Config, checkpoint: Path, output: Path, device: torch
     detector, settings = load_detector(checkpoint, device)
     detect_images(detector, store, images, output, settings=settings)
     scores = {}
+    if len(store.images()) <= FEW_IMAGES:
+        by_count = score_by_proposals(detector, store, annotations, images)
+        if distributed.is_main():
+            write_json(output / "scores" / "by_proposals.json", by_count)
     if distributed.is_main():
         scores = score_detections(annotations, output / DETECTIONS, output / "scores")
-        if len(store.images()) <= FEW_IMAGES:
-            by_count = score_by_proposals(detector, store, annotations, images)
-            write_json(output / "scores" / "by_proposals.json", by_count)
     distributed.barrier()
     return {"detections": scores}
 
@@ -148,14 +154,19 @@ def score_detector(config: Config, checkpoint: Path, output: Path, device: torch
 def score_by_proposals(
     detector: Detector, store: ProposalStore, annotations: Path, images: Path
 ) -> dict[str, list]:
-    """AP for growing numbers of proposals: where more stop to help."""
+    """AP for growing numbers of proposals: where more stop to help.
+
+    The processes share the images; each gets the result of all.
+    """
     detect = partial(detector.detect_by_count, num_proposals=PROPOSAL_COUNTS)
     results: list[list[dict]] = [[] for _ in PROPOSAL_COUNTS]
-    for shard in store.shards():
+    for shard in store.shards()[distributed.rank() :: distributed.world_size()]:
         # Images that are left out (broken) have been named before.
         for _, by_count in detect_in_shard(detect, store, shard, images, broken=[]):
             for found, detections in zip(results, by_count, strict=True):
                 found += results_of(detections)
+    parts = distributed.gather(results)
+    results = [list(itertools.chain(*of_count)) for of_count in zip(*parts, strict=True)]
     ground_truth = load_ground_truth(annotations, categories=detector.category_names)
     metrics = [evaluate_detections(ground_truth, found).metrics() for found in results]
     by_type = {t: [m.get(t, {}).get("AP") for m in metrics] for t in IOU_TYPES}

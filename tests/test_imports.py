@@ -20,7 +20,8 @@ ALLOWED = {
 }
 # The rooms of pipeline/: its files and folders. Each may import itself and those named here.
 SHARED = {
-    "config", "recipe", "networks", "precision", "checkpoint", "data", "distributed", "command"
+    "config", "recipe", "networks", "precision", "checkpoint", "data", "distributed", "command",
+    "run_lock",
 }  # fmt: skip
 ROOMS = {
     "shared": set(),

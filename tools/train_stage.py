@@ -21,7 +21,8 @@ from pipeline import distributed
 from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
 from pipeline.config import STAGES
 from pipeline.recipe import load_config
-from pipeline.training.engine import fit
+from pipeline.run_lock import locked_directory
+from pipeline.training.engine import check_new, fit
 from pipeline.training.prepare import build_stage, prepare_stage
 
 
@@ -37,7 +38,8 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_config(args.config, args.set)
-    with distributed.process_group(args.device) as device:
+    with distributed.process_group(args.device) as device, locked_directory(args.output):
+        check_new(args.output, args.resume)  # before what may take hours
         inputs = prepare_stage(args.stage, config, args.output, device)
         stage = build_stage(args.stage, config, inputs)
         best = fit(

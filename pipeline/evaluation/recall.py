@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from tqdm import tqdm
 
+from datasets.progress import progress_bar
 from pipeline.evaluation.ground_truth import AREA_RANGES, AREAS, IOU_THRESHOLDS, objects_for
 from pipeline.inference.coco_json import box_of, results_by_image
 
@@ -78,7 +78,7 @@ def evaluate_proposals(
     num_hits = {iou_type: np.zeros(shape, np.int64) for iou_type in iou_types}
     by_image = results_by_image(ground_truth, results, masks="mask" in iou_types)
     total, annotated = len(ground_truth.imgs), ground_truth.dataset["annotations"]
-    for image, proposals in tqdm(by_image, desc="AR", total=total, unit="image", disable=None):
+    for image, proposals in progress_bar(by_image, "AR", total=total, unit="image"):
         if not (annotations := ground_truth.imgToAnns.get(image["id"])):
             continue
         # COCOeval goes through the objects by category; the order decides between equal overlaps.

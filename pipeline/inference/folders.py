@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_image_list
 from datasets.files import write_atomically, write_json
 from datasets.image_survey import AUTO, Size, overfull_images, survey_images
 from datasets.images import APPLY, MAX_PIXELS, ImageError, Sources, orientation_hint, read_image
+from datasets.progress import progress_bar
 from pipeline import distributed
 from pipeline.inference.coco_json import categories_file
 from pipeline.inference.detect import Detector
@@ -38,6 +38,7 @@ from pipeline.inference.proposals import (
 )
 from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import draw_detections, draw_proposals, save_in_folder
+from pipeline.run_lock import locks_output
 
 MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
 PROPOSALS, DETECTIONS = "proposals.json", "detections.json"
@@ -67,6 +68,7 @@ class Summary:
         return bool(self.broken) and not self.done and not self.done_before
 
 
+@locks_output
 def propose_images(
     proposer: Proposer,
     source: Sources,
@@ -208,7 +210,7 @@ def _propose(
         advice="make the image smaller or lower the largest of --scales",
         read=read,
     )
-    progress = tqdm(images, total=len(files), unit="img", disable=not distributed.is_main())
+    progress = progress_bar(images, total=len(files), unit="img", enabled=distributed.is_main())
     pending: list[Proposals] = []
     try:
         for _, proposals in progress:
@@ -267,6 +269,7 @@ def image_folder(store: ProposalStore, given: Path | None) -> Path:
     return Path(folder)
 
 
+@locks_output
 def detect_images(
     detector: Detector,
     store: ProposalStore,
@@ -305,7 +308,7 @@ def detect_images(
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its part of the shards.
     assigned = todo[distributed.rank() :: distributed.world_size()]
-    for shard in tqdm(assigned, unit="shard", disable=None if distributed.is_main() else True):
+    for shard in progress_bar(assigned, unit="shard", enabled=distributed.is_main()):
         part: dict[str, list] = {"results": [], "broken": []}
         for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
             if draw:

@@ -6,10 +6,10 @@ optimizer state and step are all that a resumed run needs.
 """
 
 import math
-import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,25 @@ from torch import Tensor, nn
 from datasets.files import atomic_path
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
-from pipeline.config import Config, OptimConfig
+from pipeline.command import Interrupted
+from pipeline.config import Config
+from pipeline.data import BrokenFiles
 from pipeline.precision import choose_precision
 from pipeline.recipe import config_from_dict, config_to_dict, save_config
-from pipeline.training.run_log import RunLog
+from pipeline.run_lock import locks_output
+from pipeline.training.optimizer import build_optimizer, learning_rate
+from pipeline.training.run_log import METRICS, Meter, RunLog
 from pipeline.training.stages import Stage
+from pipeline.training.stopping import StopSignals
 
 FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is resumed
 PROGRESS = ("step", "validated", "best")  # of a run, in its checkpoints
+RUN_FILES = ("config.yaml", METRICS, "tensorboard", f"checkpoints/{BEST}", f"checkpoints/{LAST}")
+# Seconds that other processes give the main one to save a run that one of them has left.
+MAIN_SAVES_WITHIN = 3
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state has been saved."""
-
-
+@locks_output
 def fit(
     stage: Stage,
     config: Config,
@@ -48,7 +53,7 @@ def fit(
     Args:
         output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and
             TensorBoard events.
-        resume: continue from `checkpoints/last.pt` if there is one.
+        resume: continue from `checkpoints/last.pt`; without one from `best.pt`, or from the start.
         precision: as in `choose_precision`; bf16 is autocast. Without one, and with "auto", a
             resumed run keeps what it was trained in.
 
@@ -56,13 +61,29 @@ def fit(
         ValueError: the directory holds a run and `resume` is not set, or that run is of another
             model.
         FloatingPointError: a loss was not finite; the minibatch is saved beside the checkpoints.
-        Interrupted: SIGINT or SIGTERM came; the state is in `checkpoints/last.pt`.
+        Interrupted: a stop signal came.
+        ConnectionError: another process of the run has ended.
+
+    Whatever it raises, the state after the last whole step is in `checkpoints/last.pt`.
     """
     run = TrainingRun(stage, config, output, device)
     run.prepare(resume, precision)
-    with _stop_signals() as stop:
-        run.train(stop)
+    with run.stop.listening():
+        run.train()
     return output / "checkpoints" / BEST
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a directory has any file of a run, even of one that never saved its state."""
+    return any((output / name).exists() for name in RUN_FILES)
+
+
+def check_new(output: Path, resume: bool) -> None:
+    """Raises a ValueError if a directory holds a run that is not to be resumed."""
+    if holds_run(output) and not resume:
+        raise ValueError(
+            f"{output} already holds a run; add --resume to continue it, or choose another --output"
+        )
 
 
 class TrainingRun:
@@ -75,28 +96,38 @@ class TrainingRun:
         self.optimizer = build_optimizer(self.optim, stage.parameter_groups())
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
+        self.start, self.saved = 0, -1  # steps: of this session, and of what is in last.pt
+        self.changing = threading.RLock()  # held while the weights change or are saved
+        self.half_step = self.ending = False
+        self.stop = StopSignals(self._rescue)
 
     def prepare(self, resume: bool, precision: str | None = None) -> None:
         """Starts a run, or continues the one that the directory holds."""
-        last = self.checkpoints / LAST
-        if last.exists() and not resume:
-            raise ValueError(
-                f"{self.output} already holds a run; add --resume to continue it, "
-                "or choose another --output"
-            )
-        if last.exists():
+        check_new(self.output, resume)
+        # A run that was killed while it saved for the first time may have its best one only.
+        paths = [self.checkpoints / name for name in (LAST, BEST)]
+        last = next((path for path in paths if path.exists()), None)
+        changes = []
+        if last is not None:
             state = load_checkpoint(last, stage=self.stage.name)
-            self._restore(state, str(last))
+            changes = self._restore(state, str(last))
             if precision in (None, "auto") and self.optim.amp:
                 precision = state.get("precision")
+            if last.name == LAST:
+                self.saved = self.step
         dtype = choose_precision(
             precision, self.stage.trunk, self.device, amp=self.optim.amp, train=True
         )
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        if distributed.is_main():  # from here on the directory is this run's
-            save_config(self.config, self.output / "config.yaml")
-        resume_step = self.step if last.exists() else None
-        self.log = RunLog(self.output, enabled=distributed.is_main(), resume_step=resume_step)
+        distributed.barrier()  # every process has seen the directory as it was
+        if resume and last is None:
+            distributed.say(f"nothing to resume in {self.output}: it starts at step 0")
+        if changes:
+            distributed.say("changed since the last session: " + ", ".join(changes))
+        if last is not None:
+            self._write_config()  # from here on the directory is this run's
+        self.log = RunLog(self.output, enabled=distributed.is_main(), start_step=self.step)
+        self.start = self.step
         counts = [(p.numel(), p.requires_grad) for p in self.stage.model.parameters()]
         trained, count = sum(n for n, grad in counts if grad), sum(n for n, _ in counts)
         distributed.say(
@@ -104,31 +135,128 @@ class TrainingRun:
             f"{count / 1e6:.2f} M parameters trained, on {self.device}"
         )
 
-    def train(self, stop: dict[str, bool]) -> None:
-        """Runs to the last step; `stop["now"]` ends it after the step at hand."""
+    def train(self) -> None:
+        """Runs to the last step, or until a stop signal ends it after the step at hand.
+
+        However it ends, the state after the last whole step is saved before.
+        """
+        batches = self.stage.training_batches(range(self.step, self.total), self.device)
+        try:
+            self._run_steps(batches)
+            self.log.close()
+        except BaseException as error:
+            reason = self._explain(error)
+            self._keep(reason, lost=distributed.is_lost_connection(error))
+            if reason is error:
+                raise
+            raise reason from error
+        finally:
+            batches.close()  # ends its workers
+
+    def _run_steps(self, batches: Generator[dict]) -> None:
+        if self.step >= self.total:
+            distributed.say(f"nothing is left to train: step {self.step} of {self.total}")
         self._start_phase()
         meter, saved = Meter(self.optim.batch_size, self.stage.samples), time.monotonic()
+        broken = BrokenFiles(len(self.stage.train_data.coco), self.config.data.max_broken_fraction)
         self._validate_if_due()  # a run that was stopped between its last step and its validation
         self.stage.model.train()  # batch norm is frozen by construction
-        for batch in self.stage.training_batches(range(self.step, self.total), self.device):
+        while (batch := self._next(batches)) is not None:
             losses = self.train_step(batch)
             meter.add(losses)
+            if self.step == 1:
+                self._write_config()
             if self.step % self.optim.log_every == 0:
                 rate = learning_rate(self.optim, self.step - 1)
                 self._write("train", lr=rate, **meter.flush(self.total - self.step))
-            save_due = time.monotonic() - saved > 60 * self.optim.save_every_minutes
-            halt, save = distributed.any_process(stop["now"], save_due, device=self.device)
+            halt, save, news = distributed.any_process(
+                self.stop.signum is not None,
+                time.monotonic() - saved > 60 * self.optim.save_every_minutes,
+                broken.note(batch["broken"]),
+                device=self.device,
+            )
             if halt or save:
                 self._save(LAST)
                 saved = time.monotonic()
             if halt:
-                distributed.say(f"stopped at step {self.step}; continue with --resume")
-                raise Interrupted
+                raise Interrupted(next(filter(None, distributed.gather(self.stop.signum))))
+            if news:
+                broken.report()
             if self._validate_if_due():
                 meter.restart()
             if self.step in self.stage.phase_starts:
                 self._start_phase()
-        self.log.close()
+
+    def _next(self, batches: Iterator[dict]) -> dict | None:
+        """A minibatch, however long it takes: a stop signal need not wait for it.
+
+        Several processes stop together, after a step.
+        """
+        if distributed.world_size() > 1:
+            return next(batches, None)
+        with self.stop.at_once():
+            return next(batches, None)
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """The reason for an error: a stop signal, or that another process has ended."""
+        if isinstance(error, Exception) and self.stop.signum is not None:
+            return Interrupted(self.stop.signum)
+        if distributed.is_lost_connection(error):
+            words = " ".join(str(error).split())
+            return ConnectionError(f"another process of this run has ended ({words})")
+        return error
+
+    def _keep(self, reason: BaseException, *, lost: bool) -> None:
+        """Saves the state after the last whole step, whatever the other processes do.
+
+        `lost`: one of them has ended, perhaps the main one.
+        """
+        self.ending = True
+        is_stop = isinstance(reason, Interrupted)
+        if self.step == self.start and not is_stop:
+            return  # nothing was learned, and a mistake to mend must not leave half a run
+        if not distributed.is_main():
+            if not lost or self._main_saves():
+                return
+        elif isinstance(reason, FloatingPointError) and not self._is_finite():
+            return
+        self._write_last("stopped at" if is_stop else "saved")
+
+    def _rescue(self) -> bool:
+        """Saves the run while the main thread hangs somewhere; False if that is ending already."""
+        if self.ending:
+            return False
+        self.changing.acquire()  # for good: no step begins any more
+        # Where the main process was killed, its workers may keep its connections open for a while.
+        if distributed.is_main() or not self._main_saves():
+            self._write_last("stopped at")
+        return True
+
+    def _write_last(self, words: str) -> None:
+        try:
+            with self.changing:
+                if self.half_step:
+                    raise RuntimeError("an error in the middle of changing the weights")
+                if self.saved != self.step:
+                    self._write_checkpoint(LAST)
+        except (OSError, RuntimeError) as problem:
+            with suppress(OSError):
+                print(f"step {self.step} could not be saved: {problem}", flush=True)
+            return
+        with suppress(OSError):
+            print(f"{words} step {self.step}; continue with --resume", flush=True)
+
+    def _main_saves(self) -> bool:
+        """Whether the main process, which may be the one that ended, saves this run."""
+        path, start = self.checkpoints / LAST, time.time()
+        while time.time() < start + MAIN_SAVES_WITHIN:
+            if path.exists() and path.stat().st_mtime > start - 6:
+                return True
+            time.sleep(0.1)
+        return not self.output.is_dir()  # on a machine that does not share the directory
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.stage.model.parameters())
 
     def _start_phase(self) -> None:
         self.stage.start_phase(self.step)
@@ -155,8 +283,11 @@ class TrainingRun:
         losses["loss"].backward()
         if self.optim.clip_gradient:
             nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
-        self.optimizer.step()
-        self.step += 1
+        with self.changing:
+            self.half_step = True
+            self.optimizer.step()
+            self.step += 1
+            self.half_step = False
         return {name: value.detach() for name, value in losses.items()}
 
     def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
@@ -167,7 +298,7 @@ class TrainingRun:
         words = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise FloatingPointError(
             f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
-            f"the weights before it are in {self.checkpoints / LAST} if one was saved; "
+            f"the last finite weights that were saved are in {self.checkpoints}; "
             f"a lower {self.stage.name}.optim.lr usually helps"
         )
 
@@ -177,7 +308,8 @@ class TrainingRun:
         due = epoch % self.optim.validate_every == 0 or self.step == self.total
         if rest or not due or self.validated == self.step:  # at first, both are 0
             return False
-        metrics = self.stage.validate(self.device)
+        with self.stop.at_once():
+            metrics = self.stage.validate(self.device)
         self.stage.model.train()
         self._write("val", **metrics)
         self.validated = self.step
@@ -193,8 +325,19 @@ class TrainingRun:
         epoch = self.step / self.optim.batches_per_epoch
         self.log.write(split, step=self.step, epoch=epoch, **values)
 
+    def _write_config(self) -> None:
+        if distributed.is_main():
+            save_config(self.config, self.output / "config.yaml")
+
     def _save(self, name: str) -> None:
         if distributed.is_main():
+            self._write_checkpoint(name)
+        distributed.barrier()
+        if name == LAST:
+            self.saved = self.step
+
+    def _write_checkpoint(self, name: str) -> None:
+        with self.changing:
             state = {
                 "stage": self.stage.name,
                 "config": config_to_dict(self.config),
@@ -206,10 +349,13 @@ class TrainingRun:
                 **self.stage.metadata,
             }
             save_checkpoint(self.checkpoints / name, state)
-        distributed.barrier()
+            if name == LAST:
+                self.saved = self.step
 
-    def _restore(self, state: dict[str, Any], source: str) -> None:
-        self._check_same_run(state["config"], source)
+    def _restore(self, state: dict[str, Any], source: str) -> list[str]:
+        """Continues from a checkpoint; returns the settings that have changed since, in words."""
+        old = config_from_dict(state["config"], source=source)
+        self._check_same_run(old, source)
         load_weights(self.stage.model, state["model"], source=source)
         # The state is the old run's; rates, decay and momentum are what the config says now.
         groups = self.optimizer.state_dict()["param_groups"]
@@ -222,10 +368,10 @@ class TrainingRun:
             setattr(self, key, state[key])
         if state.get("best_metric", self.stage.best_metric) != self.stage.best_metric:
             self.best = -math.inf  # of another metric
+        return changed_settings(old, self.config)
 
-    def _check_same_run(self, values: dict[str, Any], source: str) -> None:
+    def _check_same_run(self, old: Config, source: str) -> None:
         """What decides which samples a step sees, and what the optimizer's state means."""
-        old = config_from_dict(values, source=source)
         pairs = {"seed": (old.seed, self.config.seed)}
         for name in FIXED:
             optims = (getattr(config, self.stage.name).optim for config in (old, self.config))
@@ -239,71 +385,16 @@ class TrainingRun:
                 )
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Of a step, from 0 on: warm-up times drops at epochs, or times a half cosine to zero."""
-    warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
-    if optim.schedule == "cosine":
-        progress = step / (optim.epochs * optim.batches_per_epoch)
-        return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
-    epoch = step // optim.batches_per_epoch
-    passed = [start for start in optim.lr_drops if start <= epoch]
-    return optim.lr * warmup * (optim.lr_drops[max(passed)] if passed else 1.0)
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """The settings that differ, in words."""
 
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            items |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
+        return items
 
-def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """SGD or AdamW over the groups; the loop sets the learning rates."""
-    if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-    return torch.optim.SGD(
-        groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-    )
-
-
-class Meter:
-    """Means since the last flush; a loss counts the minibatches that had it."""
-
-    def __init__(self, batch_size: int, samples: str):
-        self.batch_size, self.samples = batch_size, samples
-        self.restart()
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Adds a minibatch without waiting for the device."""
-        for name, value in losses.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
-        self.steps += 1
-
-    def flush(self, steps_left: int) -> dict[str, float]:
-        """Means of the losses over all processes, samples a second, and minutes left."""
-        seconds = (time.monotonic() - self.start) / max(self.steps, 1)
-        totals = [torch.as_tensor(total / count) for total, count in self.sums.values()]
-        means = distributed.mean(torch.stack(totals)).tolist() if totals else []
-        values: dict[str, float] = dict(zip(self.sums, means, strict=True))
-        values[f"{self.samples}_per_second"] = self.batch_size / seconds
-        values["minutes_left"] = seconds * steps_left / 60
-        self.restart()
-        return values
-
-    def restart(self) -> None:
-        """Forgets what was added and restarts the clock."""
-        self.sums: dict[str, tuple[Any, int]] = {}
-        self.steps, self.start = 0, time.monotonic()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM set a flag; a second one ends the process as usual."""
-    stop = {"now": False}
-    previous: dict[int, Any] = {}
-
-    def handle(signum: int, _: Any) -> None:
-        stop["now"] = True
-        signal.signal(signum, previous[signum])
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.signal(signum, handle)
-    try:
-        yield stop
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+    was, now = flat(config_to_dict(old)), flat(config_to_dict(new))
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names]

@@ -67,7 +67,8 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     if name == "multipathnet":  # before proposals are made
         check_categories(config)
     weights = masks = None
-    begun = (output / "checkpoints" / LAST).exists()  # its checkpoint fills the whole network
+    # Its checkpoint fills the whole network.
+    begun = any((output / "checkpoints" / checkpoint).exists() for checkpoint in (LAST, BEST))
     if config.init.weights is not None and not begun:
         if name == "sharpmask" and config.init.deepmask:
             raise ValueError(

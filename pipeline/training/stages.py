@@ -4,7 +4,7 @@ Reading the data and building the network is all that happens here; what a stage
 or found by `pipeline/training/prepare.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from models.trunk import Trunk
 from pipeline import distributed
 from pipeline.config import Config, OptimConfig
 from pipeline.data import (
-    BrokenFiles,
     delta_statistics,
     device_batches,
     load_split,
@@ -91,20 +90,17 @@ class Stage:
     def start_phase(self, step: int) -> None:
         """Marks the parameters that are trained from this step on."""
 
-    def training_batches(self, steps: range, device: torch.device) -> Iterator[dict]:
+    def training_batches(self, steps: range, device: torch.device) -> Generator[dict]:
         """This process's part of the minibatches of the given steps, on the device."""
-        data, workers = self.train_data, self.config.data.workers
-        broken = BrokenFiles(len(data.coco), self.config.data.max_broken_fraction)
-        indices = data.batches(
+        indices = self.train_data.batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             batch_size=self.optim.batch_size,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        for batch in device_batches(data, indices, device, workers=workers):
-            broken.note(batch["broken"])
-            yield batch
+        workers = self.config.data.workers
+        return device_batches(self.train_data, indices, device, workers=workers)
 
     def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Scalars of a minibatch; "loss" is what is minimized."""

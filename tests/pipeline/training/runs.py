@@ -1,16 +1,18 @@
 """Training a stage in a test, whole or interrupted."""
 
-import contextlib
+import itertools
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.command import Interrupted
 from pipeline.config import Config
-from pipeline.training import engine
-from pipeline.training.engine import Interrupted, fit
+from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, prepare_stage
 from pipeline.training.stages import Stage
 
@@ -30,25 +32,25 @@ def train(
 
 
 def interrupt(name: str, config: Config, output: Path, *, steps: int, **options: Any) -> None:
-    """Trains a stage and stops it after some steps, as a signal does; options are `train`'s."""
-    stop = _StopAfter(steps)
-    with (
-        mock.patch.object(engine, "_stop_signals", lambda: contextlib.nullcontext(stop)),
-        pytest.raises(Interrupted),
-    ):
-        train(name, config, output, **options)
+    """Trains a stage and stops it in one of its steps by a signal; options are `train`'s."""
+    stage = make_stage(name, config, output, device=options.get("device", CPU))
+    call_in_step(stage, steps, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        fit(stage, config, output, **{"device": CPU, **options})
+
+
+def call_in_step(stage: Stage, step: int, action: Callable[[], None]) -> None:
+    """Has a stage call something in the middle of a step, counted from 1."""
+    losses, steps = stage.losses, itertools.count(1)
+
+    def spy(model: nn.Module, batch: dict) -> dict:
+        if next(steps) == step:
+            action()
+        return losses(model, batch)
+
+    stage.losses = spy
 
 
 def last_checkpoint(output: Path) -> dict:
     path = output / "checkpoints" / "last.pt"
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class _StopAfter(dict):
-    def __init__(self, steps: int):
-        super().__init__()
-        self.steps = steps
-
-    def __getitem__(self, key):
-        self.steps -= 1
-        return self.steps <= 0

@@ -1,0 +1,28 @@
+"""Optimizer and learning rates of a stage."""
+
+import math
+from typing import Any
+
+import torch
+
+from pipeline.config import OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Of a step, from 0 on: warm-up times drops at epochs, or times a half cosine to zero."""
+    warmup = min(1.0, (step + 1) / optim.warmup_batches) if optim.warmup_batches else 1.0
+    if optim.schedule == "cosine":
+        progress = step / (optim.epochs * optim.batches_per_epoch)
+        return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    epoch = step // optim.batches_per_epoch
+    passed = [start for start in optim.lr_drops if start <= epoch]
+    return optim.lr * warmup * (optim.lr_drops[max(passed)] if passed else 1.0)
+
+
+def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD or AdamW over the groups; the loop sets the learning rates."""
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    return torch.optim.SGD(
+        groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+    )
