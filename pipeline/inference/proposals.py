@@ -227,15 +227,11 @@ class ProposalStore(ResumableDirectory):
             yield _from_table(table.slice(start, stop - start))
 
     def write_json(self) -> Path:
-        """Writes all results to proposals.json unless it has them; returns its path.
+        """Writes all results to proposals.json, and returns its path.
 
         Writes images.json beside it, a COCO file that lists the images.
         """
         path = self.directory / "proposals.json"
-        if path.exists():  # whole, since it was renamed to it
-            written, shards = path.stat().st_mtime_ns, self.shards()
-            if all(shard.stat().st_mtime_ns < written for shard in shards):
-                return path
         images = sorted(self.images().values(), key=lambda image: image["id"])
         listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
         write_json(self.directory / "images.json", listing)

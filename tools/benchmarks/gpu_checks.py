@@ -240,7 +240,7 @@ def check_workers(setup: Setup) -> Rows:
 
 
 def check_signal(setup: Setup) -> Rows:
-    """SIGTERM during training: the checkpoint is saved, the exit status is 130."""
+    """SIGTERM during training: the checkpoint is saved, the exit status is 143."""
     optim = ("batches_per_epoch=100000", "save_every_minutes=0")
     config = setup.tiny(*(f"deepmask.optim.{setting}" for setting in optim), "data.workers=2")
     recipe, output = setup.directory / "signal.yaml", setup.directory / "signal"
@@ -260,8 +260,8 @@ def check_signal(setup: Setup) -> Rows:
         finally:
             run.kill()
     print(printed)
-    ok = run.returncode == 130 and "--resume" in printed
-    row = {"measured": run.returncode, "limit": 130, "ok": float(ok)}
+    ok = run.returncode == 143 and "--resume" in printed
+    row = {"measured": run.returncode, "limit": 143, "ok": float(ok)}
     step = load_checkpoint(last)["step"] if last.exists() else 0
     return {"exit status": row, "step of the checkpoint": at_least(step, 1)}
 
