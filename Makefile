@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest lint format bench clean
+.PHONY: setup demo test test-slow test-oldest fuzz lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Seven fuzzed tests of 15,000 cases each; prints how many have run.
+fuzz: setup
+	MASKPATH_FUZZ_CASES=15000 $(BIN)/python -m pytest -m fuzz
 
 # With the lowest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/.installed

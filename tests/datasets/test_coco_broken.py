@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -21,6 +20,7 @@ from tests.datasets.coco_jsons import (
     rle,
     various,
 )
+from tests.fuzzing import fuzzed
 
 
 @pytest.fixture
@@ -223,8 +223,7 @@ segmentations = (
 )
 
 
-@settings(max_examples=500, deadline=None)
-@given(data=st.data())
+@fuzzed(data=st.data())
 def test_any_value_anywhere_is_used_or_left_out_or_an_error(tmp_path_factory, data):
     content = various()
     array = data.draw(st.sampled_from(["images", "annotations", "annotations", "categories"]))

@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.file_names import find_named_files, match_paths
+from tests.fuzzing import fuzzed
 
 NFC, NFD = (unicodedata.normalize(form, "Übung 1.png") for form in ("NFC", "NFD"))
 
@@ -102,8 +102,7 @@ paths = st.lists(st.tuples(pieces, st.sampled_from("/\\")), min_size=1, max_size
 )
 
 
-@settings(max_examples=500, deadline=None)
-@given(names=st.lists(paths | st.text(max_size=8), min_size=1, max_size=6))
+@fuzzed(names=st.lists(paths | st.text(max_size=8), min_size=1, max_size=6))
 def test_no_name_leads_out_of_the_folder(tmp_path_factory, names):
     root = tmp_path_factory.getbasetemp() / "fuzzed"
     folder = touch(root / "images", "1.png", "a/1.png", "a/B/2.png", "first.png")

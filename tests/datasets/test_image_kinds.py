@@ -11,13 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from datasets.image_headers import read_header
 from datasets.images import ImageError, read_image
 from tests.datasets.image_bytes import chunk, png, tiff
+from tests.fuzzing import fuzzed
 
 HEIGHT, WIDTH = 48, 80
 Y, X = np.mgrid[:HEIGHT, :WIDTH]
@@ -274,8 +275,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzzed")
 
 
-@settings(max_examples=500, deadline=None)
-@given(data=broken_files() | st.binary(max_size=64), name=NAMES)
+@fuzzed(data=broken_files() | st.binary(max_size=64), name=NAMES)
 @example(data=SEEDS[0], name="\ud800.jpg")
 @example(data=SEEDS[0], name="a\nb\x1b[31m.jpg")
 def test_any_file_is_an_image_or_one_line(folder, data, name):

@@ -3,11 +3,11 @@
 import json
 import math
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.ground_truth import IOU_TYPES
 from pipeline.evaluation.scores import score_detections, score_proposals
+from tests.fuzzing import fuzzed
 from tests.pipeline.evaluation.scenes import random_scene
 
 number = st.integers(-5, 300) | st.integers() | st.floats()
@@ -31,8 +31,7 @@ VALUES = {
 }
 
 
-@settings(max_examples=500, deadline=None)
-@given(data=st.data())
+@fuzzed(data=st.data())
 def test_any_value_anywhere_is_scored_or_an_error_in_one_line(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "results"
     folder.mkdir(exist_ok=True)

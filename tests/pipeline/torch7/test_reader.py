@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import MAX_DEPTH, LuaFunction, Torch7Object, read_torch7, walk
+from tests.fuzzing import fuzzed
 from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, memory, written
 from tests.real_data import TORCH7
 
@@ -241,8 +242,11 @@ EDIT = st.tuples(st.floats(0, 1), st.integers(0, 32), ADDED)  # where, and how m
 
 
 @needs_originals
-@given(st.sampled_from(SMALL), st.lists(EDIT, max_size=4), st.just(1.0) | st.floats(0, 1))
-@settings(max_examples=500, deadline=None)
+@fuzzed(
+    name=st.sampled_from(SMALL),
+    edits=st.lists(EDIT, max_size=4),
+    length=st.just(1.0) | st.floats(0, 1),
+)
 def test_damaged_files_are_read_or_refused(tmp_path_factory, name, edits, length):
     """No other error, no long time and no long text; a crash would end the tests."""
     content = (TORCH7 / name).read_bytes()
