@@ -111,10 +111,10 @@ def disturb(
             asked = time.monotonic()
             output, _ = process.communicate()
             counts[f"{name} {sent.name}"] += 1
+            if process.returncode == 0:
+                return  # it came too late, or while Python was not listening
             if time.monotonic() - asked > 10:
                 problems.append(f"{name}: {time.monotonic() - asked:.0f} s to end on {sent.name}")
-            if process.returncode == 0:
-                return  # it had just ended
             if "in main\n" in output:  # a traceback; Python has its own while it imports
                 problems.append(f"{name} on {sent.name}: {output[-500:]}")
             continue
