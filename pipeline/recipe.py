@@ -136,6 +136,13 @@ def _plain(value: Any) -> Any:
 
 def _resolve(layers: dict[str, Any], schema: type) -> Any:
     """The defaults, changed by one layer after the other, each by the name of its source."""
+    try:
+        return _merge(layers, schema)
+    except ValueError as error:  # keys may have line breaks
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _merge(layers: dict[str, Any], schema: type) -> Any:
     merged: Any = OmegaConf.structured(schema)
     source = ""
     try:
