@@ -5,7 +5,8 @@ errors.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -55,6 +56,16 @@ NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, 
 RENAMED_VALUES = {"area": False, "corners": True, "overlapping": "caffe", "rounded": "lua"}
 
 
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Keys and values in a message may have line breaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@_one_line_errors()
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """A recipe: the defaults, changed by a YAML file, changed by overrides (`seed=1`).
 
@@ -92,6 +103,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return _resolve(layers, Config)
 
 
+@_one_line_errors()
 def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any:
     """The config that a checkpoint carries, or the part of it that a smaller schema has.
 
@@ -136,13 +148,6 @@ def _plain(value: Any) -> Any:
 
 def _resolve(layers: dict[str, Any], schema: type) -> Any:
     """The defaults, changed by one layer after the other, each by the name of its source."""
-    try:
-        return _merge(layers, schema)
-    except ValueError as error:  # keys may have line breaks
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def _merge(layers: dict[str, Any], schema: type) -> Any:
     merged: Any = OmegaConf.structured(schema)
     source = ""
     try:
