@@ -109,15 +109,19 @@ def denormalize(pixels: np.ndarray) -> np.ndarray:
     return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def pad_and_normalize(pixels: Tensor, border: int) -> Tensor:
+def pad_and_normalize(
+    pixels: Tensor, border: int, above: int | None = None, below: int | None = None
+) -> Tensor:
     """A network's input from a whole image: normalized, with a gray border on all sides.
 
-    (H, W, 3) of values 0 to 255 to (1, 3, H + 2 border, W + 2 border) float32, channels last.
+    (H, W, 3) of values 0 to 255 to (1, 3, H + 2 border, W + 2 border) float32, channels last. With
+    `above` and `below` the border has other numbers of rows there.
     """
+    above, below = (border if rows is None else rows for rows in (above, below))
     # Not with `device=`, which would wait for what a GPU is still computing.
     mean, std = (torch.tensor(v).to(pixels.device, non_blocking=True) for v in (MEAN, STD))
     height, width = pixels.shape[:2]
     gray = (GRAY - mean) / std
-    canvas = gray.expand(height + 2 * border, width + 2 * border, 3).contiguous()
-    canvas[border : border + height, border : border + width] = (pixels.float() / 255 - mean) / std
+    canvas = gray.expand(above + height + below, width + 2 * border, 3).contiguous()
+    canvas[above : above + height, border : border + width] = (pixels.float() / 255 - mean) / std
     return canvas.permute(2, 0, 1)[None]

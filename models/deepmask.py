@@ -133,7 +133,7 @@ class DeepMask(nn.Module):
         `embeddings` (B, E, h, w) are `embed`'s of the same map.
         """
         if self.score_tail is not None:
-            embeddings = self.score_tail(features.to(embeddings.dtype))
+            embeddings = self.score_tail(features)
         return self.score_head(embeddings)[:, 0]
 
     def decode_masks(self, embeddings: Tensor) -> Tensor:

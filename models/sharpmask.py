@@ -275,7 +275,8 @@ def _copy_channel(layer: nn.Conv2d, source: int) -> None:
 class DenseNetwork(nn.Module):
     """Embeddings and scores of all cells of an image, and the horizontal maps of a SharpMask.
 
-    Masks are decoded later, for chosen cells only (ECCV 2016, section 3.4).
+    Masks are decoded later, for chosen cells only (ECCV 2016, section 3.4). No branch depends on an
+    image: it can be traced.
     """
 
     def __init__(self, deepmask: DeepMask, refinement: SharpMask | None):
@@ -287,8 +288,8 @@ class DenseNetwork(nn.Module):
         each refinement module, of normalized pixels (1, 3, H, W).
         """
         features = self.deepmask.trunk(pixels)
-        embeddings = self.deepmask.embed(features[-1])
+        embeddings = self.deepmask.tail(features[-1])
         # In full precision: bfloat16 would rank many cells as equals.
-        scores = self.deepmask.score(embeddings.float(), features[-1])
+        scores = self.deepmask.score(embeddings.float(), features[-1].float())
         horizontal = self.refinement.horizontal_maps(features) if self.refinement else []
         return embeddings, scores, *horizontal

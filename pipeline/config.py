@@ -215,9 +215,12 @@ class ProposeConfig:
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None
+    # GB for maps of the network: larger images go through it by bands of rows, with the same
+    # results; null: .5 on a CPU, a quarter of what is free on CUDA.
+    memory: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, "greater than 0", lambda v: v > 0, "num_proposals")
+        require(self, "greater than 0", lambda v: v > 0, "num_proposals", "memory")
         require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")

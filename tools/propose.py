@@ -55,6 +55,13 @@ def main() -> int:
         help="openvino-int8 is about twice as fast on a CPU and gives nearly the same proposals; "
         "it is calibrated on the images first (default: torch)",
     )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="for maps of the network; larger images go through it by bands of rows, with the same "
+        "results (default: .5 on a CPU, a quarter of what is free on CUDA)",
+    )
     add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
@@ -69,6 +76,7 @@ def main() -> int:
             zoom=args.zoom,
             refine=args.refine,
             nms=args.nms,
+            memory=args.memory,
             precision=args.precision if args.backend == "torch" else "fp32",
         )
         summary = propose_images(

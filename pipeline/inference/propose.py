@@ -1,21 +1,24 @@
 """Dense proposal inference, from an image to proposals (ECCV 2016, section 3; released code).
 
-image -> pyramid -> trunk, tail and horizontal nets once per scale -> cells of all scales ranked
-together -> masks of the best cells only -> RLE in the image -> mask NMS, if asked for.
+image -> pyramid -> trunk, tail and horizontal nets once per scale, by bands of rows where the image
+is large -> cells of all scales ranked together -> masks of the best cells only -> RLE in the image
+-> mask NMS, if asked for.
 
 Letters: (h, w) cells of a scale, E embedding width, M mask size, P patch size, N proposals.
 """
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
@@ -24,6 +27,18 @@ from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
+from pipeline.inference.bands import BandedNetwork, memory_limit
+from pipeline.inference.cells import (
+    CellMap,
+    ChosenCells,
+    PyramidScale,
+    best_cells,
+    join_cells,
+    keep_best,
+    nbytes,
+    place_patches,
+    take_cells,
+)
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
@@ -31,20 +46,7 @@ from pipeline.precision import choose_precision, to_bfloat16
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
-
-
-@dataclass
-class PyramidScale:
-    """One scale of the pyramid after the network.
-
-    Masks are placed by the scales in x and y that rounding the size to pixels really gave; with
-    `align_corners`, by the exact scale.
-    """
-
-    scale_xy: tuple[float, float]
-    embeddings: Tensor  # (E, h, w)
-    score_logits: Tensor  # (h, w)
-    horizontal: list[Tensor]  # (c, h', w') for each refinement module, at its stride
+KEPT = 1 / 3  # of the memory for maps: those that masks are decoded from, once the network has run
 
 
 class Proposer:
@@ -72,6 +74,7 @@ class Proposer:
         Attributes:
             log2_scales: of the pyramid, ascending.
             dense: the network on whole images (`DenseNetwork`), or another backend for it.
+            memory: bytes for maps of the network.
         """
         model = model.eval().to(device).to(memory_format=torch.channels_last)
         if dtype == torch.bfloat16:
@@ -81,6 +84,7 @@ class Proposer:
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.dtype, self.options = device, dtype, ProposeConfig(**options)
+        self.memory = memory_limit(device, self.options.memory)
         scales = log2_range(*self.options.log2_scales)
         self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
@@ -91,16 +95,24 @@ class Proposer:
         Masks without a pixel in the image are left out.
         """
         height, width = image.shape[:2]
+        limit, memory = self.options.num_proposals, self.memory * KEPT
         # Run the network at every scale; the largest first, so that its freed memory serves all.
-        pyramid = [self.run_scale(image, log2_scale) for log2_scale in reversed(self.log2_scales)]
-        pyramid.reverse()
+        scales: list[list[CellMap]] = []
+        for log2_scale in reversed(self.log2_scales):
+            scales.insert(0, [])
+            for band in self.run_bands(image, log2_scale):
+                scales[0].append(band)
+                if nbytes(scales) > memory:
+                    # Let go of all but the cells that can still be among the best.
+                    scales = keep_best(scales, limit, self.deepmask.cells)
+                    memory = max(memory, 2 * nbytes(scales))
         # Keep the best cells of all scales.
-        logits = [scale.score_logits for scale in pyramid]
-        scores, cells = best_cells(logits, self.options.num_proposals)
+        pyramid = list(itertools.chain.from_iterable(scales))
+        logits, cells = best_cells([part.score_logits for part in pyramid], limit)
         # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
         # Drop the scores of masks that lie outside of the image.
-        scores = scores.cpu().numpy()[masks.indices]
+        scores = logits.sigmoid().cpu().numpy()[masks.indices]
         proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
@@ -109,63 +121,103 @@ class Proposer:
     def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
         """Runs the part of the network that sees the image alone, at one scale."""
         pixels, scale_xy = self.scale(image, log2_scale)
-        embeddings, scores, *horizontal = self.dense(pixels)
-        return PyramidScale(scale_xy, embeddings[0], scores[0], [maps[0] for maps in horizontal])
+        return PyramidScale.of(self.dense(pixels), scale_xy)
+
+    @torch.inference_mode()
+    def run_bands(self, image: np.ndarray, log2_scale: float) -> Iterator[PyramidScale]:
+        """The same, in bands of rows if the scale as a whole would take too much memory."""
+        scaled, scale_xy = self._resize(image, log2_scale)
+        height, width = (side + self.deepmask.patch_size for side in scaled.shape[:2])
+        rows = max(1, self.band_pixels // (width * STRIDE)) * STRIDE
+        starts = range(0, height, rows)
+        if len(starts) == 1:
+            yield PyramidScale.of(self.dense(self._to_input(scaled, 0, height)), scale_xy)
+            return
+        bands = (
+            (self._to_input(scaled, start, min(start + rows, height)), start == starts[-1])
+            for start in starts
+        )
+        for first_row, maps in join_cells(self.banded(bands), self.deepmask.cells):
+            yield PyramidScale.of(maps, scale_xy, first_row)
+
+    @cached_property
+    def banded(self) -> BandedNetwork:
+        """The network by bands of rows."""
+        assert isinstance(self.dense, DenseNetwork)
+        return BandedNetwork(self.dense)
+
+    @cached_property
+    def band_pixels(self) -> int:
+        """How many pixels of its input the network can see at once, by the limit of memory."""
+        if not isinstance(self.dense, DenseNetwork):
+            return sys.maxsize  # another backend takes whole images
+        side = self.deepmask.patch_size + 4 * STRIDE
+        blank = torch.zeros(side, side, 3, dtype=torch.uint8, device=self.device)
+        pixels = pad_and_normalize(blank, 0).to(self.dtype)
+        for _ in self.banded([(pixels, True)]):
+            pass
+        return int(self.memory * (1 - KEPT) * side**2 / self.banded.peak_bytes)
 
     def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
         """The network's input (1, 3, H, W) at one scale, and the scales in x and y."""
+        scaled, scale_xy = self._resize(image, log2_scale)
+        return self._to_input(scaled, 0, scaled.shape[0] + self.deepmask.patch_size), scale_xy
+
+    def _resize(
+        self, image: np.ndarray, log2_scale: float
+    ) -> tuple[np.ndarray, tuple[float, float]]:
+        """The image at one scale (h, w, 3), and the scales in x and y."""
         scale = 2.0**log2_scale
         if self.options.align_corners:
-            scaled, scale_xy = resize_align_corners(image, scale), (scale, scale)
-        else:
-            scaled = resize_image(image, scale)
-            scale_xy = (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
-        pixels = torch.from_numpy(scaled)
+            return resize_align_corners(image, scale), (scale, scale)
+        scaled = resize_image(image, scale)
+        return scaled, (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
+
+    def _to_input(self, scaled: np.ndarray, start: int, stop: int) -> Tensor:
+        """Rows of the network's input, counted from the top of the gray border."""
+        border = self.deepmask.patch_size // 2
+        first, end = max(0, start - border), max(0, min(scaled.shape[0], stop - border))
+        pixels = torch.from_numpy(scaled[first:end])
         if self.device.type == "cuda":  # copied while the scale before is still computed
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        padded = pad_and_normalize(pixels, self.deepmask.patch_size // 2)
-        return padded.to(self.dtype), scale_xy
+        above = min(max(0, border - start), stop - start)
+        below = stop - start - above - len(pixels)
+        return pad_and_normalize(pixels, border, above, below).to(self.dtype)
 
     @torch.inference_mode()
-    def decode(self, pyramid: list[PyramidScale], cells: Tensor) -> Tensor:
+    def decode(self, pyramid: Sequence[CellMap], cells: Tensor) -> Tensor:
         """Mask logits (n, M, M) of cells, or (n, P, P) when refined.
 
         Args:
-            cells: (n, 3) int64 of scale, row, column. All go through the network together, since
-                one large batch costs less than many small ones. Those of one scale in a row are
-                gathered together.
+            cells: (n, 3) int64 of map, row, column. All go through the network together, since one
+                large batch costs less than many small ones. Those of one map in a row are gathered
+                together.
         """
-        indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
-        scales = [pyramid[i] for i in indices.tolist()]
-        groups = list(zip(scales, cells[:, 1:].split(counts.tolist()), strict=True))
-        embeddings = _concatenate([scale.embeddings[:, c[:, 0], c[:, 1]].T for scale, c in groups])
+        return self._decode(take_cells(pyramid, cells, self.deepmask.cells))
+
+    def _decode(self, cells: ChosenCells) -> Tensor:
         if self.refinement is None:
-            return self.deepmask.decode_masks(embeddings)
-        size = self.deepmask.cells
-        windows = [
-            _concatenate([gather_windows(s.horizontal[i], c, size << i, 1 << i) for s, c in groups])
-            for i in range(len(self.refinement.refinements))
-        ]
-        return self.refinement.refine(embeddings, windows)
+            return self.deepmask.decode_masks(cells.embeddings)
+        return self.refinement.refine(cells.embeddings, cells.windows)
 
     def _masks(
-        self, pyramid: list[PyramidScale], cells: Tensor, image_size: tuple[int, int]
+        self, pyramid: Sequence[CellMap], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
-        """Pasted masks of cells (N, 3) of scale, row, column; indices are rows of `cells`."""
-        scale, *row_column = cells.cpu().numpy().T
-        places = place_patches(
-            np.stack(row_column, axis=1),
-            np.array([one.scale_xy for one in pyramid])[scale],
-            self.deepmask.patch_size,
-            align_corners=self.options.align_corners,
-        )
-        order = torch.sort(cells[:, 0], stable=True).indices  # to gather a scale's windows together
+        """Pasted masks of cells (N, 3) of map, row, column; indices are rows of `cells`."""
+        order = torch.sort(cells[:, 0], stable=True).indices  # to gather a map's windows together
         found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
+            chosen = take_cells(pyramid, cells[indices], self.deepmask.cells)
+            logits = self._decode(chosen).float()
             rows = indices.cpu().numpy()
             part = paste(
-                self.decode(pyramid, cells[indices]).float(),
-                places[rows],
+                logits,
+                place_patches(
+                    chosen.cells.cpu().numpy(),
+                    chosen.scale_xy.cpu().numpy(),
+                    self.deepmask.patch_size,
+                    align_corners=self.options.align_corners,
+                ),
                 image_size=image_size,
                 threshold=self.options.mask_threshold,
                 align_corners=self.options.align_corners,
@@ -178,64 +230,9 @@ class Proposer:
         return Pasted(rows[back], np.concatenate(boxes)[back], [rles[i] for i in back])
 
 
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
-
-
-def gather_windows(features: Tensor, cells: Tensor, size: int, step: int) -> Tensor:
-    """Windows (n, c, size, size), channels last, of a map (c, h, w) with `step` positions per cell.
-
-    The window of cell (i, j) begins at (i step, j step); cells are (n, 2) int64.
-    """
-    # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
-    missing = [
-        max(0, last * step + size - side)
-        for last, side in zip(cells.amax(0).tolist(), features.shape[1:], strict=True)
-    ]
-    if any(missing):
-        features = F.pad(features[None], (0, missing[1], 0, missing[0]), mode="replicate")[0]
-    windows = features.permute(1, 2, 0).unfold(0, size, step).unfold(1, size, step)  # a view
-    windows = windows.permute(0, 1, 3, 4, 2)  # (rows, columns, size, size, c)
-    return windows[cells[:, 0], cells[:, 1]].permute(0, 3, 1, 2)
-
-
 def log2_range(low: float, high: float, step: float) -> list[float]:
     """low, low + step, ... up to high."""
     return [low + i * step for i in range(math.floor((high - low) / step + 1e-6) + 1)]
-
-
-def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The highest-scoring cells of all scales together, given the scores (h, w) of each.
-
-    Returns:
-        Probabilities (N,), descending, and (N, 3) int64 of scale, row, column; equal scores stay in
-        this order.
-    """
-    flat = torch.cat([scores.flatten() for scores in score_logits]).float()
-    order = torch.sort(flat, descending=True, stable=True).indices[:count]
-    sizes = torch.tensor([scores.numel() for scores in score_logits], device=flat.device)
-    widths = torch.tensor([scores.shape[1] for scores in score_logits], device=flat.device)
-    ends = sizes.cumsum(0)
-    scale = torch.searchsorted(ends, order, right=True)
-    within = order - (ends - sizes)[scale]
-    cells = torch.stack([scale, within // widths[scale], within % widths[scale]], dim=1)
-    return flat[order].sigmoid(), cells
-
-
-def place_patches(
-    cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
-) -> np.ndarray:
-    """Where the patches of cells (n, 2) lie in the image: (n, 4) left, top, width and height.
-
-    The patch of a cell has its center at (16 column, 16 row) of the scaled image, whose scales in x
-    and y are `scale_xy` (n, 2). With `align_corners`, places are whole pixels, as in the released
-    code.
-    """
-    corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
-    size = patch_size / scale_xy
-    if align_corners:
-        corner, size = np.floor(corner), np.floor(size)
-    return np.concatenate([corner, size], axis=1)
 
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:
@@ -285,6 +282,7 @@ def load_proposer(
     zoom: bool = False,
     refine: bool = True,
     nms: float | None = None,
+    memory: float | None = None,
     precision: str | None = None,
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
@@ -301,6 +299,7 @@ def load_proposer(
     )
     assert isinstance(model, DeepMask | SharpMask)
     changes = {"num_proposals": num_proposals, "log2_scales": log2_scales, "nms": nms}
+    changes["memory"] = memory
     options = asdict(override(config.propose, **changes))
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
@@ -313,5 +312,6 @@ def load_proposer(
         "refine": isinstance(model, SharpMask),
     }
     settings |= options | {"log2_scales": proposer.log2_scales}
-    del settings["amp"]  # a store may be continued on another device
+    for name in ("amp", "memory"):  # a store may be continued on another device
+        del settings[name]
     return proposer, settings

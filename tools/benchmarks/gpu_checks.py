@@ -26,10 +26,11 @@ from models.multipathnet import ROI_POOLS
 from pipeline.checkpoint import LAST, load_checkpoint
 from pipeline.config import ROOT, STAGES
 from pipeline.data import device_batches
+from pipeline.inference.cells import best_cells
 from pipeline.inference.folders import propose_images
 from pipeline.inference.paste import Pasted
 from pipeline.inference.proposals import Detections
-from pipeline.inference.propose import Proposer, best_cells
+from pipeline.inference.propose import Proposer
 from pipeline.networks import make_multipathnet
 from pipeline.recipe import save_config
 from pipeline.training.engine import fit

@@ -21,8 +21,9 @@ from datasets.loading import batch_loader
 from models.trunk import SymmetricConv2d, Trunk, build_trunk, fold_norms, symmetric_pad
 from pipeline import distributed
 from pipeline.data import patch_dataset
+from pipeline.inference.cells import best_cells
 from pipeline.inference.detect import Detector, select_boxes
-from pipeline.inference.propose import MASK_CHUNK, Proposer, best_cells
+from pipeline.inference.propose import MASK_CHUNK, Proposer
 from pipeline.networks import make_multipathnet
 from pipeline.training.engine import TrainingRun
 from tools.benchmarks import gpu_setup as kit

@@ -36,6 +36,10 @@ BENCHMARKS = {
     "speed": ("speed.py", TINY),
     "loading": ("loading.py", "--patches 16 --rounds 1"),
     "memory": ("memory.py", "--images 12 --num-proposals 10"),
+    "large images": (
+        "large_images.py",
+        "--config configs/shapes.yaml --megapixels .1 --num-proposals 10 --rounds 1",
+    ),  # fmt: skip
     "scoring": ("scoring.py", "--images 2 --rounds 1"),
     "refinement": ("ablation.py refinement", "--batches 2 --work-dir runs/quick"),
     "detector": ("ablation.py detector", "--batches 2 --work-dir runs/quick"),

@@ -16,7 +16,8 @@ from torch import nn
 from datasets.resize import resize_align_corners
 from models.trunk import fold_norms
 from pipeline.inference import propose
-from pipeline.inference.propose import Proposer, best_cells
+from pipeline.inference.cells import best_cells
+from pipeline.inference.propose import Proposer
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
 from tests.pipeline.torch7.lua_networks import assert_near, image_of
@@ -179,10 +180,11 @@ def test_best_cells_are_those_of_the_originals_scores(whole_image):
     Their scores are the best cells', their masks those of the neighbors.
     """
     prefix, _, pyramid = whole_image
-    probs, cells = best_cells([scale.score_logits for scale in pyramid], 10)
-    torch.testing.assert_close(probs, reference(f"{prefix}_top_scores")[:, 0], rtol=1e-4, atol=0)
-    found = [pyramid[s].score_logits[r, c].sigmoid() for s, r, c in cells.tolist()]
-    torch.testing.assert_close(torch.stack(found), probs)
+    logits, cells = best_cells([scale.score_logits for scale in pyramid], 10)
+    theirs = reference(f"{prefix}_top_scores")[:, 0]
+    torch.testing.assert_close(logits.sigmoid(), theirs, rtol=1e-4, atol=0)
+    found = [pyramid[s].score_logits[r, c] for s, r, c in cells.tolist()]
+    torch.testing.assert_close(torch.stack(found), logits)
     moved = set(map(tuple, (their_cells(prefix) - cells).tolist()))
     assert moved <= {(0, -1, 1), (0, 0, 1)}  # no further up than the first row
 
@@ -211,5 +213,5 @@ def test_masks_by_area_lie_elsewhere(whole_image, image, monkeypatch):
     prefix, proposer, _ = whole_image
     model = proposer.refinement or proposer.deepmask
     other = Proposer(model, device=CPU, log2_scales=(-1.0, 0.0, 0.5))
-    monkeypatch.setattr(other, "run_scale", proposer.run_scale)  # so only the placing differs
+    monkeypatch.setattr(other, "run_bands", proposer.run_bands)  # so only the placing differs
     assert 0.8 < min(ious_of_masks(other, prefix, image, monkeypatch)) < 0.96

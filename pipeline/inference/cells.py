@@ -1,0 +1,223 @@
+"""Cells of a pyramid: their scores, and what their masks are decoded from.
+
+Letters: (h, w) cells of a map, E embedding width, F cells on a side of a patch, n chosen cells.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.deepmask import STRIDE
+
+
+@dataclass
+class ChosenCells:
+    """Cells taken out of their maps, so that these need not be kept.
+
+    Attributes:
+        cells: row and column of each in its scale. scale_xy: the scale in x and y, (n, 2) float64.
+        windows: (n, c, s, s) for each refinement module.
+    """
+
+    score_logits: Tensor  # (n, 1), as of a map with a column
+    cells: Tensor  # (n, 2) int64
+    scale_xy: Tensor  # (n, 2) float64
+    embeddings: Tensor  # (n, E)
+    windows: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what masks are decoded from."""
+        return sum(each.nbytes for each in (self.embeddings, *self.windows))
+
+    def take(self, indices: Tensor, patch_cells: int) -> "ChosenCells":
+        """Some of them, (n, 2) of index and 0."""
+        rows = indices[:, 0]
+        return ChosenCells(
+            self.score_logits[rows],
+            self.cells[rows],
+            self.scale_xy[rows],
+            self.embeddings[rows],
+            [each[rows] for each in self.windows],
+        )
+
+
+@dataclass
+class PyramidScale:
+    """One scale of the pyramid after the network, or a band of its rows.
+
+    Masks are placed by the scales in x and y that rounding the size to pixels really gave; with
+    `align_corners`, by the exact scale.
+    """
+
+    scale_xy: tuple[float, float]
+    embeddings: Tensor  # (E, h, w)
+    score_logits: Tensor  # (h, w)
+    horizontal: list[Tensor]  # (c, h', w') for each refinement module, at its stride
+    first_row: int = 0  # of a band, in its scale
+
+    @staticmethod
+    def of(
+        maps: Sequence[Tensor], scale_xy: tuple[float, float], first_row: int = 0
+    ) -> "PyramidScale":
+        """From the outputs of `DenseNetwork`."""
+        embeddings, scores, *horizontal = (each[0] for each in maps)
+        return PyramidScale(scale_xy, embeddings, scores, horizontal, first_row)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what masks are decoded from."""
+        return sum(each.nbytes for each in (self.embeddings, *self.horizontal))
+
+    def take(self, cells: Tensor, patch_cells: int) -> ChosenCells:
+        """Cells (n, 2) of row and column, of patches with F x F cells."""
+        rows, columns = cells.unbind(1)
+        scale_xy = torch.tensor(self.scale_xy, dtype=torch.float64).expand(len(cells), 2)
+        return ChosenCells(
+            self.score_logits[rows, columns, None],
+            torch.stack([rows + self.first_row, columns], dim=1),
+            scale_xy.to(cells.device, non_blocking=True),
+            self.embeddings[:, rows, columns].T,
+            [
+                gather_windows(each, cells, patch_cells << i, 1 << i)
+                for i, each in enumerate(self.horizontal)
+            ],
+        )
+
+
+CellMap = PyramidScale | ChosenCells
+
+
+def nbytes(scales: list[list[CellMap]]) -> int:
+    """Of what masks are decoded from."""
+    return sum(part.nbytes for scale in scales for part in scale)
+
+
+def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The highest-scoring cells of several maps together, given the scores (h, w) of each.
+
+    Returns:
+        Logits (N,), descending, and (N, 3) int64 of map, row, column; equal scores stay in this
+        order.
+    """
+    flat = torch.cat([scores.flatten() for scores in score_logits]).float()
+    order = torch.sort(flat, descending=True, stable=True).indices[:count]
+    return flat[order], _locate(order, score_logits)
+
+
+def _locate(indices: Tensor, maps: list[Tensor]) -> Tensor:
+    """(N, 3) of map, row, column from positions (N,) in all of the maps one after the other."""
+    sizes = torch.tensor([each.numel() for each in maps], device=indices.device)
+    widths = torch.tensor([each.shape[1] for each in maps], device=indices.device)
+    ends = sizes.cumsum(0)
+    index = torch.searchsorted(ends, indices, right=True)
+    within = indices - (ends - sizes)[index]
+    return torch.stack([index, within // widths[index], within % widths[index]], dim=1)
+
+
+def take_cells(pyramid: Sequence[CellMap], cells: Tensor, patch_cells: int) -> ChosenCells:
+    """Cells (n, 3) of map, row, column; those of a map in a row are gathered together."""
+    indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
+    parts = [
+        pyramid[i].take(part, patch_cells)
+        for i, part in zip(indices.tolist(), cells[:, 1:].split(counts.tolist()), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return ChosenCells(
+        torch.cat([part.score_logits for part in parts]),
+        torch.cat([part.cells for part in parts]),
+        torch.cat([part.scale_xy for part in parts]),
+        torch.cat([part.embeddings for part in parts]),
+        [torch.cat(each) for each in zip(*(part.windows for part in parts), strict=True)],
+    )
+
+
+def keep_best(scales: list[list[CellMap]], count: int, patch_cells: int) -> list[list[CellMap]]:
+    """The best cells of all scales together, taken out of their maps; in the same order."""
+    maps = [(i, each) for i, scale in enumerate(scales) for each in scale]
+    _, cells = best_cells([each.score_logits for _, each in maps], count)
+    order = torch.from_numpy(np.lexsort(cells.T.flip(0).cpu().numpy())).to(cells.device)
+    indices, counts = cells[order, 0].unique_consecutive(return_counts=True)
+    kept: list[list[CellMap]] = [[] for _ in scales]
+    for index, part in zip(indices.tolist(), cells[order, 1:].split(counts.tolist()), strict=True):
+        scale, each = maps[index]
+        kept[scale].append(each.take(part, patch_cells))
+    return kept
+
+
+def join_cells(
+    outputs: Iterable[list[Tensor | None]], patch_cells: int
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Bands of whole cells, from the rows that a banded `DenseNetwork` gives band by band.
+
+    Yields the first row of cells, and their embeddings, scores and horizontal maps. Patches
+    overlap: the last rows of a horizontal map are also the first ones of the next band's.
+    """
+    waiting: dict[int, Tensor] = {}
+    first = 0
+
+    def advance(count: int) -> tuple[int, list[Tensor]]:
+        nonlocal first
+        band = []
+        for i, rows in waiting.items():
+            span, step = _span_of_cell(i, patch_cells)
+            band.append(rows[..., : (count - 1) * step + span, :])
+            waiting[i] = rows[..., count * step :, :].clone()
+        first += count
+        return first - count, band
+
+    for new in outputs:
+        for i, rows in enumerate(new):
+            if rows is not None:
+                waiting[i] = torch.cat([waiting[i], rows], -2) if i in waiting else rows
+        if len(waiting) == len(new):
+            waiting = {i: waiting[i] for i in range(len(new))}
+            spans = [(waiting[i].shape[-2], *_span_of_cell(i, patch_cells)) for i in waiting]
+            count = min((length - span) // step + 1 for length, span, step in spans)
+            if count > 0:
+                yield advance(count)
+    if waiting[0].shape[-2]:  # the coarser maps are rounded up: the finer ones may lack rows
+        yield advance(waiting[0].shape[-2])
+
+
+def _span_of_cell(output: int, patch_cells: int) -> tuple[int, int]:
+    """How many rows of an output of `DenseNetwork` belong to a cell, and to the way to the next."""
+    return (1, 1) if output < 2 else (patch_cells << output - 2, 1 << output - 2)
+
+
+def gather_windows(features: Tensor, cells: Tensor, size: int, step: int) -> Tensor:
+    """Windows (n, c, size, size), channels last, of a map (c, h, w) with `step` positions per cell.
+
+    The window of cell (i, j) begins at (i step, j step); cells are (n, 2) int64.
+    """
+    # Layers round sizes up, so 16 ceil(s / 16) may exceed the finer maps by part of a cell.
+    missing = [
+        max(0, last * step + size - side)
+        for last, side in zip(cells.amax(0).tolist(), features.shape[1:], strict=True)
+    ]
+    if any(missing):
+        features = F.pad(features[None], (0, missing[1], 0, missing[0]), mode="replicate")[0]
+    windows = features.permute(1, 2, 0).unfold(0, size, step).unfold(1, size, step)  # a view
+    windows = windows.permute(0, 1, 3, 4, 2)  # (rows, columns, size, size, c)
+    return windows[cells[:, 0], cells[:, 1]].permute(0, 3, 1, 2)
+
+
+def place_patches(
+    cells: np.ndarray, scale_xy: np.ndarray, patch_size: int, *, align_corners: bool = False
+) -> np.ndarray:
+    """Where the patches of cells (n, 2) lie in the image: (n, 4) left, top, width and height.
+
+    The patch of a cell has its center at (16 column, 16 row) of the scaled image, whose scales in x
+    and y are `scale_xy` (n, 2). With `align_corners`, places are whole pixels, as in the released
+    code.
+    """
+    corner = (STRIDE * cells[:, ::-1] - patch_size / 2) / scale_xy
+    size = patch_size / scale_xy
+    if align_corners:
+        corner, size = np.floor(corner), np.floor(size)
+    return np.concatenate([corner, size], axis=1)
