@@ -145,7 +145,7 @@ class _Sum(_Pointwise):
     """The sum of two maps, of which one usually comes some rows later: added without joining."""
 
     def _apply(self, parts: dict[fx.Node, list[Tensor]], count: int) -> Tensor:
-        a, b = (parts[source] for source in self.node.args)
+        a, b = (parts[source] for source in self.node.all_input_nodes)
         in_place = self.function is operator.iadd and len(a) == 1
         total = a[0] if in_place else torch.cat(a, ROWS)
         start = 0

@@ -27,7 +27,7 @@ from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config
 from tools.benchmarks.synthetic import draw_image, write_sharpmask
-from tools.benchmarks.timing import Rows, compare, make_parser, report
+from tools.benchmarks.timing import Calls, Rows, compare, make_parser, report
 
 ENOUGH, LITTLE = 64.0, 0.05  # GB for maps: for whole scales, and for bands of some hundred rows
 
@@ -78,7 +78,7 @@ def against_whole(checkpoint: Path, path: Path, num_proposals: int, rounds: int)
         )[0]
         for name, memory in (("whole", ENOUGH), ("bands", LITTLE))
     }
-    calls = {name: partial(proposer, image) for name, proposer in proposers.items()}
+    calls: Calls = {name: partial(proposer, image) for name, proposer in proposers.items()}
     return compare(calls, rounds=rounds)
 
 
