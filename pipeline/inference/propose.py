@@ -184,7 +184,6 @@ class Proposer:
         below = stop - start - above - len(pixels)
         return pad_and_normalize(pixels, border, above, below).to(self.dtype)
 
-    @torch.inference_mode()
     def decode(self, pyramid: Sequence[CellMap], cells: Tensor) -> Tensor:
         """Mask logits (n, M, M) of cells, or (n, P, P) when refined.
 
@@ -195,6 +194,7 @@ class Proposer:
         """
         return self._decode(take_cells(pyramid, cells, self.deepmask.cells))
 
+    @torch.inference_mode()
     def _decode(self, cells: ChosenCells) -> Tensor:
         if self.refinement is None:
             return self.deepmask.decode_masks(cells.embeddings)
