@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
+from models.deepmask import AUTO_PATCH_SIZE
 from pipeline.config import ROOT, Config
 
 # Settings that got another name, or another place: files and checkpoints from before still load.
@@ -49,6 +50,13 @@ RENAMED = {
     "propose.resampling": "propose.align_corners",
     "detect.vote": "detect.box_voting_iou",
     "detect.localisations": "detect.box_refinement_iters",
+}
+# Settings that may be the word auto, and what stands for it in the dataclasses.
+AUTO = "auto"
+AUTO_VALUES = {
+    "deepmask.patch_size": AUTO_PATCH_SIZE,
+    "propose.log2_scales": None,
+    "multipathnet.sampling.proposal_log2_scales": None,
 }
 # A recipe has a few kilobytes, in four levels; more is no recipe, and can take hours to read.
 MAX_BYTES, MAX_DEPTH = 1 << 18, 10
@@ -114,8 +122,12 @@ def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any
 
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
-    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    return {str(key): _plain(value) for key, value in values.items()}
+    container: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    values = {str(key): _plain(value) for key, value in container.items()}
+    for section, name, value in _auto_settings(values):
+        if section[name] == value:
+            section[name] = AUTO
+    return values
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -153,6 +165,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
     try:
         for source, layer in layers.items():
             layers[source] = _with_new_names(_plain_copy(layer, source))
+            _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
     except OmegaConfBaseException as error:
@@ -245,6 +258,33 @@ def _with_new_names(values: Any) -> Any:
             section = section.setdefault(part, {})
         section[name] = value
     return values
+
+
+def _auto_settings(values: Any) -> Iterator[tuple[dict, str, Any]]:
+    """Those of `AUTO_VALUES` that are there: section, name, and what stands for auto."""
+    for key, value in AUTO_VALUES.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            yield section, name, value
+
+
+def _read_auto(values: Any, source: str) -> None:
+    """Replaces the word auto."""
+    for section, name, value in _auto_settings(values):
+        if section[name] == AUTO:
+            section[name] = value
+        elif name == "patch_size" and (type(section[name]) is not int or section[name] <= 0):
+            raise ValueError(
+                f"{source}: deepmask.patch_size must be a number of pixels or auto, "
+                f"got {cut(repr(section[name]))}"
+            )
+        elif isinstance(section[name], str):
+            raise ValueError(
+                f"{source}: {name} must be MIN MAX STEP or auto, got {cut(repr(section[name]))}"
+            )
 
 
 def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:
