@@ -21,7 +21,7 @@ STEP = 0.5  # of scales that are chosen
 # as training jitters objects.
 REACH = 0.25
 RARE = 2  # per cent of the objects, at either end, that scales need not reach
-PATCH_SIZES = (64, 80, 96, 112, 128, 160)
+PATCH_SIZES = (64, 80, 96, 112, 128, 160)  # to choose from; the last is the published one
 # A chosen patch needs no higher scale: at 2^2 an image has 16 times its pixels.
 MAX_LOG2_SCALE = 2.0
 WORTH_A_LINE = 0.1  # fraction of the objects that scales do not reach
@@ -76,7 +76,7 @@ class ObjectSides:
 
     def summary(self) -> str:
         """One line of quantiles."""
-        ends = (f"{p} % {self.pixels[p]:.0f} px" for p in (2, 25, 75, 98))
+        ends = (f"{p}% {self.pixels[p]:.0f} px" for p in (2, 25, 75, 98))
         first, second, third, last = ends
         return (
             f"longest sides of {self.count:,} objects: {first}, {second}, "
@@ -94,9 +94,12 @@ def choose_log2_scales(sides: ObjectSides, canonical: int) -> LogScales:
     """The scales that reach the objects, all but the rarest sizes, in steps of half an octave.
 
     The published ones stay where they reach at least half of the objects: they do not reach all of
-    COCO's, and every octave more costs four times the time.
+    COCO's, and every octave more costs four times the time. They belong to the published patch: who
+    takes a smaller one wants small objects.
     """
-    if sum(sides.outside(*reached_sides(PUBLISHED_LOG2_SCALES, canonical))) <= 0.5:
+    is_published = canonical >= canonical_side(PATCH_SIZES[-1])
+    unreached = sum(sides.outside(*reached_sides(PUBLISHED_LOG2_SCALES, canonical)))
+    if is_published and unreached <= 0.5:
         return PUBLISHED_LOG2_SCALES
     largest, smallest = sides.pixels[100 - RARE], sides.pixels[RARE]
     low = math.floor(math.log2(canonical / largest) / STEP) * STEP
@@ -115,8 +118,8 @@ def explain_scales(sides: ObjectSides, canonical: int) -> str:
     chosen = choose_log2_scales(sides, canonical)
     if chosen != PUBLISHED_LOG2_SCALES:
         return (
-            f"of the sizes of {sides.count:,} training objects: {100 - 2 * RARE} % have a longest "
-            f"side of {sides.pixels[RARE]:.0f} to {sides.pixels[100 - RARE]:.0f} px"
+            f"the longest sides of {100 - 2 * RARE}% of {sides.count:,} training objects are "
+            f"{sides.pixels[RARE]:.0f} to {sides.pixels[100 - RARE]:.0f} px"
         )
     smaller, larger = sides.outside(*reached_sides(chosen, canonical))
     return f"published: they reach {1 - smaller - larger:.0%} of {sides.count:,} training objects"
@@ -155,10 +158,10 @@ def choose_patch_size(sides: ObjectSides, *, multiple: int = 16) -> int:
 def explain_patch_size(sides: ObjectSides, patch_size: int) -> str:
     """Why `choose_patch_size` chose it."""
     published = PATCH_SIZES[-1]
-    highest = {
-        size: choose_log2_scales(sides, canonical_side(size))[1] for size in {patch_size, published}
-    }
-    words = f"scales up to {highest[patch_size]:g} (log2)"
+    highest, of_published = (
+        choose_log2_scales(sides, canonical_side(size))[1] for size in (patch_size, published)
+    )
+    line = f"its objects need scales up to {highest:g} (log2)"
     if patch_size != published:
-        words += f", where {published} needs {highest[published]:g}"
-    return f"its objects need {words}; {sides.summary()}"
+        line += f", with a patch of {published} up to {of_published:g}"
+    return line

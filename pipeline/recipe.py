@@ -124,8 +124,8 @@ def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
     container: Any = OmegaConf.to_container(OmegaConf.structured(config))
     values = {str(key): _plain(value) for key, value in container.items()}
-    for section, name, value in _auto_settings(values):
-        if section[name] == value:
+    for key, section, name in _settings_with_auto(values):
+        if section[name] == AUTO_VALUES[key]:
             section[name] = AUTO
     return values
 
@@ -260,31 +260,26 @@ def _with_new_names(values: Any) -> Any:
     return values
 
 
-def _auto_settings(values: Any) -> Iterator[tuple[dict, str, Any]]:
-    """Those of `AUTO_VALUES` that are there: section, name, and what stands for auto."""
-    for key, value in AUTO_VALUES.items():
+def _settings_with_auto(values: Any) -> Iterator[tuple[str, dict, str]]:
+    """Those of `AUTO_VALUES` that are there: the key, its section and its name in there."""
+    for key in AUTO_VALUES:
         *sections, name = key.split(".")
         section = values
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and name in section:
-            yield section, name, value
+            yield key, section, name
 
 
 def _read_auto(values: Any, source: str) -> None:
-    """Replaces the word auto."""
-    for section, name, value in _auto_settings(values):
-        if section[name] == AUTO:
-            section[name] = value
-        elif name == "patch_size" and (type(section[name]) is not int or section[name] <= 0):
-            raise ValueError(
-                f"{source}: deepmask.patch_size must be a number of pixels or auto, "
-                f"got {cut(repr(section[name]))}"
-            )
-        elif isinstance(section[name], str):
-            raise ValueError(
-                f"{source}: {name} must be MIN MAX STEP or auto, got {cut(repr(section[name]))}"
-            )
+    """Replaces the word auto by what stands for it; other words are errors."""
+    for key, section, name in _settings_with_auto(values):
+        value, is_scales = section[name], AUTO_VALUES[key] is None
+        if value == AUTO:
+            section[name] = AUTO_VALUES[key]
+        elif isinstance(value, str) if is_scales else type(value) is not int or value <= 0:
+            words = "MIN MAX STEP" if is_scales else "a number of pixels"
+            raise ValueError(f"{source}: {key} must be {words} or auto, got {cut(repr(value))}")
 
 
 def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:

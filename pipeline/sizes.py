@@ -83,21 +83,20 @@ def _with_patch(
         name: round(getattr(PUBLISHED.sampling, name) * factor, 3)
         for name in ("jitter_shift", "negative_distance")
     }
-    target_size, coarse = (
-        ROUND * round(side * factor / ROUND)
-        for side in (PUBLISHED.target_size, PUBLISHED.mask_size)
+    target_size = ROUND * round(PUBLISHED.target_size * factor / ROUND)
+    coarse = ROUND * round(PUBLISHED.mask_size * factor / ROUND)
+    sampling = _replace_defaults(config.deepmask.sampling, **lengths)
+    deepmask = _replace_defaults(
+        replace(config.deepmask, patch_size=patch_size, sampling=sampling),
+        target_size=target_size,
+        mask_size=mask_size or max(MIN_MASK_SIZE, coarse),
     )
-    mask_size = mask_size or max(MIN_MASK_SIZE, coarse)
-    deepmask, sharpmask = (
-        replace(section, sampling=_replace_defaults(section.sampling, **lengths))
-        for section in (config.deepmask, config.sharpmask)
-    )
-    deepmask = _replace_defaults(deepmask, target_size=target_size, mask_size=mask_size)
-    deepmask = replace(deepmask, patch_size=patch_size)
+    refinement_sampling = _replace_defaults(config.sharpmask.sampling, **lengths)
+    sharpmask = replace(config.sharpmask, sampling=refinement_sampling)
     distributed.say(
         f"deepmask.patch_size auto: {patch_size}, target_size {deepmask.target_size}, mask_size "
-        f"{deepmask.mask_size}, jitter_shift {deepmask.sampling.jitter_shift:g}, "
-        f"negative_distance {deepmask.sampling.negative_distance:g}; {why}"
+        f"{deepmask.mask_size}, jitter_shift {sampling.jitter_shift:g}, "
+        f"negative_distance {sampling.negative_distance:g}; {why}"
     )
     return replace(config, deepmask=deepmask, sharpmask=sharpmask)
 
