@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
+from models.deepmask import AUTO_PATCH_SIZE
 from pipeline.config import ROOT, Config
 
 # Settings that got another name, or another place: files and checkpoints from before still load.
@@ -49,6 +50,13 @@ RENAMED = {
     "propose.resampling": "propose.align_corners",
     "detect.vote": "detect.box_voting_iou",
     "detect.localisations": "detect.box_refinement_iters",
+}
+# Settings that may be the word auto, and what stands for it in the dataclasses.
+AUTO = "auto"
+AUTO_VALUES = {
+    "deepmask.patch_size": AUTO_PATCH_SIZE,
+    "propose.log2_scales": None,
+    "multipathnet.sampling.proposal_log2_scales": None,
 }
 # A recipe has a few kilobytes, in four levels; more is no recipe, and can take hours to read.
 MAX_BYTES, MAX_DEPTH = 1 << 18, 10
@@ -114,8 +122,13 @@ def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any
 
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
-    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    return {str(key): _plain(value) for key, value in values.items()}
+    container: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    values = {str(key): _plain(value) for key, value in container.items()}
+    for key, auto in AUTO_VALUES.items():
+        section, name = _section_with(values, key), key.split(".")[-1]
+        if section and section[name] == auto:
+            section[name] = AUTO
+    return values
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -153,6 +166,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
     try:
         for source, layer in layers.items():
             layers[source] = _with_new_names(_plain_copy(layer, source))
+            _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
     except OmegaConfBaseException as error:
@@ -162,7 +176,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
         return _instantiate(schema, merged)
     except ValueError as error:  # it starts with the key
         key = str(error).split(" ")[0]
-        named = [source for source, layer in layers.items() if _has(layer, key)]
+        named = [source for source, layer in layers.items() if _section_with(layer, key)]
         raise ValueError(f"{[*layers, *named][-1]}: {error}") from None
 
 
@@ -219,23 +233,12 @@ def _part_of(values: dict, schema: type) -> dict:
     return part
 
 
-def _has(layer: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(layer, dict) or part not in layer:
-            return False
-        layer = layer[part]
-    return True
-
-
 def _with_new_names(values: Any) -> Any:
     """The same with the settings of `RENAMED` under their new names."""
     for old, new in RENAMED.items():
-        *sections, name = old.split(".")
-        section = values
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or name not in section:
+        if (section := _section_with(values, old)) is None:
             continue
+        name = old.split(".")[-1]
         value = section.pop(name)
         if isinstance(value, str):
             value = RENAMED_VALUES.get(value, value)
@@ -245,6 +248,28 @@ def _with_new_names(values: Any) -> Any:
             section = section.setdefault(part, {})
         section[name] = value
     return values
+
+
+def _section_with(values: Any, key: str) -> dict | None:
+    """The section that holds a dotted key, if it is there."""
+    *sections, name = key.split(".")
+    for part in sections:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) and name in values else None
+
+
+def _read_auto(values: Any, source: str) -> None:
+    """Replaces the word auto by what stands for it; other words are errors."""
+    for key, auto in AUTO_VALUES.items():
+        if (section := _section_with(values, key)) is None:
+            continue
+        name = key.split(".")[-1]
+        value, is_scales = section[name], auto is None
+        if value == AUTO:
+            section[name] = auto
+        elif isinstance(value, str) if is_scales else type(value) is not int or value <= 0:
+            words = "MIN MAX STEP" if is_scales else "a number of pixels"
+            raise ValueError(f"{source}: {key} must be {words} or auto, got {cut(repr(value))}")
 
 
 def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:
