@@ -208,6 +208,7 @@ class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
     num_proposals: int = 1000  # the best of each image
+    per_megapixel: float | None = None  # so many for each megapixel, where that is more
     log2_scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does
@@ -217,10 +218,14 @@ class ProposeConfig:
     nms: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, "greater than 0", lambda v: v > 0, "num_proposals")
+        require(self, "greater than 0", lambda v: v > 0, "num_proposals", "per_megapixel")
         require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
+
+    def limit(self, height: int, width: int) -> int:
+        """How many proposals an image of this size has at most."""
+        return max(self.num_proposals, int((self.per_megapixel or 0) * height * width / 1e6))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +23,7 @@ from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
+from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
@@ -96,12 +96,20 @@ class Proposer:
         pyramid.reverse()
         # Keep the best cells of all scales.
         logits = [scale.score_logits for scale in pyramid]
-        scores, cells = best_cells(logits, self.options.num_proposals)
+        limit = self.options.limit(height, width)
+        _, cells = best_cells(logits, limit)
+        every = torch.cat([scores.flatten() for scores in logits]).float()
+        best = every.sort(descending=True, stable=True).values[:limit]
+        num_cut_off = max(0, int((every > 0).sum()) - limit)
         # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
-        # Drop the scores of masks that lie outside of the image.
-        scores = scores.cpu().numpy()[masks.indices]
-        proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
+        proposals = Proposals(
+            *(image_id, file_name, height, width),
+            logits=best.cpu().numpy()[masks.indices],  # without those outside of the image
+            boxes=masks.boxes,
+            rles=masks.rles,
+            num_cut_off=num_cut_off,
+        )
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
@@ -238,32 +246,6 @@ def place_patches(
     return np.concatenate([corner, size], axis=1)
 
 
-def mask_nms(proposals: Proposals, iou: float) -> Proposals:
-    """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
-    boxes = proposals.boxes.astype(np.float64)
-    areas = np.array([coco_mask.area(proposals.rle(i)) for i in range(len(proposals))], np.float64)
-    waiting = np.arange(len(proposals))
-    kept = []
-    while len(waiting):
-        best, waiting = waiting[0], waiting[1:]
-        kept.append(int(best))
-        # Masks overlap no more than their boxes, nor more than the area of the smaller one: only
-        # for the masks that may reach the limit the true overlap is computed.
-        sides = np.minimum(boxes[best, 2:], boxes[waiting, 2:])
-        sides -= np.maximum(boxes[best, :2], boxes[waiting, :2])
-        overlap = np.minimum(sides.clip(min=0).prod(axis=1), areas[waiting]).clip(max=areas[best])
-        near = waiting[overlap >= iou * (areas[best] + areas[waiting] - overlap)]
-        if len(near):
-            ious = coco_mask.iou([proposals.rle(i) for i in near], [proposals.rle(best)], [0])
-            waiting = np.setdiff1d(waiting, near[ious[:, 0] >= iou], assume_unique=True)
-    return replace(
-        proposals,
-        scores=proposals.scores[kept],
-        boxes=proposals.boxes[kept],
-        rles=[proposals.rles[i] for i in kept],
-    )
-
-
 def override(section: Section, **values: Any) -> Section:
     """A section of a config with the values of the command line that are not None.
 
@@ -281,6 +263,7 @@ def load_proposer(
     device: torch.device,
     *,
     num_proposals: int | None = None,
+    per_megapixel: float | None = None,
     log2_scales: tuple[float, float, float] | None = None,
     zoom: bool = False,
     refine: bool = True,
@@ -300,7 +283,12 @@ def load_proposer(
         checkpoint, stage=("deepmask", "sharpmask"), schema=MaskNetworkConfig
     )
     assert isinstance(model, DeepMask | SharpMask)
-    changes = {"num_proposals": num_proposals, "log2_scales": log2_scales, "nms": nms}
+    changes = {
+        "num_proposals": num_proposals,
+        "per_megapixel": per_megapixel,
+        "log2_scales": log2_scales,
+        "nms": nms,
+    }
     options = asdict(override(config.propose, **changes))
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask

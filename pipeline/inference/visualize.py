@@ -8,8 +8,8 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
+from pipeline.inference.nms import mask_nms
 from pipeline.inference.proposals import Detections, Proposals
-from pipeline.inference.propose import mask_nms
 
 LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
