@@ -37,6 +37,7 @@ BENCHMARKS = {
     "loading": ("loading.py", "--patches 16 --rounds 1"),
     "memory": ("memory.py", "--images 12 --num-proposals 10"),
     "scoring": ("scoring.py", "--images 2 --rounds 1"),
+    "nms": ("nms.py", "--num-proposals 100 200 --rounds 1"),
     "refinement": ("ablation.py refinement", "--batches 2 --work-dir runs/quick"),
     "detector": ("ablation.py detector", "--batches 2 --work-dir runs/quick"),
 }
