@@ -95,7 +95,7 @@ class Label:
 
 
 def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
-    """Labels above the upper left corners of their boxes, the first one for sure, in place.
+    """Labels above the upper left corners of their boxes, in place.
 
     No label covers another one, or more than `MAX_COVERED` of a box, its own included: it moves
     down until it doesn't, at most to the line below its box, or is left out.
