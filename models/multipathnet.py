@@ -273,11 +273,13 @@ class MultiPathNet(nn.Module):
     def decode(self, outputs: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (R, C + 1), the K classifiers' mean, and boxes (R, C, 4) of RoIs.
 
+        Probabilities are float64: in float32, those of surely known objects would be 1 and equal.
+
         Args:
             outputs: of `classify_rois`. boxes: (R, 4) xyxy, the RoIs in any frame; so is the
                 result.
         """
-        probabilities = outputs["class_logits"].float().softmax(-1).mean(dim=1)
+        probabilities = outputs["class_logits"].double().softmax(-1).mean(dim=1)
         deltas = outputs["deltas"][:, 1:].float() * self.delta_std + self.delta_mean
         return probabilities, decode_boxes(boxes, deltas)
 

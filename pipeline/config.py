@@ -208,6 +208,7 @@ class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
     num_proposals: int = 1000  # the best of each image
+    per_megapixel: float | None = None  # so many for each megapixel, where that is more
     # Smallest, largest, step. null or auto: those that reach the objects which the network was
     # trained on; the published [-2.5, 0.5, 0.5] where they reach half of them, or none are known.
     log2_scales: tuple[float, float, float] | None = None
@@ -222,10 +223,15 @@ class ProposeConfig:
     memory: float | None = None
 
     def __post_init__(self) -> None:
-        require(self, "greater than 0", lambda v: v > 0, "num_proposals", "memory")
+        words = ("num_proposals", "per_megapixel", "memory")
+        require(self, "greater than 0", lambda v: v > 0, *words)
         require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
+
+    def limit(self, height: int, width: int) -> int:
+        """How many proposals an image of this size has at most."""
+        return max(self.num_proposals, int((self.per_megapixel or 0) * height * width / 1e6))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ def main() -> int:
     )
     parser.add_argument("--num-proposals", type=int, help="per image (default: the checkpoint's)")
     parser.add_argument(
+        "--per-megapixel",
+        type=float,
+        metavar="N",
+        help="so many for each megapixel, where that is more (default: the checkpoint's)",
+    )
+    parser.add_argument(
         "--scales",
         nargs="+",
         metavar="auto|MIN MAX STEP",
@@ -79,6 +85,7 @@ def main() -> int:
             args.checkpoint,
             device,
             num_proposals=args.num_proposals,
+            per_megapixel=args.per_megapixel,
             log2_scales=parse_scales(args.scales),
             zoom=args.zoom,
             refine=args.refine,

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from datasets.coco_file import read_json, whole
 from datasets.segmentations import check_counts, encode_counts
-from pipeline.inference.proposals import Detections, ProposalStore, results_of
+from pipeline.inference.proposals import Detections, ProposalStore, logits_of, results_of
 
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 
@@ -132,7 +132,7 @@ def _detections(image: dict, results: list[dict], has_masks: bool) -> Detections
         image["file_name"],
         image["height"],
         image["width"],
-        scores=np.array([result["score"] for result in results], np.float32),
+        logits=logits_of(np.array([result["score"] for result in results], np.float64)),
         boxes=boxes.astype(np.float32),
         labels=np.array([result["category_id"] for result in results], np.int64),
         rles=[_rle_string(result) for result in results] if has_masks else [],

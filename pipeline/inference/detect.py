@@ -21,7 +21,7 @@ from models.multipathnet import MultiPathNet, compress_towers
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256, save_checkpoint
 from pipeline.config import DetectConfig, MultiPathNetStageConfig
-from pipeline.inference.proposals import Detections, Proposals
+from pipeline.inference.proposals import Detections, Proposals, logits_of
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
 from pipeline.precision import choose_precision, to_bfloat16
@@ -104,7 +104,7 @@ class Detector:
                     proposals.file_name,
                     height=size[0],
                     width=size[1],
-                    scores=scores.cpu().numpy(),
+                    logits=logits_of(scores.cpu().numpy()),
                     boxes=found.cpu().numpy(),
                     labels=self.category_ids[labels.cpu().numpy()],
                     rles=[proposals.rles[row] for row in rows.tolist()],
@@ -213,7 +213,8 @@ def _nms_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, max_iou: float)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().squeeze(1)
         rows = rows[scores[rows].argsort(descending=True, stable=True)]
-        kept.append(rows[nms(boxes[rows], scores[rows], max_iou)])
+        ranks = torch.arange(len(rows), 0, -1).to(boxes)  # scores are of another type than boxes
+        kept.append(rows[nms(boxes[rows], ranks, max_iou)])
     return torch.cat(kept)
 
 

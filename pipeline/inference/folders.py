@@ -144,6 +144,7 @@ def propose_images(
             if summary.done or not _is_newer(path, store.shards()):
                 store.write_json()
         _report(summary, "proposals", path, store.directory)
+        _report_cut_off(store, settings)
     if draw:
         _draw(store, files, draw, read)
     distributed.barrier()
@@ -241,6 +242,20 @@ def _report(summary: Summary, found: str, results: Path, output: Path) -> None:
         print(f"  passed over {passed_over:,} other files: {kinds}")
     for message in summary.broken:
         print(f"  left out: {message}")
+
+
+def _report_cut_off(store: ProposalStore, settings: dict) -> None:
+    """Says in how many of a store's images the limit left out what looks like an object."""
+    if not (cut_off := store.cut_off()):
+        return
+    limit = f"{settings.get('num_proposals')}"
+    if per_megapixel := settings.get("per_megapixel"):
+        limit += f", or {per_megapixel:g} per megapixel,"
+    print(
+        f"  the limit of {limit} cut off proposals above .5 in {len(cut_off):,} of "
+        f"{len(store.images()):,} images ({max(cut_off.values()):,} in the worst): "
+        "--num-proposals or --per-megapixel"
+    )
 
 
 def _draw(

@@ -9,9 +9,10 @@ A COCO result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
         ("image_id", pa.int64()),
         ("file_name", pa.string()),
         ("score", pa.float32()),
+        ("logit", pa.float32()),  # scores near 1 are equal in float32; older stores have none
         ("box", pa.list_(pa.float32(), 4)),
         ("counts", pa.binary()),  # compressed RLE
         ("height", pa.int32()),
@@ -36,10 +38,12 @@ SCHEMA = pa.schema(
     ]
 )
 SETTINGS = "settings.json"
-IMAGES_KEY = b"images"  # of a shard's metadata: its images as JSON, also those without a proposal
+# Of a shard's metadata, as JSON: its images, also those without a proposal; `num_cut_off` by id.
+IMAGES_KEY, CUT_OFF_KEY = b"images", b"cut_off"
 MAX_ROWS = 20_000  # of a shard
 BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
-SCORE_DECIMALS = 8  # of detections: float32 has steps of 6e-8 below 1, different scores stay so
+# Digits of a written score, after its zeros or nines. Detections are ranked over all images.
+SCORE_DIGITS, DETECTION_SCORE_DIGITS, MAX_SCORE_DIGITS = 4, 8, 10
 
 
 @dataclass
@@ -48,21 +52,29 @@ class Proposals:
 
     Attributes:
         image_id, file_name, height, width: the image.
-        scores: (N,) float32 in [0, 1].
+        logits: (N,) float of the scores. Whoever ranks takes these: scores of surely known objects
+            are equal (1 in float32 from 17 on, in float64 from 37 on), their logits are not.
         boxes: (N, 4) float32 xyxy in pixels of the image.
         rles: N compressed RLE strings of the masks.
+        num_cut_off: cells that score above .5 and that the limit of proposals left out.
     """
 
     image_id: int
     file_name: str
     height: int
     width: int
-    scores: np.ndarray
+    logits: np.ndarray
     boxes: np.ndarray
     rles: list[bytes]
+    num_cut_off: int = field(default=0, kw_only=True)
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return len(self.logits)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(N,) float64 in [0, 1], the sigmoid of the logits."""
+        return np.exp(-np.logaddexp(0, -self.logits.astype(np.float64)))
 
     def rle(self, index: int) -> dict:
         """A mask as COCO's {"size", "counts"}."""
@@ -80,27 +92,56 @@ class Detections(Proposals):
     labels: np.ndarray
 
 
+def logits_of(scores: np.ndarray) -> np.ndarray:
+    """(N,) float64 logits of scores in [0, 1]; if one lies outside, they are taken for logits."""
+    scores = scores.astype(np.float64)
+    if ((scores < 0) | (scores > 1)).any():
+        return scores
+    with np.errstate(divide="ignore"):  # of 0 and 1
+        return np.log(scores) - np.log1p(-scores)
+
+
 def results_of(found: Proposals) -> list[dict]:
     """COCO results of an image; the category of proposals is 1."""
-    labels, decimals, xywh = [1] * len(found), 6, found.boxes.copy()
+    labels, digits, xywh = [1] * len(found), SCORE_DIGITS, found.boxes.copy()
     if isinstance(found, Detections):
-        labels, decimals, xywh = found.labels.tolist(), SCORE_DECIMALS, xywh.astype(np.float64)
+        labels, digits = found.labels.tolist(), DETECTION_SCORE_DIGITS
+        xywh = xywh.astype(np.float64)
     xywh[:, 2:] -= xywh[:, :2]
     if isinstance(found, Detections):
         xywh = xywh.round(BOX_DECIMALS)
+    scores = round_scores(found, digits)
     results: list[dict] = [
-        {
-            "image_id": found.image_id,
-            "category_id": label,
-            "score": round(score, decimals),
-            "bbox": box,
-        }
-        for label, score, box in zip(labels, found.scores.tolist(), xywh.tolist(), strict=True)
+        {"image_id": found.image_id, "category_id": label, "score": score, "bbox": box}
+        for label, score, box in zip(labels, scores, xywh.tolist(), strict=True)
     ]
     size = [found.height, found.width]
     for result, rle in zip(results, found.rles, strict=bool(found.rles)):
         result["segmentation"] = {"size": size, "counts": rle.decode("ascii")}
     return results
+
+
+def round_scores(found: Proposals, digits: int) -> list[float]:
+    """The scores with as few digits, but at least these, as keep different logits different.
+
+    Digits are counted after leading zeros, or nines: with 3 of them, 0.0001234 and 0.9998766 are
+    0.000123 and 0.999877.
+    """
+    logits, first = np.unique(found.logits, return_index=True)  # ascending
+    scores = found.scores[first].tolist()
+    zeros = (np.abs(logits).clip(max=700) / math.log(10)).astype(int).tolist()
+    for count in range(digits, MAX_SCORE_DIGITS + 1):
+        rounded = np.array([round(s, count + z) for s, z in zip(scores, zeros, strict=True)])
+        if (np.diff(rounded) > 0).all():
+            break
+    else:
+        # Too close, or too near 1, for a float64: each becomes the next one below. As integers,
+        # the bits of positive numbers are in the same order, one apart.
+        falling = rounded.astype(np.float64).view(np.int64)[::-1]
+        steps = np.arange(len(falling))
+        falling = np.minimum.accumulate(falling + steps) - steps
+        rounded = falling[::-1].clip(min=0).view(np.float64)
+    return rounded[np.searchsorted(logits, found.logits)].tolist()
 
 
 def write_results(path: str | Path, results: Iterable[dict]) -> int:
@@ -200,6 +241,11 @@ class ProposalStore(ResumableDirectory):
             raise ValueError(f"{shard} is not a shard of a proposal store; choose another --output")
         return json.loads(metadata[IMAGES_KEY])
 
+    def cut_off(self) -> dict[int, int]:
+        """`num_cut_off` of the images where it is not 0, by their ids."""
+        shards = [_cut_off(_read(pq.read_schema, shard)) for shard in self.shards()]
+        return {image_id: count for counts in shards for image_id, count in counts.items()}
+
     def count(self) -> int:
         """How many proposals the store holds."""
         return sum(_read(pq.read_metadata, shard).num_rows for shard in self.shards())
@@ -220,11 +266,11 @@ class ProposalStore(ResumableDirectory):
 
     def read_shard(self, shard: Path) -> Iterator[Proposals]:
         """The proposals of one shard, image by image."""
-        table = _read(pq.read_table, shard, columns=SCHEMA.names)
-        ids = table["image_id"].to_numpy()
+        table = _read(pq.read_table, shard)
+        ids, cut_off = table["image_id"].to_numpy(), _cut_off(table.schema)
         bounds = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(bounds if len(ids) else []):
-            yield _from_table(table.slice(start, stop - start))
+            yield _from_table(table.slice(start, stop - start), cut_off)
 
     def write_json(self) -> Path:
         """Writes all results to proposals.json, and returns its path.
@@ -239,10 +285,14 @@ class ProposalStore(ResumableDirectory):
         return path
 
     def box_rows(self) -> Iterator[Rows]:
-        """Image ids, boxes and scores of the proposals, shard by shard, without reading a mask."""
+        """Image ids, boxes and logits of the proposals, shard by shard, without reading a mask.
+
+        Older shards have scores in place of logits.
+        """
         for shard in self.shards():
-            table = _read(pq.read_table, shard, columns=["image_id", "box", "score"])
-            yield table["image_id"].to_numpy(), _boxes(table), table["score"].to_numpy()
+            score = "logit" if "logit" in _read(pq.read_schema, shard).names else "score"
+            table = _read(pq.read_table, shard, columns=["image_id", "box", score])
+            yield table["image_id"].to_numpy(), _boxes(table), table[score].to_numpy()
 
 
 def _read(reader: Callable, shard: Path, **options: Any) -> Any:
@@ -261,19 +311,32 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
         size = {"height": p.height, "width": p.width}
         images.append({"id": p.image_id, "file_name": p.file_name, **size})
         image = {"image_id": p.image_id, "file_name": p.file_name, **size}
-        for score, box, rle in zip(p.scores, p.boxes, p.rles, strict=True):
-            rows.append(image | {"score": score, "box": box, "counts": rle})
-    schema = SCHEMA.with_metadata({IMAGES_KEY: json.dumps(images)})
+        for score, logit, box, rle in zip(p.scores, p.logits, p.boxes, p.rles, strict=True):
+            rows.append(image | {"score": score, "logit": logit, "box": box, "counts": rle})
+    cut_off = {p.image_id: p.num_cut_off for p in proposals if p.num_cut_off}
+    schema = SCHEMA.with_metadata(
+        {IMAGES_KEY: json.dumps(images), CUT_OFF_KEY: json.dumps(cut_off)}
+    )
     return pa.Table.from_pylist(rows, schema)
 
 
-def _from_table(table: pa.Table) -> Proposals:
+def _from_table(table: pa.Table, cut_off: dict[int, int]) -> Proposals:
+    names = ("image_id", "file_name", "height", "width")
+    image: dict[str, Any] = {name: table[name][0].as_py() for name in names}
+    has_logits = "logit" in table.column_names
     return Proposals(
-        **{name: table[name][0].as_py() for name in ("image_id", "file_name", "height", "width")},
-        scores=table["score"].to_numpy(),
+        **image,
+        logits=table["logit"].to_numpy() if has_logits else logits_of(table["score"].to_numpy()),
         boxes=_boxes(table),
         rles=table["counts"].to_pylist(),
+        num_cut_off=cut_off.get(image["image_id"], 0),
     )
+
+
+def _cut_off(schema: pa.Schema) -> dict[int, int]:
+    """`num_cut_off` of a shard's images by id, from its metadata; older shards have none."""
+    counts = json.loads((schema.metadata or {}).get(CUT_OFF_KEY, b"{}"))
+    return {int(image_id): count for image_id, count in counts.items()}
 
 
 def _boxes(table: pa.Table) -> np.ndarray:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
@@ -49,6 +48,7 @@ from pipeline.inference.cells import (
     place_patches,
     take_cells,
 )
+from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
@@ -106,13 +106,15 @@ class Proposer:
         Masks without a pixel in the image are left out.
         """
         height, width = image.shape[:2]
-        limit, memory = self.options.num_proposals, self.memory * KEPT
+        limit, memory = self.options.limit(height, width), self.memory * KEPT
+        confident = torch.zeros((), dtype=torch.int64, device=self.device)
         # Run the network at every scale; the largest first, so that its freed memory serves all.
         scales: list[list[CellMap]] = []
         for log2_scale in reversed(self.log2_scales):
             scales.insert(0, [])
             for band in self.run_bands(image, log2_scale):
                 scales[0].append(band)
+                confident += (band.score_logits > 0).sum()
                 if nbytes(scales) > memory:
                     # Let go of all but the cells that can still be among the best.
                     scales = keep_best(scales, limit, self.deepmask.cells)
@@ -122,9 +124,13 @@ class Proposer:
         logits, cells = best_cells([part.score_logits for part in pyramid], limit)
         # Decode their masks and paste them into the image, as RLE.
         masks = self._masks(pyramid, cells, (height, width))
-        # Drop the scores of masks that lie outside of the image.
-        scores = logits.sigmoid().cpu().numpy()[masks.indices]
-        proposals = Proposals(image_id, file_name, height, width, scores, masks.boxes, masks.rles)
+        proposals = Proposals(
+            *(image_id, file_name, height, width),
+            logits=logits.cpu().numpy()[masks.indices],  # without those outside of the image
+            boxes=masks.boxes,
+            rles=masks.rles,
+            num_cut_off=max(0, int(confident) - limit),
+        )
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
@@ -246,32 +252,6 @@ def log2_range(low: float, high: float, step: float) -> list[float]:
     return [low + i * step for i in range(math.floor((high - low) / step + 1e-6) + 1)]
 
 
-def mask_nms(proposals: Proposals, iou: float) -> Proposals:
-    """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
-    boxes = proposals.boxes.astype(np.float64)
-    areas = np.array([coco_mask.area(proposals.rle(i)) for i in range(len(proposals))], np.float64)
-    waiting = np.arange(len(proposals))
-    kept = []
-    while len(waiting):
-        best, waiting = waiting[0], waiting[1:]
-        kept.append(int(best))
-        # Masks overlap no more than their boxes, nor more than the area of the smaller one: only
-        # for the masks that may reach the limit the true overlap is computed.
-        sides = np.minimum(boxes[best, 2:], boxes[waiting, 2:])
-        sides -= np.maximum(boxes[best, :2], boxes[waiting, :2])
-        overlap = np.minimum(sides.clip(min=0).prod(axis=1), areas[waiting]).clip(max=areas[best])
-        near = waiting[overlap >= iou * (areas[best] + areas[waiting] - overlap)]
-        if len(near):
-            ious = coco_mask.iou([proposals.rle(i) for i in near], [proposals.rle(best)], [0])
-            waiting = np.setdiff1d(waiting, near[ious[:, 0] >= iou], assume_unique=True)
-    return replace(
-        proposals,
-        scores=proposals.scores[kept],
-        boxes=proposals.boxes[kept],
-        rles=[proposals.rles[i] for i in kept],
-    )
-
-
 def override(section: Section, **values: Any) -> Section:
     """A section of a config with the values of the command line that are not None.
 
@@ -299,6 +279,7 @@ def load_proposer(
     device: torch.device,
     *,
     num_proposals: int | None = None,
+    per_megapixel: float | None = None,
     log2_scales: LogScales | str | None = None,
     zoom: bool = False,
     refine: bool = True,
@@ -321,8 +302,13 @@ def load_proposer(
     )
     assert isinstance(model, DeepMask | SharpMask)
     asked = None if isinstance(log2_scales, str) else log2_scales
-    changes = {"num_proposals": num_proposals, "log2_scales": asked, "nms": nms}
-    changes["memory"] = memory
+    changes = {
+        "num_proposals": num_proposals,
+        "per_megapixel": per_megapixel,
+        "log2_scales": asked,
+        "nms": nms,
+        "memory": memory,
+    }
     options = asdict(override(config.propose, **changes))
     if options["log2_scales"] is None or log2_scales == AUTO:
         scales, why = auto_scales(metadata, config.deepmask.patch_size, source=str(checkpoint))

@@ -1,5 +1,6 @@
 """Pictures of proposals and detections: outlines and tints on the image."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -8,10 +9,12 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
+from pipeline.inference.nms import mask_nms
 from pipeline.inference.proposals import Detections, Proposals
-from pipeline.inference.propose import mask_nms
 
-LABEL_HEIGHT, LABEL_SCALE = 17, 0.5  # px that a line takes; of the font
+LABEL_HEIGHT, BELOW, LABEL_SCALE = 18, 5, 0.5  # px of a line, below its baseline; of the font
+MAX_COVERED = 0.1  # of a box, by a label
+SURE = 0.995  # scores from here on read as 1.00
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
 # Distinct hues, by steps of the golden ratio around the color circle.
 PALETTE = cv2.cvtColor(
@@ -26,7 +29,16 @@ def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.nd
     The best is on top, and the scores are on top of all.
     """
     distinct = mask_nms(proposals, DUPLICATE_IOU)
-    return _draw_masks(image, distinct, [f"{score:.2f}" for score in distinct.scores[:count]])
+    return _draw_masks(image, distinct, score_texts(distinct.scores[:count]))
+
+
+def score_texts(scores: np.ndarray) -> list[str]:
+    """Scores as written on one picture; none where all would read as 1.00, or as 0.00."""
+    texts = [
+        ">0.99" if score >= SURE else "<0.01" if score <= 1 - SURE else f"{score:.2f}"
+        for score in scores.tolist()
+    ]
+    return [""] * len(texts) if set(texts) in ({">0.99"}, {"<0.01"}) else texts
 
 
 def draw_detections(
@@ -36,8 +48,9 @@ def draw_detections(
 
     Thin lines are the boxes: they are moved by the detector, the masks are as proposed.
     """
-    best = zip(detections.labels[:count].tolist(), detections.scores[:count], strict=True)
-    texts = [f"{names[label]} {score:.2f}" for label, score in best]
+    scores = score_texts(detections.scores[:count])
+    best = zip(detections.labels[:count].tolist(), scores, strict=True)
+    texts = [f"{names[label]} {score}".rstrip() for label, score in best]
     return _draw_masks(image, detections, texts, boxes=True)
 
 
@@ -51,8 +64,8 @@ def _draw_masks(
         if boxes:
             x0, y0, x1, y1 = found.boxes[n].round().astype(int).tolist()
             cv2.rectangle(picture, (x0, y0), (x1 - 1, y1 - 1), color(n), 1)
-    corners = map(tuple, found.boxes[: len(texts), :2].tolist())
-    labels = zip(texts, corners, map(color, range(len(texts))), strict=True)
+    boxes_xyxy = map(tuple, found.boxes[: len(texts)].tolist())
+    labels = zip(texts, boxes_xyxy, map(color, range(len(texts))), strict=True)
     put_labels(picture, [Label(*label) for label in labels])
     return picture
 
@@ -74,34 +87,47 @@ def draw_mask(
 
 @dataclass(frozen=True)
 class Label:
-    """A text whose baseline starts at a corner (x, y) of what it names, in that one's color."""
+    """A text, which may be empty, for what has this box (xyxy in pixels), in that one's color."""
 
     text: str
-    corner: tuple[float, float]
+    box: tuple[float, float, float, float]
     rgb: tuple[int, int, int]
 
 
 def put_labels(picture: np.ndarray, labels: list[Label]) -> None:
-    """Labels, the first one where it belongs, others below those that are in their way, in place.
+    """Labels above the upper left corners of their boxes, in place.
 
-    Those for which there is no place left above the lower edge are not drawn.
+    No label covers another one, or more than `MAX_COVERED` of a box, its own included: it moves
+    down until it doesn't, at most to the line below its box, or is left out.
     """
-    taken: list[tuple[int, int, int]] = []  # x, y, width
+    boxes = np.array([label.box for label in labels], float).reshape(-1, 4)
+    allowed = MAX_COVERED * (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    taken = np.empty((0, 4))
     for label in labels:
+        if not label.text:
+            continue
         width = label_width(label.text)
         # Whole pixels: a sum of fractions may round to where the label is still in the way.
-        x = max(min(round(label.corner[0]), picture.shape[1] - width), 0)
-        y = max(round(label.corner[1]), LABEL_HEIGHT)
-        while in_the_way := [
-            v
-            for u, v, its_width in taken
-            if x < u + its_width and u < x + width and abs(y - v) < LABEL_HEIGHT
-        ]:
-            y = max(in_the_way) + LABEL_HEIGHT
-        if y < picture.shape[0]:
-            taken.append((x, y, width))
-            red, green, blue = ((channel + 255) // 2 for channel in label.rgb)
-            put_label(picture, label.text, (x, y), (red, green, blue), scale=LABEL_SCALE)
+        x = max(min(round(label.box[0]), picture.shape[1] - width), 0)
+        bottom = max(round(label.box[1]), LABEL_HEIGHT)
+        last = min(math.ceil(label.box[3]) + LABEL_HEIGHT, picture.shape[0])
+        while bottom <= last:
+            area = np.array([x, bottom - LABEL_HEIGHT, x + width, bottom])
+            covered = boxes[_common_area(boxes, area) > allowed]
+            in_the_way = [*covered, *taken[_common_area(taken, area) > 0]]
+            if not in_the_way:
+                taken = np.concatenate([taken, area[None]])
+                red, green, blue = ((channel + 255) // 2 for channel in label.rgb)
+                origin = (x, bottom - BELOW)
+                put_label(picture, label.text, origin, (red, green, blue), scale=LABEL_SCALE)
+                break
+            bottom = math.ceil(min(box[3] for box in in_the_way)) + LABEL_HEIGHT
+
+
+def _common_area(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """What boxes (N, 4) have in common with another one, (N,) square pixels."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    return sides.clip(min=0).prod(axis=1)
 
 
 def label_width(text: str) -> int:

@@ -45,9 +45,8 @@ def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
         if mark.box is not None:
             x1, y1, x2, y2 = np.rint(mark.box * scale).astype(int).tolist()
             cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), mark.rgb, 1)
-        if mark.label:
-            x, y = np.rint(coco_mask.toBbox(mark.rle)[:2] * scale).astype(int).tolist()
-            labels.append(Label(mark.label, (x, y), mark.rgb))
+        x, y, w, h = (coco_mask.toBbox(mark.rle) * scale).tolist()
+        labels.append(Label(mark.label, (x, y, x + w, y + h), mark.rgb))
     put_labels(picture, labels[::-1])
     return picture
 

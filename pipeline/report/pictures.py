@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 from datasets.coco import CocoInstances
 from datasets.images import ImageError, ImageFolder
 from pipeline.inference.proposals import Detections, Proposals, ProposalStore
-from pipeline.inference.visualize import color
+from pipeline.inference.visualize import color, score_texts
 from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
 
 TOP = 100  # proposals of an image that are looked at
@@ -178,9 +178,10 @@ def draw_proposals(
         for g, iou in enumerate(scene.ious)
         if iou > 0
     ]
+    texts = score_texts(found.scores[:SHOWN])
     highest = [
-        Mark(found.rle(d), color(SCORE_COLOR + d), FAINT, f"{found.scores[d]:.2f}")
-        for d in reversed(range(min(SHOWN, len(found))))
+        Mark(found.rle(d), color(SCORE_COLOR + d), FAINT, texts[d])
+        for d in reversed(range(len(texts)))
     ]
     return [draw_marks(fit_picture(image), marks) for marks in (truth, best, highest)]
 
@@ -194,6 +195,7 @@ def draw_detections(
     """
     names = dict(zip(coco.category_ids.tolist(), coco.category_names, strict=True))
     truth, marks, found = [], [], scene.found
+    scores = score_texts(found.scores)
     for a in scene.objects:
         category = int(coco.category_ids[coco.category_index[a]])
         truth.append(Mark(coco.rle(a), color(category), 0, names[category]))
@@ -205,7 +207,7 @@ def draw_detections(
         else:
             rle = found.rle(d)
         # Detections of a category that the annotations do not know go by its id.
-        text = f"{names.get(label, label)} {found.scores[d]:.2f}"
+        text = f"{names.get(label, label)} {scores[d]}".rstrip()
         marks.append(Mark(rle, color(label), _tint(scene.overlaps[d].max()), text, box))
     image = fit_picture(image, max_scale=MAX_SCALE)
     return [draw_marks(image, truth), draw_marks(image, marks)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from datasets.coco_file import read_image_list
 from datasets.images import read_image
 from pipeline.inference.image_files import find_images
-from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore
+from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore, logits_of
 
 FIELDS = ("images", "boxes", "scores")
 
@@ -122,4 +122,5 @@ def _proposals(
     filled = coco_mask.frPyObjects(np.hstack([corner, end - corner]), height, width)
     boxes = boxes[order].clip(0, limits).astype(np.float32)
     rles = [rle["counts"] for rle in filled]
-    return Proposals(image_id, name, height, width, scores[order], boxes, rles)
+    logits = logits_of(scores[order]).astype(np.float32)
+    return Proposals(image_id, name, height, width, logits, boxes, rles)

@@ -58,7 +58,7 @@ def test_with_mixed_precision_scores_stay_in_full_precision(stage, image, reques
         if name in ("aten::sort.stable", "aten::sigmoid", "aten::lerp.Tensor")
         and torch.bfloat16 in types
     ]
-    assert found.scores.dtype == np.float32 and len(found) > 0.9 * len(expected)
+    assert found.logits.dtype == np.float32 and len(found) > 0.9 * len(expected)
     count = min(len(found), len(expected))
     np.testing.assert_allclose(found.scores[:count], expected.scores[:count], atol=0.02)
 

@@ -121,7 +121,7 @@ def test_detections_in_bfloat16_have_nearly_the_same_scores(tiny_detector, tiny_
         load_detector(tiny_detector, CPU, overrides=options, precision=p)[0](image, proposals)
         for p in ("fp32", "bf16")
     )
-    assert len(full) == len(half) > 0 and half.scores.dtype == full.scores.dtype == np.float32
+    assert len(full) == len(half) > 0 and half.scores.dtype == full.scores.dtype == np.float64
     np.testing.assert_allclose(np.sort(full.scores), np.sort(half.scores), atol=5e-3)
 
 

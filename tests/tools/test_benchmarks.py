@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import load_config
-from tools.benchmarks import ablation, run_all, scoring, speed
+from tools.benchmarks import ablation, nms, run_all, scoring, speed
 from tools.benchmarks.timing import format_table, interleave, median_ratio
 
 FOLDER = Path(run_all.__file__).parent
@@ -118,6 +118,12 @@ def test_pycocotools_is_asked_for_the_same_metrics(measure, monkeypatch):
         assert list(values.values())[:3] == pytest.approx(theirs.stats[6:9])
     for theirs, ours in zip(precision[0], precision[1].metrics().values(), strict=True):
         assert list(ours.values())[:3] == pytest.approx(theirs.stats[:3]) and 0 < ours["AP"] < 1
+
+
+def test_nms_at_constant_density(measure):
+    [rows] = measure(nms.main, "--num-proposals 50 2000 --nms .5 --rounds 1").values()
+    assert list(rows) == ["50 on 640x480", "2000 on 905x679"]
+    assert all(row["kept"] > 0 and row["seconds"] > 0 for row in rows.values())
 
 
 @pytest.mark.parametrize("name", ablation.CHANGES)

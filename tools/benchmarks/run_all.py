@@ -41,6 +41,7 @@ BENCHMARKS = {
         "--config configs/shapes.yaml --megapixels .1 --num-proposals 10 --rounds 1",
     ),  # fmt: skip
     "scoring": ("scoring.py", "--images 2 --rounds 1"),
+    "nms": ("nms.py", "--num-proposals 100 200 --rounds 1"),
     "refinement": ("ablation.py refinement", "--batches 2 --work-dir runs/quick"),
     "detector": ("ablation.py detector", "--batches 2 --work-dir runs/quick"),
 }

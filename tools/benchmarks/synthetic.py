@@ -70,8 +70,8 @@ def draw_rois(rng: np.random.Generator, config: Config, count: int) -> tuple[np.
     Detection only hands their masks on: empty strings will do.
     """
     size = config.multipathnet.sampling.short_side, config.multipathnet.sampling.long_side
-    boxes, scores = draw_corners(rng, count, *size), np.linspace(1, 0, count, dtype=np.float32)
-    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, scores, boxes, [b""] * count)
+    boxes, logits = draw_corners(rng, count, *size), np.linspace(5, -5, count, dtype=np.float32)
+    return draw_image(rng, *size), Proposals(1, "noise.jpg", *size, logits, boxes, [b""] * count)
 
 
 def make_detector(
@@ -88,13 +88,18 @@ def make_detector(
     )
 
 
-def draw_polygon(rng: np.random.Generator, box: np.ndarray) -> list[float]:
-    """A star-shaped outline in a box, in hundredths of a pixel, with as many points as COCO's."""
+def draw_polygon(
+    rng: np.random.Generator, box: np.ndarray, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> list[float]:
+    """A star-shaped outline in a box, in hundredths of a pixel, with as many points as COCO's.
+
+    It is cut off at the edge of the image of this size, (height, width).
+    """
     count = int(np.clip(rng.lognormal(2.75, 0.65), 4, 300))
     angles = np.sort(rng.random(count)) * 2 * np.pi
     offsets = rng.uniform(0.7, 1, (count, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     points = box[:2] + box[2:] / 2 * (1 + offsets)
-    return points.clip(0, [WIDTH, HEIGHT]).round(2).ravel().tolist()
+    return points.clip(0, size[::-1]).round(2).ravel().tolist()
 
 
 def draw_dataset(rng: np.random.Generator, images: int) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pipeline.inference.proposals import Proposals
+from pipeline.inference.proposals import Proposals, logits_of
 
 
 def proposals_of(
@@ -23,7 +23,8 @@ def proposals_of(
     if scores is None:
         scores = np.linspace(1, 0, len(masks), dtype=np.float32)
     counts = [rle["counts"] for rle in rles]
-    return Proposals(image_id, file_name, *masks.shape[1:], scores, boxes, counts)
+    logits = logits_of(scores).astype(np.float32)
+    return Proposals(image_id, file_name, *masks.shape[1:], logits, boxes, counts)
 
 
 def listing(path: Path, **ids: int) -> Path:

@@ -13,7 +13,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from pipeline.inference.coco_json import read_detections
-from pipeline.inference.proposals import Detections, results_of, write_results
+from pipeline.inference.proposals import Detections, logits_of, results_of, write_results
 from tests.pipeline.inference.builders import proposals_of
 
 HEIGHT, WIDTH = 48, 64
@@ -28,7 +28,7 @@ def detections(image_id, *, count, masks=True, seed=0):
         f"folder/{image_id}.jpg",
         HEIGHT,
         WIDTH,
-        scores=np.sort(rng.random(count).astype(np.float32))[::-1],
+        logits=logits_of(np.sort(rng.random(count))[::-1]),
         boxes=np.sort(corners, axis=1).reshape(-1, 4).astype(np.float32),
         labels=rng.choice([1, 3, 90], count),
         rles=proposals.rles if masks else [],
@@ -87,12 +87,17 @@ def test_pycocotools_loads_it(tmp_path, masks):
     assert all(list(result) == keys for result in json.loads(path.read_text()))
 
 
-def test_close_scores_stay_different():
-    """Softmax gives many scores near 1; equal ones would be ordered by image in evaluation."""
-    image = detections(1, count=2)
-    image.scores = np.float32([1 - 2**-24, 1 - 2**-23])
-    first, second = (result["score"] for result in results_of(image))
-    assert first > second and np.float32([first, second]).tolist() == image.scores.tolist()
+def test_order_survives_from_the_network_to_the_results_and_back(tmp_path):
+    """Sure detections: in float32 all of these scores would be 1, and ordered by image."""
+    images = [detections(image_id, count=2) for image_id in (1, 2)]
+    for image, logits in zip(images, ([30.1, 20.2], [30.0, 20.1]), strict=True):
+        image.logits = np.array(logits)
+    path = tmp_path / "detections.json"
+    write_detections(path, images)
+    (a, c), (b, d) = ([r["score"] for r in results_of(image)] for image in images)
+    assert 1 > a > b > c > d and np.float32([a, b, c, d]).tolist() == [1] * 4
+    for before, after in zip(images, read_detections(path, images_of(images)), strict=True):
+        np.testing.assert_allclose(after.logits, before.logits, rtol=1e-3)
 
 
 def test_reading_names_the_file_and_the_place(tmp_path):

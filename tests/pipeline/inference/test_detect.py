@@ -32,7 +32,7 @@ def truth_as_proposals(coco: CocoInstances, image: int) -> Proposals:
         int(coco.image_ids[image]),
         coco.file_name(image),
         *coco.image_sizes[image].tolist(),
-        scores=np.linspace(1, 0.5, len(rows), dtype=np.float32),
+        logits=np.linspace(1, 0, len(rows), dtype=np.float32),
         boxes=coco.boxes[rows],
         rles=[coco.rle(row)["counts"] for row in rows],
     )
@@ -102,9 +102,9 @@ def crowded(scene):
     boxes = objects.boxes[rows] + np.random.default_rng(1).normal(0, 6, (61, 4))
     boxes = boxes.clip(0, [width, height] * 2).astype(np.float32)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
-    scores = np.linspace(1, 0.1, 61, dtype=np.float32)
+    logits = np.linspace(1, -1, 61, dtype=np.float32)
     rles = [objects.rles[row] for row in rows]
-    return pixels, Proposals(1, "crowded", height, width, scores, boxes, rles)
+    return pixels, Proposals(1, "crowded", height, width, logits, boxes, rles)
 
 
 OPTIONS = {"box_refinement_iters": 1, "box_voting_iou": 0.5, "short_sides": (160, 120)}
@@ -161,7 +161,7 @@ def test_detections_are_in_the_image_with_the_masks_of_proposals(tiny_detector, 
 @with_options
 def test_an_image_without_proposals_has_no_detections(tiny_detector, scene, options):
     image, proposals = scene
-    none = Proposals(1, "x", *image.shape[:2], proposals.scores[:0], proposals.boxes[:0], [])
+    none = Proposals(1, "x", *image.shape[:2], proposals.logits[:0], proposals.boxes[:0], [])
     detector, _ = load_detector(tiny_detector, CPU, overrides=options)
     assert len(detector(image, none)) == 0
     assert [len(found) for found in detector.detect_by_count(image, none, [10, 400])] == [0, 0]

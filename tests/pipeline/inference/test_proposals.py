@@ -1,9 +1,12 @@
 """The proposal store: what is written is read, nothing is written over, settings are kept to."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from pipeline.inference.proposals import (
     Proposals,
     ProposalStore,
     ResumableDirectory,
+    logits_of,
     results_of,
 )
 from tests.pipeline.inference.builders import proposals_of
@@ -24,7 +28,8 @@ def random_proposals(image_id: int, count: int, rng: np.random.Generator) -> Pro
     masks = rng.random((count, *rng.integers(2, 60, size=2))) < 0.1
     masks[:, 0, 0] = True
     name, scores = f"folder/é {image_id}.jpg", np.sort(rng.random(count, np.float32))[::-1]
-    return proposals_of(masks, image_id=image_id, file_name=name, scores=scores)
+    proposals = proposals_of(masks, image_id=image_id, file_name=name, scores=scores)
+    return replace(proposals, num_cut_off=count // 2)
 
 
 # Shards of images, each with its number of proposals, and the process that writes the shard.
@@ -45,13 +50,14 @@ def test_what_is_written_is_read(shards, seed):
             store.write_shard(images, writer=writer)
             written |= {proposals.file_name: proposals for proposals in images}
         found, covered, count = list(ProposalStore(directory)), store.images(), store.count()
+        cut_off = store.cut_off()
         results = json.loads(store.write_json().read_text())
         listed = json.loads((store.directory / "images.json").read_text())["images"]
     assert len(found) == sum(len(p) > 0 for p in written.values())
     for proposals in found:
         for name, value in vars(written[proposals.file_name]).items():
             np.testing.assert_array_equal(getattr(proposals, name), value)
-        assert proposals.scores.dtype == proposals.boxes.dtype == np.float32
+        assert proposals.logits.dtype == proposals.boxes.dtype == np.float32
     assert covered == {  # also those without a proposal
         p.image_id: {"id": p.image_id, "file_name": name, "height": p.height, "width": p.width}
         for name, p in written.items()
@@ -59,6 +65,7 @@ def test_what_is_written_is_read(shards, seed):
     assert listed == sorted(covered.values(), key=lambda image: image["id"])
     assert results == [result for proposals in found for result in results_of(proposals)]
     assert count == len(results)
+    assert cut_off == {p.image_id: p.num_cut_off for p in found if p.num_cut_off}
 
 
 @pytest.fixture
@@ -72,10 +79,56 @@ def store(tmp_path) -> ProposalStore:
     return store
 
 
+def make_older(shard: Path) -> None:
+    """Rewrites a shard as the version before logits wrote it."""
+    table = pq.read_table(shard).drop_columns(["logit"])
+    metadata = {b"images": table.schema.metadata[b"images"]}
+    pq.write_table(table.replace_schema_metadata(metadata), shard)
+
+
+def test_older_stores_are_read_and_added_to(store):
+    before, rows = list(store), list(store.box_rows())
+    make_older(store.shards()[0])
+    assert "logit" in pq.read_schema(store.shards()[1]).names
+    after = list(store)
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_allclose(new.logits, old.logits, atol=1e-4)
+        np.testing.assert_allclose(new.scores, old.scores, atol=1e-7)
+        assert new.rles == old.rles and (np.diff(new.logits) <= 0).all()
+    assert [p.num_cut_off for p in after] == [0, 2] and store.cut_off() == {30: 2}
+    for (ids, boxes, _), (old_ids, old_boxes, _) in zip(store.box_rows(), rows, strict=True):
+        assert (ids == old_ids).all() and (boxes == old_boxes).all()
+
+
+@given(st.lists(st.floats(-100, 100, width=32) | st.floats(15, 18, width=32), max_size=30))
+@settings(max_examples=300)
+def test_different_logits_are_different_scores_in_the_json(logits):
+    logits = np.sort(np.float32(logits))[::-1]
+    proposals = Proposals(1, "x", 9, 9, logits, np.zeros((len(logits), 4), "f4"), [])
+    scores = [result["score"] for result in json.loads(json.dumps(results_of(proposals)))]
+    assert all(0 <= score <= 1 for score in scores)
+    assert (np.sign(np.diff(scores)) == np.sign(np.diff(logits))).all()
+    np.testing.assert_allclose(scores, proposals.scores, atol=1e-4)
+
+
+def test_scores_have_no_more_digits_than_their_order_needs():
+    def written(*logits: float) -> list[str]:
+        proposals = Proposals(1, "x", 9, 9, np.float32(logits), np.zeros((len(logits), 4)), [])
+        return [repr(result["score"]) for result in results_of(proposals)]
+
+    assert written(17, 2, -9) == ["0.9999999586", "0.8808", "0.0001234"]
+    assert written(17, 16.99999, -9) == ["0.999999958601", "0.9999999586", "0.00012339"]
+
+
+def test_scores_that_are_none_are_taken_for_logits():
+    assert logits_of(np.float32([0.5, 0, 1])).tolist() == [0, -np.inf, np.inf]
+    assert logits_of(np.float32([3, 0.5, -2])).tolist() == [3, 0.5, -2]
+
+
 def test_box_rows_are_those_of_all_images(store):
     rows = [np.concatenate(columns) for columns in zip(*store.box_rows(), strict=True)]
     found = [np.concatenate(columns) for columns in zip(
-        *((np.full(len(p), p.image_id), p.boxes, p.scores) for p in store), strict=True
+        *((np.full(len(p), p.image_id), p.boxes, p.logits) for p in store), strict=True
     )]  # fmt: skip
     for column, expected in zip(rows, found, strict=True):
         np.testing.assert_array_equal(column, expected)

@@ -1,5 +1,6 @@
 """Dense inference equals the same steps written plainly and patches on their own; NMS on masks."""
 
+import copy
 import math
 
 import numpy as np
@@ -15,9 +16,9 @@ from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline.inference.cells import best_cells, gather_windows, place_patches
+from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import paste
-from pipeline.inference.propose import Proposer, log2_range, mask_nms
-from tests.pipeline.inference.builders import proposals_of
+from pipeline.inference.propose import Proposer, log2_range
 
 CPU = torch.device("cpu")
 LOG2_SCALES = [-1.0, -0.5, 0.0, 0.5]
@@ -234,27 +235,7 @@ def test_images_smaller_than_a_patch(model, shape):
         assert coco_mask.decode(proposals.rle(i)).shape == shape[:2]
 
 
-# NMS of masks.
-
-
-@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]))
-@settings(max_examples=80, deadline=None)
-def test_nms_equals_the_loop_over_pairs_of_masks(seed, count, limit):
-    rng = np.random.default_rng(seed)
-    masks = np.zeros((count, 12, 14), bool)
-    for mask in masks:
-        y, x, h, w = rng.integers(0, 8, 4)
-        mask[y : y + h + 1, x : x + w + 1] = rng.random((h + 1, w + 1))[: 12 - y, : 14 - x] < 0.9
-        mask[y, x] = True
-    kept = []
-    for n, mask in enumerate(masks):
-        if all((mask & masks[k]).sum() / (mask | masks[k]).sum() < limit for k in kept):
-            kept.append(n)
-    proposals = proposals_of(masks)
-    result = mask_nms(proposals, limit)
-    assert result.rles == [proposals.rles[n] for n in kept]
-    np.testing.assert_array_equal(result.boxes, proposals.boxes[kept])
-    np.testing.assert_array_equal(result.scores, proposals.scores[kept])
+# After the masks.
 
 
 def test_nms_in_the_proposer(model, image):
@@ -262,3 +243,18 @@ def test_nms_in_the_proposer(model, image):
     few = Proposer(model, device=CPU, num_proposals=200, nms=0.5)(image)
     assert 0 < len(few) < len(every)
     assert few.rles == mask_nms(every, 0.5).rles
+
+
+def test_more_of_a_larger_image_and_how_many_the_limit_left_out(model, image):
+    """In 0.03 megapixels, 1000 for each are 30: more than 20, fewer than 40."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.deepmask.score_head[-1].bias += 0.15  # so that about half of the cells are above .5
+    every = Proposer(model, device=CPU, num_proposals=10_000)(image)
+    assert every.num_cut_off == 0 < (every.logits > 0).sum()
+    for num_proposals, limit in ((20, 30), (40, 40)):
+        proposer = Proposer(model, device=CPU, num_proposals=num_proposals, per_megapixel=1000)
+        found = proposer(image)
+        assert proposer.options.limit(*image.shape[:2]) == limit
+        assert found.rles == every.rles[: len(found)] and limit - 5 < len(found) <= limit
+        assert found.num_cut_off == pytest.approx((every.logits[limit:] > 0).sum(), abs=5)

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from pipeline.inference import visualize
 from pipeline.inference.patch_sheet import GREEN, RED, patch_sheet
 from pipeline.inference.visualize import (
+    BELOW,
     LABEL_HEIGHT,
+    MAX_COVERED,
     Label,
     color,
     draw_detections,
@@ -45,7 +47,7 @@ def test_scores_are_on_top_of_all_masks(stack, monkeypatch):
     masks = draw_proposals(GRAY, stack, 3)
     [labels] = drawn
     assert [label.text for label in labels] == ["0.90", "0.70", "0.50"]
-    assert [label.corner for label in labels] == [(10, 10), (60, 60), (100, 100)]
+    assert [label.box[:2] for label in labels] == [(10, 10), (60, 60), (100, 100)]
     put_labels(masks, labels)
     assert np.array_equal(whole, masks)
 
@@ -67,7 +69,7 @@ def test_detections_have_names_and_their_own_boxes(monkeypatch):
     gray, drawn = GRAY[:64, :64], []
     monkeypatch.setattr(visualize, "put_labels", lambda picture, labels: drawn.extend(labels))
     picture = draw_detections(gray, found, {1: "ring", 3: "bar"}, 1)
-    assert [(label.text, label.corner[1]) for label in drawn] == [("bar 0.81", 41)]
+    assert [(label.text, label.box[1]) for label in drawn] == [("bar 0.81", 41)]
     line = np.zeros((64, 64), bool)
     line[41:58, 40:60] = True
     line[42:57, 41:59] = False
@@ -84,13 +86,14 @@ def test_pictures_stay_below_their_folder(tmp_path, name):
 
 
 corners = st.tuples(st.floats(-5, 310), st.floats(-5, 210))
+sides = st.tuples(st.floats(1, 300), st.floats(1, 200))
 texts = st.sampled_from(["0.12", "traffic light 0.12"])
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(texts, corners), max_size=40))
-@example([("0.12", (5, 60.48))] * 2)  # 60.48 + 17 - 60.48 is a little less than 17
-def test_labels_do_not_cover_each_other(labels):
+@given(st.lists(st.tuples(texts, corners, sides), max_size=40))
+@example([("0.12", (5, 60.48), (90, 90))] * 2)  # 60.48 + 17 - 60.48 is a little less than 17
+def test_labels_cover_neither_each_other_nor_small_objects(labels):
     together = GRAY.copy()
     seen = []
     original = visualize.put_label
@@ -99,16 +102,58 @@ def test_labels_do_not_cover_each_other(labels):
         seen.append((*origin, label_width(text)))
         original(picture, text, origin, rgb, scale)
 
+    named = [Label(t, (x, y, x + w, y + h), (9, 9, 9)) for t, (x, y), (w, h) in labels]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize, "put_label", note)
-        put_labels(together, [Label(text, place, (9, 9, 9)) for text, place in labels])
+        put_labels(together, named)
     assert len(set(seen)) == len(seen) <= len(labels)
-    assert bool(seen) == any(max(round(y), LABEL_HEIGHT) < 200 for _, (_, y) in labels)
     for n, (x, y, width) in enumerate(seen):
-        assert 0 <= x <= 300 - width and LABEL_HEIGHT <= y < 200
+        top, bottom = y + BELOW - LABEL_HEIGHT, y + BELOW
+        assert 0 <= x <= 300 - width and top >= 0 and bottom <= 200
         for u, v, its_width in seen[:n]:
             beside = x >= u + its_width or u >= x + width
             assert beside or abs(y - v) >= LABEL_HEIGHT
+        for left, upper, right, lower in (label.box for label in named):
+            shared = max(0, min(right, x + width) - max(left, x))
+            shared *= max(0, min(lower, bottom) - max(upper, top))
+            assert shared <= MAX_COVERED * (right - left) * (lower - upper) + 1e-6
+    changed_rows = changed(together, GRAY).any(axis=1)
+    assert changed_rows.any() == bool(seen)
+
+
+def test_a_label_is_above_its_object_then_within_a_large_one_or_below_a_small_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(visualize, "put_label", lambda *args, **_: seen.append(args[1:3]))
+
+    def draw(*labels):
+        seen.clear()
+        put_labels(GRAY.copy(), [Label(text, box, (9, 9, 9)) for text, box in labels])
+        return {text: y + BELOW for text, (_, y) in seen}  # the lower edges
+
+    small, large = (50, 60, 70, 80), (20, 60, 190, 190)
+    assert draw(("a", small)) == {"a": 60}
+    assert draw(("a", small), ("b", small)) == {"a": 60, "b": 80 + LABEL_HEIGHT}
+    assert draw(("a", small), ("b", small), ("c", small)).keys() == {"a", "b"}
+    assert draw(("a", large), ("b", large)) == {"a": 60, "b": 60 + LABEL_HEIGHT}
+    above = (50, 45, 70, 58)  # an object without a label, where the label would be
+    assert draw(("a", small), ("", above)) == {"a": 80 + LABEL_HEIGHT}
+    assert draw(("a", (5, 2, 15, 12))) == {"a": 12 + LABEL_HEIGHT}  # at the upper edge
+    corner = (285, 186, 297, 198)  # at the lower edge
+    assert draw(("a", corner), ("b", corner)) == {"a": 186}
+
+
+@pytest.mark.parametrize(
+    ("scores", "texts"),
+    [
+        ([0.9999999, 0.9996, 0.9951], ["", "", ""]),
+        ([0.9999999, 0.994, 0.5], [">0.99", "0.99", "0.50"]),
+        ([0.6, 0.004], ["0.60", "<0.01"]),
+        ([0.004, 0.0001], ["", ""]),
+        ([], []),
+    ],
+)
+def test_scores_are_written_where_they_tell_something(scores, texts):
+    assert visualize.score_texts(np.array(scores)) == texts
 
 
 def test_a_sheet_has_mask_patches_with_yellow_and_score_patches_with_other_frames(tmp_path):

@@ -7,7 +7,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.evaluation.precision import METRICS
-from pipeline.inference.proposals import Detections, Proposals, ProposalStore, results_of
+from pipeline.inference.proposals import (
+    Detections,
+    Proposals,
+    ProposalStore,
+    logits_of,
+    results_of,
+)
 from tests.pipeline.evaluation import scenes
 from tests.pipeline.evaluation.scenes import annotation
 
@@ -28,7 +34,7 @@ def proposals_of(image_id, name, boxes, scores=None):
     scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else np.array(scores)
     rles = [rle_of(box)["counts"] for box in boxes]
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return Proposals(image_id, name, SIDE, SIDE, scores.astype(np.float32), boxes, rles)
+    return Proposals(image_id, name, SIDE, SIDE, logits_of(scores), boxes, rles)
 
 
 def detections_of(image_id, name, found, *, masks=True):
@@ -36,8 +42,8 @@ def detections_of(image_id, name, found, *, masks=True):
     boxes, labels, scores = zip(*found, strict=True) if found else ([], [], [])
     counts = [rle_of(box)["counts"] for box in boxes] if masks else []
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    scores, labels = np.array(scores, np.float32), np.array(labels, np.int64)
-    return Detections(image_id, name, SIDE, SIDE, scores, boxes, counts, labels)
+    logits, labels = logits_of(np.array(scores)), np.array(labels, np.int64)
+    return Detections(image_id, name, SIDE, SIDE, logits, boxes, counts, labels)
 
 
 def object_of(image_id, box, *, iscrowd=0, category=1):

@@ -73,8 +73,8 @@ def test_images_of_proposals(tmp_path, dataset, store, best, worst):
     assert all(len(example["pictures"]) == 3 for example in found + missed)
 
 
-JUST = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)])
-JUST_BOX = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE)], masks=False)
+JUST = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE + 1e-9)])
+JUST_BOX = detections_of(1, "found.png", [(SQUARE, 1, pictures.MIN_SCORE + 1e-9)], masks=False)
 SHOWN_DETECTIONS = {
     "in order": (FOUND, [("found.png", 1), (HALF, 0.5), ("missed.png", 0)], [1, 2, 1]),
     "none": ([JUST, detections_of(2, "missed.png", [])],

@@ -65,7 +65,7 @@ def test_boxes_scores_ids_and_masks(write):
     assert found.keys() == {"a.jpg", "b.jpg"}
     b = found["b.jpg"]
     assert (b.image_id, b.height, b.width) == (8, HEIGHT, WIDTH)
-    assert b.scores.tolist() == [0.75, 0.5, 0.25]
+    assert b.scores == pytest.approx([0.75, 0.5, 0.25])
     assert b.boxes.tolist() == [[4, 2, 8, 12], [0, 0, 40, 30], [0, 0, 1, 1]]
     for n, (x0, y0, x1, y1) in enumerate(b.boxes.astype(int).tolist()):
         expected = np.zeros((HEIGHT, WIDTH), bool)

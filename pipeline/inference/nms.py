@@ -1,0 +1,106 @@
+"""Non-maximum suppression of masks, in a time that grows with their number, not its square.
+
+N: masks of an image, best first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pycocotools.mask as coco_mask
+
+from pipeline.inference.proposals import Proposals
+
+AREA_BITS = 36  # of a key: areas of up to 6e10 pixels, in 1e8 cells
+MAX_PAIRS = 1 << 21  # looked at together: bounds memory
+
+
+def mask_nms(proposals: Proposals, iou: float) -> Proposals:
+    """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
+    rles = [proposals.rle(i) for i in range(len(proposals))]
+    areas = np.array([coco_mask.area(rle) for rle in rles], np.int64)  # of a list, it fails
+    first, second = _neighbors(proposals.boxes, areas, iou)
+    ends = np.searchsorted(first, np.arange(len(rles) + 1)).tolist()
+    alive = np.ones(len(rles), bool)
+    for i, rle in enumerate(rles):
+        if ends[i] < ends[i + 1] and alive[i]:
+            near = second[ends[i] : ends[i + 1]]
+            near = near[alive[near]]
+            if len(near):
+                ious = coco_mask.iou([rles[j] for j in near.tolist()], [rle], [0])
+                alive[near[ious[:, 0] >= iou]] = False
+    kept = np.flatnonzero(alive)
+    return replace(
+        proposals,
+        logits=proposals.logits[kept],
+        boxes=proposals.boxes[kept],
+        rles=[proposals.rles[i] for i in kept.tolist()],
+    )
+
+
+def _neighbors(boxes: np.ndarray, areas: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of masks that may reach an IoU: both indices, the lower first, in order.
+
+    Masks overlap no more than their boxes (N, 4), nor more than the area of the smaller one.
+    """
+    boxes = boxes.astype(np.float64)
+    found = [np.empty((2, 0), np.int64)]
+    for i, j in _sharing_cells(boxes, areas, iou):
+        sides = np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])
+        overlap = np.minimum(sides.clip(min=0).prod(axis=1), np.minimum(areas[i], areas[j]))
+        near = (overlap > 0) & (overlap >= iou * (areas[i] + areas[j] - overlap))
+        found.append(np.sort([i[near], j[near]], axis=0))
+    pairs = np.concatenate(found, axis=1)
+    first, second = pairs[:, np.lexsort(pairs[::-1])]
+    return first, second
+
+
+def _sharing_cells(
+    boxes: np.ndarray, areas: np.ndarray, iou: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of masks with about the same area whose boxes meet, each pair once.
+
+    Cells of a grid are larger than a box, which so lies in at most four. Boxes of all sizes have
+    grids of all sizes, each twice as coarse as the one before: a box meets its like and smaller
+    ones in its own grid.
+    """
+    levels = np.frexp((boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=1))[1]
+    for level in np.unique(levels).tolist():
+        cells = np.floor(boxes / 2.0**level).astype(np.int64)  # of the corners
+        large = np.flatnonzero(levels == level)
+        small = np.flatnonzero((levels <= level) & (areas >= iou * areas[large].min()))
+        columns = int(cells[:, 2].max()) + 1
+        # The smaller ones by cell, and within a cell by area.
+        places, rows = _entries(cells, small, columns)
+        keys = places << AREA_BITS | areas[rows]
+        order = np.argsort(keys)
+        keys, rows = keys[order], rows[order]
+        # Each larger one meets a run of them, in each of its cells.
+        places, others = _entries(cells, large, columns)
+        run = places << AREA_BITS
+        least, most = iou * areas[others] - 1, areas[others] / iou + 1  # rounded outwards
+        starts = np.searchsorted(keys, run + least.clip(min=0).astype(np.int64))
+        ends = np.searchsorted(keys, run + most.clip(max=2**AREA_BITS - 1).astype(np.int64))
+        counts = ends - starts
+        parts = np.flatnonzero(np.diff(counts.cumsum() // MAX_PAIRS)) + 1
+        for part in np.split(np.arange(len(others)), parts):
+            count = counts[part]
+            entry = np.repeat(part, count)
+            within = np.arange(len(entry)) - np.repeat(count.cumsum() - count, count)
+            i, j = rows[starts[entry] + within], others[entry]
+            # Of the cells in which they meet, the one with the corner of what they share counts.
+            corner = np.maximum(cells[i, :2], cells[j, :2])
+            once = corner[:, 1] * columns + corner[:, 0] == places[entry]
+            once &= (levels[i] < level) | (i < j)
+            yield i[once], j[once]
+
+
+def _entries(cells: np.ndarray, rows: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The one to four cells of each row, as one number a cell, and the rows."""
+    (left, top, right, bottom), found = cells[rows].T, []
+    for x, y in product((left, right), (top, bottom)):
+        new = ((x is left) | (left < right)) & ((y is top) | (top < bottom))
+        found.append(np.stack([(y * columns + x)[new], rows[new]]))
+    places, entries = np.concatenate(found, axis=1)
+    return places, entries

@@ -1,0 +1,76 @@
+"""NMS of masks equals the loop over all pairs, whatever the sizes and wherever they lie."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.inference import nms
+from pipeline.inference.nms import mask_nms
+from pipeline.inference.proposals import Proposals
+from tests.pipeline.inference.builders import proposals_of
+
+LIMITS = st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.7, 1.0])
+
+
+def check(masks: np.ndarray, limit: float) -> None:
+    kept = []
+    for n, mask in enumerate(masks):
+        unions = [(mask & masks[k]).sum() / max(1, (mask | masks[k]).sum()) for k in kept]
+        if all(iou < limit for iou in unions):
+            kept.append(n)
+    proposals = proposals_of(masks)
+    result = mask_nms(proposals, limit)
+    assert result.rles == [proposals.rles[n] for n in kept]
+    np.testing.assert_array_equal(result.boxes, proposals.boxes[kept])
+    np.testing.assert_array_equal(result.logits, proposals.logits[kept])
+
+
+@given(st.integers(0, 2**31), st.integers(0, 12), LIMITS)
+@settings(max_examples=80, deadline=None)
+def test_ragged_masks(seed, count, limit):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, 12, 14), bool)
+    for mask in masks:
+        y, x, h, w = rng.integers(0, 8, 4)
+        mask[y : y + h + 1, x : x + w + 1] = rng.random((h + 1, w + 1))[: 12 - y, : 14 - x] < 0.9
+        mask[y, x] = True
+    check(masks, limit)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 40), LIMITS, st.sampled_from([1, 7, 1 << 21]))
+@settings(max_examples=80, deadline=None)
+def test_rectangles_of_all_sizes(seed, count, limit, max_pairs):
+    """Sides from 1 to 64, on and beside the lines of the grids; some twice, some empty."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, 64, 64), bool)
+    for n, mask in enumerate(masks):
+        w, h = 2 ** rng.integers(0, 7, 2) - rng.integers(0, 2, 2)
+        x, y = (int(rng.integers(0, 65 - side)) for side in (w, h))
+        mask[y : y + h, x : x + w] = True
+        if n and rng.random() < 0.3:
+            mask[:] = masks[rng.integers(n)]
+            mask[rng.integers(64), rng.integers(64)] ^= True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nms, "MAX_PAIRS", max_pairs)
+        check(masks, limit)
+
+
+def test_each_mask_meets_only_its_neighbors():
+    """Four times as many in four times the area: four times the pairs, not sixteen times."""
+    pairs = []
+    for side in (20, 40):
+        x, y = np.meshgrid(*[12.0 * np.arange(side)] * 2)
+        corner = np.stack([x.ravel(), y.ravel()], axis=1)
+        boxes, areas = np.concatenate([corner, corner + 20], axis=1), np.full(side**2, 400)
+        found = list(nms._sharing_cells(boxes, areas, 0.1))
+        pairs.append(sum(len(i) for i, _ in found))
+        first, second = nms._neighbors(boxes, areas, 0.1)
+        assert len(first) == 2 * side * (side - 1)  # beside and below, 8 px in common
+        assert (first < second).all() and set((second - first).tolist()) == {1, side}
+    assert pairs[1] < 5 * pairs[0]  # at the edges they have fewer neighbors
+
+
+def test_no_proposals():
+    none = Proposals(1, "x", 9, 9, np.empty(0, np.float32), np.empty((0, 4), np.float32), [])
+    assert len(mask_nms(none, 0.5)) == 0
