@@ -1,0 +1,57 @@
+"""Memory: how much is free, and how much a detector's trunk needs for an image."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.trunk import Trunk
+
+# Beside the features, for each pixel: bytes as they are read, and floats as they are prepared.
+INPUT_BYTES = 3 * (1 + 3 * 4)
+WORKING_COPIES = 2  # of the largest layer's output: a layer's input and its output
+PROBE_SIDE = 64  # px of the image on which layers are measured
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, within the limits of a container; None if not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    free = []
+    with suppress(OSError, ValueError, AttributeError):
+        text = Path("/proc/meminfo").read_text()
+        free.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024)  # type: ignore[index]
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, AttributeError):  # "max" is no number: there is no limit
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = (group / "memory.stat").read_text()
+        used -= int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])  # type: ignore[index]
+        free.append(limit - used)
+    return min(free, default=None)
+
+
+@torch.inference_mode()
+def trunk_bytes(trunk: Trunk, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes for each pixel of an image: of the features that stay, and while they are computed.
+
+    The features of a level with C channels at a stride s are C / s^2 numbers for each pixel. Beside
+    them the largest layer within a level counts, `WORKING_COPIES` times; a small image shows it.
+    """
+    numbers = sum(c / s**2 for c, s in zip(trunk.channels, trunk.strides, strict=True))
+    largest = 0
+
+    def measure(_layer: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel())
+
+    layers = [module for module in trunk.modules() if not list(module.children())]
+    hooks = [layer.register_forward_hook(measure) for layer in layers]
+    weight = next(trunk.parameters())
+    trunk(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, dtype=weight.dtype, device=weight.device))
+    for hook in hooks:
+        hook.remove()
+    return numbers * dtype.itemsize, WORKING_COPIES * largest / PROBE_SIDE**2 * dtype.itemsize
