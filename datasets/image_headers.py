@@ -180,8 +180,9 @@ def _read_tiff(file: BinaryIO) -> Header:
         raise ImageError(f"has {kind} of {bits} bits; convert it to 8 or 16 bits")
     if sample_format == SIGNED:
         raise ImageError(f"has signed samples of {bits} bits; convert it to unsigned ones")
-    if bands == 2 and bits > 8:
-        raise ImageError(f"has two bands of {bits} bits; save the first one alone")
+    if bands == 2 and (bits > 8 or tile):  # OpenCV loses every second column of such tiles
+        where = "in tiles" if tile else f"of {bits} bits"
+        raise ImageError(f"has two bands {where}; save the first one alone")
     if bands > 1 and bits > 8 and tags.get(PLANAR, (1,))[0] == 2:  # OpenCV mixes them up
         raise ImageError(f"has bands of {bits} bits one after the other; save them interleaved")
     photometric = tags.get(PHOTOMETRIC, (GRAY,))[0]

@@ -18,15 +18,13 @@ import numpy as np
 
 from datasets.image_headers import GRAY_INVERTED, PALETTE, Header, ImageError, read_header
 from datasets.scaled_rows import AREA, LINEAR, ScaledRows
+from datasets.segmentations import MAX_PIXELS, MAX_SIDE
 
 LARGE_PIXELS = 100_000_000  # images that have more are read by windows where that can be done
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_BLOCK_PIXELS = 2**26  # in a strip, or in a row of tiles, which is decoded at once: 200 MB
 MIN_ROWS = 64  # read at once from strips of fewer
 CACHE = "64"  # MB that GDAL may keep of decoded tiles, by default a twentieth of the memory
-# pycocotools counts pixels in 32 bits. It writes the difference of two runs with a sign that it
-# reads wrongly below -2^29: masks whose parts are 2,048 columns apart need this many rows.
-MAX_RLE_PIXELS, MAX_SIDE = 2**32 - 1, 2**18
 
 
 class WindowedImage:
@@ -126,10 +124,10 @@ def open_by_windows(path: str | Path, *, turned: bool = True) -> WindowedImage |
     supported = set(dataset.dtypes) <= {"uint8", "uint16"} and int(depth) >= 8
     if not supported or block > MAX_BLOCK_PIXELS or dataset.shape != (header.height, header.width):
         return None
-    if header.width * header.height > MAX_RLE_PIXELS or max(dataset.shape) > MAX_SIDE:
+    if header.width * header.height > MAX_PIXELS or max(dataset.shape) > MAX_SIDE:
         raise ImageError(
-            f"{path}: {header.width} x {header.height} pixels are more than COCO's masks can have, "
-            f"{MAX_RLE_PIXELS:,}, and {MAX_SIDE:,} on a side; cut it into tiles"
+            f"{path}: {header.width} x {header.height} pixels are more than masks in COCO's format "
+            f"can have, {MAX_PIXELS:,}, and {MAX_SIDE:,} on a side; cut it into tiles"
         )
     return WindowedImage(path, header, dataset)
 

@@ -50,9 +50,11 @@ def resize_image(image: Image, scale: float) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=method)
 
 
-def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
+def resize_align_corners(image: Image, scale: float) -> np.ndarray:
     """As SpatialReSamplingEx of the released code: bilinear, no average; (h, w, 3) float32."""
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[:2])
+    if isinstance(image, WindowedImage):
+        return image.resized((height, width), CORNERS)[:]
     return _interpolate(image, height, width)
 
 

@@ -92,7 +92,7 @@ class ScaledRows:
         step = self.source.shape[0] / self.shape[0]
         edges = np.arange(first, last + 1) * step  # in rows of the original
         low, high = int(edges[0]), min(int(np.ceil(edges[-1] - 1e-9)), self.source.shape[0])
-        total = np.zeros((last - first, self.shape[1] * 3), np.float32)
+        total: np.ndarray = np.zeros((last - first, self.shape[1] * 3), np.float32)
         for start in range(low, high, PIECE):
             stop = min(start + PIECE, high)
             rows = np.arange(start, stop)
@@ -104,7 +104,10 @@ class ScaledRows:
                 pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
             total += weights @ pixels.reshape(stop - start, -1)
         if self.rounded:
-            total = np.floor(total + 0.5) if self._halves_up else np.rint(total)
+            if self._halves_up:
+                np.floor(total + 0.5, out=total)
+            else:
+                np.rint(total, out=total)
         return total.reshape(-1, *self.shape[1:])
 
     def _interpolate(self, first: int, last: int) -> np.ndarray:
@@ -117,7 +120,7 @@ class ScaledRows:
         weights = np.repeat(across, 3)
         above, below = before - low, after - low
         if not self.rounded:
-            mixed = _mix(*(side.astype(np.float32) for side in sides), weights)
+            mixed = _mix(sides[0].astype(np.float32), sides[1].astype(np.float32), weights)
             down = fraction[:, None]
             return _mix(mixed[above], mixed[below], down).reshape(-1, *self.shape[1:])
         # As OpenCV does it on bytes.

@@ -2,7 +2,7 @@
 r"""Writes proposals or detections in the format of another program.
 
     python tools/export_results.py runs/photos --format geojson --output photos.geojson
-    python tools/export_results.py runs/detections/detections.json --format coco --output labels.json
+    python tools/export_results.py runs/photos/detections.json --format coco --output labels.json
 
 Takes a proposal store, its proposals.json, or a detections.json. A json needs the list of its
 images: the one that our tools write beside it, or --images-json.

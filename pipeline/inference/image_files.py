@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import cv2
-import numpy as np
 import torch
 from tqdm import tqdm
 

@@ -93,7 +93,7 @@ def fit_for_drawing(image: Image, found: Found, count: int) -> tuple[np.ndarray,
         return image.copy(), best
     picture = resize_image(image, DRAWN_SIDE / longest)
     height, width = picture.shape[:2]
-    scale = np.float32([width / image.shape[1], height / image.shape[0]] * 2)
+    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
     best.rles = [shrink_mask(best.rle(i), (height, width))["counts"] for i in range(len(best.rles))]
     best.boxes, best.height, best.width = best.boxes * scale, height, width
     return picture, best

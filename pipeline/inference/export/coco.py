@@ -35,9 +35,7 @@ def write_coco(results: Results, path: Path, crs: str) -> str:
         images = json.dumps(list(results.images.values()))
         file.write(f'{{"images": {images},\n"annotations": [')
         count = write_lines(file, annotations())
-        names = results.categories | {
-            i: str(i) for i in sorted(used - results.categories.keys())
-        }
+        names = results.categories | {i: str(i) for i in sorted(used - results.categories.keys())}
         categories = json.dumps([{"id": i, "name": name} for i, name in names.items()])
         file.write(f'\n],\n"categories": {categories}}}\n')
     return f"{path}: {len(results.images):,} images, {count:,} annotations"

@@ -90,7 +90,9 @@ def _join(
 
 def _split(ring: Ring) -> list[Ring]:
     """A ring that meets itself in single points, cut there."""
-    parts, path, at = [], [], {}
+    parts: list[Ring] = []
+    path: list[tuple[int, int]] = []
+    at: dict[tuple[int, int], int] = {}
     for point in map(tuple, ring.tolist()):
         if point in at:
             first = at[point]
