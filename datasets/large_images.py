@@ -42,6 +42,10 @@ class WindowedImage:
         if self.block_rows < MIN_ROWS:
             self.block_rows *= -(-MIN_ROWS // self.block_rows)
         self._bands = [1, 2, 3] if dataset.count >= 3 else [1]
+        self._palette: np.ndarray | None = None  # (256, 3) uint8 RGB
+        if header.photometric == PALETTE and dataset.count == 1:
+            colors = dataset.colormap(1)
+            self._palette = np.array([colors.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
         self._lock = threading.Lock()  # the file has one position
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -53,7 +57,7 @@ class WindowedImage:
         samples = self._read(start, stop)
         if samples.dtype == np.uint16:
             samples = (samples >> (self.used_bits - 8)).astype(np.uint8)
-        if self.header.photometric == PALETTE:
+        if self._palette is not None:
             return self._palette[samples[0]]
         if len(samples) == 1:
             gray = 255 - samples if self.header.photometric == GRAY_INVERTED else samples
@@ -79,12 +83,6 @@ class WindowedImage:
             rows = self._read(start, min(start + self.block_rows, self.shape[0]))
             largest = max(largest, int(rows.max()))
         return used_bits(largest)
-
-    @cached_property
-    def _palette(self) -> np.ndarray:
-        """(256, 3) uint8 RGB."""
-        colors = self._dataset.colormap(1)
-        return np.array([colors.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Samples (bands, stop - start, W) as stored."""
@@ -129,7 +127,10 @@ def open_by_windows(path: str | Path, *, turned: bool = True) -> WindowedImage |
             f"{path}: {header.width} x {header.height} pixels are more than masks in COCO's format "
             f"can have, {MAX_PIXELS:,}, and {MAX_SIDE:,} on a side; cut it into tiles"
         )
-    return WindowedImage(path, header, dataset)
+    try:
+        return WindowedImage(path, header, dataset)
+    except ValueError:  # a palette without colors
+        return None
 
 
 def windows_hint(path: str | Path, *, turned: bool = True) -> str:

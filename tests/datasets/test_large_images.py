@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from hypothesis import example
+from hypothesis import strategies as st
 from PIL import Image
 from rasterio.transform import from_origin
 
@@ -15,6 +17,7 @@ from datasets.images import ImageError, open_image, read_image
 from datasets.large_images import WindowedImage, read_georeference
 from datasets.resize import resize_align_corners, resize_image, resize_sides
 from tests.datasets.image_bytes import tiff
+from tests.fuzzing import fuzzed
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 150, 170
@@ -186,10 +189,37 @@ def test_a_truncated_file_is_named_when_it_is_read(tmp_path):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_file_that_is_no_tiff_after_all(tmp_path):
-    (tmp_path / "a.tif").write_bytes(b"II*\0" + bytes(100))
-    with pytest.raises(ImageError, match="not an image"):
-        open_image(tmp_path / "a.tif")
+@st.composite
+def broken_tiffs(draw) -> bytes:
+    """A TIFF with some bytes changed, cut out or doubled."""
+    samples = draw(st.sampled_from(list(SAMPLES.values())))[:9, :11]
+    data = bytearray(tiff(samples, draw(st.integers(0, 3))))
+    near = min(len(data) - 1, draw(st.sampled_from([16, 300, 10**6])))  # headers more often
+    for _ in range(draw(st.integers(0, 6))):
+        at = draw(st.integers(4, near))
+        data[at : at + 1] = draw(st.binary(min_size=0, max_size=4))
+        near = min(near, len(data) - 1)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzzed")
+
+
+@fuzzed(data=broken_tiffs())
+@example(data=b"II*\0" + bytes(100))
+def test_any_file_is_an_image_or_one_line(folder, data):
+    (folder / "a.tif").write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_images, "LARGE_PIXELS", 0)
+        try:
+            image = open_image(folder / "a.tif", max_pixels=2**22)
+            if isinstance(image, WindowedImage) and image.shape[0] * image.shape[1] < 2**22:
+                image = by_rows(image, 64)
+                assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        except ImageError as error:
+            assert len(str(error).splitlines()) == 1 and str(error).isprintable()
 
 
 def test_a_georeference_is_read(tmp_path):
