@@ -134,8 +134,8 @@ class Detector:
             sides = self.options.short_sides or (self.config.sampling.short_side,)
             raise ValueError(
                 f"detect.short_sides (--short-sides) {list(sides)} needs about "
-                f"{needed / 2**30:.1f} GB for an image of {size[1]} x {size[0]} px, and "
-                f"{free / 2**30:.1f} GB are free; give smaller ones"
+                f"{needed / 2**30:.3g} GB for an image of {size[1]} x {size[0]} px, and "
+                f"{free / 2**30:.3g} GB are free; give smaller ones"
                 + (", or do without --flip" if self.options.flip else "")
             )
 
