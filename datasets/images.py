@@ -51,6 +51,10 @@ class ImageFolder:
         """`read_image` of a file in the folder."""
         return read_image(self.path / name, exif=self.exif, max_pixels=self.max_pixels)
 
+    def open(self, name: str) -> Image:
+        """`open_image` of a file in the folder."""
+        return open_image(self.path / name, exif=self.exif, max_pixels=self.max_pixels)
+
 
 def read_image(path: str | Path, *, exif: str = APPLY, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 RGB.

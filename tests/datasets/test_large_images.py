@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import rasterio
 from hypothesis import example
 from hypothesis import strategies as st
 from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
 from datasets import large_images
@@ -40,8 +42,10 @@ def write_tiff(path: Path, samples: np.ndarray, **options) -> Path:
     height, width, bands = samples.shape
     shape = {"height": height, "width": width, "count": bands, "dtype": samples.dtype}
     layout = {"tiled": True, "blockxsize": 64, "blockysize": 32} | options
-    with rasterio.open(path, "w", driver="GTiff", **shape, **layout) as file:
-        file.write(samples.transpose(2, 0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", driver="GTiff", **shape, **layout) as file:
+            file.write(samples.transpose(2, 0, 1))
     return path
 
 
