@@ -98,7 +98,7 @@ class ScaledRows:
             rows = np.arange(start, stop)
             overlaps = np.minimum(rows + 1, edges[1:, None]) - np.maximum(rows, edges[:-1, None])
             weights = (overlaps.clip(min=0) / step).astype(np.float32)
-            pixels = self._read(start, stop).astype(np.float32)
+            pixels: np.ndarray = self._read(start, stop).astype(np.float32)
             if self.shape[1] != pixels.shape[1]:
                 size = (self.shape[1], stop - start)
                 pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
