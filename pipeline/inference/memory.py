@@ -21,17 +21,21 @@ def free_memory(device: torch.device) -> int | None:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     free = []
-    with suppress(OSError, ValueError, AttributeError):
-        text = Path("/proc/meminfo").read_text()
-        free.append(int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024)  # type: ignore[index]
+    with suppress(OSError, ValueError):
+        free.append(_number(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo")) * 1024)
     group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, AttributeError):  # "max" is no number: there is no limit
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = (group / "memory.stat").read_text()
-        used -= int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])  # type: ignore[index]
-        free.append(limit - used)
+    with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        used = _number(r"(\d+)", group / "memory.current")
+        used -= _number(r"^inactive_file (\d+)", group / "memory.stat")  # freed when needed
+        free.append(_number(r"(\d+)", group / "memory.max") - used)
     return min(free, default=None)
+
+
+def _number(pattern: str, file: Path) -> int:
+    match = re.search(pattern, file.read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError
+    return int(match[1])
 
 
 @torch.inference_mode()
