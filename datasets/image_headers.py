@@ -35,7 +35,7 @@ TIFF_TAGS = {
 }  # fmt: skip
 TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 TARGET_PRINTER = 337  # a tag that nobody reads
-GRAY_INVERTED, GRAY, RGB = 0, 1, 2  # photometric
+GRAY_INVERTED, GRAY, RGB, PALETTE = 0, 1, 2, 3  # photometric
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # sample formats
 
 
@@ -58,7 +58,8 @@ class Header:
         orientation: EXIF's, 1 to 8; above 4 the image is shown with its sides exchanged.
         bits: of a sample.
         max_value: of a sample, where a file says it (PNM).
-        is_inverted: 0 is white.
+        is_inverted: 0 is white, and the decoder does not turn it.
+        photometric: of a TIFF, how its samples are meant.
         patches: TIFF tags to be rewritten before decoding, as (offset, bytes).
     """
 
@@ -70,6 +71,7 @@ class Header:
     bits: int = 8
     max_value: int | None = None
     is_inverted: bool = False
+    photometric: int | None = None
     patches: list[tuple[int, bytes]] = field(default_factory=list)
 
 
@@ -178,8 +180,9 @@ def _read_tiff(file: BinaryIO) -> Header:
         raise ImageError(f"has {kind} of {bits} bits; convert it to 8 or 16 bits")
     if sample_format == SIGNED:
         raise ImageError(f"has signed samples of {bits} bits; convert it to unsigned ones")
-    if bands == 2 and bits > 8:
-        raise ImageError(f"has two bands of {bits} bits; save the first one alone")
+    if bands == 2 and (bits > 8 or tile):  # OpenCV loses every second column of such tiles
+        where = "in tiles" if tile else f"of {bits} bits"
+        raise ImageError(f"has two bands {where}; save the first one alone")
     if bands > 1 and bits > 8 and tags.get(PLANAR, (1,))[0] == 2:  # OpenCV mixes them up
         raise ImageError(f"has bands of {bits} bits one after the other; save them interleaved")
     photometric = tags.get(PHOTOMETRIC, (GRAY,))[0]
@@ -204,6 +207,7 @@ def _read_tiff(file: BinaryIO) -> Header:
         _valid_orientation(tags.get(ORIENTATION, (1,))[0]),
         max(bits, 8),
         is_inverted=photometric == GRAY_INVERTED and bands == 1 and bits > 8,
+        photometric=photometric,
         patches=patches,
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 from datasets.coco import CocoInstances
 from datasets.image_headers import Header, read_header
 from datasets.images import APPLY, IGNORE, sample_bits
+from datasets.large_images import LARGE_PIXELS
 from datasets.segmentations import Reason
 
 AUTO = "auto"
@@ -49,7 +50,7 @@ def survey_images(
         headers = dict(zip(chosen, pool.map(_header, (paths[i] for i in chosen)), strict=True))
     readable = {i: header for i, header in headers.items() if header is not None}
     turned = {i: header for i, header in readable.items() if header.orientation != 1}
-    deep = [paths[i] for i, header in readable.items() if header.bits > 8]
+    deep = {paths[i]: header for i, header in readable.items() if header.bits > 8}
     looked_at = f"{len(readable):,} images"
     if len(chosen) < len(paths):
         looked_at += f" that were looked at (of {len(paths):,})"
@@ -118,9 +119,10 @@ def _describe_frame(frame: str, shown: str | None, contradicted: bool, annotated
     return f"{text}; if annotations lie beside their objects, set data.exif or --exif to {other}"
 
 
-def _describe_samples(deep: list[Path], looked_at: str) -> str:
+def _describe_samples(deep: dict[Path, Header], looked_at: str) -> str:
     used = []
-    for path in deep[:MAX_DECODED]:
+    small = [path for path, header in deep.items() if header.pixels <= LARGE_PIXELS]
+    for path in small[:MAX_DECODED]:
         with suppress(OSError, ValueError, MemoryError):
             used.append(sample_bits(path))
     text = f"{len(deep):,} of {looked_at} have samples of more than 8 bits"

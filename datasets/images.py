@@ -18,6 +18,7 @@ import numpy as np
 from PIL.PpmImagePlugin import PpmImageFile
 
 from datasets.image_headers import Header, ImageError, read_header
+from datasets.large_images import WindowedImage, open_by_windows, used_bits, windows_hint
 
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
@@ -29,6 +30,8 @@ MAX_READABLE_PIXELS = 2**30  # of OpenCV
 # What turns an image upright once its sides are exchanged for orientations above 4: the axes that
 # OpenCV flips, 0 for upside down, 1 for left to right, -1 for both.
 FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
+
+Image = np.ndarray | WindowedImage  # both have `shape`; the second gives its rows at any size
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class ImageFolder:
         """`read_image` of a file in the folder."""
         return read_image(self.path / name, exif=self.exif, max_pixels=self.max_pixels)
 
+    def open(self, name: str) -> Image:
+        """`open_image` of a file in the folder."""
+        return open_image(self.path / name, exif=self.exif, max_pixels=self.max_pixels)
+
 
 def read_image(path: str | Path, *, exif: str = APPLY, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 RGB.
@@ -62,7 +69,22 @@ def read_image(path: str | Path, *, exif: str = APPLY, max_pixels: int = MAX_PIX
     Raises:
         ImageError: missing, unreadable, empty, truncated, too large, or not an image.
     """
-    data, header = _read_file(path, max_pixels)
+    return _decode_file(path, exif, max_pixels, hint="")
+
+
+def open_image(path: str | Path, *, exif: str = APPLY, max_pixels: int = MAX_PIXELS) -> Image:
+    """As `read_image`, but a file that is large and in tiles or strips is only opened.
+
+    `max_pixels` is for those that are decoded.
+    """
+    turned = exif == APPLY
+    if (image := open_by_windows(path, turned=turned)) is not None:
+        return image
+    return _decode_file(path, exif, max_pixels, hint=windows_hint(path, turned=turned))
+
+
+def _decode_file(path: str | Path, exif: str, max_pixels: int, hint: str) -> np.ndarray:
+    data, header = _read_file(path, max_pixels, hint)
     image = _decode(path, data, header)
     if image.dtype == np.uint16:
         image = (image >> (_used_bits(image, header) - 8)).astype(np.uint8)
@@ -96,7 +118,7 @@ def orientation_hint(path: str | Path, exif: str) -> str:
     return f" ({stored} is ignored; see data.exif and --exif)"
 
 
-def _read_file(path: str | Path, max_pixels: int) -> tuple[bytes, Header]:
+def _read_file(path: str | Path, max_pixels: int, hint: str = "") -> tuple[bytes, Header]:
     try:
         # By Python and not by cv2, for any file name, and errors with a reason.
         data = Path(path).read_bytes()
@@ -111,16 +133,17 @@ def _read_file(path: str | Path, max_pixels: int) -> tuple[bytes, Header]:
     except (ImageError, OSError) as error:
         raise ImageError(f"{path}: {error}") from None
     if header.pixels > min(max_pixels, MAX_READABLE_PIXELS):
-        raise ImageError(f"{path}: {_describe_excess(header, max_pixels)}")
+        raise ImageError(f"{path}: {_describe_excess(header, max_pixels, hint)}")
     return data, header
 
 
-def _describe_excess(header: Header, max_pixels: int) -> str:
+def _describe_excess(header: Header, max_pixels: int, hint: str) -> str:
     size = f"{header.width} x {header.height} pixels"
+    advice = f"cut it into tiles, or {hint}" if hint else "cut it into tiles"
     if header.pixels > MAX_READABLE_PIXELS:
-        return f"{size} are more than can be read, {MAX_READABLE_PIXELS:,}; cut it into tiles"
+        return f"{size} are more than can be read, {MAX_READABLE_PIXELS:,}; {advice}"
     return (
-        f"{size} are more than {max_pixels:,}; cut it into tiles, or raise data.max_pixels "
+        f"{size} are more than {max_pixels:,}; {advice}, or raise data.max_pixels "
         "or --max-pixels if there is the memory"
     )
 
@@ -153,13 +176,12 @@ def _decode(path: str | Path, data: bytes, header: Header) -> np.ndarray:
 
 
 def _used_bits(image: np.ndarray, header: Header) -> int:
-    """The even number of bits, as sensors have, that an image's largest sample needs."""
+    """How many bits of a decoded image's samples count."""
     if image.dtype == np.uint8:
         return 8
     if header.bits < 16:  # OpenCV has scaled them
         return 16
-    used = int(image.max()).bit_length()
-    return max(8, used + used % 2)
+    return used_bits(int(image.max()))
 
 
 def _turn(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.images import Image
+from datasets.large_images import WindowedImage
+from datasets.scaled_rows import AREA, CORNERS
+
 # ImageNet statistics of RGB in [0, 1], the normalization of every torchvision trunk.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -35,8 +39,10 @@ class PixelConfig:
 IMAGENET = PixelConfig()
 
 
-def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
+def resize_image(image: Image, scale: float) -> np.ndarray:
     """(H, W, 3) uint8 resized by a scale, averaging areas when it shrinks; at least one pixel."""
+    if isinstance(image, WindowedImage):
+        return image.scaled(scale)[:]
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     if (height, width) == image.shape[:2]:
         return image
@@ -44,14 +50,16 @@ def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=method)
 
 
-def resize_align_corners(image: np.ndarray, scale: float) -> np.ndarray:
+def resize_align_corners(image: Image, scale: float) -> np.ndarray:
     """As SpatialReSamplingEx of the released code: bilinear, no average; (h, w, 3) float32."""
+    if isinstance(image, WindowedImage):
+        return image.scaled(scale, align_corners=True)[:]
     height, width = (max(1, math.floor(side * scale + 0.5)) for side in image.shape[:2])
     return _interpolate(image, height, width)
 
 
 def resize_sides(
-    image: np.ndarray, *, short_side: int, long_side: int, align_corners: bool = False
+    image: Image, *, short_side: int, long_side: int, align_corners: bool = False
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """The image (H, W, 3) uint8 with a short side as given; smaller if the long side is too long.
 
@@ -68,7 +76,10 @@ def resize_sides(
     if not align_corners:
         return resize_image(image, scale), (w / width, h / height)
     # As image.scale of Lua Torch, which averages areas where it shrinks.
-    if h * w < height * width:
+    if isinstance(image, WindowedImage):
+        method = AREA if h * w < height * width else CORNERS
+        pixels = image.resized((h, w), method, rounded=False)[:]
+    elif h * w < height * width:
         pixels = cv2.resize(image.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
     else:
         pixels = _interpolate(image, h, w)

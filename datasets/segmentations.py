@@ -18,9 +18,11 @@ from pycocotools import mask as coco_mask
 MIN_AREA = 1e-6  # square pixels; points on one line give some 1e-10 by rounding
 
 # With a seventh digit pycocotools shifts a negative number by more than its 32 bits, and decodes
-# another one, to beyond the end of the mask. Six digits are enough for any run in 2^29 pixels.
+# another one, to beyond the end of the mask. When it writes, it has memory for six of each number.
+# Six digits are enough for any run in 2^29 pixels.
 MAX_DIGITS = 6
 MAX_PIXELS = 2**29
+MAX_SIDE = 2**20  # of an image: OpenCV reads none longer
 RELATIVE = -0.02, 1.02  # range of relative coordinates: tools round, and draw over the edge
 CHUNK = 40  # run-length strings checked at once: arrays small enough for the cache and the heap
 
@@ -46,7 +48,7 @@ class Reason(StrEnum):
     FLAG = "iscrowd or ignore is neither 0 nor 1"
 
 
-Side = Annotated[int, msgspec.Meta(ge=1, le=2**20)]  # of an image: OpenCV reads none longer
+Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 Ring = Annotated[list[float], msgspec.Meta(min_length=6)]  # x, y, x, y, ...
 
 

@@ -21,7 +21,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from models.trunk import SymmetricConv2d
 
 ROWS = -2  # the dimension
-MEMORY_ON_CPU, FRACTION = 0.5, 1 / 4  # GB; of what is free
 WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 # What looks at one position only.
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.LocalResponseNorm, FrozenBatchNorm2d)
@@ -273,13 +272,3 @@ class _Windows(_Layer):
 def _first(value: int | tuple[int, ...]) -> int:
     """Of rows and columns: the rows."""
     return value[0] if isinstance(value, tuple) else value
-
-
-def memory_limit(device: torch.device, gigabytes: float | None) -> int:
-    """Bytes for maps: as given, or half a GB on a CPU, which costs hardly any time, and a quarter
-    of what is free on a GPU.
-    """
-    if gigabytes is None and device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((torch.cuda.mem_get_info(device)[0] + reserved) * FRACTION)
-    return int((MEMORY_ON_CPU if gigabytes is None else gigabytes) * 1e9)

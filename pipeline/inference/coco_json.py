@@ -66,6 +66,11 @@ def categories_file(results: str | Path) -> Path:
     return Path(results).with_suffix(".categories.json")
 
 
+def images_file(results: str | Path) -> Path:
+    """Where the images of a results file are listed, as COCO does."""
+    return Path(results).with_suffix(".images.json")
+
+
 def read_result_categories(results: str | Path) -> dict[int, str] | None:
     """The names of a results file's categories by id; None without a file of them beside it.
 

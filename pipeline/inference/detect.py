@@ -6,9 +6,10 @@ and clipped -> per-class NMS, box voting -> each detection with its proposal's m
 Letters: R RoIs, C classes without background, N candidates (an RoI for a class), D detections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
-from datasets.resize import normalize, resize_sides
+from datasets.images import Image
+from datasets.resize import normalize, resize_sides, resized_sides
 from models.multipathnet import MultiPathNet, compress_towers
 from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256, save_checkpoint
 from pipeline.config import DetectConfig, MultiPathNetStageConfig
+from pipeline.inference.memory import INPUT_BYTES, free_memory, trunk_bytes
 from pipeline.inference.proposals import Detections, Proposals, logits_of
 from pipeline.inference.propose import override
 from pipeline.networks import load_network
@@ -69,14 +72,14 @@ class Detector:
         self.margin = 1 if config.inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
-    def __call__(self, image: np.ndarray, proposals: Proposals) -> Detections:
+    def __call__(self, image: Image, proposals: Proposals) -> Detections:
         """At most `max_detections` of an image (H, W, 3) uint8 RGB, from its best proposals."""
         [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
         return detections
 
     @torch.inference_mode()
     def detect_by_count(
-        self, image: np.ndarray, proposals: Proposals, num_proposals: Sequence[int]
+        self, image: Image, proposals: Proposals, num_proposals: Sequence[int]
     ) -> list[Detections]:
         """The detections from so many of the best proposals, for several numbers of them.
 
@@ -112,16 +115,47 @@ class Detector:
             )
         return results
 
-    def _views(self, image: np.ndarray) -> list[View]:
-        views, sampling = [], self.config.sampling
-        short_sides = self.options.short_sides or (sampling.short_side,)
-        for side in short_sides:
-            scaled, scale = resize_sides(
-                image,
-                short_side=side,
-                long_side=round(sampling.long_side * side / short_sides[0]),
-                align_corners=self.config.align_corners,
+    def check_memory(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Makes sure that images of these heights and widths fit in the memory that is free.
+
+        Raises:
+            ValueError: the largest does not, by an estimate; the line names the setting.
+        """
+        kept, working = trunk_bytes(self.model.trunk, self.dtype)
+        flips = 2 if self.options.flip else 1
+        needed, size = 0.0, (0, 0)
+        for height, width in set(sizes):
+            views = [resized_sides(height, width, **sides) for sides in self._sides()]
+            areas = [h * w for h, w in views]
+            total = flips * sum(areas) * kept + max(areas) * (working + INPUT_BYTES)
+            needed, size = max((needed, size), (total, views[areas.index(max(areas))]))
+        free = free_memory(self.device)
+        if free is not None and needed > free:
+            sides = self.options.short_sides or (self.config.sampling.short_side,)
+            raise ValueError(
+                f"detect.short_sides (--short-sides) {list(sides)} needs about "
+                f"{needed / 2**30:.3g} GB for an image of {size[1]} x {size[0]} px, and "
+                f"{free / 2**30:.3g} GB are free; give smaller ones"
+                + (", or do without --flip" if self.options.flip else "")
             )
+
+    def _sides(self) -> list[dict[str, Any]]:
+        """The arguments of `resize_sides` for each scale of an image."""
+        sampling = self.config.sampling
+        short_sides = self.options.short_sides or (sampling.short_side,)
+        return [
+            {
+                "short_side": side,
+                "long_side": round(sampling.long_side * side / short_sides[0]),
+                "align_corners": self.config.align_corners,
+            }
+            for side in short_sides
+        ]
+
+    def _views(self, image: Image) -> list[View]:
+        views = []
+        for sides in self._sides():
+            scaled, scale = resize_sides(image, **sides)
             last_x = (image.shape[1] - self.margin) * scale[0]
             for flip in (False, True) if self.options.flip else (False,):
                 pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255

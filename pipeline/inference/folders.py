@@ -10,21 +10,28 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_image_list
 from datasets.files import write_atomically, write_json
 from datasets.image_survey import AUTO, Size, overfull_images, survey_images
-from datasets.images import APPLY, MAX_PIXELS, ImageError, Sources, orientation_hint, read_image
+from datasets.images import (
+    APPLY,
+    MAX_PIXELS,
+    Image,
+    ImageError,
+    Sources,
+    open_image,
+    orientation_hint,
+)
+from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
 from pipeline import distributed
-from pipeline.inference.coco_json import categories_file
+from pipeline.inference.coco_json import categories_file, images_file
 from pipeline.inference.detect import Detector
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
 from pipeline.inference.openvino import run_in_8_bits
@@ -90,7 +97,7 @@ def propose_images(
         settings: what the proposals depend on.
         annotations: COCO json that gives the images' ids and which images to take.
         exif: see `survey_images`; what a store was begun with stays.
-        max_pixels: see `read_image`.
+        max_pixels: see `open_image`.
         draw: number of proposals to draw for each image, into `output/drawn`.
         above_output: the folder of all results, if it is another one: what lies below is no input.
         backend: one of `BACKENDS`.
@@ -119,7 +126,7 @@ def propose_images(
     )[:max_images]
     todo = [file for file in files if file.image_id not in done]
     frame = _choose_frame(store, files, annotations, exif)
-    read = partial(read_image, exif=frame, max_pixels=max_pixels)
+    read = partial(open_image, exif=frame, max_pixels=max_pixels)
     if distributed.is_main():
         # Stores that are older than the setting have none.
         inputs = {
@@ -200,13 +207,19 @@ def _propose(
     proposer: Proposer,
     files: list[ImageFile],
     store: ProposalStore,
-    read: Callable[[Path], np.ndarray],
+    read: Callable[[Path], Image],
 ) -> list[str]:
     """Adds shards to the store; returns messages on the images that were left out."""
     broken: list[str] = []
+    turned = store.exif() == APPLY
+
+    def process(file: ImageFile, image: Image) -> Proposals:
+        proposals = proposer(image, image_id=file.image_id, file_name=file.file_name)
+        return replace(proposals, georeference=read_georeference(file.path, turned=turned))
+
     images = process_images(
         files,
-        lambda file, image: proposer(image, image_id=file.image_id, file_name=file.file_name),
+        process,
         broken=broken,
         advice="make the image smaller or lower the largest of --scales",
         read=read,
@@ -259,7 +272,7 @@ def _report_cut_off(store: ProposalStore, settings: dict) -> None:
 
 
 def _draw(
-    store: ProposalStore, files: list[ImageFile], count: int, read: Callable[[Path], np.ndarray]
+    store: ProposalStore, files: list[ImageFile], count: int, read: Callable[[Path], Image]
 ) -> None:
     """Pictures of this process's part of the store's images, also of those of earlier runs."""
     paths = {file.file_name: file.path for file in files}
@@ -296,7 +309,7 @@ def detect_images(
 ) -> Summary:
     """Writes `output/detections.json` for the images of a proposal store.
 
-    Beside it go the detector's categories, since results have ids only.
+    Beside it go the detector's categories and a list of the images, since results have ids only.
 
     Args:
         images: the folder that the store's file names are relative to.
@@ -308,9 +321,11 @@ def detect_images(
     """
     _check_draw(draw)
     shards = store.require_shards()
-    names = [image["file_name"] for image in store.images().values()]
+    stored = list(store.images().values())
+    names = [image["file_name"] for image in stored]
     if not any((images / name).is_file() for name in names):
         raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
+    detector.check_memory((image["height"], image["width"]) for image in stored)
     # Keep the parts of an interrupted run that had the same settings: one for each shard.
     parts = ResumableDirectory(output / "parts")
     if distributed.is_main():
@@ -340,6 +355,7 @@ def detect_images(
         if summary.done:
             results = _joined(part_of.values(), "results")
             write_json(categories_file(output / DETECTIONS), detector.categories)
+            store.write_images(images_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
             _report(summary, "detections", output / DETECTIONS, output)
         shutil.rmtree(parts.directory)
@@ -355,12 +371,12 @@ def _joined(parts: Iterable[Path], key: str) -> Iterator:
 
 
 def detect_in_shard(
-    detect: Callable[[np.ndarray, Proposals], T],
+    detect: Callable[[Image, Proposals], T],
     store: ProposalStore,
     shard: Path,
     images: Path,
     broken: list[str],
-) -> Iterator[tuple[np.ndarray, T]]:
+) -> Iterator[tuple[Image, T]]:
     """The images of a shard that have proposals, and what `detect` finds in each.
 
     Args:
@@ -370,7 +386,7 @@ def detect_in_shard(
     """
     proposals_of = {proposals.image_id: proposals for proposals in store.read_shard(shard)}
 
-    def process(file: ImageFile, image: np.ndarray) -> T:
+    def process(file: ImageFile, image: Image) -> T:
         proposals = proposals_of[file.image_id]
         if image.shape[:2] != (proposals.height, proposals.width):
             raise ImageError(
@@ -383,5 +399,5 @@ def detect_in_shard(
     advice = "make the image smaller or lower --short-sides"
     # Images as large as their proposals' were allowed when these were made.
     largest = max((p.height * p.width for p in proposals_of.values()), default=0)
-    read = partial(read_image, exif=store.exif(), max_pixels=max(largest, MAX_PIXELS))
+    read = partial(open_image, exif=store.exif(), max_pixels=max(largest, MAX_PIXELS))
     yield from process_images(files, process, broken=broken, advice=advice, read=read)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import cv2
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets.coco_file import read_image_list
 from datasets.file_names import find_named_files, match_paths
-from datasets.images import ImageError, Sources, list_images, read_image
+from datasets.images import Image, ImageError, Sources, list_images, open_image
 from pipeline import distributed
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
@@ -167,13 +166,13 @@ def common_folder(files: list[ImageFile]) -> Path:
 
 def process_images(
     files: list[ImageFile],
-    process: Callable[[ImageFile, np.ndarray], T],
+    process: Callable[[ImageFile, Image], T],
     *,
     broken: list[str],
     advice: str,
-    read: Callable[[Path], np.ndarray] | None = None,
-) -> Iterator[tuple[np.ndarray, T]]:
-    """The pixels (H, W, 3) of images and what `process` makes of them, the next one read meanwhile.
+    read: Callable[[Path], Image] | None = None,
+) -> Iterator[tuple[Image, T]]:
+    """Images (H, W, 3) and what `process` makes of them, the next one read meanwhile.
 
     Before an image of another size, freed memory goes back to the system. Blocks of ever other
     sizes leave gaps that no later one fits, so a process that keeps them grows from image to image.
@@ -183,10 +182,10 @@ def process_images(
     Args:
         broken: gets a line for each image that is left out: unreadable, or `process` failed on it.
         advice: for when memory runs out.
-        read: `read_image` with other options.
+        read: `open_image` with other options.
     """
     size, kept = None, 0
-    for file, reading in _read_ahead(files, read or read_image):
+    for file, reading in _read_ahead(files, read or open_image):
         image = None
         try:
             image = reading.result()
@@ -207,8 +206,8 @@ def process_images(
 
 
 def _read_ahead(
-    files: list[ImageFile], read: Callable[[Path], np.ndarray]
-) -> Iterator[tuple[ImageFile, Future[np.ndarray]]]:
+    files: list[ImageFile], read: Callable[[Path], Image]
+) -> Iterator[tuple[ImageFile, Future[Image]]]:
     """Images in order; the next is read while the present is worked on."""
     reader, upcoming = ThreadPoolExecutor(1), None
     try:
@@ -222,7 +221,7 @@ def _read_ahead(
         reader.shutdown(wait=False, cancel_futures=True)
 
 
-def _describe_failure(error: Exception, image: np.ndarray | None, advice: str) -> str:
+def _describe_failure(error: Exception, image: Image | None, advice: str) -> str:
     """Why reading an image or a network on it failed, in one line."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(text):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import ImageError, read_image
+from datasets.images import Image, ImageError, open_image
 from pipeline import distributed
 from pipeline.inference.image_files import NUM_PRIMITIVES
 from pipeline.inference.propose import Proposer
@@ -31,7 +31,7 @@ def run_in_8_bits(
     proposer: Proposer,
     images: list[Path],
     path: Path,
-    read: Callable[[Path], np.ndarray] = read_image,
+    read: Callable[[Path], Image] = open_image,
 ) -> None:
     """Has a proposer run its network in 8 bits, kept in an .xml file for later runs.
 
@@ -51,7 +51,7 @@ def run_in_8_bits(
 
 
 def _calibration_samples(
-    proposer: Proposer, images: list[Path], read: Callable[[Path], np.ndarray]
+    proposer: Proposer, images: list[Path], read: Callable[[Path], Image]
 ) -> Iterator[Tensor]:
     rng = np.random.default_rng(0)
     for index in np.linspace(0, len(images) - 1, CALIBRATION_IMAGES).astype(int):

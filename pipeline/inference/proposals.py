@@ -57,6 +57,8 @@ class Proposals:
         boxes: (N, 4) float32 xyxy in pixels of the image.
         rles: N compressed RLE strings of the masks.
         num_cut_off: cells that score above .5 and that the limit of proposals left out.
+        georeference: where the image lies, see `datasets.large_images.read_georeference`. Stores
+            keep it with the image; what is read from them is without.
     """
 
     image_id: int
@@ -67,6 +69,7 @@ class Proposals:
     boxes: np.ndarray
     rles: list[bytes]
     num_cut_off: int = field(default=0, kw_only=True)
+    georeference: dict | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -230,7 +233,10 @@ class ProposalStore(ResumableDirectory):
         return shards
 
     def images(self) -> dict[int, dict]:
-        """The images that are done: id to {"id", "file_name", "height", "width"}."""
+        """The images that are done: id to {"id", "file_name", "height", "width"}.
+
+        GeoTIFFs have "georeference" as well.
+        """
         images = itertools.chain.from_iterable(map(self.images_of, self.shards()))
         return {image["id"]: image for image in images}
 
@@ -278,11 +284,14 @@ class ProposalStore(ResumableDirectory):
         Writes images.json beside it, a COCO file that lists the images.
         """
         path = self.directory / "proposals.json"
-        images = sorted(self.images().values(), key=lambda image: image["id"])
-        listing = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "object"}]}
-        write_json(self.directory / "images.json", listing)
+        self.write_images(self.directory / "images.json", [{"id": 1, "name": "object"}])
         write_results(path, (result for proposals in self for result in results_of(proposals)))
         return path
+
+    def write_images(self, path: Path, categories: list[dict]) -> None:
+        """Writes a COCO file that lists the images, and categories."""
+        images = sorted(self.images().values(), key=lambda image: image["id"])
+        write_json(path, {"images": images, "annotations": [], "categories": categories})
 
     def box_rows(self) -> Iterator[Rows]:
         """Image ids, boxes and logits of the proposals, shard by shard, without reading a mask.
@@ -310,6 +319,8 @@ def _to_table(proposals: list[Proposals]) -> pa.Table:
     for p in proposals:
         size = {"height": p.height, "width": p.width}
         images.append({"id": p.image_id, "file_name": p.file_name, **size})
+        if p.georeference is not None:
+            images[-1]["georeference"] = p.georeference
         image = {"image_id": p.image_id, "file_name": p.file_name, **size}
         for score, logit, box, rle in zip(p.scores, p.logits, p.boxes, p.rles, strict=True):
             rows.append(image | {"score": score, "logit": logit, "box": box, "counts": rle})

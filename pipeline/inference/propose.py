@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.images import Image
+from datasets.large_images import WindowedImage
 from datasets.object_sizes import (
     PUBLISHED_LOG2_SCALES,
     LogScales,
@@ -30,13 +32,14 @@ from datasets.object_sizes import (
 )
 from datasets.patch_sampler import canonical_side
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
+from datasets.scaled_rows import ScaledRows
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
 from pipeline import distributed
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
-from pipeline.inference.bands import BandedNetwork, memory_limit
+from pipeline.inference.bands import BandedNetwork
 from pipeline.inference.cells import (
     CellMap,
     ChosenCells,
@@ -48,6 +51,7 @@ from pipeline.inference.cells import (
     place_patches,
     take_cells,
 )
+from pipeline.inference.memory import memory_limit
 from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
@@ -100,7 +104,7 @@ class Proposer:
         self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
     @torch.inference_mode()
-    def __call__(self, image: np.ndarray, *, image_id: int = 0, file_name: str = "") -> Proposals:
+    def __call__(self, image: Image, *, image_id: int = 0, file_name: str = "") -> Proposals:
         """At most `num_proposals` of an image (H, W, 3) uint8 RGB, best first.
 
         Masks without a pixel in the image are left out.
@@ -135,13 +139,13 @@ class Proposer:
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
     @torch.inference_mode()
-    def run_scale(self, image: np.ndarray, log2_scale: float) -> PyramidScale:
+    def run_scale(self, image: Image, log2_scale: float) -> PyramidScale:
         """Runs the part of the network that sees the image alone, at one scale."""
         pixels, scale_xy = self.scale(image, log2_scale)
         return PyramidScale.of(self.dense(pixels), scale_xy)
 
     @torch.inference_mode()
-    def run_bands(self, image: np.ndarray, log2_scale: float) -> Iterator[PyramidScale]:
+    def run_bands(self, image: Image, log2_scale: float) -> Iterator[PyramidScale]:
         """The same, in bands of rows if the scale as a whole would take too much memory."""
         scaled, scale_xy = self._resize(image, log2_scale)
         height, width = (side + self.deepmask.patch_size for side in scaled.shape[:2])
@@ -175,22 +179,26 @@ class Proposer:
             pass
         return int(self.memory * (1 - KEPT) * side**2 / self.banded.peak_bytes)
 
-    def scale(self, image: np.ndarray, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
+    def scale(self, image: Image, log2_scale: float) -> tuple[Tensor, tuple[float, float]]:
         """The network's input (1, 3, H, W) at one scale, and the scales in x and y."""
         scaled, scale_xy = self._resize(image, log2_scale)
         return self._to_input(scaled, 0, scaled.shape[0] + self.deepmask.patch_size), scale_xy
 
     def _resize(
-        self, image: np.ndarray, log2_scale: float
-    ) -> tuple[np.ndarray, tuple[float, float]]:
+        self, image: Image, log2_scale: float
+    ) -> tuple[np.ndarray | ScaledRows, tuple[float, float]]:
         """The image at one scale (h, w, 3), and the scales in x and y."""
-        scale = 2.0**log2_scale
-        if self.options.align_corners:
-            return resize_align_corners(image, scale), (scale, scale)
-        scaled = resize_image(image, scale)
+        scale, corners = 2.0**log2_scale, self.options.align_corners
+        scaled: np.ndarray | ScaledRows
+        if isinstance(image, WindowedImage):
+            scaled = image.scaled(scale, align_corners=corners)
+        else:
+            scaled = (resize_align_corners if corners else resize_image)(image, scale)
+        if corners:
+            return scaled, (scale, scale)
         return scaled, (scaled.shape[1] / image.shape[1], scaled.shape[0] / image.shape[0])
 
-    def _to_input(self, scaled: np.ndarray, start: int, stop: int) -> Tensor:
+    def _to_input(self, scaled: np.ndarray | ScaledRows, start: int, stop: int) -> Tensor:
         """Rows of the network's input, counted from the top of the gray border."""
         border = self.deepmask.patch_size // 2
         first, end = max(0, start - border), max(0, min(scaled.shape[0], stop - border))

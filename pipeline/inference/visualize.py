@@ -9,6 +9,8 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import write_atomically
+from datasets.images import Image
+from pipeline.inference.mask_crops import fit_for_drawing
 from pipeline.inference.nms import mask_nms
 from pipeline.inference.proposals import Detections, Proposals
 
@@ -23,10 +25,10 @@ PALETTE = cv2.cvtColor(
 )[0]
 
 
-def draw_proposals(image: np.ndarray, proposals: Proposals, count: int) -> np.ndarray:
+def draw_proposals(image: Image, proposals: Proposals, count: int) -> np.ndarray:
     """The best `count` that do not repeat each other, on a copy of the image (H, W, 3) uint8.
 
-    The best is on top, and the scores are on top of all.
+    The best is on top, and the scores are on top of all. Large images are reduced.
     """
     distinct = mask_nms(proposals, DUPLICATE_IOU)
     return _draw_masks(image, distinct, score_texts(distinct.scores[:count]))
@@ -42,9 +44,11 @@ def score_texts(scores: np.ndarray) -> list[str]:
 
 
 def draw_detections(
-    image: np.ndarray, detections: Detections, names: dict[int, str], count: int
+    image: Image, detections: Detections, names: dict[int, str], count: int
 ) -> np.ndarray:
     """The best `count` with names (by category id) and scores on a copy of the image.
+
+    Large images are reduced.
 
     Thin lines are the boxes: they are moved by the detector, the masks are as proposed.
     """
@@ -55,10 +59,10 @@ def draw_detections(
 
 
 def _draw_masks(
-    image: np.ndarray, found: Proposals, texts: list[str], *, boxes: bool = False
+    image: Image, found: Proposals, texts: list[str], *, boxes: bool = False
 ) -> np.ndarray:
     """The first masks, as many as there are texts, and their boxes."""
-    picture = image.copy()
+    picture, found = fit_for_drawing(image, found, len(texts))
     for n in reversed(range(len(texts))):
         draw_mask(picture, coco_mask.decode(found.rle(n)), color(n))
         if boxes:

@@ -1,12 +1,16 @@
 """Drawing for the report: masks and boxes on images, and objects enlarged with their outlines."""
 
 import base64
+import math
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from datasets.images import Image
+from datasets.large_images import LARGE_PIXELS
+from pipeline.inference.mask_crops import shrink_mask
 from pipeline.inference.visualize import Label, draw_mask, put_labels
 
 PICTURE_SIDE, TILE_SIDE = 480, 288  # px, the longer side: of images at most, of enlarged objects
@@ -40,7 +44,11 @@ def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
     height, width = picture.shape[:2]
     for mark in marks:
         scale = width / mark.rle["size"][1]
-        mask = cv2.resize(coco_mask.decode(mark.rle), (width, height), interpolation=cv2.INTER_AREA)
+        if math.prod(mark.rle["size"]) > LARGE_PIXELS:
+            mask = coco_mask.decode(shrink_mask(mark.rle, (height, width)))
+        else:
+            whole = coco_mask.decode(mark.rle)
+            mask = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
         draw_mask(picture, mask, mark.rgb, tint=mark.tint)
         if mark.box is not None:
             x1, y1, x2, y2 = np.rint(mark.box * scale).astype(int).tolist()
@@ -51,9 +59,10 @@ def draw_marks(image: np.ndarray, marks: list[Mark]) -> np.ndarray:
     return picture
 
 
-def fit_picture(image: np.ndarray, *, max_scale: float = 1) -> np.ndarray:
+def fit_picture(image: Image, *, max_scale: float = 1) -> np.ndarray:
     """(H, W, 3) uint8 with a longer side of `PICTURE_SIDE`, but enlarged at most `max_scale`."""
-    return scale_image(image, min(max_scale, PICTURE_SIDE / max(image.shape[:2])))
+    scale = min(max_scale, PICTURE_SIDE / max(image.shape[:2]))
+    return scale_image(image, scale) if isinstance(image, np.ndarray) else image.scaled(scale)[:]
 
 
 def scale_image(image: np.ndarray, scale: float) -> np.ndarray:
@@ -64,14 +73,16 @@ def scale_image(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
-def draw_tiles(
-    box: np.ndarray, truth: dict, masks: list[dict], image: np.ndarray
-) -> list[np.ndarray]:
+def draw_tiles(box: np.ndarray, truth: dict, masks: list[dict], image: Image) -> list[np.ndarray]:
     """An object (its box, (4,) xyxy, and RLE) enlarged, with its outline and that of each mask."""
-    window = crop_window(box, image.shape[:2])
-    scale, tiles = TILE_SIDE / max(image[window].shape[:2]), []
+    window = rows, columns = crop_window(box, image.shape[:2])
+    if isinstance(image, np.ndarray):
+        pixels = image[window]
+    else:
+        pixels = image.rows(rows.start, rows.stop)[:, columns]
+    scale, tiles = TILE_SIDE / max(pixels.shape[:2]), []
     for mask in masks:
-        tile = scale_image(image[window], scale)
+        tile = scale_image(pixels, scale)
         for rle, rgb, width in ((truth, TRUTH_RGB, TRUTH_WIDTH), (mask, MASK_RGB, MASK_WIDTH)):
             inside = scale_image(coco_mask.decode(rle)[window], scale)
             # The inner edge; none where the mask goes on past the tile.

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
-from datasets.images import ImageError, ImageFolder
+from datasets.images import Image, ImageError, ImageFolder
 from pipeline.inference.proposals import Detections, Proposals, ProposalStore
 from pipeline.inference.visualize import color, score_texts
 from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
@@ -152,7 +152,7 @@ def spread(ranked: list, count: int) -> list:
 
 
 def make_example(
-    images: ImageFolder, name: str, ious: np.ndarray, draw: Callable[[np.ndarray], list[np.ndarray]]
+    images: ImageFolder, name: str, ious: np.ndarray, draw: Callable[[Image], list[np.ndarray]]
 ) -> dict[str, Any]:
     """What the page shows of an image: the pictures that `draw` makes of it, or why there are none.
 
@@ -161,15 +161,13 @@ def make_example(
     """
     shown: dict[str, Any] = {"file_name": name, "ious": ious, "pictures": [], "error": ""}
     try:
-        image = images.read(name)
+        image = images.open(name)
     except ImageError as error:
         return shown | {"error": str(error)}
     return shown | {"pictures": [jpeg_uri(picture) for picture in draw(image)]}
 
 
-def draw_proposals(
-    scene: Scene[Proposals], coco: CocoInstances, image: np.ndarray
-) -> list[np.ndarray]:
+def draw_proposals(scene: Scene[Proposals], coco: CocoInstances, image: Image) -> list[np.ndarray]:
     """Three pictures of an image: objects, the best proposal for each, the highest scores."""
     found = scene.found
     truth = [Mark(coco.rle(a), color(g), 0) for g, a in enumerate(scene.objects)]
@@ -187,7 +185,7 @@ def draw_proposals(
 
 
 def draw_detections(
-    scene: Scene[Detections], coco: CocoInstances, image: np.ndarray
+    scene: Scene[Detections], coco: CocoInstances, image: Image
 ) -> list[np.ndarray]:
     """Two pictures of an image: its objects with their names, and its detections.
 
@@ -209,8 +207,8 @@ def draw_detections(
         # Detections of a category that the annotations do not know go by its id.
         text = f"{names.get(label, label)} {scores[d]}".rstrip()
         marks.append(Mark(rle, color(label), _tint(scene.overlaps[d].max()), text, box))
-    image = fit_picture(image, max_scale=MAX_SCALE)
-    return [draw_marks(image, truth), draw_marks(image, marks)]
+    picture = fit_picture(image, max_scale=MAX_SCALE)
+    return [draw_marks(picture, truth), draw_marks(picture, marks)]
 
 
 def _tint(iou: float) -> float:

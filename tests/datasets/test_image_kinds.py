@@ -101,6 +101,15 @@ def cv2_encoded(suffix: str, samples: np.ndarray) -> bytes:
     return cv2.imencode(suffix, samples[..., ::-1].copy())[1].tobytes()
 
 
+def in_one_tile(file: bytes, side: int = 2**15) -> bytes:
+    """A TIFF whose tags say that it is a tile."""
+    data = bytearray(file)
+    for old, new in ((278, 322), (284, 323)):
+        at = next(i for i in range(10, 200, 12) if data[i : i + 2] == struct.pack("<H", old))
+        data[at : at + 12] = struct.pack("<HHII", new, 4, 1, side)
+    return bytes(data)
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("bands", [1, 3])
 @pytest.mark.parametrize("kind", [".png", ".tif", "raw tif", ".jp2", "pnm of 65535", "pnm"])
@@ -188,6 +197,7 @@ def test_gray_of_a_tiff(read, samples, photometric):
         (tiff(GRAY.astype(np.uint32), 1), "samples of 32 bits; convert it to 8 or 16"),
         (tiff(GRAY.astype(np.int16), 1, sample_format=2), "signed samples of 16 bits"),
         (tiff(DEEP[..., :2], 1, extra=[2]), "two bands of 16 bits"),
+        (in_one_tile(tiff(RGB[..., :2], 1, extra=[2])), "two bands in tiles; save the first one"),
         (b"Pf\n2 2\n-1.0\n" + bytes(16), "samples of 32 bits"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "HEIC"),
     ],
@@ -232,12 +242,8 @@ def test_the_limit_of_pixels_can_be_set(read):
 
 def test_a_tile_larger_than_its_image_counts(read):
     """OpenCV allocates whole tiles."""
-    data = bytearray(tiff(GRAY, 1))
-    for old, new, value in ((278, 322, 2**15), (284, 323, 2**15)):
-        at = next(i for i in range(10, 200, 12) if data[i : i + 2] == struct.pack("<H", old))
-        data[at : at + 12] = struct.pack("<HHII", new, 4, 1, value)
     with pytest.raises(ImageError, match="more than"):
-        read(bytes(data))
+        read(in_one_tile(tiff(GRAY, 1)))
 
 
 # Anything else

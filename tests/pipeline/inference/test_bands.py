@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from models.build import build_sharpmask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import SymmetricConv2d, TrunkConfig, fold_norms
-from pipeline.inference.bands import BandedNetwork, memory_limit
+from pipeline.inference import memory
+from pipeline.inference.bands import BandedNetwork
 from pipeline.inference.propose import Proposer
 
 CPU = torch.device("cpu")
@@ -187,6 +188,10 @@ def test_memory_is_set_by_the_band_and_not_by_the_image():
     assert max(peaks[: 512 // 64]) == max(peaks[512 // 64 :])
 
 
-def test_the_limit_of_memory():
-    assert memory_limit(CPU, 2.5) == 2_500_000_000
-    assert memory_limit(CPU, None) == 500_000_000
+@pytest.mark.parametrize(
+    ("free", "limit"), [(1 << 40, 500_000_000), (400, 100), (None, 500_000_000)]
+)
+def test_the_limit_of_memory(free, limit, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    assert memory.memory_limit(CPU, 2.5) == 2_500_000_000
+    assert memory.memory_limit(CPU, None) == limit

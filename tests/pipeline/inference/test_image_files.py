@@ -115,7 +115,7 @@ def test_files_come_in_order_and_those_that_cannot_be_read_are_named(tmp_path, m
         return np.full((1, 1, 3), int(path.stem), np.uint8)
 
     errors = {"broken": ImageError("broken.jpg: not an image"), "huge": MemoryError()}
-    monkeypatch.setattr(image_files, "read_image", read)
+    monkeypatch.setattr(image_files, "open_image", read)
     names, broken = ["1.jpg", "broken.jpg", "huge.jpg", "2.jpg"], []
     files = [ImageFile(n, name, tmp_path / name) for n, name in enumerate(names)]
     found = list(process_images(files, name_of, broken=broken, advice="buy more"))
@@ -136,7 +136,7 @@ def test_a_reader_given_up_does_not_wait_for_the_next_image(tmp_path, monkeypatc
             done.append(path)
         return np.zeros((2, 2, 3), np.uint8)
 
-    monkeypatch.setattr(image_files, "read_image", read_slowly)
+    monkeypatch.setattr(image_files, "open_image", read_slowly)
     images = process_images(files, name_of, broken=[], advice="")
     next(images)
     assert reading.wait(30)
@@ -161,7 +161,7 @@ def test_memory_is_given_back_before_another_size(monkeypatch, sides, releases):
 
     calls: list[str] = []
     monkeypatch.setattr(image_files, "_call_libc", lambda name, *_: calls.append(name))
-    monkeypatch.setattr(image_files, "read_image", read)
+    monkeypatch.setattr(image_files, "open_image", read)
     files = [ImageFile(n, str(n), Path(str(n))) for n in range(len(sides))]
     images = process_images(files, lambda *_: calls.count("malloc_trim"), broken=[], advice="")
     assert [count for _, count in images] == releases

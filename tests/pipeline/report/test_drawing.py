@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets import large_images
+from datasets.images import open_image
 from pipeline.report import drawing
-from pipeline.report.drawing import MASK_RGB, TRUTH_RGB, Mark, draw_marks
+from pipeline.report.drawing import (
+    MASK_RGB,
+    TRUTH_RGB,
+    Mark,
+    draw_marks,
+    draw_tiles,
+    fit_picture,
+)
 from pipeline.report.pictures import FULL
+from tests.datasets.test_large_images import write_tiff
 from tests.pipeline.report.report_page import decode_uri
 from tests.pipeline.report.small_run import EVERYTHING, SIDE, SQUARE, UPPER_HALF, rle_of
 
@@ -23,7 +33,9 @@ def gray(height, width, value=200):
 # Masks on images.
 
 
-def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
+@pytest.mark.parametrize("large", [10**8, 0])
+def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture(large, monkeypatch):
+    monkeypatch.setattr(drawing, "LARGE_PIXELS", large)
     image, box = gray(100, 150), (60, 40, 200, 120)  # the box on 300 x 200
     picture = draw_marks(image, [Mark(rle_of(box, 200, 300), (255, 0, 0), FULL)])
     outside = picture.copy()
@@ -32,6 +44,17 @@ def test_marks_are_drawn_where_their_masks_are_on_a_smaller_picture():
     inside = picture[23:57, 33:97]
     assert (inside[..., 0] > 200).all() and (inside[..., 1:] < 200).all()
     assert (image == 200).all(), "the image itself was changed"
+
+
+def test_large_images_are_drawn_as_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "LARGE_PIXELS", 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
+    image = open_image(write_tiff(tmp_path / "a.tif", pixels))
+    assert np.abs(fit_picture(image).astype(int) - fit_picture(pixels)).max() <= 1
+    box = np.array([300, 200, 400, 350])
+    rle = rle_of(box, 600, 700)
+    [tile], [expected] = (draw_tiles(box, rle, [rle], i) for i in (image, pixels))
+    assert np.array_equal(tile, expected)
 
 
 def test_box_and_mask_are_where_they_are_in_the_image():

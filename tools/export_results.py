@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+r"""Writes proposals or detections in the format of another program.
+
+    python tools/export_results.py runs/photos --format geojson --output photos.geojson
+    python tools/export_results.py runs/photos/detections.json --format coco --output labels.json
+
+Takes a proposal store, its proposals.json, or a detections.json. A json needs the list of its
+images: the one that our tools write beside it, or --images-json.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.command import make_parser, run_tool
+from pipeline.inference.export import FORMATS
+from pipeline.inference.export.geojson import NATIVE, WGS84
+from pipeline.inference.export.results import open_results
+
+
+def main() -> None:
+    """Exports the results."""
+    parser = make_parser(__doc__)
+    parser.add_argument("results", metavar="RESULTS", help="proposal store or COCO results json")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
+    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument(
+        "--images-json", metavar="COCO.json", help="lists the images (default: beside RESULTS)"
+    )
+    parser.add_argument(
+        "--crs",
+        choices=(WGS84, NATIVE),
+        default=WGS84,
+        help="coordinates of georeferenced images in geojson: longitude and latitude, as "
+        "GeoJSON has them, or those of the files (default: wgs84)",
+    )
+    args = parser.parse_args()
+    results = open_results(args.results, args.images_json)
+    print(FORMATS[args.format](results, args.output, args.crs))
+
+
+if __name__ == "__main__":
+    run_tool(main)
