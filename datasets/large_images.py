@@ -69,7 +69,7 @@ class WindowedImage:
         """The image as `datasets.resize` resizes it by a scale, row by row."""
         if align_corners:
             height, width = (max(1, math.floor(side * scale + 0.5)) for side in self.shape[:2])
-            return self.resized((height, width), CORNERS, rounded=False)
+            return self.resized((height, width), CORNERS)
         height, width = (max(1, round(side * scale)) for side in self.shape[:2])
         return self.resized((height, width), AREA if scale < 1 else LINEAR)
 
