@@ -7,9 +7,10 @@ image that cannot be read is named and the sample drawn again, the same way in a
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager
-from multiprocessing import active_children, parent_process, resource_tracker
+from functools import partial
+from multiprocessing import RawArray, active_children, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,13 +140,14 @@ def batch_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Serves the minibatches whose indices are given, in order."""
+    started = RawArray("q", workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, started),
         prefetch_factor=PREFETCH if workers else None,
     )
 
@@ -160,9 +162,8 @@ def serve(loader: DataLoader) -> Iterator[dict]:
     try:
         with _unstopped_start():
             batches = iter(loader)
-    except KeyboardInterrupt:
-        for worker in set(active_children()) - before:
-            worker.kill()  # it would start for nothing, and complain
+    except BaseException:
+        _end_unstarted(set(active_children()) - before, loader)
         raise
     workers = set(active_children()) - before
     if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
@@ -180,7 +181,16 @@ def serve(loader: DataLoader) -> Iterator[dict]:
                 raise
             yield batch
     finally:
+        _end_unstarted(workers, loader)
         del batches  # ends the workers
+
+
+def _end_unstarted(workers: set[BaseProcess], loader: DataLoader) -> None:
+    """Kills workers that would start for nothing, and complain of a loader that has gone."""
+    started = loader.worker_init_fn.args[0]
+    for worker in workers:
+        if worker.pid not in started:
+            worker.kill()
 
 
 def _check_workers(workers: set[BaseProcess], error: Exception) -> None:
@@ -221,7 +231,7 @@ def _unstopped_start() -> Iterator[None]:
             signal.raise_signal(signum)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(started: MutableSequence[int], index: int) -> None:
     # Workers are the parallelism: threads of theirs would only compete with each other and with
     # training.
     cv2.setNumThreads(0)
@@ -231,6 +241,7 @@ def _start_worker(_: int) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGTERM:
             signal.signal(signum, signal.SIG_IGN)
+    started[index] = os.getpid()
     if hasattr(signal, "sigwaitinfo"):  # SIGTERM stays blocked, see `_unstopped_start`
         threading.Thread(target=_end_when_told, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
