@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     args = parser.parse_args()
-    # A shell starts what it leaves in the background with SIGINT ignored, and so would we the tools.
+    # In a shell's background SIGINT is ignored, and so it would be by the tools started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
