@@ -163,13 +163,9 @@ def serve(loader: DataLoader) -> Iterator[dict]:
         with _unstopped_start():
             batches = iter(loader)
     except BaseException:
-        _end_unstarted(set(active_children()) - before, loader)
+        _end_unstarted(_new_workers(before), loader)
         raise
-    workers = set(active_children()) - before
-    if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
-        # PyTorch's handler raises at any line as soon as a worker dies, as in the middle of a
-        # step; without it, a dead worker shows at the next minibatch.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    workers = _new_workers(before)
     try:
         while True:
             try:
@@ -185,9 +181,22 @@ def serve(loader: DataLoader) -> Iterator[dict]:
         del batches  # ends the workers
 
 
+def _new_workers(before: set[BaseProcess]) -> set[BaseProcess]:
+    """Workers that have been started since; their deaths raise nothing.
+
+    PyTorch's handler would at any line as soon as a worker dies, as in the middle of a step or a
+    save. Without it, a dead worker shows at the next minibatch.
+    """
+    workers = set(active_children()) - before
+    if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return workers
+
+
 def _end_unstarted(workers: set[BaseProcess], loader: DataLoader) -> None:
     """Kills workers that would start for nothing, and complain of a loader that has gone."""
-    started = loader.worker_init_fn.args[0]
+    assert isinstance(loader.worker_init_fn, partial)
+    [started] = loader.worker_init_fn.args
     for worker in workers:
         if worker.pid not in started:
             worker.kill()
