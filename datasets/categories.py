@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 import numpy as np
 
@@ -80,6 +81,25 @@ def use_categories(coco: CocoInstances, categories: Mapping[int, str], *, source
     }
     counts = ", ".join(f"{count} {what}" for what, count in differences.items() if count)
     return f"{coco.path}: categories matched by name with those of {source}: {counts}"
+
+
+def check_same_outputs(was: list[dict], now: list[dict], *, source: str) -> None:
+    """A detector's outputs are in the order of its categories; their ids may be others now.
+
+    Args:
+        was: the categories of `source`, a checkpoint, as {"name", "id"}.
+        now: those of the annotations.
+
+    Raises:
+        ValueError: an output would be of another category; one line with the first few.
+    """
+    pairs = zip_longest(*([category["name"] for category in side] for side in (was, now)))
+    changes = [f"{short(a or 'none')} -> {short(b or 'none')}" for a, b in pairs if a != b]
+    if changes:
+        raise ValueError(
+            f"{source} was trained on other categories, or other ids order them "
+            f"({listed(changes)}); restore the annotations, or choose another --output"
+        )
 
 
 def named(id_: int, name: str) -> str:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 Parts = tuple[str, ...]
@@ -118,6 +118,12 @@ def _keys(parts: Parts) -> Parts:
 def _key(part: str) -> str:
     """Equal for names that differ in %20, normalization, case, or blanks at an end alone."""
     return unicodedata.normalize("NFC", unquote(part)).strip().casefold()
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name may mean a file outside of the folder that it should be relative to."""
+    path = PurePath(name)
+    return bool(path.anchor) or ".." in path.parts
 
 
 def _is_plain(name: str) -> bool:

@@ -7,9 +7,10 @@ image that cannot be read is named and the sample drawn again, the same way in a
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager
-from multiprocessing import active_children, parent_process, resource_tracker
+from functools import partial
+from multiprocessing import RawArray, active_children, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,13 +140,14 @@ def batch_loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Serves the minibatches whose indices are given, in order."""
+    started = RawArray("q", workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, started),
         prefetch_factor=PREFETCH if workers else None,
     )
 
@@ -160,15 +162,10 @@ def serve(loader: DataLoader) -> Iterator[dict]:
     try:
         with _unstopped_start():
             batches = iter(loader)
-    except KeyboardInterrupt:
-        for worker in set(active_children()) - before:
-            worker.kill()  # it would start for nothing, and complain
+    except BaseException:
+        _end_unstarted(_new_workers(before), loader)
         raise
-    workers = set(active_children()) - before
-    if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
-        # PyTorch's handler raises at any line as soon as a worker dies, as in the middle of a
-        # step; without it, a dead worker shows at the next minibatch.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    workers = _new_workers(before)
     try:
         while True:
             try:
@@ -180,7 +177,29 @@ def serve(loader: DataLoader) -> Iterator[dict]:
                 raise
             yield batch
     finally:
+        _end_unstarted(workers, loader)
         del batches  # ends the workers
+
+
+def _new_workers(before: set[BaseProcess]) -> set[BaseProcess]:
+    """Workers that have been started since; their deaths raise nothing.
+
+    PyTorch's handler would at any line as soon as a worker dies, as in the middle of a step or a
+    save. Without it, a dead worker shows at the next minibatch.
+    """
+    workers = set(active_children()) - before
+    if workers and hasattr(signal, "SIGCHLD") and _in_main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return workers
+
+
+def _end_unstarted(workers: set[BaseProcess], loader: DataLoader) -> None:
+    """Kills workers that would start for nothing, and complain of a loader that has gone."""
+    assert isinstance(loader.worker_init_fn, partial)
+    [started] = loader.worker_init_fn.args
+    for worker in workers:
+        if worker.pid not in started:
+            worker.kill()
 
 
 def _check_workers(workers: set[BaseProcess], error: Exception) -> None:
@@ -221,7 +240,7 @@ def _unstopped_start() -> Iterator[None]:
             signal.raise_signal(signum)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(started: MutableSequence[int], index: int) -> None:
     # Workers are the parallelism: threads of theirs would only compete with each other and with
     # training.
     cv2.setNumThreads(0)
@@ -231,6 +250,7 @@ def _start_worker(_: int) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGTERM:
             signal.signal(signum, signal.SIG_IGN)
+    started[index] = os.getpid()
     if hasattr(signal, "sigwaitinfo"):  # SIGTERM stays blocked, see `_unstopped_start`
         threading.Thread(target=_end_when_told, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):

@@ -1,5 +1,6 @@
 """The ImageNet networks that trunks are cut from, and files of their weights."""
 
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -137,7 +138,9 @@ def load_file(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist")
     _refuse_compressed(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of the pickle protocol of what it then refuses
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint: no PyTorch file, or one with other objects than tensors and "

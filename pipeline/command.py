@@ -15,6 +15,7 @@ from datasets.image_survey import AUTO, EXIF_CHOICES
 from datasets.images import MAX_PIXELS
 from datasets.loading import catch_stop_signals
 from datasets.object_sizes import LogScales
+from pipeline import distributed
 from pipeline.precision import PRECISIONS
 
 
@@ -34,6 +35,9 @@ def run_tool(main: Callable[[], int | None]) -> None:
     raise ValueError or OSError for bad input and FloatingPointError for a loss that is not finite;
     MASKPATH_TRACEBACK=1 shows where from.
     """
+    if sys.getfilesystemencoding() == "ascii" and main.__module__ == "__main__":
+        # PYTHONUTF8=0 in the C locale: names of files in annotations could not be opened.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):  # file names may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -47,8 +51,10 @@ def run_tool(main: Callable[[], int | None]) -> None:
             raise
         if isinstance(error, BrokenPipeError):
             _close_stdout()
-        with suppress(OSError):
-            print("error: " + " ".join(_message(error).split()), file=sys.stderr, flush=True)
+        line = "error: " + " ".join(_message(error).split())
+        if distributed.is_first_to_say(line):
+            with suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         try:

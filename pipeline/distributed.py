@@ -1,5 +1,6 @@
 """Ranks: the one place that knows that a run may have several processes (started by torchrun)."""
 
+import hashlib
 import inspect
 import os
 import re
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
 PATIENCE = timedelta(days=7)
+STORE_TIMEOUT = timedelta(seconds=5)  # torchrun's, which answers at once
 # What Gloo and NCCL say of a process that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 _patient_group: Any = None
@@ -81,6 +83,25 @@ def wrap(model: nn.Module, device: torch.device, *, idle_parameters: bool) -> nn
     settings: dict[str, Any] = {"find_unused_parameters": idle_parameters, sync: False}
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, **settings)
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other process of the run has said this: a mistake that all make is one line.
+
+    The processes may not have joined yet, or have parted; torchrun's store is there all the time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"maskpath/said/{attempt}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(
+            host, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
+        )
+        return store.add(key, 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True  # rather twice than never
 
 
 def mean(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pipeline.command import run_tool
 from pipeline.recipe import load_config
 from tests.fuzzing import RUN
 from tests.pipeline.training.runs import train
+from tests.real_data import DATA, say_what_lacked
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
@@ -158,8 +159,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fuzz: many drawn inputs, more of them in `make fuzz`")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails if a test skipped for lack of real data that should be there."""
+    if what_lacked(session.config) and DATA.is_dir() and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def what_lacked(config: pytest.Config) -> str:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    return say_what_lacked([str(report.longrepr) for report in skipped])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """In a campaign, says how many cases have run."""
+    """Says what real data lacked, and in a campaign how many cases have run."""
+    if line := what_lacked(terminalreporter.config):
+        terminalreporter.write_line(line)
     if "MASKPATH_FUZZ_CASES" in os.environ:
         for name, count in sorted(RUN.items()):
             terminalreporter.write_line(f"{count:9,} cases of {name}")

@@ -27,6 +27,10 @@ from pipeline.inference.proposals import ProposalStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Exit statuses; all but the first while Python imports, and our handlers are not there yet.
+ENDED_BY = {signum: [128 + signum, -signum] for signum in SIGNALS}
+ENDED_BY[signal.SIGINT].append(1)  # a library's import made an ImportError of it
+DONE = {"train_stage": "best checkpoint:", "propose": "results in"}  # said last
 SETTINGS = [
     "data.shapes.train_images=60",
     "data.shapes.val_images=60",
@@ -48,6 +52,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     args = parser.parse_args()
+    # In a shell's background SIGINT is ignored, and so it would be by the tools started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     shapes = f"data.shapes.directory={args.output / 'shapes'}"
@@ -110,9 +116,14 @@ def disturb(
             process.send_signal(sent)
             asked = time.monotonic()
             output, _ = process.communicate()
-            counts[f"{name} {sent.name}"] += 1
             if process.returncode == 0:
-                return  # it came too late, or while Python was not listening
+                counts[f"{name} ended before the signal"] += 1
+                if DONE[name] not in output:
+                    problems.append(f"{name} on {sent.name}: status 0, not done: {output[-500:]}")
+                return
+            counts[f"{name} {sent.name}"] += 1
+            if process.returncode not in ENDED_BY[sent]:
+                problems.append(f"{name} on {sent.name}: status {process.returncode}")
             if time.monotonic() - asked > 10:
                 problems.append(f"{name}: {time.monotonic() - asked:.0f} s to end on {sent.name}")
             if "in main\n" in output:  # a traceback; Python has its own while it imports

@@ -10,8 +10,10 @@ import pytest
 from datasets.categories import match_categories, use_categories
 from datasets.coco import CocoInstances
 from datasets.shapes import CATEGORY_IDS
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.inference.coco_json import categories_file
 from pipeline.recipe import load_config
+from pipeline.training.engine import TrainingRun
 from tests.coco_json import rectangle, write_coco
 from tests.pipeline.training.runs import CPU, make_stage
 
@@ -156,6 +158,25 @@ def test_objects_of_an_unknown_category_are_refused_before_anything_is_made(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "unknown there 'zebra'" in line and "missing here" in line
     assert not list((tmp_path / "run").rglob("*.pt"))
+
+
+def test_a_detector_is_resumed_on_the_categories_of_its_outputs(
+    tiny_detector, tiny_config, stores, tmp_path
+):
+    """Other ids in the same order are the same outputs; in another order they are not."""
+    state = load_checkpoint(tiny_detector)
+    config = load_config(tiny_config, stores)
+    stage = make_stage("multipathnet", config, tmp_path)
+    save_checkpoint(tmp_path / "checkpoints" / "last.pt", state)
+
+    for category in stage.metadata["categories"]:
+        category["id"] += 1000
+    TrainingRun(stage, config, tmp_path, CPU).prepare(resume=True)
+    first, second = stage.metadata["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+    words = f"other categories.*'{second['name']}' -> '{first['name']}'"
+    with pytest.raises(ValueError, match=words):
+        TrainingRun(stage, config, tmp_path, CPU).prepare(resume=True)
 
 
 # Scores.

@@ -64,6 +64,7 @@ def repacked(source: Path, target: Path, change, method=zipfile.ZIP_STORED) -> P
     return target
 
 
+@pytest.mark.filterwarnings("error")  # they would be lines, too
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
 def test_code_in_a_checkpoint_is_not_run(form, tmp_path, call_tool, capsys):
     path, trap = tmp_path / "code.pt", tmp_path / "trap"

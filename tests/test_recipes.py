@@ -19,13 +19,13 @@ import torch
 from datasets.coco import CocoInstances
 from pipeline.checkpoint import load_checkpoint
 from pipeline.inference.proposals import Proposals, ProposalStore
-from tests.real_data import COCO_MINI
+from tests.real_data import COCO_MINI, needs
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = COCO_MINI
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason="data/coco-mini is not there"),
+    needs(DATA),
 ]
 NEEDED = 12 * 2**30  # bytes: the largest stage's, and room for the page cache of its checkpoint
 TRAIN = """

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_image_list
+from datasets.file_names import leads_out
 from datasets.files import write_atomically, write_json
 from datasets.image_survey import AUTO, Size, overfull_images, survey_images
 from datasets.images import (
@@ -323,7 +324,7 @@ def detect_images(
     shards = store.require_shards()
     stored = list(store.images().values())
     names = [image["file_name"] for image in stored]
-    if not any((images / name).is_file() for name in names):
+    if not any(not leads_out(name) and (images / name).is_file() for name in names):
         raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
     detector.check_memory((image["height"], image["width"]) for image in stored)
     # Keep the parts of an interrupted run that had the same settings: one for each shard.
@@ -395,7 +396,12 @@ def detect_in_shard(
             )
         return detect(image, proposals)
 
-    files = [ImageFile(i, p.file_name, images / p.file_name) for i, p in proposals_of.items()]
+    files = []
+    for image_id, p in proposals_of.items():
+        if leads_out(p.file_name):  # another tool's store: no file of anybody's is opened for it
+            broken.append(str(ImageError(f"{shard}: {p.file_name} is no name within a folder")))
+        else:
+            files.append(ImageFile(image_id, p.file_name, images / p.file_name))
     advice = "make the image smaller or lower --short-sides"
     # Images as large as their proposals' were allowed when these were made.
     largest = max((p.height * p.width for p in proposals_of.values()), default=0)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.categories import check_same_outputs
 from datasets.files import atomic_path
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_checkpoint
@@ -24,7 +25,7 @@ from pipeline.command import Interrupted
 from pipeline.config import Config
 from pipeline.data import BrokenFiles
 from pipeline.precision import choose_precision
-from pipeline.recipe import config_from_dict, config_to_dict, save_config
+from pipeline.recipe import changed_settings, config_from_dict, config_to_dict, save_config
 from pipeline.run_lock import locks_output
 from pipeline.training.optimizer import build_optimizer, learning_rate
 from pipeline.training.run_log import METRICS, Meter, RunLog
@@ -356,6 +357,8 @@ class TrainingRun:
         """Continues from a checkpoint; returns the settings that have changed since, in words."""
         old = config_from_dict(state["config"], source=source)
         self._check_same_run(old, source)
+        metadata = (each.get("categories", []) for each in (state, self.stage.metadata))
+        check_same_outputs(*metadata, source=source)
         load_weights(self.stage.model, state["model"], source=source)
         # The state is the old run's; rates, decay and momentum are what the config says now.
         groups = self.optimizer.state_dict()["param_groups"]
@@ -383,18 +386,3 @@ class TrainingRun:
                     f"{source} was trained with {key} {was}, not {now}; a run is resumed with the "
                     "same value: restore it, or choose another --output"
                 )
-
-
-def changed_settings(old: Config, new: Config) -> list[str]:
-    """The settings that differ, in words."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        items: dict[str, Any] = {}
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            items |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
-        return items
-
-    was, now = flat(config_to_dict(old)), flat(config_to_dict(new))
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names]

@@ -25,7 +25,7 @@ from tests.datasets.coco_jsons import (
     rle,
     various,
 )
-from tests.real_data import COCO_MINI_VAL
+from tests.real_data import COCO_MINI_VAL, skip_without
 
 MINI = COCO_MINI_VAL
 
@@ -147,8 +147,7 @@ def test_no_annotations_and_a_file_name_that_is_no_unicode(load):
 
 
 def test_coco_mini_equals_pycocotools():
-    if not MINI.exists():
-        pytest.skip(f"{MINI} is not there")
+    skip_without(MINI)
     coco, reference = CocoInstances.load(MINI), COCO(MINI)
     assert not coco.left_out
     assert sorted(coco.annotation_ids.tolist()) == sorted(reference.anns)

@@ -18,7 +18,7 @@ from datasets.patch_sampler import (
     canonical_quarter,
 )
 from tests.coco_json import assert_frequency, rectangle, write_coco
-from tests.real_data import COCO_MINI
+from tests.real_data import COCO_MINI, needs
 
 DRAWS = 20_000
 CANONICAL = 92
@@ -139,7 +139,7 @@ def test_positives_draw_an_image_a_scale_in_it_then_an_object_at_it(tmp_path):
     assert_frequencies([p.label for p in patches], {-1: 0.5, 1: 0.5}, DRAWS)  # none is empty
 
 
-@pytest.mark.skipif(not COCO_MINI.is_dir(), reason=f"{COCO_MINI} is not there")
+@needs(COCO_MINI)
 def test_positives_of_photographs_have_the_scales_of_the_released_procedure():
     """Its steps, one by one: an image, a scale of those that its objects have, an object."""
     coco = CocoInstances.load(COCO_MINI / "annotations" / "instances_train.json")

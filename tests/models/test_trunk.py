@@ -17,7 +17,7 @@ from models.trunk import (
     fold_norms,
     to_trunk_layers,
 )
-from tests.real_data import WEIGHTS
+from tests.real_data import WEIGHTS, skip_without
 
 FOLDED_RESNET18 = WEIGHTS / "resnet18_c4_bnfolded_imagenet.pth"
 RESNET_LEVELS = ["relu", "layer1", "layer2", "layer3"]
@@ -147,8 +147,7 @@ def test_folded_norms_change_nothing(name, options):
 
 
 def test_local_file_without_the_layers_that_are_cut_away():
-    if not FOLDED_RESNET18.exists():
-        pytest.skip(f"{FOLDED_RESNET18} is not here")
+    skip_without(FOLDED_RESNET18)
     stem = build_trunk("resnet18", weights=FOLDED_RESNET18).levels[0]
     state = torch.load(FOLDED_RESNET18, weights_only=True)
     assert torch.equal(stem.conv1.weight, state["conv1.weight"])

@@ -4,13 +4,12 @@ import copy
 import json
 
 import numpy as np
-import pytest
 from pycocotools import mask as mask_utils
 
 from pipeline.evaluation.ground_truth import load_ground_truth
-from tests.real_data import COCO_MINI_VAL
+from tests.real_data import COCO_MINI_VAL, needs
 
-needs_real_data = pytest.mark.skipif(not COCO_MINI_VAL.exists(), reason="data/coco-mini not there")
+needs_real_data = needs(COCO_MINI_VAL)
 HEIGHT, WIDTH = 200, 260
 CATEGORIES = {1: "person", 3: "car", 5: 'a "plane", large', 90: "nowhere"}  # the last has no object
 

@@ -1,5 +1,6 @@
 """Folders of images: broken files, interruptions, ids, and files that COCO's tools read."""
 
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from pycocotools.coco import COCO
 from datasets.images import read_image
 from pipeline.inference import folders
 from pipeline.inference.detect import load_detector
-from pipeline.inference.folders import detect_images, propose_images
+from pipeline.inference.folders import detect_images, detect_in_shard, propose_images
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose import load_proposer
 from tests.pipeline.inference.builders import listing, proposals_of
@@ -355,6 +356,19 @@ def test_one_bad_image_loses_no_other(tiny_detector, val, tmp_path, capsys):
     expected = [(large, "out of memory"), (torn, "truncated"), (other, "30x20")]
     for message, (name, reason) in zip(sorted(summary.broken), expected, strict=True):
         assert name in message and reason in message and message in printed
+
+
+def test_names_in_a_store_do_not_lead_out_of_the_folder(val, tmp_path):
+    whole, images = val
+    inside, up, absolute = itertools.islice(whole, 3)
+    up.file_name, absolute.file_name = f"../val/{up.file_name}", str(images / absolute.file_name)
+    store, broken = ProposalStore(tmp_path), []
+    store.write_shard([inside, up, absolute])
+    found = detect_in_shard(lambda _, p: p.file_name, store, *store.shards(), images, broken)
+    assert [name for _, name in found] == [inside.file_name]
+    assert all(
+        name in text for name, text in zip([up.file_name, absolute.file_name], broken, strict=True)
+    )
 
 
 def test_interrupted_detections_go_on_where_they_were(tiny_detector, val, tmp_path):

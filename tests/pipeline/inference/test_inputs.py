@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from datasets.images import list_images
+from pipeline.evaluation.scores import score_proposals
 from pipeline.inference.image_files import find_images
+from pipeline.inference.proposals import ProposalStore
+from tests.coco_json import rectangle
 from tests.pipeline.inference.test_folders import BoxProposer, listing, propose, write_image
 from tests.pipeline.test_image_frames import write_image as write_turned
 
@@ -64,6 +67,31 @@ def test_what_a_run_writes_is_no_input_of_the_next(photos, output):
         proposer = BoxProposer()
         assert propose(proposer, photos, photos / output, draw=2).found == 9
     assert proposer.seen == []
+
+
+def test_two_images_of_one_file_are_both_proposed_for_and_scored(photos, tmp_path):
+    names = {5: "a.png", 9: "a.png", 2: "b.png"}
+    sizes = {"a.png": (40, 30), "b.png": (41, 31)}
+    content = {
+        "images": [
+            {"id": i, "file_name": name, "height": sizes[name][0], "width": sizes[name][1]}
+            for i, name in names.items()
+        ],
+        # The left half, which is proposed; on the second of the two images something else.
+        "annotations": [
+            rectangle(1, 5, 1, 0, 0, 15, 40),
+            rectangle(2, 9, 1, 20, 3, 9, 30),
+            rectangle(3, 2, 1, 0, 0, 15, 41),
+        ],
+        "categories": [{"id": 1, "name": "c1"}],
+    }
+    annotations = tmp_path / "two.json"
+    annotations.write_text(json.dumps(content))
+    assert propose(BoxProposer(), photos, tmp_path / "out", annotations=annotations).found == 9
+    assert ProposalStore(tmp_path / "out").images().keys() == names.keys()
+    for results in (tmp_path / "out", tmp_path / "out" / "proposals.json"):
+        metrics = score_proposals(annotations, results, tmp_path / "scores")
+        assert metrics["mask"]["AR@10"] == pytest.approx(2 / 3)
 
 
 def test_results_beside_the_images(photos):

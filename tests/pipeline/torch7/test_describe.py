@@ -5,7 +5,7 @@ import torch
 
 from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import LuaFunction, Torch7Object, read_torch7
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 
 def test_classes_shapes_and_cycles():
@@ -38,7 +38,7 @@ def test_long_content_is_cut():
     assert len(describe(Torch7Object("a.B", {f"field{n}": n for n in range(1000)}))) < 1000
 
 
-@pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
+@needs(TORCH7)
 @pytest.mark.parametrize(
     "file", ["deepmask_sharpmask/deepmask", "deepmask_sharpmask/sharpmask", "multipathnet/model"]
 )

@@ -17,11 +17,10 @@ from pipeline.inference.detect import Detector, load_detector, select_boxes
 from pipeline.inference.proposals import Proposals
 from pipeline.torch7.convert import convert_file
 from tests.pipeline.torch7.lua_networks import assert_near, image_of
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 DATA = TORCH7 / "multipathnet"
-if not DATA.is_dir():
-    pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
+pytestmark = needs(DATA)  # files of the original code
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of the largest value, and of each probability

@@ -21,10 +21,10 @@ from tests.pipeline.torch7.lua_networks import (
     lua_resnet,
     module,
 )
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 DATA = TORCH7 / "deepmask_sharpmask"
-needs_originals = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+needs_originals = needs(DATA)
 
 
 @needs_originals

@@ -21,11 +21,10 @@ from pipeline.inference.propose import Proposer
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
 from tests.pipeline.torch7.lua_networks import assert_near, image_of
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 DATA = TORCH7 / "deepmask_sharpmask"
-if not DATA.is_dir():
-    pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
+pytestmark = needs(DATA)  # files of the original code
 
 CPU = torch.device("cpu")
 LOG2_SCALES = [-1.0, -0.5, 0.0]

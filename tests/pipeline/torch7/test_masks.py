@@ -17,11 +17,10 @@ from pipeline.torch7.masks import convert_masks
 from pipeline.torch7.reader import Torch7Object, read_torch7, walk
 from tests.pipeline.torch7.lua_networks import change
 from tests.pipeline.torch7.torch7_writer import memory, written
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 DATA = TORCH7 / "deepmask_sharpmask"
-if not DATA.is_dir():
-    pytest.skip(f"{DATA}, files of the original code, is not there", allow_module_level=True)
+pytestmark = needs(DATA)  # files of the original code
 
 FILES = ("deepmask", "sharpmask")
 

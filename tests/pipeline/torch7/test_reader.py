@@ -14,11 +14,11 @@ from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import MAX_DEPTH, LuaFunction, Torch7Object, read_torch7, walk
 from tests.fuzzing import fuzzed
 from tests.pipeline.torch7.torch7_writer import CODES, Function, Storage, Tensor, memory, written
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, needs
 
 SMALL = [f"reader/{name}.t7" for name in ("closure", "misc", "number", "string", "tensor")]
 SMALL += ["reader/unreferenced.t7", "multipathnet/transformer.t7"]
-needs_originals = pytest.mark.skipif(not TORCH7.is_dir(), reason=f"{TORCH7} is not there")
+needs_originals = needs(TORCH7)
 
 DTYPES = dict(zip(CODES, (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
                           torch.float16, torch.float32, torch.float64), strict=True))  # fmt: skip

@@ -1,7 +1,10 @@
 """Training a stage in a test, whole or interrupted."""
 
 import itertools
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 from pipeline.training.stages import Stage
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 
 
@@ -56,3 +60,22 @@ def call_in_step(stage: Stage, step: int, action: Callable[[], None]) -> None:
 def last_checkpoint(output: Path) -> dict:
     path = output / "checkpoints" / "last.pt"
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def start_tool(
+    arguments: list, *, processes: int = 1, stage: str = "deepmask"
+) -> subprocess.Popen[str]:
+    """Starts tools/train_stage.py in a session of its own, by torchrun for several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
+    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", stage, "--device", "cpu"]
+    return subprocess.Popen(
+        [*launcher, *tool, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

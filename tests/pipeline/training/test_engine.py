@@ -4,10 +4,7 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +16,14 @@ from pipeline.recipe import config_from_dict, load_config
 from pipeline.training.engine import fit
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.run_log import RunLog, read_metrics
-from tests.pipeline.training.runs import CPU, interrupt, last_checkpoint, make_stage, train
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.pipeline.training.runs import (
+    CPU,
+    interrupt,
+    last_checkpoint,
+    make_stage,
+    start_tool,
+    train,
+)
 
 
 def make_config(recipe, **optim):
@@ -101,22 +103,6 @@ def test_a_run_stopped_between_its_last_step_and_validation_validates_first(tiny
     assert validations(tmp_path) == []
     train("deepmask", config, tmp_path, resume=True)
     assert [line["step"] for line in validations(tmp_path)] == [2, 4]
-
-
-def start_tool(arguments, processes=1, stage="deepmask"):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(processes)]
-    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", stage, "--device", "cpu"]
-    return subprocess.Popen(
-        [*launcher, *tool, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 TRAINED = {

@@ -28,7 +28,7 @@ from pipeline.training.engine import fit
 from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals, write_boxes
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, make_stage, train
-from tests.real_data import TORCH7
+from tests.real_data import TORCH7, skip_without
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")
 TORCH7_FILES = {
@@ -239,8 +239,7 @@ def test_no_other_weights_are_looked_for_beside_those(checkpoints, tiny_config, 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     """A folder of the reference networks as checkpoints, with their recipes."""
-    if not TORCH7.is_dir():
-        pytest.skip(f"{TORCH7} is not there")
+    skip_without(TORCH7)
     folder = tmp_path_factory.mktemp("converted")
     for name, file in TORCH7_FILES.items():
         lines = convert_file(TORCH7 / file, folder / f"{name}.pt")

@@ -8,7 +8,9 @@ import time
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from datasets import loading
 from datasets.images import ImageError
 from pipeline.command import Interrupted
 from pipeline.recipe import config_from_dict
@@ -101,6 +103,28 @@ def test_workers_outlive_a_signal_to_all_processes(tiny_recipe, tmp_path):
         fit(stage, config, tmp_path, device=CPU)
     assert stop.value.signum == signal.SIGTERM
     assert last_checkpoint(tmp_path)["step"] == 1
+    assert not multiprocessing.active_children()
+
+
+def test_a_signal_while_workers_start_saves_the_run(tiny_recipe, tmp_path, monkeypatch, capsys):
+    """They are killed, which must not end the saving, and say nothing."""
+    values = copy.deepcopy(tiny_recipe)
+    values["data"]["workers"] = 2
+    config = config_from_dict(values, source="test")
+    stage = make_stage("deepmask", config, tmp_path)
+    start = DataLoader._get_iterator
+
+    def start_and_stop(loader):
+        iterator = start(loader)
+        signal.raise_signal(signal.SIGINT)
+        return iterator
+
+    monkeypatch.setattr(loading, "_start_worker", lambda *_: time.sleep(60))
+    monkeypatch.setattr(DataLoader, "_get_iterator", start_and_stop)
+    with pytest.raises(Interrupted):
+        fit(stage, config, tmp_path, device=CPU)
+    assert last_checkpoint(tmp_path)["step"] == 0
+    assert "stopped at step 0; continue with --resume" in capsys.readouterr().out
     assert not multiprocessing.active_children()
 
 
