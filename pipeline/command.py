@@ -135,7 +135,7 @@ def add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
-    """Adds --images, --exif and --max-pixels, see `pipeline.inference.folders.propose_images`."""
+    """Adds --images, --exif and --max-pixels, see `propose_images`."""
     parser.add_argument(
         "--images", required=required, nargs="+", metavar="DIR_OR_FILE_OR_GLOB", help=help
     )

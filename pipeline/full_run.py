@@ -21,9 +21,10 @@ from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 from pipeline.inference.detect import Detector, load_detector
-from pipeline.inference.folders import DETECTIONS, detect_images, detect_in_shard, propose_images
+from pipeline.inference.detect_folders import DETECTIONS, detect_images, detect_in_shard
 from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.run_lock import locks_output

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
-from pipeline.inference.folders import detect_images, image_folder, propose_images
+from pipeline.inference.detect_folders import detect_images, image_folder
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from pipeline.command import (
     parse_scales,
     run_tool,
 )
-from pipeline.inference.folders import propose_images
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pipeline.data import device_batches
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import Detector
-from pipeline.inference.folders import detect_in_shard
+from pipeline.inference.detect_folders import detect_in_shard
 from pipeline.inference.proposals import ProposalStore, results_of
 
 ROI_VALIDATION_SEED = 20160914  # validation RoIs are the same in every run

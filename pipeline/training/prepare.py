@@ -17,9 +17,9 @@ from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from pipeline.config import Config
 from pipeline.data import check_categories, prepare_data, split_files
-from pipeline.inference.folders import propose_images
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 from pipeline.networks import check_same_network
 from pipeline.recipe import find_path
 from pipeline.sizes import choose_by_checkpoint, choose_by_data, is_auto

@@ -27,10 +27,10 @@ from pipeline.checkpoint import LAST, load_checkpoint
 from pipeline.config import ROOT, STAGES
 from pipeline.data import device_batches
 from pipeline.inference.cells import best_cells
-from pipeline.inference.folders import propose_images
 from pipeline.inference.paste import Pasted
 from pipeline.inference.proposals import Detections
 from pipeline.inference.propose import Proposer
+from pipeline.inference.propose_folders import propose_images
 from pipeline.networks import make_multipathnet
 from pipeline.recipe import save_config
 from pipeline.training.engine import fit

@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import run_tool
-from pipeline.inference.folders import propose_images
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import Proposer, load_proposer
+from pipeline.inference.propose_folders import propose_images
 from pipeline.recipe import load_config
 from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image, write_sharpmask
 from tools.benchmarks.timing import make_parser, report

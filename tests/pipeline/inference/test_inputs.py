@@ -13,7 +13,7 @@ from pipeline.evaluation.scores import score_proposals
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposals import ProposalStore
 from tests.coco_json import rectangle
-from tests.pipeline.inference.test_folders import BoxProposer, listing, propose, write_image
+from tests.pipeline.inference.test_propose_folders import BoxProposer, listing, propose, write_image
 from tests.pipeline.test_image_frames import write_image as write_turned
 
 

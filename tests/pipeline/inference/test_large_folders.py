@@ -21,10 +21,11 @@ from datasets import large_images
 from datasets.resize import resize_sides
 from pipeline.inference import detect
 from pipeline.inference.detect import load_detector
-from pipeline.inference.folders import detect_images, propose_images
+from pipeline.inference.detect_folders import detect_images
 from pipeline.inference.memory import free_memory, trunk_bytes
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 from tests.datasets.test_large_images import write_tiff
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from datasets.images import read_image
-from pipeline.inference.folders import propose_images
 from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
+from pipeline.inference.propose_folders import propose_images
 
 CPU = torch.device("cpu")
 INT8 = {"settings": {}, "backend": "openvino-int8"}

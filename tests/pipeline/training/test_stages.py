@@ -18,7 +18,7 @@ from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import load_detector
-from pipeline.inference.folders import detect_in_shard
+from pipeline.inference.detect_folders import detect_in_shard
 from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import load_network

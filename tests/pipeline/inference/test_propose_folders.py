@@ -1,9 +1,7 @@
 """Folders of images: broken files, interruptions, ids, and files that COCO's tools read."""
 
-import itertools
 import json
 import os
-import shutil
 import signal
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,11 +15,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.images import read_image
-from pipeline.inference import folders
-from pipeline.inference.detect import load_detector
-from pipeline.inference.folders import detect_images, detect_in_shard, propose_images
+from pipeline.inference import propose_folders
 from pipeline.inference.proposals import Proposals, ProposalStore
 from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose_folders import propose_images
 from tests.pipeline.inference.builders import listing, proposals_of
 
 CPU = torch.device("cpu")
@@ -169,7 +166,7 @@ def test_exit_status(photos, tiny_checkpoint, tmp_path, call_tool, capsys):
 @pytest.mark.parametrize("shard", [1, 2, 16])
 @pytest.mark.parametrize("stops", [[], [0], [3], [2, 1], [4, 0]])
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, shard, stops):
-    monkeypatch.setattr("pipeline.inference.folders.MAX_IMAGES_IN_SHARD", shard)
+    monkeypatch.setattr("pipeline.inference.propose_folders.MAX_IMAGES_IN_SHARD", shard)
     propose(BoxProposer(), photos, tmp_path / "whole")
     todo, output = list(GOOD), tmp_path / "out"
     for stop in stops:
@@ -190,7 +187,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
 
 def propose_until_killed(source: Path, output: Path) -> None:
     """For two shards of two images, and one more image."""
-    folders.MAX_IMAGES_IN_SHARD = 2
+    propose_folders.MAX_IMAGES_IN_SHARD = 2
     errors = {"f.png": lambda: os.kill(os.getpid(), signal.SIGKILL)}
     propose(BoxProposer(errors=errors), source, output)
 
@@ -320,89 +317,3 @@ def test_json_and_pictures_are_written_if_asked_for(photos, tmp_path):
 
 
 # Detections.
-
-
-@pytest.fixture
-def val(tiny_detector, shapes_directory) -> tuple[ProposalStore, Path]:
-    """A store of proposals and the folder of its images."""
-    store = ProposalStore(tiny_detector.parents[1] / "proposals" / "val")
-    return store, shapes_directory / "images" / "val"
-
-
-def test_one_bad_image_loses_no_other(tiny_detector, val, tmp_path, capsys):
-    """One too large for the memory, one unreadable, one that has been replaced by another."""
-    (store, folder), images = val, tmp_path / "images"
-    shutil.copytree(folder, images)
-    large, torn, other, *names = (image["file_name"] for image in store.images().values())
-    (images / torn).write_bytes((images / torn).read_bytes()[:500])
-    cv2.imwrite(str(images / other), np.zeros((20, 30, 3), np.uint8))
-    detector, _ = load_detector(tiny_detector, CPU)
-    detect = detector.detect_by_count
-
-    def run_out_of_memory(image, proposals, counts):
-        if proposals.file_name == large:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-        return detect(image, proposals, counts)
-
-    detector.detect_by_count = run_out_of_memory
-    summary = detect_images(detector, store, images, tmp_path / "out", settings={})
-    assert summary.done == len(names) > 0
-    found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {one["image_id"] for one in found} == {
-        i for i, image in store.images().items() if image["file_name"] in names
-    }
-    assert len(found) == summary.found
-    printed = capsys.readouterr().out
-    expected = [(large, "out of memory"), (torn, "truncated"), (other, "30x20")]
-    for message, (name, reason) in zip(sorted(summary.broken), expected, strict=True):
-        assert name in message and reason in message and message in printed
-
-
-def test_names_in_a_store_do_not_lead_out_of_the_folder(val, tmp_path):
-    whole, images = val
-    inside, up, absolute = itertools.islice(whole, 3)
-    up.file_name, absolute.file_name = f"../val/{up.file_name}", str(images / absolute.file_name)
-    store, broken = ProposalStore(tmp_path), []
-    store.write_shard([inside, up, absolute])
-    found = detect_in_shard(lambda _, p: p.file_name, store, *store.shards(), images, broken)
-    assert [name for _, name in found] == [inside.file_name]
-    assert all(
-        name in text for name, text in zip([up.file_name, absolute.file_name], broken, strict=True)
-    )
-
-
-def test_interrupted_detections_go_on_where_they_were(tiny_detector, val, tmp_path):
-    """To the same file; with other settings they start from the beginning."""
-    whole, images = val
-    store, output = ProposalStore(tmp_path / "store"), tmp_path / "out"
-    store.directory.mkdir()
-    for proposals in whole:  # one image a shard
-        store.write_shard([proposals])
-    detector, settings = load_detector(tiny_detector, CPU)
-    assert "chunk" not in settings and settings["nms"] == 0.3
-    detect, seen = detector.detect_by_count, []
-
-    def noted(image, proposals, counts):
-        if len(seen) == stop:
-            raise KeyboardInterrupt
-        seen.append(proposals.file_name)
-        return detect(image, proposals, counts)
-
-    detector.detect_by_count, stop = noted, 3
-    with pytest.raises(KeyboardInterrupt):
-        detect_images(detector, store, images, output, settings=settings)
-    assert not (output / "detections.json").exists() and len(seen) == stop
-    stop = -1
-    detect_images(detector, store, images, output, settings=settings)
-    assert len(seen) == len(set(seen)) == len(store.shards()) > 3
-    detect_images(detector, whole, images, tmp_path / "at_once", settings=settings)
-    first, second = (tmp_path / d / "detections.json" for d in ("out", "at_once"))
-    assert first.read_text() == second.read_text() and not (output / "parts").exists()
-
-    seen, stop = [], 2
-    with pytest.raises(KeyboardInterrupt):
-        detect_images(detector, store, images, output, settings=settings)
-    assert first.read_text() == second.read_text()  # what there is stays until there is better
-    stop = -1
-    detect_images(detector, store, images, output, settings=settings | {"nms": 0.4})
-    assert len(seen) == 2 + len(store.shards())

@@ -1,0 +1,165 @@
+"""Detections for the images of a proposal store.
+
+An interrupted run, started again, does the shards that are left. Processes share them.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from datasets.file_names import leads_out
+from datasets.files import write_atomically, write_json
+from datasets.images import (
+    MAX_PIXELS,
+    Image,
+    ImageError,
+    open_image,
+    orientation_hint,
+)
+from datasets.progress import progress_bar
+from pipeline import distributed
+from pipeline.inference.coco_json import categories_file, images_file
+from pipeline.inference.detect import Detector
+from pipeline.inference.folder_report import Summary, check_draw, report
+from pipeline.inference.image_files import ImageFile, process_images
+from pipeline.inference.proposals import (
+    Proposals,
+    ProposalStore,
+    ResumableDirectory,
+    results_of,
+    write_results,
+)
+from pipeline.inference.visualize import draw_detections, save_in_folder
+from pipeline.run_lock import locks_output
+
+DETECTIONS = "detections.json"
+T = TypeVar("T")
+
+
+def image_folder(store: ProposalStore, given: Path | None) -> Path:
+    """The folder that a store's file names are relative to: as given, or as the store knows it."""
+    store.require_shards()
+    if given is not None and not given.is_dir():
+        raise ValueError(
+            f"--images {given} is no folder; with --proposals it is the one that the store's file "
+            "names are relative to"
+        )
+    folder = given or store.settings().get("image_folder")
+    if folder is None:
+        raise ValueError(f"{store.directory} does not say where its images are; give --images")
+    return Path(folder)
+
+
+@locks_output
+def detect_images(
+    detector: Detector,
+    store: ProposalStore,
+    images: Path,
+    output: Path,
+    *,
+    settings: dict,
+    draw: int = 0,
+) -> Summary:
+    """Writes `output/detections.json` for the images of a proposal store.
+
+    Beside it go the detector's categories and a list of the images, since results have ids only.
+
+    Args:
+        images: the folder that the store's file names are relative to.
+        settings: what the detections depend on, beside the images and the store.
+        draw: number of detections to draw on each image, into `output/drawn`.
+
+    Raises:
+        ValueError: no store, or none of its images is in the folder or can be used.
+    """
+    check_draw(draw)
+    shards = store.require_shards()
+    stored = list(store.images().values())
+    names = [image["file_name"] for image in stored]
+    if not any(not leads_out(name) and (images / name).is_file() for name in names):
+        raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
+    detector.check_memory((image["height"], image["width"]) for image in stored)
+    # Keep the parts of an interrupted run that had the same settings: one for each shard.
+    parts = ResumableDirectory(output / "parts")
+    if distributed.is_main():
+        stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+        inputs = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
+        parts.open_for(settings | inputs, discard=True)
+    distributed.barrier()
+    part_of = {shard: parts.directory / f"{shard.stem}.json" for shard in shards}
+    todo = [shard for shard in shards if not part_of[shard].exists()]
+    distributed.barrier()  # every process has seen the same parts before one adds to them
+    # Detect, each process in the images of its part of the shards.
+    assigned = todo[distributed.rank() :: distributed.world_size()]
+    for shard in progress_bar(assigned, unit="shard", enabled=distributed.is_main()):
+        part: dict[str, list] = {"results": [], "broken": []}
+        for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
+            if draw:
+                picture = draw_detections(image, found, detector.category_names, draw)
+                save_in_folder(picture, output / "drawn", found.file_name)
+            part["results"] += results_of(found)
+        write_atomically(part_of[shard], json.dumps(part).encode())
+    distributed.barrier()
+    # Join the parts to one file of results.
+    broken = list(_joined(part_of.values(), "broken"))
+    summary = Summary(len(names) - len(broken), 0, broken)
+    distributed.barrier()  # every process has read them
+    if distributed.is_main():
+        if summary.done:
+            results = _joined(part_of.values(), "results")
+            write_json(categories_file(output / DETECTIONS), detector.categories)
+            store.write_images(images_file(output / DETECTIONS), detector.categories)
+            summary.found = write_results(output / DETECTIONS, results)
+            report(summary, "detections", output / DETECTIONS, output)
+        shutil.rmtree(parts.directory)
+    if not summary.done:
+        raise ValueError(
+            f"none of the images of {store.directory} could be used; the first: {broken[0]}"
+        )
+    return summary
+
+
+def _joined(parts: Iterable[Path], key: str) -> Iterator:
+    return itertools.chain.from_iterable(json.loads(part.read_bytes())[key] for part in parts)
+
+
+def detect_in_shard(
+    detect: Callable[[Image, Proposals], T],
+    store: ProposalStore,
+    shard: Path,
+    images: Path,
+    broken: list[str],
+) -> Iterator[tuple[Image, T]]:
+    """The images of a shard that have proposals, and what `detect` finds in each.
+
+    Args:
+        detect: takes an image and its proposals.
+        images: the folder that the store's file names are relative to.
+        broken: see `process_images`; also images of another size than their proposals'.
+    """
+    proposals_of = {proposals.image_id: proposals for proposals in store.read_shard(shard)}
+
+    def process(file: ImageFile, image: Image) -> T:
+        proposals = proposals_of[file.image_id]
+        if image.shape[:2] != (proposals.height, proposals.width):
+            raise ImageError(
+                f"{file.path}: is {image.shape[1]}x{image.shape[0]} pixels, its proposals are of "
+                f"{proposals.width}x{proposals.height}{orientation_hint(file.path, store.exif())}"
+            )
+        return detect(image, proposals)
+
+    files = []
+    for image_id, p in proposals_of.items():
+        if leads_out(p.file_name):  # another tool's store: no file of anybody's is opened for it
+            broken.append(str(ImageError(f"{shard}: {p.file_name} is no name within a folder")))
+        else:
+            files.append(ImageFile(image_id, p.file_name, images / p.file_name))
+    advice = "make the image smaller or lower --short-sides"
+    # Images as large as their proposals' were allowed when these were made.
+    largest = max((p.height * p.width for p in proposals_of.values()), default=0)
+    read = partial(open_image, exif=store.exif(), max_pixels=max(largest, MAX_PIXELS))
+    yield from process_images(files, process, broken=broken, advice=advice, read=read)

@@ -1,0 +1,55 @@
+"""What a run over many images did, written and printed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets.files import write_json
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        done: images of this run. done_before: of earlier runs.
+        found: proposals or detections in all of them.
+        broken: messages on images left out: unreadable, or the network failed on them.
+        passed_over: number of other files in the folders, by what they are.
+    """
+
+    done: int
+    done_before: int
+    broken: list[str]
+    found: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def none_readable(self) -> bool:
+        """Whether there were images and none of them could be used."""
+        return bool(self.broken) and not self.done and not self.done_before
+
+
+def report(summary: Summary, found: str, results: Path, output: Path) -> None:
+    """Writes broken.json and metrics.json, and prints the same; `found` is their name."""
+    write_json(output / "broken.json", summary.broken)
+    counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
+    if passed_over := summary.passed_over.total():
+        counts["passed_over"] = passed_over
+    write_json(output / "metrics.json", counts | {found: summary.found})
+    before = f" ({summary.done_before} were there already)" if summary.done_before else ""
+    print(
+        f"{counts['images']} images{before}, {summary.found:,} {found}, "
+        f"{counts['broken']} files could not be used; results in {results}"
+    )
+    if passed_over:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.passed_over.most_common())
+        print(f"  passed over {passed_over:,} other files: {kinds}")
+    for message in summary.broken:
+        print(f"  left out: {message}")
+
+
+def check_draw(draw: int) -> None:
+    """Raises a ValueError for a number of pictures below 0."""
+    if draw < 0:
+        raise ValueError(f"--draw must be at least 0, got {draw}")
