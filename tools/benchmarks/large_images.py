@@ -25,8 +25,7 @@ from datasets.images import read_image
 from pipeline.command import run_tool
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
-from pipeline.recipe import load_config
-from tools.benchmarks.synthetic import draw_image, write_sharpmask
+from tools.benchmarks.synthetic import draw_image, load_recipe, write_sharpmask
 from tools.benchmarks.timing import Calls, Rows, compare, make_parser, report
 
 ENOUGH, LITTLE = 64.0, 0.05  # GB for maps: for whole scales, and for bands of some hundred rows
@@ -40,7 +39,7 @@ def main() -> None:
     rows: Rows = {}
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "sharpmask.pt"
-        write_sharpmask(load_config(args.config, ["trunk.weights=null"]), checkpoint)
+        write_sharpmask(load_recipe(args.config, ["trunk.weights=null"]), checkpoint)
         for megapixels in sorted(args.megapixels):
             image = Path(directory) / f"{megapixels:g}.png"
             side = round((megapixels * 1e6) ** 0.5)

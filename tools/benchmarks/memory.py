@@ -26,8 +26,7 @@ from pipeline.command import run_tool
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.inference.propose_folders import propose_images
-from pipeline.recipe import load_config
-from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image, write_sharpmask
+from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image, load_recipe, write_sharpmask
 from tools.benchmarks.timing import make_parser, report
 
 SETTLED = 10  # images
@@ -46,7 +45,7 @@ def main() -> None:
         folders["ever other sizes"].append(size)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "sharpmask.pt"
-        write_sharpmask(load_config(args.config), checkpoint)
+        write_sharpmask(load_recipe(args.config), checkpoint)
         for name, sizes in folders.items():
             folder = Path(directory) / name
             folder.mkdir()

@@ -35,9 +35,14 @@ from pipeline.config import Config
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
-from pipeline.recipe import load_config
 from pipeline.training.engine import build_optimizer
-from tools.benchmarks.synthetic import draw_image, draw_rois, make_detector, write_sharpmask
+from tools.benchmarks.synthetic import (
+    draw_image,
+    draw_rois,
+    load_recipe,
+    make_detector,
+    write_sharpmask,
+)
 from tools.benchmarks.timing import Calls, Rows, interleave, make_parser, median_ratio, report
 
 CPU = torch.device("cpu")
@@ -61,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_blocks()  # as the tools do
     torch.manual_seed(0)
-    config = load_config(args.config, args.set)
+    config = load_recipe(args.config, args.set)
     tables = {name: measure(SECTIONS[name](config, args), args.rounds) for name in args.only}
     print(f"{torch.get_num_threads()} threads")
     report(tables, args.output)

@@ -1,6 +1,7 @@
 """What the benchmarks run on: random images, networks and COCO data of realistic sizes."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from torch import nn
 
 from datasets.coco import CocoInstances
 from datasets.files import write_json
+from models.deepmask import AUTO_PATCH_SIZE, DeepMaskConfig
 from models.multipathnet import MultiPathNet
 from pipeline.checkpoint import save_checkpoint
 from pipeline.config import Config
 from pipeline.inference.detect import Detector
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import make_sharpmask
-from pipeline.recipe import config_to_dict
+from pipeline.recipe import config_to_dict, load_config
 
 # Of COCO: the mean number of objects of an image, and a common size.
 OBJECTS, HEIGHT, WIDTH = 7.3, 480, 640
@@ -30,6 +32,15 @@ def draw_image(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDT
     """Smooth noise, (height, width, 3) uint8."""
     noise = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe with the published patch where it says auto: there are no objects to choose it by."""
+    config = load_config(path, list(overrides))
+    if config.deepmask.patch_size != AUTO_PATCH_SIZE:
+        return config
+    patch_size = DeepMaskConfig().patch_size
+    return replace(config, deepmask=replace(config.deepmask, patch_size=patch_size))
 
 
 def write_sharpmask(config: Config, path: Path) -> None:
