@@ -219,7 +219,7 @@ class ProposeConfig:
     # published AR does.
     nms: float | None = None
     # GB for maps of the network: larger images go through it by bands of rows, with the same
-    # results; null: .5 on a CPU, a quarter of what is free on CUDA.
+    # results; null: .15 on a CPU, a quarter of what is free on CUDA.
     memory: float | None = None
 
     def __post_init__(self) -> None:

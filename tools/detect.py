@@ -19,7 +19,7 @@ from pipeline import distributed
 from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.detect_folders import detect_images, image_folder
-from pipeline.inference.image_files import keep_freed_blocks
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images

@@ -22,7 +22,7 @@ from pipeline.command import (
     parse_scales,
     run_tool,
 )
-from pipeline.inference.image_files import keep_freed_blocks
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
@@ -73,7 +73,7 @@ def main() -> int:
         type=float,
         metavar="GB",
         help="for maps of the network; larger images go through it by bands of rows, with the same "
-        "results (default: .5 on a CPU, a quarter of what is free on CUDA)",
+        "results (default: .15 on a CPU, a quarter of what is free on CUDA)",
     )
     add_precision(parser, default="auto")
     add_device(parser)

@@ -66,6 +66,8 @@ class BandedNetwork:
             else:
                 values[node] = self.layers[node].advance(values, is_last)
             alive = sum(rows.nbytes for rows in values.values() if rows is not None)
+            if node in self.layers:
+                alive += self.layers[node].copied
             self.peak_bytes = max(self.peak_bytes, alive)
             for source in node.all_input_nodes:
                 if self.last_use[source] is node:
@@ -100,6 +102,8 @@ def _layer(network: nn.Module, node: fx.Node) -> "_Layer":
 
 class _Layer:
     """A layer of the graph, with the rows of its inputs that it still needs."""
+
+    copied = 0  # bytes of the rows that it ran on, if they were copies
 
     def __init__(self, node: fx.Node, function: Any):
         self.node, self.function = node, function
@@ -210,7 +214,7 @@ class _Windows(_Layer):
         if self.skip:
             dropped = min(self.skip, canvas.shape[ROWS])
             canvas, self.skip = canvas[..., dropped:, :], self.skip - dropped
-        length = canvas.shape[ROWS]
+        length, self.copied = canvas.shape[ROWS], 0 if canvas is rows else canvas.nbytes
         count = max(0, (length - self.span) // self.stride + 1)
         if self.is_ceil and is_last:  # one more window may begin in the image and end beyond it
             begun = 1 - (self.span - length) // self.stride

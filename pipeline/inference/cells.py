@@ -15,38 +15,6 @@ from models.deepmask import STRIDE
 
 
 @dataclass
-class ChosenCells:
-    """Cells taken out of their maps, so that these need not be kept.
-
-    Attributes:
-        cells: row and column of each in its scale. scale_xy: the scale in x and y, (n, 2) float64.
-        windows: (n, c, s, s) for each refinement module.
-    """
-
-    score_logits: Tensor  # (n, 1), as of a map with a column
-    cells: Tensor  # (n, 2) int64
-    scale_xy: Tensor  # (n, 2) float64
-    embeddings: Tensor  # (n, E)
-    windows: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Of what masks are decoded from."""
-        return sum(each.nbytes for each in (self.embeddings, *self.windows))
-
-    def take(self, indices: Tensor, patch_cells: int) -> "ChosenCells":
-        """Some of them, (n, 2) of index and 0."""
-        rows = indices[:, 0]
-        return ChosenCells(
-            self.score_logits[rows],
-            self.cells[rows],
-            self.scale_xy[rows],
-            self.embeddings[rows],
-            [each[rows] for each in self.windows],
-        )
-
-
-@dataclass
 class PyramidScale:
     """One scale of the pyramid after the network, or a band of its rows.
 
@@ -58,43 +26,19 @@ class PyramidScale:
     embeddings: Tensor  # (E, h, w)
     score_logits: Tensor  # (h, w)
     horizontal: list[Tensor]  # (c, h', w') for each refinement module, at its stride
+    index: int = 0  # of the scale
     first_row: int = 0  # of a band, in its scale
 
     @staticmethod
-    def of(
-        maps: Sequence[Tensor], scale_xy: tuple[float, float], first_row: int = 0
-    ) -> "PyramidScale":
+    def of(maps: Sequence[Tensor], scale_xy: tuple[float, float], **place: int) -> "PyramidScale":
         """From the outputs of `DenseNetwork`."""
         embeddings, scores, *horizontal = (each[0] for each in maps)
-        return PyramidScale(scale_xy, embeddings, scores, horizontal, first_row)
+        return PyramidScale(scale_xy, embeddings, scores, horizontal, **place)
 
     @property
     def nbytes(self) -> int:
         """Of what masks are decoded from."""
         return sum(each.nbytes for each in (self.embeddings, *self.horizontal))
-
-    def take(self, cells: Tensor, patch_cells: int) -> ChosenCells:
-        """Cells (n, 2) of row and column, of patches with F x F cells."""
-        rows, columns = cells.unbind(1)
-        scale_xy = torch.tensor(self.scale_xy, dtype=torch.float64).expand(len(cells), 2)
-        return ChosenCells(
-            self.score_logits[rows, columns, None],
-            torch.stack([rows + self.first_row, columns], dim=1),
-            scale_xy.to(cells.device, non_blocking=True),
-            self.embeddings[:, rows, columns].T,
-            [
-                gather_windows(each, cells, patch_cells << i, 1 << i)
-                for i, each in enumerate(self.horizontal)
-            ],
-        )
-
-
-CellMap = PyramidScale | ChosenCells
-
-
-def nbytes(scales: list[list[CellMap]]) -> int:
-    """Of what masks are decoded from."""
-    return sum(part.nbytes for scale in scales for part in scale)
 
 
 def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -106,48 +50,13 @@ def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """
     flat = torch.cat([scores.flatten() for scores in score_logits]).float()
     order = torch.sort(flat, descending=True, stable=True).indices[:count]
-    return flat[order], _locate(order, score_logits)
-
-
-def _locate(indices: Tensor, maps: list[Tensor]) -> Tensor:
-    """(N, 3) of map, row, column from positions (N,) in all of the maps one after the other."""
-    sizes = torch.tensor([each.numel() for each in maps], device=indices.device)
-    widths = torch.tensor([each.shape[1] for each in maps], device=indices.device)
+    sizes = torch.tensor([scores.numel() for scores in score_logits], device=flat.device)
+    widths = torch.tensor([scores.shape[1] for scores in score_logits], device=flat.device)
     ends = sizes.cumsum(0)
-    index = torch.searchsorted(ends, indices, right=True)
-    within = indices - (ends - sizes)[index]
-    return torch.stack([index, within // widths[index], within % widths[index]], dim=1)
-
-
-def take_cells(pyramid: Sequence[CellMap], cells: Tensor, patch_cells: int) -> ChosenCells:
-    """Cells (n, 3) of map, row, column; those of a map in a row are gathered together."""
-    indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
-    parts = [
-        pyramid[i].take(part, patch_cells)
-        for i, part in zip(indices.tolist(), cells[:, 1:].split(counts.tolist()), strict=True)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return ChosenCells(
-        torch.cat([part.score_logits for part in parts]),
-        torch.cat([part.cells for part in parts]),
-        torch.cat([part.scale_xy for part in parts]),
-        torch.cat([part.embeddings for part in parts]),
-        [torch.cat(each) for each in zip(*(part.windows for part in parts), strict=True)],
-    )
-
-
-def keep_best(scales: list[list[CellMap]], count: int, patch_cells: int) -> list[list[CellMap]]:
-    """The best cells of all scales together, taken out of their maps; in the same order."""
-    maps = [(i, each) for i, scale in enumerate(scales) for each in scale]
-    _, cells = best_cells([each.score_logits for _, each in maps], count)
-    order = torch.from_numpy(np.lexsort(cells.T.flip(0).cpu().numpy())).to(cells.device)
-    indices, counts = cells[order, 0].unique_consecutive(return_counts=True)
-    kept: list[list[CellMap]] = [[] for _ in scales]
-    for index, part in zip(indices.tolist(), cells[order, 1:].split(counts.tolist()), strict=True):
-        scale, each = maps[index]
-        kept[scale].append(each.take(part, patch_cells))
-    return kept
+    index = torch.searchsorted(ends, order, right=True)
+    within = order - (ends - sizes)[index]
+    cells = torch.stack([index, within // widths[index], within % widths[index]], dim=1)
+    return flat[order], cells
 
 
 def join_cells(

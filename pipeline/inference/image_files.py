@@ -4,15 +4,12 @@ The next image is read ahead, host memory stays flat over many images, and an im
 read or does not fit in memory stops no other.
 """
 
-import ctypes
 import itertools
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -26,12 +23,10 @@ from datasets.coco_file import read_image_list
 from datasets.file_names import find_named_files, match_paths
 from datasets.images import Image, ImageError, Sources, list_images, open_image
 from pipeline import distributed
+from pipeline.inference.memory import return_freed_blocks
 
 MAX_DIGITS = 18  # of a file name that is an image id: as many as 64 bits hold
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
-NEVER = 1 << 30  # bytes
 MAX_KEPT = 8  # images of one size between which freed memory is kept
-NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
 # What a network raises on an image that is too large: PyTorch on a CPU and OpenCV have no special
 # exception for it.
 NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
@@ -190,7 +185,7 @@ def process_images(
         try:
             image = reading.result()
             if kept == MAX_KEPT or size not in (None, image.shape):
-                _call_libc("malloc_trim", 0)
+                return_freed_blocks()
                 kept = 0
             size, kept = image.shape, kept + 1
             result = process(file, image)
@@ -228,25 +223,3 @@ def _describe_failure(error: Exception, image: Image | None, advice: str) -> str
         return f"{type(error).__name__}: {text}"
     at = "" if image is None else f" at {image.shape[1]} x {image.shape[0]} px"
     return f"out of memory{at}; {advice}"
-
-
-def keep_freed_blocks() -> None:
-    """Has glibc keep the memory of freed blocks, however large, for the next ones.
-
-    By default it returns large blocks to the system, which clears every page of them at the next
-    allocation: up to half of the time of a network's layers. The settings hold for the process;
-    call this before a network runs, since oneDNN reads its setting only once. Does nothing on other
-    systems than Linux.
-    """
-    # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
-    # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, str(NUM_PRIMITIVES))
-    _call_libc("mallopt", M_MMAP_THRESHOLD, NEVER)
-    _call_libc("mallopt", M_TRIM_THRESHOLD, NEVER)
-
-
-def _call_libc(name: str, *arguments: int) -> None:
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):  # another C library
-            getattr(ctypes.CDLL(None), name)(*arguments)

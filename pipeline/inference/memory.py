@@ -1,6 +1,9 @@
-"""Memory: how much is free, how much maps may take, and what a detector's trunk needs."""
+"""Memory: how much is free, how much maps may take, what a detector needs, what glibc keeps."""
 
+import ctypes
+import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +16,10 @@ from models.trunk import Trunk
 INPUT_BYTES = 3 * (1 + 3 * 4)
 WORKING_COPIES = 2  # of the largest layer's output: a layer's input and its output
 PROBE_SIDE = 64  # px of the image on which layers are measured
-ON_CPU, FRACTION = 500_000_000, 1 / 4  # bytes for maps; of what is free
+ON_CPU, FRACTION = 150_000_000, 1 / 4  # bytes for maps; of what is free
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
+NEVER = 1 << 30  # bytes
+NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -35,7 +41,7 @@ def free_memory(device: torch.device) -> int | None:
 def memory_limit(device: torch.device, gigabytes: float | None) -> int:
     """Bytes for maps of a network: as given, or a quarter of what is free.
 
-    On a CPU half a GB at most, since more makes hardly anything faster.
+    On a CPU .15 GB at most, since more makes hardly anything faster.
     """
     if gigabytes is not None:
         return int(gigabytes * 1e9)
@@ -71,3 +77,30 @@ def trunk_bytes(trunk: Trunk, dtype: torch.dtype) -> tuple[float, float]:
     for hook in hooks:
         hook.remove()
     return numbers * dtype.itemsize, WORKING_COPIES * largest / PROBE_SIDE**2 * dtype.itemsize
+
+
+def keep_freed_blocks() -> None:
+    """Has glibc keep the memory of freed blocks, however large, for the next ones.
+
+    By default it returns large blocks to the system, which clears every page of them at the next
+    allocation: up to half of the time of a network's layers. The settings hold for the process;
+    call this before a network runs, since oneDNN reads its setting only once. Does nothing on other
+    systems than Linux.
+    """
+    # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
+    # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(NUM_PRIMITIVES))
+    _call_libc("mallopt", M_MMAP_THRESHOLD, NEVER)
+    _call_libc("mallopt", M_TRIM_THRESHOLD, NEVER)
+
+
+def return_freed_blocks() -> None:
+    """Gives the memory of freed blocks back to the system, also that between blocks in use."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            getattr(ctypes.CDLL(None), name)(*arguments)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datasets.images import Image, ImageError, open_image
 from pipeline import distributed
-from pipeline.inference.image_files import NUM_PRIMITIVES
+from pipeline.inference.memory import NUM_PRIMITIVES
 from pipeline.inference.propose import Proposer
 
 BACKENDS = ("torch", "openvino-int8")

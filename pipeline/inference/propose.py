@@ -7,11 +7,10 @@ is large -> cells of all scales ranked together -> masks of the best cells only 
 Letters: (h, w) cells of a scale, E embedding width, M mask size, P patch size, N proposals.
 """
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ from datasets.object_sizes import (
 )
 from datasets.patch_sampler import canonical_side
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
-from datasets.scaled_rows import ScaledRows
+from datasets.scaled_rows import LINEAR, ArrayRows, ScaledRows
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
@@ -41,17 +40,13 @@ from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
 from pipeline.inference.bands import BandedNetwork
 from pipeline.inference.cells import (
-    CellMap,
-    ChosenCells,
     PyramidScale,
     best_cells,
+    gather_windows,
     join_cells,
-    keep_best,
-    nbytes,
     place_patches,
-    take_cells,
 )
-from pipeline.inference.memory import memory_limit
+from pipeline.inference.memory import memory_limit, return_freed_blocks
 from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
@@ -61,7 +56,43 @@ from pipeline.recipe import AUTO
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
-KEPT = 1 / 3  # of the memory for maps: those that masks are decoded from, once the network has run
+WHOLE = 2  # bands: a scale of so many pixels runs as a whole, which is some per cent faster
+KEPT = 0.1  # of the memory for maps: of those that masks are decoded from, before they are
+
+
+@dataclass
+class FoundMasks:
+    """Masks of cells of an image; those that lie outside of it have an empty RLE string."""
+
+    logits: np.ndarray  # (n,) float32
+    cells: np.ndarray  # (n, 3) int64 of scale, row, column
+    boxes: np.ndarray  # (n, 4) float32 xyxy
+    rles: list[bytes]
+
+    @staticmethod
+    def waiting(logits: np.ndarray, cells: np.ndarray) -> "FoundMasks":
+        """Cells whose masks are not there yet."""
+        count = len(logits)
+        return FoundMasks(logits, cells, np.zeros((count, 4), np.float32), [b""] * count)
+
+    @staticmethod
+    def join(a: "FoundMasks", b: "FoundMasks") -> "FoundMasks":
+        """Those of both."""
+        logits, cells, boxes = (
+            np.concatenate([getattr(a, name), getattr(b, name)])
+            for name in ("logits", "cells", "boxes")
+        )
+        return FoundMasks(logits, cells, boxes, a.rles + b.rles)
+
+    def order(self) -> np.ndarray:
+        """The best first; of equal ones, in the order of scales, rows and columns."""
+        scale, row, column = self.cells.T
+        return np.lexsort([column, row, scale, -self.logits])
+
+    def take(self, indices: np.ndarray) -> "FoundMasks":
+        """Some of them."""
+        rles = [self.rles[i] for i in indices.tolist()]
+        return FoundMasks(self.logits[indices], self.cells[indices], self.boxes[indices], rles)
 
 
 class Proposer:
@@ -110,33 +141,57 @@ class Proposer:
         Masks without a pixel in the image are left out.
         """
         height, width = image.shape[:2]
-        limit, memory = self.options.limit(height, width), self.memory * KEPT
+        limit = self.options.limit(height, width)
         confident = torch.zeros((), dtype=torch.int64, device=self.device)
+        best, bands = (
+            FoundMasks.waiting(np.zeros(0, np.float32), np.zeros((0, 3), int)),
+            list[PyramidScale](),
+        )
         # Run the network at every scale; the largest first, so that its freed memory serves all.
-        scales: list[list[CellMap]] = []
-        for log2_scale in reversed(self.log2_scales):
-            scales.insert(0, [])
-            for band in self.run_bands(image, log2_scale):
-                scales[0].append(band)
+        for index in reversed(range(len(self.log2_scales))):
+            return_freed_blocks()
+            for band in self.run_bands(image, self.log2_scales[index]):
+                band.index = index
+                bands.append(band)
                 confident += (band.score_logits > 0).sum()
-                if nbytes(scales) > memory:
-                    # Let go of all but the cells that can still be among the best.
-                    scales = keep_best(scales, limit, self.deepmask.cells)
-                    memory = max(memory, 2 * nbytes(scales))
-        # Keep the best cells of all scales.
-        pyramid = list(itertools.chain.from_iterable(scales))
-        logits, cells = best_cells([part.score_logits for part in pyramid], limit)
-        # Decode their masks and paste them into the image, as RLE.
-        masks = self._masks(pyramid, cells, (height, width))
+                if sum(each.nbytes for each in bands) > self.memory * KEPT:
+                    best, bands = self._find_best(best, bands, limit, (height, width)), []
+        # Rank the cells of all scales together; the best give masks.
+        best = self._find_best(best, bands, limit, (height, width))
+        inside = np.array([bool(rle) for rle in best.rles], bool)
         proposals = Proposals(
             *(image_id, file_name, height, width),
-            logits=logits.cpu().numpy()[masks.indices],  # without those outside of the image
-            boxes=masks.boxes,
-            rles=masks.rles,
+            logits=best.logits[inside],
+            boxes=best.boxes[inside],
+            rles=[rle for rle in best.rles if rle],
             num_cut_off=max(0, int(confident) - limit),
         )
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
+
+    def _find_best(
+        self, best: "FoundMasks", bands: list[PyramidScale], limit: int, image_size: tuple[int, int]
+    ) -> "FoundMasks":
+        """The best of those that were found before and of the cells of some more bands."""
+        if not bands:
+            return best
+        bands = sorted(bands, key=lambda band: (band.index, band.first_row))  # decides between ties
+        logits, cells = best_cells([band.score_logits for band in bands], limit)
+        starts = np.array([(band.index, band.first_row, 0) for band in bands])
+        band, *row_column = cells.cpu().numpy().T
+        places = starts[band] + np.stack([np.zeros_like(band), *row_column], axis=1)
+        every = FoundMasks.join(best, FoundMasks.waiting(logits.cpu().numpy(), places))
+        order = every.order()[:limit]
+        # Decode the new masks and paste them into the image, as RLE.
+        new = np.flatnonzero(np.isin(np.arange(len(best.logits), len(every.logits)), order))
+        if not len(new):
+            return every.take(order)
+        masks = self._masks(bands, cells[torch.from_numpy(new).to(cells.device)], image_size)
+        rows = len(best.logits) + new[masks.indices]
+        every.boxes[rows] = masks.boxes
+        for row, rle in zip(rows.tolist(), masks.rles, strict=True):
+            every.rles[row] = rle
+        return every.take(order)
 
     @torch.inference_mode()
     def run_scale(self, image: Image, log2_scale: float) -> PyramidScale:
@@ -149,17 +204,17 @@ class Proposer:
         """The same, in bands of rows if the scale as a whole would take too much memory."""
         scaled, scale_xy = self._resize(image, log2_scale)
         height, width = (side + self.deepmask.patch_size for side in scaled.shape[:2])
-        rows = max(1, self.band_pixels // (width * STRIDE)) * STRIDE
-        starts = range(0, height, rows)
-        if len(starts) == 1:
+        if height * width <= WHOLE * self.band_pixels:
             yield PyramidScale.of(self.dense(self._to_input(scaled, 0, height)), scale_xy)
             return
+        rows = max(1, self.band_pixels // (width * STRIDE)) * STRIDE
+        starts = range(0, height, rows)
         bands = (
             (self._to_input(scaled, start, min(start + rows, height)), start == starts[-1])
             for start in starts
         )
         for first_row, maps in join_cells(self.banded(bands), self.deepmask.cells):
-            yield PyramidScale.of(maps, scale_xy, first_row)
+            yield PyramidScale.of(maps, scale_xy, first_row=first_row)
 
     @cached_property
     def banded(self) -> BandedNetwork:
@@ -192,6 +247,9 @@ class Proposer:
         scaled: np.ndarray | ScaledRows
         if isinstance(image, WindowedImage):
             scaled = image.scaled(scale, align_corners=corners)
+        elif scale > 1 and not corners and image.size * scale**2 > 3 * self.band_pixels:
+            size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+            scaled = ScaledRows(ArrayRows(image), size, LINEAR)  # the same, but not all at once
         else:
             scaled = (resize_align_corners if corners else resize_image)(image, scale)
         if corners:
@@ -209,7 +267,8 @@ class Proposer:
         below = stop - start - above - len(pixels)
         return pad_and_normalize(pixels, border, above, below).to(self.dtype)
 
-    def decode(self, pyramid: Sequence[CellMap], cells: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def decode(self, pyramid: Sequence[PyramidScale], cells: Tensor) -> Tensor:
         """Mask logits (n, M, M) of cells, or (n, P, P) when refined.
 
         Args:
@@ -217,32 +276,39 @@ class Proposer:
                 large batch costs less than many small ones. Those of one map in a row are gathered
                 together.
         """
-        return self._decode(take_cells(pyramid, cells, self.deepmask.cells))
+        indices, counts = cells[:, 0].unique_consecutive(return_counts=True)
+        bands = [pyramid[i] for i in indices.tolist()]
+        groups = list(zip(bands, cells[:, 1:].split(counts.tolist()), strict=True))
+        embeddings = _concatenate([band.embeddings[:, c[:, 0], c[:, 1]].T for band, c in groups])
+        if self.refinement is None:
+            return self.deepmask.decode_masks(embeddings)
+        size = self.deepmask.cells
+        windows = [
+            _concatenate([gather_windows(b.horizontal[i], c, size << i, 1 << i) for b, c in groups])
+            for i in range(len(self.refinement.refinements))
+        ]
+        return self.refinement.refine(embeddings, windows)
 
     @torch.inference_mode()
-    def _decode(self, cells: ChosenCells) -> Tensor:
-        if self.refinement is None:
-            return self.deepmask.decode_masks(cells.embeddings)
-        return self.refinement.refine(cells.embeddings, cells.windows)
-
     def _masks(
-        self, pyramid: Sequence[CellMap], cells: Tensor, image_size: tuple[int, int]
+        self, pyramid: Sequence[PyramidScale], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
         """Pasted masks of cells (N, 3) of map, row, column; indices are rows of `cells`."""
+        index, *row_column = cells.cpu().numpy().T
+        first_rows = np.array([band.first_row for band in pyramid])[index]
+        places = place_patches(
+            np.stack([row_column[0] + first_rows, row_column[1]], axis=1),
+            np.array([band.scale_xy for band in pyramid])[index],
+            self.deepmask.patch_size,
+            align_corners=self.options.align_corners,
+        )
         order = torch.sort(cells[:, 0], stable=True).indices  # to gather a map's windows together
         found, boxes, rles = [], [], []
         for indices in order.split(MASK_CHUNK):
-            chosen = take_cells(pyramid, cells[indices], self.deepmask.cells)
-            logits = self._decode(chosen).float()
             rows = indices.cpu().numpy()
             part = paste(
-                logits,
-                place_patches(
-                    chosen.cells.cpu().numpy(),
-                    chosen.scale_xy.cpu().numpy(),
-                    self.deepmask.patch_size,
-                    align_corners=self.options.align_corners,
-                ),
+                self.decode(pyramid, cells[indices]).float(),
+                places[rows],
                 image_size=image_size,
                 threshold=self.options.mask_threshold,
                 align_corners=self.options.align_corners,
@@ -253,6 +319,10 @@ class Proposer:
         # Back to the order of the cells.
         rows, back = np.concatenate(found), np.concatenate(found).argsort()
         return Pasted(rows[back], np.concatenate(boxes)[back], [rles[i] for i in back])
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
 
 
 def log2_range(low: float, high: float, step: float) -> list[float]:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from datasets.images import read_image
 from pipeline.command import run_tool
-from pipeline.inference.image_files import keep_freed_blocks
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
 from tools.benchmarks.synthetic import draw_image, load_recipe, write_sharpmask
 from tools.benchmarks.timing import Calls, Rows, compare, make_parser, report
@@ -33,7 +33,7 @@ ENOUGH, LITTLE = 64.0, 0.05  # GB for maps: for whole scales, and for bands of s
 
 def main() -> None:
     """Measures every size."""
-    options = {"megapixels": [1.5, 24.0, 100.0], "num_proposals": 1000, "rounds": 5, "memory": 0.5}
+    options = {"megapixels": [1.5, 24.0, 100.0], "num_proposals": 1000, "rounds": 5, "memory": 0.15}
     parser = make_parser(__doc__, config="configs/coco_mini.yaml", **options)
     args = parser.parse_args()
     rows: Rows = {}

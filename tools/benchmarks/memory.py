@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import run_tool
-from pipeline.inference.image_files import keep_freed_blocks
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.inference.propose_folders import propose_images
 from tools.benchmarks.synthetic import HEIGHT, WIDTH, draw_image, load_recipe, write_sharpmask

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.losses import mask_loss
 from pipeline.command import run_tool
 from pipeline.config import Config
-from pipeline.inference.image_files import keep_freed_blocks
+from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 from pipeline.training.engine import build_optimizer

@@ -35,7 +35,7 @@ def draw_image(rng: np.random.Generator, height: int = HEIGHT, width: int = WIDT
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Config:
-    """A recipe with the published patch where it says auto: there are no objects to choose it by."""
+    """A recipe; the published patch where it says auto, as there are no objects to choose by."""
     config = load_config(path, list(overrides))
     if config.deepmask.patch_size != AUTO_PATCH_SIZE:
         return config

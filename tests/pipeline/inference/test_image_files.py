@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.images import ImageError
-from pipeline.inference import image_files
+from pipeline.inference import image_files, memory
 from pipeline.inference.image_files import (
     MAX_KEPT,
     ImageFile,
@@ -160,7 +160,7 @@ def test_memory_is_given_back_before_another_size(monkeypatch, sides, releases):
         return np.zeros((side, 8, 3), np.uint8)
 
     calls: list[str] = []
-    monkeypatch.setattr(image_files, "_call_libc", lambda name, *_: calls.append(name))
+    monkeypatch.setattr(memory, "_call_libc", lambda name, *_: calls.append(name))
     monkeypatch.setattr(image_files, "open_image", read)
     files = [ImageFile(n, str(n), Path(str(n))) for n in range(len(sides))]
     images = process_images(files, lambda *_: calls.count("malloc_trim"), broken=[], advice="")
