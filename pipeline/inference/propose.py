@@ -57,7 +57,7 @@ from pipeline.recipe import AUTO
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 WHOLE = 2  # bands: a scale of so many pixels runs as a whole, which is some per cent faster
-KEPT = 0.1  # of the memory for maps: of those that masks are decoded from, before they are
+KEPT = 0.2  # of the memory for maps: of those that masks are decoded from, before they are
 
 
 @dataclass
@@ -143,13 +143,10 @@ class Proposer:
         height, width = image.shape[:2]
         limit = self.options.limit(height, width)
         confident = torch.zeros((), dtype=torch.int64, device=self.device)
-        best, bands = (
-            FoundMasks.waiting(np.zeros(0, np.float32), np.zeros((0, 3), int)),
-            list[PyramidScale](),
-        )
+        best = FoundMasks.waiting(np.zeros(0, np.float32), np.zeros((0, 3), np.int64))
+        bands: list[PyramidScale] = []
         # Run the network at every scale; the largest first, so that its freed memory serves all.
         for index in reversed(range(len(self.log2_scales))):
-            return_freed_blocks()
             for band in self.run_bands(image, self.log2_scales[index]):
                 band.index = index
                 bands.append(band)
@@ -215,6 +212,7 @@ class Proposer:
         )
         for first_row, maps in join_cells(self.banded(bands), self.deepmask.cells):
             yield PyramidScale.of(maps, scale_xy, first_row=first_row)
+        return_freed_blocks()  # the next scale has other sizes
 
     @cached_property
     def banded(self) -> BandedNetwork:
