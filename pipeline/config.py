@@ -14,6 +14,7 @@ from datasets.images import MAX_PIXELS, MAX_READABLE_PIXELS
 from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
+from datasets.shapes import SceneConfig
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.settings import require, require_one_of
@@ -36,7 +37,7 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class ShapesConfig(SceneConfig):
     """The synthetic dataset, written where `directory` says when it is not there yet."""
 
     directory: str = "runs/shapes"  # gets annotations/ and images/
@@ -45,6 +46,7 @@ class ShapesConfig:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "greater than 0", lambda v: v > 0, "train_images", "val_images")
         require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
 
