@@ -70,8 +70,9 @@ def write_shapes(
 ) -> Path:
     """Writes `images/{split}/000001.jpg ...` and `annotations/instances_{split}.json`, its result.
 
-    Image i depends on (seed, split, i) and the scene alone. The json is written last and names the parameters: a
-    finished dataset of the same parameters is kept, one of other parameters is replaced.
+    Image i depends on (seed, split, i) and the scene alone. The json is written last and names the
+    parameters: a finished dataset of the same parameters is kept, one of other parameters is
+    replaced.
 
     Raises:
         ValueError: there is a json of that name which this function did not write.
