@@ -92,8 +92,7 @@ class PatchSampler:
             ValueError: the dataset has no object that a patch could show.
         """
         self.coco, self.config, self.seed = coco, config or PatchSamplingConfig(), seed
-        # The longest side in pixels of a canonical object: it fills 128 / 224 of the patch.
-        self.canonical = math.ceil(patch_size * 128 / 224)
+        self.canonical = canonical_side(patch_size)
         self._index_mask_objects()
         self._index_score_objects()
 
@@ -236,6 +235,11 @@ class PatchSampler:
 
     def _flip(self, rng: np.random.Generator) -> bool:
         return bool(rng.random() < 0.5) and self.config.flip
+
+
+def canonical_side(patch_size: int) -> int:
+    """The longest side in pixels of a canonical object: it fills 128 / 224 of the patch."""
+    return math.ceil(patch_size * 128 / 224)
 
 
 NO_SCALE = -1000  # quarters; far enough from any scale to be near none

@@ -36,7 +36,8 @@ class RoiSamplingConfig:
     crowd_overlap: float = 0.7  # of a proposal's own area; one deeper in a crowd is ignored
     draw_threshold: bool = False  # one IoU threshold a minibatch (released code), not all
     max_proposals: int = 1000  # the best of each image
-    # How proposals are made where no store of them is given; null: the scales of `propose`.
+    # How proposals are made where no store of them is given; null or auto: as the mask network's
+    # `propose.log2_scales` say.
     proposal_log2_scales: tuple[float, float, float] | None = None
     refine_proposals: bool = True  # with SharpMask, where the proposer is one
     # Only the first so many training images: making proposals takes longer than training on them.

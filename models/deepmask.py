@@ -19,13 +19,18 @@ from models.settings import require
 from models.trunk import STRIDES, Trunk
 
 STRIDE = STRIDES[-1]
+AUTO_PATCH_SIZE = 0  # a recipe's patch_size auto, until training has chosen it
 
 
 @dataclass(frozen=True)
 class DeepMaskConfig:
     """The sizes of a DeepMask; the defaults are the ECCV 2016 models'."""
 
-    patch_size: int = 160  # P, the side of the patch that a mask covers; a multiple of 16
+    # P, the side of the patch that a mask covers; a multiple of 16. auto: DeepMask's training takes
+    # 64 to 160 by the sizes of its objects, the later stages have the DeepMask's. Then mask_size,
+    # target_size and both sections' sampling.jitter_shift and negative_distance, where they have
+    # their default, which is for a patch of 160, follow in proportion.
+    patch_size: int = 160
     context: int = 32  # C, pixels around it in a training patch, half on each side; of 32
     mask_size: int = 56  # M, the side of the coarse mask
     reduction: int = 128  # channels of the 1x1 convolution before the embedding
@@ -36,9 +41,10 @@ class DeepMaskConfig:
     dropout: float = 0.5  # probability to drop, in the score head
 
     def __post_init__(self) -> None:
-        require(self, "greater than 0", lambda v: v > 0, "patch_size", "mask_size", "reduction",
-                "embedding", "score_hidden")  # fmt: skip
+        require(self, "greater than 0", lambda v: v > 0, "mask_size", "reduction", "embedding",
+                "score_hidden")  # fmt: skip
         require(self, "at least 0", lambda v: v >= 0, "context")
+        require(self, "greater than 0", lambda v: v > 0 or v == AUTO_PATCH_SIZE, "patch_size")
         require(self, "a multiple of 16", lambda v: v % STRIDE == 0, "patch_size")
         require(self, "a multiple of 32", lambda v: v % (2 * STRIDE) == 0, "context")
         require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "dropout")
@@ -64,6 +70,8 @@ class DeepMask(nn.Module):
         if trunk.strides != STRIDES:
             raise ValueError(f"trunk {trunk.name} is for detectors only: it has no stride 2")
         c = DeepMaskConfig(**settings)
+        if c.patch_size == AUTO_PATCH_SIZE:
+            raise ValueError("patch_size auto is chosen by training; a network needs a number")
         self.patch_size, self.context, self.mask_size = c.patch_size, c.context, c.mask_size
         self.cells = c.patch_size // STRIDE
         self.trunk = trunk

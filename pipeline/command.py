@@ -14,6 +14,7 @@ import torch
 from datasets.image_survey import AUTO, EXIF_CHOICES
 from datasets.images import MAX_PIXELS
 from datasets.loading import catch_stop_signals
+from datasets.object_sizes import LogScales
 from pipeline.precision import PRECISIONS
 
 
@@ -146,6 +147,23 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool, help: str) ->
         metavar="N",
         help=f"images that have more are not decoded (default: {MAX_PIXELS:,})",
     )
+
+
+def parse_scales(words: list[str] | None) -> LogScales | str | None:
+    """What --scales gave: auto, or three numbers.
+
+    Raises:
+        ValueError: something else.
+    """
+    if words is None:
+        return None
+    if words == [AUTO]:
+        return AUTO
+    try:
+        low, high, step = map(float, words)
+    except ValueError:
+        raise ValueError(f"--scales must be auto or MIN MAX STEP, got {' '.join(words)}") from None
+    return low, high, step
 
 
 def _device(name: str) -> str:

@@ -210,7 +210,9 @@ class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
     num_proposals: int = 1000  # the best of each image
-    log2_scales: tuple[float, float, float] = (-2.5, 0.5, 0.5)  # smallest, largest, step
+    # Smallest, largest, step. null or auto: those that reach the objects which the network was
+    # trained on; the published [-2.5, 0.5, 0.5] where they reach half of them, or none are known.
+    log2_scales: tuple[float, float, float] | None = None
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does
     amp: bool = True  # bfloat16 on CUDA, where --precision does not say otherwise

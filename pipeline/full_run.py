@@ -28,7 +28,7 @@ from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.run_lock import locks_output
 from pipeline.training.engine import fit, holds_run
-from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 from pipeline.training.stages import check_batch
 
 SUMMARY = "summary.json"
@@ -69,7 +69,7 @@ def run_pipeline(
     for name in config.stages:
         start = time.monotonic()
         distributed.say(f"\n== {name} ==")
-        stage_config = config
+        config = stage_config = choose_sizes(name, config, output / name)
         if name == "multipathnet":  # SharpMask's proposals have been made for its own scores
             val_proposals = str(output / "sharpmask" / "proposals")
             stage_config = replace(config, init=replace(config.init, val_proposals=val_proposals))

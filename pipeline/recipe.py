@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
+from models.deepmask import AUTO_PATCH_SIZE
 from pipeline.config import ROOT, Config
 
 # Settings that got another name, or another place: files and checkpoints from before still load.
@@ -49,6 +50,13 @@ RENAMED = {
     "propose.resampling": "propose.align_corners",
     "detect.vote": "detect.box_voting_iou",
     "detect.localisations": "detect.box_refinement_iters",
+}
+# Settings that may be the word auto, and what stands for it in the dataclasses.
+AUTO = "auto"
+AUTO_VALUES = {
+    "deepmask.patch_size": AUTO_PATCH_SIZE,
+    "propose.log2_scales": None,
+    "multipathnet.sampling.proposal_log2_scales": None,
 }
 # A recipe has a few kilobytes, in four levels; more is no recipe, and can take hours to read.
 MAX_BYTES, MAX_DEPTH = 1 << 18, 10
@@ -114,8 +122,12 @@ def config_from_dict(values: dict, *, source: str, schema: type = Config) -> Any
 
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
-    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    return {str(key): _plain(value) for key, value in values.items()}
+    container: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    values = {str(key): _plain(value) for key, value in container.items()}
+    for key, section, name in _settings_with_auto(values):
+        if section[name] == AUTO_VALUES[key]:
+            section[name] = AUTO
+    return values
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -153,6 +165,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
     try:
         for source, layer in layers.items():
             layers[source] = _with_new_names(_plain_copy(layer, source))
+            _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
             merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
     except OmegaConfBaseException as error:
@@ -245,6 +258,28 @@ def _with_new_names(values: Any) -> Any:
             section = section.setdefault(part, {})
         section[name] = value
     return values
+
+
+def _settings_with_auto(values: Any) -> Iterator[tuple[str, dict, str]]:
+    """Those of `AUTO_VALUES` that are there: the key, its section and its name in there."""
+    for key in AUTO_VALUES:
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            yield key, section, name
+
+
+def _read_auto(values: Any, source: str) -> None:
+    """Replaces the word auto by what stands for it; other words are errors."""
+    for key, section, name in _settings_with_auto(values):
+        value, is_scales = section[name], AUTO_VALUES[key] is None
+        if value == AUTO:
+            section[name] = AUTO_VALUES[key]
+        elif isinstance(value, str) if is_scales else type(value) is not int or value <= 0:
+            words = "MIN MAX STEP" if is_scales else "a number of pixels"
+            raise ValueError(f"{source}: {key} must be {words} or auto, got {cut(repr(value))}")
 
 
 def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:

@@ -14,7 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
+from pipeline.command import (
+    add_device,
+    add_images,
+    add_precision,
+    make_parser,
+    parse_scales,
+    run_tool,
+)
 from pipeline.inference.folders import propose_images
 from pipeline.inference.image_files import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
@@ -33,10 +40,10 @@ def main() -> int:
     parser.add_argument("--num-proposals", type=int, help="per image (default: the checkpoint's)")
     parser.add_argument(
         "--scales",
-        type=float,
-        nargs=3,
-        metavar=("MIN", "MAX", "STEP"),
-        help="log2 of the image scales (default: the checkpoint's; -2.5 .5 .5 as published)",
+        nargs="+",
+        metavar="auto|MIN MAX STEP",
+        help="log2 of the image scales; auto: those for the objects that the network was trained "
+        "on (default: what the recipe names, else auto; -2.5 .5 .5 as published)",
     )
     parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
     parser.add_argument(
@@ -65,7 +72,7 @@ def main() -> int:
             args.checkpoint,
             device,
             num_proposals=args.num_proposals,
-            log2_scales=args.scales,
+            log2_scales=parse_scales(args.scales),
             zoom=args.zoom,
             refine=args.refine,
             nms=args.nms,

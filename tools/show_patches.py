@@ -13,11 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.object_sizes import ObjectSides
 from pipeline.command import add_config, make_parser, run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
 from pipeline.inference.visualize import save_picture
 from pipeline.recipe import load_config
+from pipeline.sizes import choose_by_data, say_sizes
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
 
     seed = [] if args.seed is None else [f"seed={args.seed}"]
-    config = load_config(args.config, args.set + seed)
+    config = choose_by_data(load_config(args.config, args.set + seed))
     prepare_data(config)
     data = patch_dataset(
         config.deepmask,
@@ -42,6 +44,7 @@ def main() -> None:
         target_size=config.deepmask.target_size,
         seed=config.seed,
     )
+    say_sizes(ObjectSides.measure(data.sampler), config, data.sampler.canonical)
     save_picture(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 

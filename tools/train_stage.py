@@ -23,7 +23,7 @@ from pipeline.config import STAGES
 from pipeline.recipe import load_config
 from pipeline.run_lock import locked_directory
 from pipeline.training.engine import check_new, fit
-from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device, locked_directory(args.output):
         check_new(args.output, args.resume)  # before what may take hours
+        config = choose_sizes(args.stage, config, args.output)
         inputs = prepare_stage(args.stage, config, args.output, device)
         stage = build_stage(args.stage, config, inputs)
         best = fit(

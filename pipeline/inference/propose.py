@@ -18,16 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.object_sizes import (
+    PUBLISHED_LOG2_SCALES,
+    LogScales,
+    ObjectSides,
+    choose_log2_scales,
+    describe_scales,
+    explain_scales,
+)
+from datasets.patch_sampler import canonical_side
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
+from pipeline import distributed
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
 from pipeline.precision import choose_precision, to_bfloat16
+from pipeline.recipe import AUTO
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
@@ -81,7 +92,7 @@ class Proposer:
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.dtype, self.options = device, dtype, ProposeConfig(**options)
-        scales = log2_range(*self.options.log2_scales)
+        scales = log2_range(*(self.options.log2_scales or PUBLISHED_LOG2_SCALES))
         self.log2_scales = sorted({*scales, 1.0} if zoom else scales)
 
     @torch.inference_mode()
@@ -276,12 +287,22 @@ def override(section: Section, **values: Any) -> Section:
         raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
 
 
+def auto_scales(metadata: dict, patch_size: int, *, source: str) -> tuple[LogScales, str]:
+    """The scales for the objects that a checkpoint was trained on, and why they are these."""
+    if "object_sides" not in metadata:
+        reason = "published, as the checkpoint does not say how large its objects are"
+        return PUBLISHED_LOG2_SCALES, reason
+    sides = ObjectSides.from_plain(metadata["object_sides"], source=source)
+    canonical = canonical_side(patch_size)
+    return choose_log2_scales(sides, canonical), explain_scales(sides, canonical)
+
+
 def load_proposer(
     checkpoint: str | Path,
     device: torch.device,
     *,
     num_proposals: int | None = None,
-    log2_scales: tuple[float, float, float] | None = None,
+    log2_scales: LogScales | str | None = None,
     zoom: bool = False,
     refine: bool = True,
     nms: float | None = None,
@@ -289,19 +310,27 @@ def load_proposer(
 ) -> tuple[Proposer, dict]:
     """A proposer, and the settings that its proposals depend on.
 
-    Values that are None are those of the checkpoint's config; `zoom` adds the scale 2^1; without
-    `refine`, a SharpMask gives the coarse masks of its DeepMask. `precision` is as in
-    `choose_precision`.
+    Values that are None are those of the checkpoint's config; `log2_scales` "auto" are those for
+    the objects that the network was trained on, whatever its config says. `zoom` adds the scale
+    2^1; without `refine`, a SharpMask gives the coarse masks of its DeepMask. `precision` is as in
+    `choose_precision`. Says which scales were chosen, and why.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
     """
-    model, config, _ = load_network(
+    model, config, metadata = load_network(
         checkpoint, stage=("deepmask", "sharpmask"), schema=MaskNetworkConfig
     )
     assert isinstance(model, DeepMask | SharpMask)
-    changes = {"num_proposals": num_proposals, "log2_scales": log2_scales, "nms": nms}
+    asked = None if isinstance(log2_scales, str) else log2_scales
+    changes = {"num_proposals": num_proposals, "log2_scales": asked, "nms": nms}
     options = asdict(override(config.propose, **changes))
+    if options["log2_scales"] is None or log2_scales == AUTO:
+        scales, why = auto_scales(metadata, config.deepmask.patch_size, source=str(checkpoint))
+        options["log2_scales"] = scales
+    else:
+        why = "the checkpoint's config" if asked is None else "as asked for"
+    distributed.say(f"proposals at {describe_scales(options['log2_scales'])}: {why}")
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
     fold_norms(model)

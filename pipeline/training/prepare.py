@@ -22,6 +22,7 @@ from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import check_same_network
 from pipeline.recipe import find_path
+from pipeline.sizes import choose_by_checkpoint, choose_by_data, is_auto
 from pipeline.training.stages import (
     DeepMaskStage,
     MultiPathNetStage,
@@ -52,6 +53,36 @@ class StageInputs:
     boxes: dict[str, Path] = field(default_factory=dict)
 
 
+def find_begun(output: Path) -> Path | None:
+    """The checkpoint that a run directory already holds."""
+    paths = (output / "checkpoints" / name for name in (LAST, BEST))
+    return next((path for path in paths if path.exists()), None)
+
+
+def choose_sizes(name: str, config: Config, output: Path) -> Config:
+    """The config with a number where it says `patch_size: auto`; says which and why.
+
+    A DeepMask has the patch for its training objects. A run that goes on, is fine-tuned or builds
+    on a mask network keeps the patch it has there. A detector of given proposals has none.
+
+    Raises:
+        ValueError or FileNotFoundError: what it depends on is not there or cannot be used.
+    """
+    if not is_auto(config):
+        return config
+    if begun := find_begun(output):
+        return choose_by_checkpoint(config, begun)
+    if config.init.weights is not None:
+        return choose_by_checkpoint(config, find_path(config.init.weights, key="init.weights"))
+    if name == "deepmask":
+        return choose_by_data(config)
+    if name == "sharpmask":
+        return choose_by_checkpoint(config, find_deepmask(config, output))
+    if config.init.train_proposals and config.init.val_proposals:
+        return config
+    return choose_by_checkpoint(config, find_proposer(config, output))
+
+
 def prepare_stage(name: str, config: Config, output: Path, device: torch.device) -> StageInputs:
     """Finds or makes what a stage starts from: data, checkpoints, proposals.
 
@@ -67,8 +98,7 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     if name == "multipathnet":  # before proposals are made
         check_categories(config)
     weights = masks = None
-    # Its checkpoint fills the whole network.
-    begun = any((output / "checkpoints" / checkpoint).exists() for checkpoint in (LAST, BEST))
+    begun = find_begun(output) is not None  # its checkpoint fills the whole network
     if config.init.weights is not None and not begun:
         if name == "sharpmask" and config.init.deepmask:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets.object_sizes import ObjectSides
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from models.deepmask import DeepMask
@@ -32,6 +33,7 @@ from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois, sample_
 from pipeline.inference.detect import Detector
 from pipeline.inference.proposals import ProposalStore
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
+from pipeline.sizes import say_sizes
 
 
 class Stage:
@@ -147,6 +149,9 @@ class PatchStage(Stage):
 
         self.train_data = patches("train", config.seed)
         self.val_data = patches("val", VALIDATION_SEED)
+        sides = ObjectSides.measure(self.train_data.sampler)
+        self.metadata = {"object_sides": sides.to_plain()}
+        say_sizes(sides, config, self.train_data.sampler.canonical)
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""

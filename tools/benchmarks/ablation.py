@@ -35,7 +35,7 @@ from pipeline.inference.detect import load_detector
 from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.recipe import load_config, settings_of
 from pipeline.training.engine import fit
-from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 from tools.benchmarks.timing import Rows, make_parser, report
 
 
@@ -143,6 +143,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, floa
     config = load_config(args.config, [f"{key}={value}" for key, value in settings.items()])
     output = args.work_dir / args.part / f"{variant.replace(' ', '_')}_seed{seed}"
     device = torch.device(args.device)
+    config = choose_sizes(name, config, output)
     stage = build_stage(name, config, prepare_stage(name, config, output, device))
     if variant in CHANGES and isinstance(stage.model, SharpMask):
         with torch.no_grad():

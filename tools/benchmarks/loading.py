@@ -26,6 +26,7 @@ from datasets.resize import MEAN, STD
 from pipeline.command import run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.recipe import load_config
+from pipeline.sizes import choose_by_data
 from tools.benchmarks.timing import Calls, compare, make_parser, report
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     args = make_parser(__doc__, rounds=3, config="configs/shapes.yaml", patches=160).parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    config = load_config(args.config)
+    config = choose_by_data(load_config(args.config))
     prepare_data(config)
     c, (coco, images) = config.deepmask, load_split(config, "train")
     loaders: Calls = {}

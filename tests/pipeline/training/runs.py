@@ -13,13 +13,14 @@ from torch import nn
 from pipeline.command import Interrupted
 from pipeline.config import Config
 from pipeline.training.engine import fit
-from pipeline.training.prepare import build_stage, prepare_stage
+from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 from pipeline.training.stages import Stage
 
 CPU = torch.device("cpu")
 
 
 def make_stage(name: str, config: Config, output: Path, *, device: torch.device = CPU) -> Stage:
+    config = choose_sizes(name, config, output)
     return build_stage(name, config, prepare_stage(name, config, output, device))
 
 
@@ -27,6 +28,7 @@ def train(
     name: str, config: Config, output: Path, *, device: torch.device = CPU, **options: Any
 ) -> Path:
     """Trains a stage; options are `fit`'s. Returns its best checkpoint."""
+    config = choose_sizes(name, config, output)
     stage = make_stage(name, config, output, device=device)
     return fit(stage, config, output, device=device, **options)
 

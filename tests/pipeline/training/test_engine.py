@@ -261,7 +261,7 @@ def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):
     state = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     assert state.keys() == {
         "stage", "config", "model", "optimizer", "precision", "best_metric", "step", "validated",
-        "best"
+        "best", "object_sides"
     }  # fmt: skip
     assert validations(tiny_run)[-1].keys() >= {
         "mean_iou", "median_iou", "iou_above_0.5", "iou_above_0.7", "score_accuracy"
