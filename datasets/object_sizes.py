@@ -54,6 +54,8 @@ class ObjectSides:
             ValueError: it is something else.
         """
         try:
+            if not isinstance(values, Mapping):
+                raise TypeError
             count, pixels = int(values["count"]), tuple(float(v) for v in values["percentiles"])
             array = np.array(pixels)
             good = count > 0 and len(pixels) == 101 and array[0] > 0 and array[-1] < math.inf

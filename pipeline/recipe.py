@@ -124,8 +124,9 @@ def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists, numbers and strings, for checkpoints and config.yaml."""
     container: Any = OmegaConf.to_container(OmegaConf.structured(config))
     values = {str(key): _plain(value) for key, value in container.items()}
-    for key, section, name in _settings_with_auto(values):
-        if section[name] == AUTO_VALUES[key]:
+    for key, auto in AUTO_VALUES.items():
+        section, name = _section_with(values, key), key.split(".")[-1]
+        if section and section[name] == auto:
             section[name] = AUTO
     return values
 
@@ -175,7 +176,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
         return _instantiate(schema, merged)
     except ValueError as error:  # it starts with the key
         key = str(error).split(" ")[0]
-        named = [source for source, layer in layers.items() if _has(layer, key)]
+        named = [source for source, layer in layers.items() if _section_with(layer, key)]
         raise ValueError(f"{[*layers, *named][-1]}: {error}") from None
 
 
@@ -232,23 +233,12 @@ def _part_of(values: dict, schema: type) -> dict:
     return part
 
 
-def _has(layer: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(layer, dict) or part not in layer:
-            return False
-        layer = layer[part]
-    return True
-
-
 def _with_new_names(values: Any) -> Any:
     """The same with the settings of `RENAMED` under their new names."""
     for old, new in RENAMED.items():
-        *sections, name = old.split(".")
-        section = values
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or name not in section:
+        if (section := _section_with(values, old)) is None:
             continue
+        name = old.split(".")[-1]
         value = section.pop(name)
         if isinstance(value, str):
             value = RENAMED_VALUES.get(value, value)
@@ -260,23 +250,23 @@ def _with_new_names(values: Any) -> Any:
     return values
 
 
-def _settings_with_auto(values: Any) -> Iterator[tuple[str, dict, str]]:
-    """Those of `AUTO_VALUES` that are there: the key, its section and its name in there."""
-    for key in AUTO_VALUES:
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and name in section:
-            yield key, section, name
+def _section_with(values: Any, key: str) -> dict | None:
+    """The section that holds a dotted key, if it is there."""
+    *sections, name = key.split(".")
+    for part in sections:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) and name in values else None
 
 
 def _read_auto(values: Any, source: str) -> None:
     """Replaces the word auto by what stands for it; other words are errors."""
-    for key, section, name in _settings_with_auto(values):
-        value, is_scales = section[name], AUTO_VALUES[key] is None
+    for key, auto in AUTO_VALUES.items():
+        if (section := _section_with(values, key)) is None:
+            continue
+        name = key.split(".")[-1]
+        value, is_scales = section[name], auto is None
         if value == AUTO:
-            section[name] = AUTO_VALUES[key]
+            section[name] = auto
         elif isinstance(value, str) if is_scales else type(value) is not int or value <= 0:
             words = "MIN MAX STEP" if is_scales else "a number of pixels"
             raise ValueError(f"{source}: {key} must be {words} or auto, got {cut(repr(value))}")
