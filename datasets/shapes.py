@@ -44,9 +44,8 @@ SUPERSAMPLING = 4
 class SceneConfig:
     """What is drawn in an image."""
 
-    # Pixels of an image, lowest and highest; a third of the images are upright.
-    long_side: tuple[int, int] = (320, 448)
-    short_side: tuple[int, int] = (240, 384)
+    long_side: tuple[int, int] = (320, 448)  # pixels of an image, lowest and highest
+    short_side: tuple[int, int] = (240, 384)  # the same
     objects: tuple[int, int] = (3, 9)  # of an image, lowest and highest; some find no place
     # Pixels of an object's longest side: least, most frequent, largest, on a log scale.
     object_sides: tuple[float, float, float] = (16.0, 90.0, 300.0)
