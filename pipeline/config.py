@@ -211,7 +211,8 @@ class ProposeConfig:
 
     num_proposals: int = 1000  # the best of each image
     # Smallest, largest, step. null or auto: those that reach the objects which the network was
-    # trained on; the published [-2.5, 0.5, 0.5] where they reach half of them, or none are known.
+    # trained on. But the published [-2.5, 0.5, 0.5] where the checkpoint knows no objects, or where
+    # they reach half of them with a patch of 160 or more.
     log2_scales: tuple[float, float, float] | None = None
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does
