@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -30,24 +31,47 @@ MAX_HOLE_FRACTION = 0.02
 # worst IoU with the mask is .89 (thin slivers), at .4 it is .98.
 POLYGON_TOLERANCE = 0.4
 
-IMAGE_SIDES = (320, 448), (240, 384)  # px, ranges of the longer and the shorter side
 PORTRAIT_PROB, EMPTY_PROB, CROWD_PROB = 0.3, 0.08, 0.04  # of an image
-OBJECTS_PER_IMAGE = (3, 9)
-OBJECT_SIDE = (16.0, 90.0, 300.0)  # px, longest side: least, most frequent, largest; log scale
 CUT_PROB = 0.5  # that an object may leave the image; those too large for it do as well
 PLACEMENT_TRIES = 8
-MIN_VISIBLE_FRACTION, MIN_VISIBLE_AREA = 0.6, 60  # of the whole outline; px
+MIN_VISIBLE_FRACTION = 0.6  # of the whole outline
+MIN_VISIBLE_SQUARE = 60 / 16**2  # px, for each px of the square of the least longest side
 MIN_COLOR_DISTANCE = 90.0  # RGB, of an object's mean color to the mean of its ground
 SUPERSAMPLING = 4
 
 
+@dataclass(frozen=True)
+class SceneConfig:
+    """What is drawn in an image."""
+
+    long_side: tuple[int, int] = (320, 448)  # pixels of an image, lowest and highest
+    short_side: tuple[int, int] = (240, 384)  # the same
+    objects: tuple[int, int] = (3, 9)  # of an image, lowest and highest; some find no place
+    # Pixels of an object's longest side: least, most frequent, largest, on a log scale.
+    object_sides: tuple[float, float, float] = (16.0, 90.0, 300.0)
+
+    def __post_init__(self) -> None:
+        for name in ("long_side", "short_side", "objects", "object_sides"):
+            value = getattr(self, name)
+            if value[0] < 1 or list(value) != sorted(value):
+                raise ValueError(f"{name} must be ascending and at least 1, got {value}")
+        if self.object_sides[0] == self.object_sides[-1]:
+            raise ValueError(f"object_sides must be a range, got {self.object_sides}")
+
+
 def write_shapes(
-    directory: str | Path, *, num_images: int, seed: int, split: str = "train"
+    directory: str | Path,
+    *,
+    num_images: int,
+    seed: int,
+    split: str = "train",
+    scene: SceneConfig | None = None,
 ) -> Path:
     """Writes `images/{split}/000001.jpg ...` and `annotations/instances_{split}.json`, its result.
 
-    Image i depends on (seed, split, i) alone. The json is written last and names the parameters: a
-    finished dataset of the same parameters is kept, one of other parameters is replaced.
+    Image i depends on (seed, split, i) and the scene alone. The json is written last and names the
+    parameters: a finished dataset of the same parameters is kept, one of other parameters is
+    replaced.
 
     Raises:
         ValueError: there is a json of that name which this function did not write.
@@ -56,6 +80,10 @@ def write_shapes(
     path = Path(directory) / "annotations" / f"instances_{split}.json"
     info: dict = {"description": DESCRIPTION, "version": VERSION}
     info |= {"num_images": num_images, "seed": seed, "split": split}
+    scene = scene or SceneConfig()
+    for name, usual in asdict(SceneConfig()).items():
+        if getattr(scene, name) != usual:
+            info[name] = list(getattr(scene, name))
     if path.exists():
         try:
             old = json.loads(path.read_bytes())["info"]
@@ -71,7 +99,8 @@ def write_shapes(
             (folder / FILE_NAME.format(image_id)).unlink(missing_ok=True)
     content: dict = {"info": info, "images": [], "annotations": [], "categories": []}
     for image_id in progress_bar(range(1, num_images + 1), f"drawing {split}", unit="image"):
-        image, objects = render(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]))
+        rng = np.random.default_rng([seed, zlib.crc32(split.encode()), image_id])
+        image, objects = render(rng, scene)
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         _, jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         name, (height, width) = FILE_NAME.format(image_id), image.shape[:2]
@@ -131,21 +160,25 @@ def _outer_borders(mask: np.ndarray) -> list[np.ndarray]:
 # Scenes -------------------------------------------------------------------------------------------
 
 
-def render(rng: Generator) -> tuple[np.ndarray, list[tuple[str, np.ndarray, bool]]]:
+def render(
+    rng: Generator, config: SceneConfig | None = None
+) -> tuple[np.ndarray, list[tuple[str, np.ndarray, bool]]]:
     """Draws an image, (H, W, 3) uint8 RGB, and the objects seen in it.
 
     Of each its category, its visible pixels, (H, W) bool, and whether it is a crowd.
     """
-    width, height = (int(rng.integers(low, high + 1)) for low, high in IMAGE_SIDES)
+    config = config or SceneConfig()
+    sides = config.long_side, config.short_side
+    width, height = (int(rng.integers(low, high + 1)) for low, high in sides)
     if rng.random() < PORTRAIT_PROB:
         width, height = height, width
-    scene = _Scene(rng, height, width)
+    scene = _Scene(rng, height, width, MIN_VISIBLE_SQUARE * config.object_sides[0] ** 2)
     if rng.random() >= EMPTY_PROB:
-        num = rng.integers(OBJECTS_PER_IMAGE[0], OBJECTS_PER_IMAGE[1] + 1)
-        least, most_frequent, largest = np.log(OBJECT_SIDE).tolist()
-        sides = np.exp(rng.triangular(least, most_frequent, largest, size=int(num)))
+        num = rng.integers(config.objects[0], config.objects[1] + 1)
+        least, most_frequent, largest = np.log(config.object_sides).tolist()
+        longest = np.exp(rng.triangular(least, most_frequent, largest, size=int(num)))
         # Large objects mostly come first, or they would hide all the others.
-        for side in sides[np.argsort(-sides * rng.uniform(0.5, 2, num))]:
+        for side in longest[np.argsort(-longest * rng.uniform(0.5, 2, num))]:
             scene.paint_object(side)
         if rng.random() < CROWD_PROB / (1 - EMPTY_PROB):
             scene.paint_crowd()
@@ -170,10 +203,10 @@ def _expose(rng: Generator, canvas: np.ndarray) -> np.ndarray:
 class _Scene:
     """A canvas, and the object that shows at each pixel: 0 is the background."""
 
-    def __init__(self, rng: Generator, height: int, width: int) -> None:
-        self.rng = rng
+    def __init__(self, rng: Generator, height: int, width: int, min_visible_area: float) -> None:
+        self.rng, self.min_visible_area = rng, min_visible_area  # px, of an object
         self.canvas = draw_background(rng, height, width)  # (H, W, 3) float32
-        self.shown = np.zeros((height, width), np.uint8)
+        self.shown = np.zeros((height, width), np.uint16)
         self.labels: list[tuple[str, bool]] = []  # category and iscrowd of each object
         self.least_visible = [0.0]  # px of the background and of each object
 
@@ -210,7 +243,7 @@ class _Scene:
         solid = coverage >= 0.5
         # An object's area includes what is outside the image.
         area = coverage.sum() if iscrowd else cv2.contourArea(outlines[0].astype(np.float32))
-        least_visible = max(MIN_VISIBLE_AREA, MIN_VISIBLE_FRACTION * float(area))
+        least_visible = max(self.min_visible_area, MIN_VISIBLE_FRACTION * float(area))
         visible = np.bincount(self.shown[~solid], minlength=len(self.least_visible))
         if np.count_nonzero(solid) < least_visible or (visible < self.least_visible).any():
             return False

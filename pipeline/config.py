@@ -14,6 +14,7 @@ from datasets.images import MAX_PIXELS, MAX_READABLE_PIXELS
 from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
+from datasets.shapes import SceneConfig
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.settings import require, require_one_of
@@ -36,7 +37,7 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class ShapesConfig(SceneConfig):
     """The synthetic dataset, written where `directory` says when it is not there yet."""
 
     directory: str = "runs/shapes"  # gets annotations/ and images/
@@ -45,6 +46,7 @@ class ShapesConfig:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "greater than 0", lambda v: v > 0, "train_images", "val_images")
         require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
 
@@ -210,7 +212,8 @@ class ProposeConfig:
     num_proposals: int = 1000  # the best of each image
     per_megapixel: float | None = None  # so many for each megapixel, where that is more
     # Smallest, largest, step. null or auto: those that reach the objects which the network was
-    # trained on; the published [-2.5, 0.5, 0.5] where they reach half of them, or none are known.
+    # trained on. But the published [-2.5, 0.5, 0.5] where the checkpoint knows no objects, or where
+    # they reach half of them with a patch of 160 or more.
     log2_scales: tuple[float, float, float] | None = None
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does

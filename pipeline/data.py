@@ -41,7 +41,7 @@ def prepare_data(config: Config) -> None:
     if shapes is not None and distributed.is_main():
         for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
             directory = _shapes_directory(shapes)
-            write_shapes(directory, num_images=count, seed=shapes.seed, split=split)
+            write_shapes(directory, num_images=count, seed=shapes.seed, split=split, scene=shapes)
     distributed.barrier()
 
 

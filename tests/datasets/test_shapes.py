@@ -1,5 +1,7 @@
 """The synthetic dataset: the same bytes from the same seed, and annotations true to the pixels."""
 
+import json
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets import shapes
-from datasets.shapes import CATEGORY_IDS, annotate, render, write_shapes
+from datasets.shapes import CATEGORY_IDS, SceneConfig, annotate, render, write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,43 @@ def test_masks_are_disjoint_and_well_visible_and_some_are_cut_by_the_border(rend
         assert all(np.count_nonzero(mask) >= 60 for mask in masks)
         cut += [m[0].any() or m[-1].any() or m[:, 0].any() or m[:, -1].any() for m in masks]
     assert 0.1 < np.mean(cut) < 0.4
+
+
+def test_a_scene_of_many_small_objects():
+    scene = SceneConfig(
+        long_side=(400, 420), short_side=(400, 400), objects=(300, 300), object_sides=(8, 12, 20)
+    )
+    image, objects = render(np.random.default_rng(1), scene)
+    masks = np.stack([mask for _, mask, iscrowd in objects if not iscrowd])
+    assert 400 <= image.shape[1] <= 420 and image.shape[0] == 400
+    assert len(masks) > 255  # more than a byte counts
+    assert masks.sum(axis=0).max() == 1
+    sides = [max(annotate("disk", mask)["bbox"][2:]) for mask in masks]
+    assert min(sides) < 9 and max(sides) <= 21
+
+
+def test_another_scene_replaces_the_dataset(tmp_path):
+    usual = write_shapes(tmp_path, num_images=1, seed=0)
+    text = usual.read_text()
+    assert "objects" not in json.loads(text)["info"]  # as before there were settings
+    write_shapes(tmp_path, num_images=1, seed=0, scene=SceneConfig(objects=(20, 20)))
+    info = json.loads(usual.read_text())["info"]
+    assert info["objects"] == [20, 20] and "object_sides" not in info
+    write_shapes(tmp_path, num_images=1, seed=0, scene=SceneConfig())
+    assert usual.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objects": (9, 3)}, "objects must be ascending and at least 1, got (9, 3)"),
+        ({"object_sides": (0.0, 5.0, 9.0)}, "object_sides must be ascending and at least 1"),
+        ({"object_sides": (9.0, 9.0, 9.0)}, "object_sides must be a range"),
+    ],
+)
+def test_a_scene_that_cannot_be_drawn_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SceneConfig(**settings)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
