@@ -15,7 +15,7 @@ the original.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,7 +52,8 @@ class PatchSamplingConfig:
     # Positive score patches: exactly on the object (released code), or jittered as mask patches are
     # (NIPS 2015, section 3.2).
     jitter_positives: bool = False
-    negative_log2_scales: tuple[float, float] = (-3.0, 2.0)  # lowest, highest; steps of a quarter
+    # Lowest and highest, in steps of a quarter. By default also those of proposals.
+    negative_log2_scales: tuple[float, float] = (-3.0, 2.0)
     negative_distance: float = 48.0  # pixels of the resized image
     negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
     flip: bool = True  # mirror half of the patches
@@ -95,6 +96,17 @@ class PatchSampler:
         self.canonical = canonical_side(patch_size)
         self._index_mask_objects()
         self._index_score_objects()
+
+    def draw_negatives_at(self, low: float, high: float) -> None:
+        """Draws negatives also at these scales (log2), those of proposals.
+
+        Else the network would not learn there what no object is. A config that names scales for
+        negatives keeps them.
+        """
+        default = PatchSamplingConfig.negative_log2_scales
+        if self.config.negative_log2_scales == default:
+            scales = min(low, default[0]), max(high, default[1])
+            self.config = replace(self.config, negative_log2_scales=scales)
 
     def draw(self, head: str, epoch: int, group: int, *, attempt: int = 0) -> list[Patch]:
         """The patches of one group: `patches_per_image` patches of one image.

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets.coco import CocoInstances
 from datasets.object_sizes import (
+    LogScales,
     ObjectSides,
     choose_log2_scales,
     choose_patch_size,
@@ -27,8 +28,12 @@ MIN_MASK_SIZE = 28
 ROUND = 4  # sides of masks and targets are a multiple of it
 
 
-def say_sizes(sides: ObjectSides, config: Config, canonical: int) -> None:
-    """Says how large objects are, and which of them the scales of proposals reach."""
+def say_sizes(sides: ObjectSides, config: Config, canonical: int) -> LogScales:
+    """Says how large objects are, and which of them the scales of proposals reach.
+
+    Returns:
+        These scales.
+    """
     distributed.say(sides.summary())
     scales = config.propose.log2_scales
     if scales is None:
@@ -37,6 +42,7 @@ def say_sizes(sides: ObjectSides, config: Config, canonical: int) -> None:
         distributed.say(f"proposals will be made at {describe_scales(scales)}: {why}")
     if line := compare_scales(sides, scales, canonical):
         distributed.say(line)
+    return scales
 
 
 def is_auto(config: Config) -> bool:

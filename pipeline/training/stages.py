@@ -151,7 +151,9 @@ class PatchStage(Stage):
         self.val_data = patches("val", VALIDATION_SEED)
         sides = ObjectSides.measure(self.train_data.sampler)
         self.metadata = {"object_sides": sides.to_plain()}
-        say_sizes(sides, config, self.train_data.sampler.canonical)
+        low, high, _ = say_sizes(sides, config, self.train_data.sampler.canonical)
+        for data in (self.train_data, self.val_data):
+            data.sampler.draw_negatives_at(low, high)
 
     def validate(self, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""

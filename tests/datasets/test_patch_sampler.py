@@ -49,8 +49,9 @@ def coco(tmp_path_factory):
     return load(tmp_path_factory.mktemp("coco") / "instances.json", annotations)
 
 
-def make_sampler(coco, per_group=1, **options):
-    return PatchSampler(coco, config=PatchSamplingConfig(patches_per_image=per_group), **options)
+def make_sampler(coco, per_group=1, seed=0, **options):
+    config = PatchSamplingConfig(patches_per_image=per_group, **options)
+    return PatchSampler(coco, config=config, seed=seed)
 
 
 @cache
@@ -202,6 +203,14 @@ def test_negatives_keep_their_distance_from_objects_of_similar_scale(coco):
     assert_frequencies(quarters, dict.fromkeys(range(-12, 9), 1 / 21), len(empty))
     assert_even(np.array([p.x for p in empty]) / WIDTH * 2 - 1)
     assert_even(np.array([p.y for p in empty]) / HEIGHT * 2 - 1)
+
+
+def test_negatives_come_at_all_scales_of_proposals(coco):
+    for options, highest in (({}, 3.5), ({"negative_log2_scales": (-1.0, 1.0)}, 1.0)):
+        sampler = make_sampler(coco, **options)
+        sampler.draw_negatives_at(-2.5, 3.5)
+        patches = [p for group in range(2000) for p in sampler.draw(SCORE, 0, group)]
+        assert max(math.log2(p.scale) for p in patches if p.label < 0) == highest
 
 
 def test_an_image_with_no_room_for_a_negative_gives_the_farthest_draw(tmp_path):
