@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from datasets.image_headers import GRAY_INVERTED, PALETTE, Header, ImageError, read_header
+from datasets.image_headers import (
+    GRAY,
+    GRAY_INVERTED,
+    PALETTE,
+    RGB,
+    Header,
+    ImageError,
+    read_header,
+)
 from datasets.scaled_rows import AREA, CORNERS, LINEAR, ScaledRows
 from datasets.segmentations import MAX_PIXELS, MAX_SIDE
 
@@ -124,6 +132,8 @@ def open_by_windows(path: str | Path, *, turned: bool = True) -> WindowedImage |
     depth = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", "8")
     block = max(rows for rows, _ in dataset.block_shapes) * header.width
     supported = set(dataset.dtypes) <= {"uint8", "uint16"} and int(depth) >= 8
+    if "uint16" in dataset.dtypes:  # other color spaces are converted in 8 bits only
+        supported &= header.photometric in (GRAY_INVERTED, GRAY, RGB)
     if not supported or block > MAX_BLOCK_PIXELS or dataset.shape != (header.height, header.width):
         return None
     if header.width * header.height > MAX_PIXELS or max(dataset.shape) > MAX_SIDE:

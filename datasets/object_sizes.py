@@ -24,6 +24,7 @@ RARE = 2  # per cent of the objects, at either end, that scales need not reach
 PATCH_SIZES = (64, 80, 96, 112, 128, 160)  # to choose from; the last is the published one
 # A chosen patch needs no higher scale: at 2^2 an image has 16 times its pixels.
 MAX_LOG2_SCALE = 2.0
+HIGHEST = 3.0  # of log2 scales: 64 times the pixels of an image
 WORTH_A_LINE = 0.1  # fraction of the objects that scales do not reach
 
 
@@ -44,7 +45,7 @@ class ObjectSides:
     def of(cls, sides: np.ndarray) -> "ObjectSides":
         """Of sides (n,) in pixels, at least one."""
         pixels = np.percentile(np.asarray(sides, np.float64), range(101))
-        return cls(len(sides), tuple(pixels.round(2).tolist()))
+        return cls(len(sides), tuple(pixels.round(2).clip(min=0.01).tolist()))
 
     @classmethod
     def from_plain(cls, values: Any, *, source: str) -> "ObjectSides":
@@ -95,7 +96,7 @@ def reached_sides(log2_scales: LogScales, canonical: int) -> tuple[float, float]
 def choose_log2_scales(sides: ObjectSides, canonical: int) -> LogScales:
     """The scales that reach the objects, all but the rarest sizes, in steps of half an octave.
 
-    The published ones stay where they reach at least half of the objects: they do not reach all of
+    At most `HIGHEST`: specks would cost hours. The published ones stay where they reach at least half of the objects: they do not reach all of
     COCO's, and every octave more costs four times the time. They belong to the published patch: who
     takes a smaller one wants small objects.
     """
@@ -106,7 +107,7 @@ def choose_log2_scales(sides: ObjectSides, canonical: int) -> LogScales:
     largest, smallest = sides.pixels[100 - RARE], sides.pixels[RARE]
     low = math.floor(math.log2(canonical / largest) / STEP) * STEP
     high = math.ceil(math.log2(canonical / smallest) / STEP) * STEP
-    return low, high, STEP
+    return min(low, HIGHEST), min(high, HIGHEST), STEP
 
 
 def describe_scales(log2_scales: LogScales) -> str:

@@ -210,9 +210,9 @@ class ProposeConfig:
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
     num_proposals: int = 1000  # the best of each image
-    per_megapixel: float | None = None  # so many for each megapixel, where that is more
+    per_megapixel: float | None = None  # so many for each megapixel, if more than num_proposals
     # Smallest, largest, step. null or auto: those that reach the objects which the network was
-    # trained on. But the published [-2.5, 0.5, 0.5] where the checkpoint knows no objects, or where
+    # trained on. The published [-2.5, 0.5, 0.5] stay where the checkpoint knows no objects, or where
     # they reach half of them with a patch of 160 or more.
     log2_scales: tuple[float, float, float] | None = None
     mask_threshold: float = 0.2  # on probabilities
@@ -221,13 +221,13 @@ class ProposeConfig:
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None
-    # GB for maps of the network: larger images go through it by bands of rows, with the same
-    # results; null: .15 on a CPU, a quarter of what is free on CUDA.
+    # GB for maps of the network: what needs more than twice as much goes through it by bands of
+    # rows, with the same results; null: .15 on a CPU, a quarter of what is free on CUDA.
     memory: float | None = None
 
     def __post_init__(self) -> None:
         words = ("num_proposals", "per_megapixel", "memory")
-        require(self, "greater than 0", lambda v: v > 0, *words)
+        require(self, "greater than 0 and at most a million", lambda v: 0 < v <= 1e6, *words)
         require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")

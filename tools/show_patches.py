@@ -37,14 +37,21 @@ def main() -> None:
     seed = [] if args.seed is None else [f"seed={args.seed}"]
     config = choose_by_data(load_config(args.config, args.set + seed))
     prepare_data(config)
-    data = patch_dataset(
-        config.deepmask,
-        *load_split(config, args.split),
-        sampling=config.deepmask.sampling,
-        target_size=config.deepmask.target_size,
-        seed=config.seed,
-    )
-    say_sizes(ObjectSides.measure(data.sampler), config, data.sampler.canonical)
+    splits = {
+        split: patch_dataset(
+            config.deepmask,
+            *load_split(config, split),
+            sampling=config.deepmask.sampling,
+            target_size=config.deepmask.target_size,
+            seed=config.seed,
+        )
+        for split in dict.fromkeys(("train", args.split))
+    }
+    # Training objects decide the scales, also those of negatives.
+    sampler = splits["train"].sampler
+    low, high, _ = say_sizes(ObjectSides.measure(sampler), config, sampler.canonical)
+    data = splits[args.split]
+    data.sampler.draw_negatives_at(low, high)
     save_picture(patch_sheet(data, count=args.count), args.output)
     print(f"{2 * args.count} patches drawn in {args.output}")
 

@@ -32,6 +32,7 @@ from pipeline.inference.coco_json import (
     read_results,
     scored_types,
 )
+from pipeline.inference.propose import auto_scales
 from pipeline.networks import load_network
 
 THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
@@ -164,13 +165,17 @@ def score_patches(
         raise ValueError(f"--batches must be at least 2, one of each head, got {batches}")
     if not Path(images).is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
-    model, config, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
+    model, config, content = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations)
     find_files(coco, images)
     folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(
         c, coco, folder, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
     )
+    low, high, _ = (
+        config.propose.log2_scales or auto_scales(content, c.patch_size, source=str(checkpoint))[0]
+    )
+    data.sampler.draw_negatives_at(low, high)
     metrics = evaluate_patches(
         model.to(device).to(memory_format=torch.channels_last),
         data,

@@ -12,6 +12,7 @@ import pycocotools.mask as coco_mask
 
 from pipeline.inference.proposals import Proposals
 
+ROUNDING = 1e-6  # pixels: a product of floats may lie just above an IoU that is reached
 AREA_BITS = 36  # of a key: areas of up to 6e10 pixels, in 1e8 cells
 MAX_PAIRS = 1 << 21  # looked at together: bounds memory
 
@@ -49,7 +50,7 @@ def _neighbors(boxes: np.ndarray, areas: np.ndarray, iou: float) -> tuple[np.nda
     for i, j in _sharing_cells(boxes, areas, iou):
         sides = np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])
         overlap = np.minimum(sides.clip(min=0).prod(axis=1), np.minimum(areas[i], areas[j]))
-        near = (overlap > 0) & (overlap >= iou * (areas[i] + areas[j] - overlap))
+        near = (overlap > 0) & (overlap >= iou * (areas[i] + areas[j] - overlap) - ROUNDING)
         found.append(np.sort([i[near], j[near]], axis=0))
     pairs = np.concatenate(found, axis=1)
     first, second = pairs[:, np.lexsort(pairs[::-1])]
@@ -69,7 +70,7 @@ def _sharing_cells(
     for level in np.unique(levels).tolist():
         cells = np.floor(boxes / 2.0**level).astype(np.int64)  # of the corners
         large = np.flatnonzero(levels == level)
-        small = np.flatnonzero((levels <= level) & (areas >= iou * areas[large].min()))
+        small = np.flatnonzero((levels <= level) & (areas >= iou * areas[large].min() - ROUNDING))
         columns = int(cells[:, 2].max()) + 1
         # The smaller ones by cell, and within a cell by area.
         places, rows = _entries(cells, small, columns)

@@ -57,6 +57,7 @@ from pipeline.recipe import AUTO
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 WHOLE = 2  # bands: a scale of so many pixels runs as a whole, which is some per cent faster
+LARGE = 2**24  # bytes of an enlarged image, which is then made row by row
 KEPT = 0.2  # of the memory for maps: of those that masks are decoded from, before they are
 
 
@@ -220,11 +221,14 @@ class Proposer:
         assert isinstance(self.dense, DenseNetwork)
         return BandedNetwork(self.dense)
 
-    @cached_property
+    @property
     def band_pixels(self) -> int:
         """How many pixels of its input the network can see at once, by the limit of memory."""
-        if not isinstance(self.dense, DenseNetwork):
-            return sys.maxsize  # another backend takes whole images
+        # Another backend takes whole images.
+        return self._band_pixels if isinstance(self.dense, DenseNetwork) else sys.maxsize
+
+    @cached_property
+    def _band_pixels(self) -> int:
         side = self.deepmask.patch_size + 4 * STRIDE
         blank = torch.zeros(side, side, 3, dtype=torch.uint8, device=self.device)
         pixels = pad_and_normalize(blank, 0).to(self.dtype)
@@ -245,7 +249,7 @@ class Proposer:
         scaled: np.ndarray | ScaledRows
         if isinstance(image, WindowedImage):
             scaled = image.scaled(scale, align_corners=corners)
-        elif scale > 1 and not corners and image.size * scale**2 > 3 * self.band_pixels:
+        elif scale > 1 and not corners and image.size * scale**2 > LARGE:
             size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
             scaled = ScaledRows(ArrayRows(image), size, LINEAR)  # the same, but not all at once
         else:

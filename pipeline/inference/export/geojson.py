@@ -120,7 +120,15 @@ def _placed(points: np.ndarray, image: dict, crs: str) -> np.ndarray:
     if crs == NATIVE:
         return on_map
     transform = _rasterio_transform()
-    longitude, latitude = transform(georeference["crs"], "EPSG:4326", *on_map.T)
+    try:
+        longitude, latitude = transform(georeference["crs"], "EPSG:4326", *on_map.T)
+        if not (np.isfinite(longitude).all() and np.isfinite(latitude).all()):
+            raise ValueError("points beyond its projection")
+    except Exception as error:  # of GDAL, in many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"coordinates of an image cannot be converted ({reason}); give --crs native"
+        ) from None
     return np.stack([longitude, latitude], axis=1).round(DEGREES_DECIMALS)
 
 
