@@ -96,9 +96,9 @@ def reached_sides(log2_scales: LogScales, canonical: int) -> tuple[float, float]
 def choose_log2_scales(sides: ObjectSides, canonical: int) -> LogScales:
     """The scales that reach the objects, all but the rarest sizes, in steps of half an octave.
 
-    At most `HIGHEST`: specks would cost hours. The published ones stay where they reach at least half of the objects: they do not reach all of
-    COCO's, and every octave more costs four times the time. They belong to the published patch: who
-    takes a smaller one wants small objects.
+    At most `HIGHEST`: specks would cost hours. The published ones stay where they reach at least
+    half of the objects: they do not reach all of COCO's, and every octave more costs four times the
+    time. They belong to the published patch: who takes a smaller one wants small objects.
     """
     is_published = canonical >= canonical_side(PATCH_SIZES[-1])
     unreached = sum(sides.outside(*reached_sides(PUBLISHED_LOG2_SCALES, canonical)))

@@ -212,8 +212,8 @@ class ProposeConfig:
     num_proposals: int = 1000  # the best of each image
     per_megapixel: float | None = None  # so many for each megapixel, if more than num_proposals
     # Smallest, largest, step. null or auto: those that reach the objects which the network was
-    # trained on. The published [-2.5, 0.5, 0.5] stay where the checkpoint knows no objects, or where
-    # they reach half of them with a patch of 160 or more.
+    # trained on. The published [-2.5, 0.5, 0.5] stay where the checkpoint knows no objects, or
+    # where they reach half of them with a patch of 160 or more.
     log2_scales: tuple[float, float, float] | None = None
     mask_threshold: float = 0.2  # on probabilities
     align_corners: bool = False  # images and masks are resized as the released code does

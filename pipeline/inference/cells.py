@@ -41,6 +41,41 @@ class PyramidScale:
         return sum(each.nbytes for each in (self.embeddings, *self.horizontal))
 
 
+@dataclass
+class FoundMasks:
+    """Masks of cells of an image; those that lie outside of it have an empty RLE string."""
+
+    logits: np.ndarray  # (n,) float32
+    cells: np.ndarray  # (n, 3) int64 of scale, row, column
+    boxes: np.ndarray  # (n, 4) float32 xyxy
+    rles: list[bytes]
+
+    @staticmethod
+    def waiting(logits: np.ndarray, cells: np.ndarray) -> "FoundMasks":
+        """Cells whose masks are not there yet."""
+        count = len(logits)
+        return FoundMasks(logits, cells, np.zeros((count, 4), np.float32), [b""] * count)
+
+    @staticmethod
+    def join(a: "FoundMasks", b: "FoundMasks") -> "FoundMasks":
+        """Those of both."""
+        logits, cells, boxes = (
+            np.concatenate([getattr(a, name), getattr(b, name)])
+            for name in ("logits", "cells", "boxes")
+        )
+        return FoundMasks(logits, cells, boxes, a.rles + b.rles)
+
+    def order(self) -> np.ndarray:
+        """The best first; of equal ones, in the order of scales, rows and columns."""
+        scale, row, column = self.cells.T
+        return np.lexsort([column, row, scale, -self.logits])
+
+    def take(self, indices: np.ndarray) -> "FoundMasks":
+        """Some of them."""
+        rles = [self.rles[i] for i in indices.tolist()]
+        return FoundMasks(self.logits[indices], self.cells[indices], self.boxes[indices], rles)
+
+
 def best_cells(score_logits: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """The highest-scoring cells of several maps together, given the scores (h, w) of each.
 

@@ -10,7 +10,7 @@ Letters: (h, w) cells of a scale, E embedding width, M mask size, P patch size, 
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
 from pipeline.inference.bands import BandedNetwork
 from pipeline.inference.cells import (
+    FoundMasks,
     PyramidScale,
     best_cells,
     gather_windows,
@@ -59,41 +60,6 @@ MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 WHOLE = 2  # bands: a scale of so many pixels runs as a whole, which is some per cent faster
 LARGE = 2**24  # bytes of an enlarged image, which is then made row by row
 KEPT = 0.2  # of the memory for maps: of those that masks are decoded from, before they are
-
-
-@dataclass
-class FoundMasks:
-    """Masks of cells of an image; those that lie outside of it have an empty RLE string."""
-
-    logits: np.ndarray  # (n,) float32
-    cells: np.ndarray  # (n, 3) int64 of scale, row, column
-    boxes: np.ndarray  # (n, 4) float32 xyxy
-    rles: list[bytes]
-
-    @staticmethod
-    def waiting(logits: np.ndarray, cells: np.ndarray) -> "FoundMasks":
-        """Cells whose masks are not there yet."""
-        count = len(logits)
-        return FoundMasks(logits, cells, np.zeros((count, 4), np.float32), [b""] * count)
-
-    @staticmethod
-    def join(a: "FoundMasks", b: "FoundMasks") -> "FoundMasks":
-        """Those of both."""
-        logits, cells, boxes = (
-            np.concatenate([getattr(a, name), getattr(b, name)])
-            for name in ("logits", "cells", "boxes")
-        )
-        return FoundMasks(logits, cells, boxes, a.rles + b.rles)
-
-    def order(self) -> np.ndarray:
-        """The best first; of equal ones, in the order of scales, rows and columns."""
-        scale, row, column = self.cells.T
-        return np.lexsort([column, row, scale, -self.logits])
-
-    def take(self, indices: np.ndarray) -> "FoundMasks":
-        """Some of them."""
-        rles = [self.rles[i] for i in indices.tolist()]
-        return FoundMasks(self.logits[indices], self.cells[indices], self.boxes[indices], rles)
 
 
 class Proposer:
@@ -168,8 +134,8 @@ class Proposer:
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
 
     def _find_best(
-        self, best: "FoundMasks", bands: list[PyramidScale], limit: int, image_size: tuple[int, int]
-    ) -> "FoundMasks":
+        self, best: FoundMasks, bands: list[PyramidScale], limit: int, image_size: tuple[int, int]
+    ) -> FoundMasks:
         """The best of those that were found before and of the cells of some more bands."""
         if not bands:
             return best

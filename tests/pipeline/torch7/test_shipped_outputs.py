@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from models.multipathnet import MultiPathNet
 from models.roi_pooling import roi_pool_lua
 from pipeline.config import DetectConfig
+from pipeline.inference.cells import best_cells
 from pipeline.inference.detect import select_boxes
-from pipeline.inference.propose import best_cells
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import config_from_dict
 from tests.originals.pick import CORNER, OUTPUTS, read_outputs
@@ -75,8 +75,8 @@ def test_best_cells(prefix, original):
     """Scores of the best cells; the cells are moved by the original's slip with an index."""
     scores = [original[f"{prefix}/scores_{i}"] for i in (1, 2, 3)]
     top = original[f"{prefix}/top_scores"]
-    probabilities, cells = best_cells(scores, len(top))
-    torch.testing.assert_close(probabilities, top[:, 0], rtol=1e-5, atol=0)
+    logits, cells = best_cells(scores, len(top))
+    torch.testing.assert_close(logits.sigmoid(), top[:, 0], rtol=1e-5, atol=0)
     moved = (top[:, 1:] - 1).long() - cells
     assert set(map(tuple, moved.tolist())) <= {(0, -1, 1), (0, 0, 1)}
 
