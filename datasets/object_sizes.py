@@ -24,7 +24,7 @@ RARE = 2  # per cent of the objects, at either end, that scales need not reach
 PATCH_SIZES = (64, 80, 96, 112, 128, 160)  # to choose from; the last is the published one
 # A chosen patch needs no higher scale: at 2^2 an image has 16 times its pixels.
 MAX_LOG2_SCALE = 2.0
-HIGHEST = 3.0  # of log2 scales: 64 times the pixels of an image
+HIGHEST = 4.0  # of log2 scales: 256 times the pixels of an image
 WORTH_A_LINE = 0.1  # fraction of the objects that scales do not reach
 
 
@@ -96,9 +96,10 @@ def reached_sides(log2_scales: LogScales, canonical: int) -> tuple[float, float]
 def choose_log2_scales(sides: ObjectSides, canonical: int) -> LogScales:
     """The scales that reach the objects, all but the rarest sizes, in steps of half an octave.
 
-    At most `HIGHEST`: specks would cost hours. The published ones stay where they reach at least
-    half of the objects: they do not reach all of COCO's, and every octave more costs four times the
-    time. They belong to the published patch: who takes a smaller one wants small objects.
+    At most `HIGHEST`: specks, which a recipe may train on, would cost hours. The published ones
+    stay where they reach at least half of the objects: they do not reach all of COCO's, and every
+    octave more costs four times the time. They belong to the published patch: who takes a smaller
+    one wants small objects.
     """
     is_published = canonical >= canonical_side(PATCH_SIZES[-1])
     unreached = sum(sides.outside(*reached_sides(PUBLISHED_LOG2_SCALES, canonical)))

@@ -177,6 +177,16 @@ def test_equal_scores_are_chosen_as_in_the_whole():
     assert found[0].rles == found[1].rles
 
 
+def test_another_backend_takes_whole_images():
+    """Also when the network was asked before it was exchanged, as calibration does."""
+    proposer = Proposer(build({"name": "tiny"}), device=CPU, memory=1e-6)
+    image, network = np.zeros((90, 120, 3), np.uint8), proposer.dense
+    assert len(list(proposer.run_bands(image, 0.5))) > 1
+    calls: list[Tensor] = []
+    proposer.dense = lambda pixels: calls.append(pixels) or network(pixels)
+    assert len(list(proposer.run_bands(image, 0.5))) == len(calls) == 1
+
+
 @torch.inference_mode()
 def test_memory_is_set_by_the_band_and_not_by_the_image():
     model = build({"name": "tiny"})

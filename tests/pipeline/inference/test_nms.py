@@ -56,6 +56,13 @@ def test_rectangles_of_all_sizes(seed, count, limit, max_pairs):
         check(masks, limit)
 
 
+def test_an_iou_at_the_limit_is_reached():
+    """.55 times 20 pixels is more than 11 in floats."""
+    masks = np.zeros((2, 1, 20), bool)
+    masks[0], masks[1, :, :11] = True, True
+    check(masks, 0.55)
+
+
 def test_each_mask_meets_only_its_neighbors():
     """Four times as many in four times the area: four times the pairs, not sixteen times."""
     pairs = []

@@ -125,6 +125,9 @@ def test_a_signal_while_workers_start_saves_the_run(tiny_recipe, tmp_path, monke
         fit(stage, config, tmp_path, device=CPU)
     assert last_checkpoint(tmp_path)["step"] == 0
     assert "stopped at step 0; continue with --resume" in capsys.readouterr().out
+    deadline = time.monotonic() + 10  # a killed process may take its time to go
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not multiprocessing.active_children()
 
 
