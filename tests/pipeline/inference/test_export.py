@@ -136,6 +136,18 @@ def test_geojson_on_the_map(tmp_path, export):
             assert not any(hole.is_ccw for hole in polygon.interiors)
 
 
+def test_coordinates_that_cannot_be_converted(tmp_path, call_tool, capsys):
+    """A system of a building site; GDAL's errors are of many kinds."""
+    local = 'LOCAL_CS["site",LOCAL_DATUM["site",0],UNIT["metre",1],AXIS["X",EAST],AXIS["Y",NORTH]]'
+    results_folder(tmp_path / "store", georeference=UTM | {"crs": local})
+    out = tmp_path / "out.json"
+    arguments = [tmp_path / "store", "--format", "geojson", "--output", out]
+    assert call_tool("export_results", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be converted" in error and error.endswith("give --crs native")
+    assert call_tool("export_results", *arguments, "--crs", "native") == 0 and out.exists()
+
+
 def test_coordinate_systems_that_differ(tmp_path, call_tool, capsys):
     results_folder(tmp_path / "store", georeference=UTM)
     listing = json.loads((tmp_path / "store" / "images.json").read_text())
