@@ -16,7 +16,7 @@ from pipeline.inference.proposals import Detections, Proposals
 
 LABEL_HEIGHT, BELOW, LABEL_SCALE = 18, 5, 0.5  # px of a line, below its baseline; of the font
 MAX_COVERED = 0.1  # of a box, by a label
-SURE = 0.995  # scores from here on read as 1.00
+SURE = 0.995  # scores from here on read as 1.00, which tells nothing
 DUPLICATE_IOU = 0.7  # of masks: more of the same hides what else was found
 # Distinct hues, by steps of the golden ratio around the color circle.
 PALETTE = cv2.cvtColor(
@@ -35,12 +35,11 @@ def draw_proposals(image: Image, proposals: Proposals, count: int) -> np.ndarray
 
 
 def score_texts(scores: np.ndarray) -> list[str]:
-    """Scores as written on one picture; none where all would read as 1.00, or as 0.00."""
-    texts = [
-        ">0.99" if score >= SURE else "<0.01" if score <= 1 - SURE else f"{score:.2f}"
+    """Scores as written on a picture; none where they would read as 1.00."""
+    return [
+        "" if score >= SURE else f"{score:.2f}" if score > 1 - SURE else "<0.01"
         for score in scores.tolist()
     ]
-    return [""] * len(texts) if set(texts) in ({">0.99"}, {"<0.01"}) else texts
 
 
 def draw_detections(
