@@ -59,7 +59,7 @@ Section = TypeVar("Section", ProposeConfig, DetectConfig)
 MASK_CHUNK = 128  # masks decoded at once: bounds memory, whatever N is
 WHOLE = 2  # bands: a scale of so many pixels runs as a whole, which is some per cent faster
 LARGE = 2**24  # bytes of an enlarged image, which is then made row by row
-KEPT = 0.2  # of the memory for maps: of those that masks are decoded from, before they are
+KEPT = 0.35  # of the memory for maps: of those that masks are decoded from, before they are
 
 
 class Proposer:
