@@ -26,7 +26,7 @@ from datasets.image_headers import (
     ImageError,
     read_header,
 )
-from datasets.scaled_rows import AREA, CORNERS, LINEAR, ScaledRows
+from datasets.scaled_rows import CORNERS, ScaledRows, scale_rows
 from datasets.segmentations import MAX_PIXELS, MAX_SIDE
 
 LARGE_PIXELS = 100_000_000  # images that have more are read by windows where that can be done
@@ -78,8 +78,7 @@ class WindowedImage:
         if align_corners:
             height, width = (max(1, math.floor(side * scale + 0.5)) for side in self.shape[:2])
             return self.resized((height, width), CORNERS)
-        height, width = (max(1, round(side * scale)) for side in self.shape[:2])
-        return self.resized((height, width), AREA if scale < 1 else LINEAR)
+        return scale_rows(self, scale)
 
     def resized(self, size: tuple[int, int], method: str, *, rounded: bool = True) -> ScaledRows:
         """The image at a height and width, row by row; see `ScaledRows`."""

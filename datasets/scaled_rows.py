@@ -167,3 +167,9 @@ def _positions(old: int, new: int, method: str) -> tuple[np.ndarray, np.ndarray,
     floor = np.floor(at)
     before = floor.astype(np.int64)  # beyond the edge, both are the pixel there
     return before.clip(min=0), (before + 1).clip(max=old - 1), at - floor
+
+
+def scale_rows(source: RowSource, scale: float) -> ScaledRows:
+    """The image as `datasets.resize.resize_image` resizes it by a scale, row by row."""
+    height, width = (max(1, round(side * scale)) for side in source.shape[:2])
+    return ScaledRows(source, (height, width), AREA if scale < 1 else LINEAR)

@@ -24,12 +24,11 @@ from pipeline.inference.detect import Detector, load_detector
 from pipeline.inference.detect_folders import DETECTIONS, detect_images, detect_in_shard
 from pipeline.inference.proposals import ProposalStore, results_of
 from pipeline.inference.propose import load_proposer
-from pipeline.inference.propose_folders import propose_images
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.run_lock import locks_output
 from pipeline.training.engine import fit, holds_run
-from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
+from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage, propose_split
 from pipeline.training.stages import check_batch
 
 SUMMARY = "summary.json"
@@ -118,16 +117,7 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         store.rename(stale)  # at once: half a store would pass for a whole one
         shutil.rmtree(stale)
     distributed.barrier()
-    propose_images(
-        proposer,
-        images,
-        store,
-        settings=settings,
-        annotations=annotations,
-        exif=config.data.exif,
-        max_pixels=config.data.max_pixels,
-        write_json=False,
-    )
+    propose_split(config, "val", proposer, store, settings=settings)
     scores = {}
     if distributed.is_main():
         scores = score_proposals(annotations, store, output / "scores")

@@ -134,12 +134,10 @@ class _Pointwise(_Layer):
             if sum(part.shape[ROWS] for part in each) > count
         }
         first = {source: _cut(each, 0, count) for source, each in parts.items()}
-        return self._apply(first, count) if count else None
+        return self._apply(first) if count else None
 
-    def _apply(self, parts: dict[fx.Node, list[Tensor]], count: int) -> Tensor:
-        rows = {
-            s: each[0] if len(each) == 1 else torch.cat(each, ROWS) for s, each in parts.items()
-        }
+    def _apply(self, parts: dict[fx.Node, list[Tensor]]) -> Tensor:
+        rows = {source: _join(each) for source, each in parts.items()}
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), rows.__getitem__)
         return self.function(*args, **kwargs)
 
@@ -147,7 +145,7 @@ class _Pointwise(_Layer):
 class _Sum(_Pointwise):
     """The sum of two maps, of which one usually comes some rows later: added without joining."""
 
-    def _apply(self, parts: dict[fx.Node, list[Tensor]], count: int) -> Tensor:
+    def _apply(self, parts: dict[fx.Node, list[Tensor]]) -> Tensor:
         a, b = (parts[source] for source in self.node.all_input_nodes)
         in_place = self.function is operator.iadd and len(a) == 1
         total = a[0] if in_place else torch.cat(a, ROWS)

@@ -31,7 +31,7 @@ from datasets.object_sizes import (
 )
 from datasets.patch_sampler import canonical_side
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
-from datasets.scaled_rows import LINEAR, ArrayRows, ScaledRows
+from datasets.scaled_rows import ArrayRows, ScaledRows, scale_rows
 from models.deepmask import STRIDE, DeepMask
 from models.sharpmask import DenseNetwork, SharpMask
 from models.trunk import fold_norms
@@ -216,8 +216,7 @@ class Proposer:
         if isinstance(image, WindowedImage):
             scaled = image.scaled(scale, align_corners=corners)
         elif scale > 1 and not corners and image.size * scale**2 > LARGE:
-            size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
-            scaled = ScaledRows(ArrayRows(image), size, LINEAR)  # the same, but not all at once
+            scaled = scale_rows(ArrayRows(image), scale)  # the same, but not all at once
         else:
             scaled = (resize_align_corners if corners else resize_image)(image, scale)
         if corners:

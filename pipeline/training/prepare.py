@@ -18,7 +18,7 @@ from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from pipeline.config import Config
 from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.inference.proposals import ProposalStore
-from pipeline.inference.propose import load_proposer
+from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.inference.propose_folders import propose_images
 from pipeline.networks import check_same_network
 from pipeline.recipe import find_path
@@ -220,7 +220,6 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
     key = f"{split}_proposals"
     if given := getattr(config.init, key):
         return ProposalStore(find_path(given, key=f"init.{key}"))
-    annotations, images = split_files(config, split)
     sampling = config.multipathnet.sampling
     proposer, settings = load_proposer(
         find_proposer(config, output),
@@ -230,6 +229,22 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         refine=sampling.refine_proposals,
     )
     store = output / "proposals" / split
+    max_images = sampling.max_images if split == "train" else None
+    propose_split(config, split, proposer, store, settings=settings, max_images=max_images)
+    return ProposalStore(store)
+
+
+def propose_split(
+    config: Config,
+    split: str,
+    proposer: Proposer,
+    store: Path,
+    *,
+    settings: dict[str, Any],
+    max_images: int | None = None,
+) -> None:
+    """Fills a proposal store for the images of a split, or for the first of them."""
+    annotations, images = split_files(config, split)
     propose_images(
         proposer,
         images,
@@ -238,10 +253,9 @@ def find_proposals(config: Config, split: str, output: Path, device: torch.devic
         annotations=annotations,
         exif=config.data.exif,
         max_pixels=config.data.max_pixels,
-        max_images=sampling.max_images if split == "train" else None,
+        max_images=max_images,
         write_json=False,
     )
-    return ProposalStore(store)
 
 
 def write_boxes(config: Config, split: str, output: Path, store: ProposalStore) -> Path:
