@@ -12,17 +12,21 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from models.caffenet import CaffeNet
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BACKBONES = (*RESNETS, "vgg11", "vgg16", "densenet121", "caffenet")
+BACKBONES = (*RESNETS, "vgg11", "vgg16", "densenet121", "mobilenet_v2", "caffenet")
+STYLES = TORCHVISION, CAFFE = ("torchvision", "caffe")  # of ResNets, see `to_caffe_style`
+CAFFE_MEAN = (103.06, 115.90, 123.15)  # of BGR from 0 to 255
 STEM_WIDTH = 64  # channels of a ResNet's first convolution
 # The layers that a trunk does not use, by their keys in the state dict.
 CUT_AWAY = {
     "resnet": ("layer4.", "fc."),
     "vgg": ("classifier.",),
     "caffenet": ("classifier.",),
+    "mobilenet_v": ("classifier.", *(f"features.{i}." for i in range(14, 19))),
     "densenet": (
         "classifier.", "features.denseblock4.", "features.norm5.", "features.transition3.conv.",
     ),
@@ -37,15 +41,22 @@ def load_backbone(
     weights: str | Path | None = None,
     whole: bool = False,
     width: int = STEM_WIDTH,
+    style: str = TORCHVISION,
 ) -> nn.Module:
     """A whole network, with the layers that a trunk uses loaded; see `models.trunk.build_trunk`.
 
     Args:
+        style: of a ResNet, one of `STYLES`.
         whole: load the layers after the trunk, too, if `weights` has them.
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown trunk {name!r}; choose one of {', '.join(BACKBONES)}")
     if weights == "imagenet":
+        if style == CAFFE:
+            raise ValueError(
+                "torchvision's ImageNet weights are not of style caffe; give a file of weights, or "
+                "set trunk.style to torchvision"
+            )
         return _download_imagenet(name, width)
     build = CaffeNet if name == "caffenet" else torchvision.models.get_model_builder(name)
     network = build()
@@ -53,7 +64,38 @@ def load_backbone(
         _set_width(network, width)
     if weights is not None:
         _load_checked(network, name, weights, whole=whole)
+    if style == CAFFE:
+        _to_caffe_style(network)
+        if weights is not None:
+            _fold_caffe_pixels(network)
     return network
+
+
+def _to_caffe_style(network: Any) -> None:
+    """Gives a ResNet of torchvision the strides and the pool of He et al.'s, in place."""
+    network.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    for block in network.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+            if block.conv1.stride != (1, 1) and network.conv1.out_channels < STEM_WIDTH:
+                block.conv1.__class__ = NarrowShortcut
+
+
+@torch.no_grad()
+def _fold_caffe_pixels(network: Any) -> None:
+    """Makes a first convolution for Caffe's pixels one for torchvision's, in place.
+
+    255 (x std + mean) less Caffe's mean is linear in x: the factor goes into the weights, the rest,
+    about half a gray level, into the mean of the batch norm. Where zeros pad the image, that rest
+    is missing.
+    """
+    conv, norm = network.conv1, network.bn1
+    pixels = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+    mean, std = torch.tensor(pixels.mean), torch.tensor(pixels.std)
+    weight = conv.weight.flip(1)  # from BGR to RGB
+    rest = 255 * mean - torch.tensor(CAFFE_MEAN).flip(0)
+    norm.running_mean -= weight.sum((2, 3)) @ rest
+    conv.weight.copy_(weight * 255 * std[:, None, None])
 
 
 def _download_imagenet(name: str, width: int) -> nn.Module:

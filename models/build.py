@@ -46,7 +46,9 @@ def _layer4(trunk: TrunkConfig) -> ResidualHead:
         raise ValueError(
             f"head layer4 is the last stage of a ResNet, and {trunk.name} is none; use head fc"
         )
-    network: Any = load_backbone(trunk.name, weights=trunk.weights, whole=True, width=trunk.width)
+    network: Any = load_backbone(
+        trunk.name, weights=trunk.weights, whole=True, width=trunk.width, style=trunk.style
+    )
     to_trunk_layers(network.layer4, padding=trunk.padding)
     return ResidualHead(network.layer4, network.fc.in_features)
 

@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, load_backbone
+from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, STYLES, TORCHVISION, load_backbone
 from models.settings import require, require_one_of
 from models.tiny import tiny_levels
 
@@ -29,12 +30,15 @@ TRUNKS = (*BACKBONES, "tiny")
 PADDINGS = ("symmetric", "zero")  # a mirror of the input, or zeros as ImageNet networks have
 # torchvision's modules of a ResNet by level; the last stage and the classifier are cut away.
 RESNET_LEVELS = (("conv1", "bn1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
+MOBILENET_STARTS = (0, 2, 4, 7, 14)  # torchvision's blocks of MobileNetV2 by level; the rest is cut
 # The names of a convolution and of the batch norm after it.
 NORM_NAMES = (
     (re.compile(r"(denselayer\d+\.)conv1$"), r"\1norm2"),
     (re.compile(r"\bconv0$"), "norm0"),  # DenseNet's stem
     (re.compile(r"\bconv(\d)$"), r"bn\1"),  # ResNet's stem and blocks
-    (re.compile(r"\b0$"), "1"),  # ResNet's shortcut; DenseNet's stem within a trunk
+    (re.compile(r"\b0$"), "1"),  # ResNet's shortcut; within a trunk DenseNet's and MobileNet's stem
+    (re.compile(r"\bconv\.1$"), "conv.2"),  # a MobileNet block's last, without and with expansion
+    (re.compile(r"\bconv\.2$"), "conv.3"),
 )
 
 
@@ -44,6 +48,10 @@ class TrunkConfig:
 
     name: str = "resnet50"  # one of TRUNKS
     weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    # Of a ResNet: torchvision | caffe, as released with the paper: a block's first convolution has
+    # the stride, and the pool rounds sizes up and is not padded. Caffe's weights, which are for BGR
+    # from 0 to 255 less the mean, are converted to the pixels of all other trunks when read.
+    style: str = "torchvision"
     width: int = STEM_WIDTH  # of a ResNet's first convolution; the others are in proportion
     frozen_levels: int = 0  # how many of the four levels are not trained
     padding: str = "symmetric"  # symmetric | zero (detectors of the released code)
@@ -52,10 +60,13 @@ class TrunkConfig:
     def __post_init__(self) -> None:
         require_one_of(self, "name", TRUNKS)
         require_one_of(self, "padding", PADDINGS)
+        require_one_of(self, "style", STYLES)
         require(self, "greater than 0", lambda v: v > 0, "width")
         require(self, "from 0 to 4", lambda v: 0 <= v <= len(STRIDES), "frozen_levels")
         if self.width != STEM_WIDTH and self.name not in RESNETS:
             raise ValueError(f"width {self.width} is only for ResNets; use 64 for {self.name}")
+        if self.style != TORCHVISION and self.name not in RESNETS:
+            raise ValueError(f"style {self.style} is only for ResNets, and {self.name} is none")
 
 
 class Trunk(nn.Module):
@@ -103,7 +114,8 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
             )
         levels = tiny_levels()
     else:
-        levels = _cut(name, load_backbone(name, weights=weights, width=c.width))
+        network = load_backbone(name, weights=weights, width=c.width, style=c.style)
+        levels = _cut(name, network)
     layers = nn.ModuleList(levels)
     to_trunk_layers(layers, padding=c.padding, ceil_pooling=c.ceil_pooling)
     return Trunk(name, layers)
@@ -117,6 +129,8 @@ def _cut(name: str, network: Any) -> list[nn.Module]:
             for parts in RESNET_LEVELS
         ]
     f = network.features
+    if name == "mobilenet_v2":
+        return [f[start:end] for start, end in pairwise(MOBILENET_STARTS)]
     if name == "densenet121":
         # A dense block leaves raw sums; the norm and ReLU of the next transition complete it.
         t1, t2, t3 = f.transition1, f.transition2, f.transition3
@@ -130,8 +144,7 @@ def _cut(name: str, network: Any) -> list[nn.Module]:
     pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
     if name.startswith("vgg"):
         del pools[0]  # conv1 and conv2 are one level
-    starts = [0, *pools, len(layers)]
-    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [nn.Sequential(*layers[a:b]) for a, b in pairwise([0, *pools, len(layers)])]
 
 
 # --- padding --------------------------------------------------------------------------------------
@@ -163,7 +176,7 @@ def to_trunk_layers(
                 frozen.load_state_dict(layer.state_dict())
                 setattr(parent, name, frozen)
             elif isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode = ceil_pooling
+                layer.ceil_mode = ceil_pooling or layer.ceil_mode
             elif isinstance(layer, nn.Conv2d) and padding == "symmetric":
                 if layer.padding == (1, 1):
                     layer.padding_mode = "replicate"  # the mirror of one pixel is that pixel
