@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from datasets.coco import CocoInstances
+from datasets.colors import ColorFactors
 
 MASK, SCORE = "mask", "score"
 MAX_NEGATIVE_DRAWS = 100  # then the farthest of them is taken
@@ -36,6 +37,7 @@ class Patch:
     y: float
     scale: float  # see the module
     flip: bool  # mirror left-right
+    colors: ColorFactors = ColorFactors()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PatchSamplingConfig:
     negative_distance: float = 48.0  # pixels of the resized image
     negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
     flip: bool = True  # mirror half of the patches
+    jitter_color: float = 0.0  # brightness, contrast and saturation change by this fraction at most
 
     def __post_init__(self) -> None:
         low, high = self.negative_log2_scales
@@ -64,8 +67,9 @@ class PatchSamplingConfig:
             raise ValueError(
                 f"patches_per_image must be greater than 0, got {self.patches_per_image}"
             )
-        if not 0 <= self.mask_batch_prob <= 1:
-            raise ValueError(f"mask_batch_prob must be from 0 to 1, got {self.mask_batch_prob}")
+        for name in ("mask_batch_prob", "jitter_color"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         for name in ("jitter_shift", "jitter_scale", "min_area", "min_side", "negative_distance",
                      "negative_scale_distance"):  # fmt: skip
             if getattr(self, name) < 0:
@@ -115,7 +119,9 @@ class PatchSampler:
         turned out to be unreadable.
         """
         rng = np.random.default_rng([self.seed, epoch, group, attempt])
-        return self._draw_mask_group(rng) if head == MASK else self._draw_score_group(rng)
+        patches = self._draw_mask_group(rng) if head == MASK else self._draw_score_group(rng)
+        jitter = self.config.jitter_color
+        return [replace(patch, colors=ColorFactors.draw(rng, jitter)) for patch in patches]
 
     # Mask patches ---------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import pycocotools.mask as coco_mask
 import torch
 
 from datasets.coco import CocoInstances
+from datasets.colors import change_colors
 from datasets.images import ImageFolder
 from datasets.loading import TrainingDataset
 from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
@@ -156,7 +157,8 @@ class PatchDataset(TrainingDataset):
         if head == SCORE:
             largest = self.input_size / MIN_CROP
             patches = [replace(p, scale=min(p.scale, largest)) for p in patches]
-        pixels = np.stack([normalize(crop_patch(image, p, self.input_size)) for p in patches])
+        crops = [change_colors(crop_patch(image, p, self.input_size), p.colors) for p in patches]
+        pixels = np.stack([normalize(crop) for crop in crops])
         item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
         if head == MASK:
             sizes = {"patch_size": self.patch_size, "target_size": self.target_size}

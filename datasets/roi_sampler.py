@@ -13,7 +13,7 @@ Letters: n candidates of an image, R RoIs drawn from them, K IoU thresholds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -21,6 +21,7 @@ import torch
 from torchvision.ops import box_convert
 
 from datasets.coco import CocoInstances
+from datasets.colors import ColorFactors
 from datasets.proposal_boxes import ProposalBoxes
 
 IOU_THRESHOLDS = (0.50, 0.55, 0.60, 0.65, 0.70, 0.75)  # of the integral loss
@@ -45,13 +46,17 @@ class RoiSamplingConfig:
     short_side: int = 800  # pixels of the resized image
     long_side: int = 1000  # at most; then the short side is shorter
     flip: bool = True  # mirror half of the images
+    jitter_scale: float = 0.0  # log2, of the resized image
+    jitter_color: float = 0.0  # brightness, contrast and saturation change by this fraction at most
 
     def __post_init__(self) -> None:
         for name in ("rois_per_image", "max_proposals", "max_images", "short_side", "long_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
-        for name in ("fg_fraction", "bg_iou_low", "crowd_overlap"):
+        if self.jitter_scale < 0:
+            raise ValueError(f"jitter_scale must be at least 0, got {self.jitter_scale}")
+        for name in ("fg_fraction", "bg_iou_low", "crowd_overlap", "jitter_color"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.proposal_log2_scales is not None:
@@ -76,6 +81,8 @@ class RoiSample:
     rois: np.ndarray  # (R, 4) float32 xyxy in pixels of the original image
     labels: np.ndarray  # (K, R) int64
     boxes: np.ndarray  # (R, 4) float32, the objects' of what is foreground, else the RoIs
+    scale: float = 1.0  # factor on the sides that images are resized to
+    colors: ColorFactors = ColorFactors()
 
 
 class RoiSampler:
@@ -115,15 +122,18 @@ class RoiSampler:
 
     def draw(self, epoch: int, index: int, threshold: int = -1, *, attempt: int = 0) -> RoiSample:
         """Sample `index` of an epoch; `attempt` counts up when its image was unreadable."""
-        image, rng = self.draw_image(epoch, index, attempt=attempt)
-        return self.sample(image, rng, threshold)
+        image, scale, rng = self.draw_image(epoch, index, attempt=attempt)
+        sample = self.sample(image, rng, threshold)
+        return replace(sample, scale=scale, colors=ColorFactors.draw(rng, self.config.jitter_color))
 
     def draw_image(
         self, epoch: int, index: int, *, attempt: int = 0
-    ) -> tuple[int, np.random.Generator]:
-        """The image (row) of a sample, and the generator that its RoIs are drawn with."""
+    ) -> tuple[int, float, np.random.Generator]:
+        """The image (row) of a sample, its scale, and the generator of its RoIs."""
         rng = np.random.default_rng([self.seed, epoch, index, attempt])
-        return int(self.drawable[rng.integers(len(self.drawable))]), rng
+        image, jitter = rng.integers(len(self.drawable)), self.config.jitter_scale
+        scale = 2.0 ** rng.uniform(-jitter, jitter) if jitter else 1.0
+        return int(self.drawable[image]), scale, rng
 
     def sample(self, image: int, rng: np.random.Generator, threshold: int = -1) -> RoiSample:
         """RoIs of one image, for the IoU threshold of the given index or, with -1, for all.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.coco import CocoInstances
+from datasets.colors import change_colors
 from datasets.images import ImageFolder
 from datasets.loading import TrainingDataset
 from datasets.resize import IMAGENET, PixelConfig, normalize, resize_sides, resized_sides
@@ -62,12 +63,13 @@ class RoiDataset(TrainingDataset):
             lambda attempt: self.sampler.draw(epoch, index, threshold, attempt=attempt),
             lambda sample: sample.image,
         )
-        pixels, scale_xy = resize_sides(image, **self._sides())
+        pixels, scale_xy = resize_sides(image, **self._sides(sample.scale))
         if sample.flip:
             pixels = pixels[:, ::-1]
+        pixels = change_colors(pixels.astype(np.float32) / 255, sample.colors)
         scales = np.array(scale_xy * 2, np.float32)
         item = {
-            "image": torch.from_numpy(normalize(pixels.astype(np.float32) / 255, self.pixels)),
+            "image": torch.from_numpy(normalize(pixels, self.pixels)),
             "rois": torch.from_numpy(self.corners(sample.rois) * scales),
             "boxes": torch.from_numpy(self.corners(sample.boxes) * scales),
             "labels": torch.from_numpy(sample.labels),
@@ -79,16 +81,16 @@ class RoiDataset(TrainingDataset):
     def _frame(self, epoch: int, index: int) -> Tensor:
         first = index - index % self.images_per_batch
         samples = range(first, first + self.images_per_batch)
-        rows = [self.sampler.draw_image(epoch, i)[0] for i in samples]
-        sizes = [resized_sides(*self.coco.image_sizes[row].tolist(), **self._sides())
-                 for row in rows]  # fmt: skip
+        images = [self.sampler.draw_image(epoch, i)[:2] for i in samples]
+        sizes = [resized_sides(*self.coco.image_sizes[row].tolist(), **self._sides(scale))
+                 for row, scale in images]  # fmt: skip
         return torch.tensor(sizes).amax(dim=0)
 
-    def _sides(self) -> dict[str, Any]:
+    def _sides(self, scale: float) -> dict[str, Any]:
         config = self.sampler.config
         return {
-            "short_side": config.short_side,
-            "long_side": config.long_side,
+            "short_side": max(1, round(config.short_side * scale)),
+            "long_side": max(1, round(config.long_side * scale)),
             "align_corners": self.align_corners,
         }
 

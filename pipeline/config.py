@@ -90,6 +90,8 @@ class OptimConfig:
     warmup_batches: int = 0  # linear from zero
     trunk_lr_factor: float = 1.0  # on the learning rate of the trunk
     clip_gradient: float | None = None  # largest norm
+    # Of an exponential moving average of the weights, which is then validated and kept; null: none.
+    ema_decay: float | None = None
     amp: bool = True  # bfloat16 on CUDA, where --precision does not say otherwise
     validate_every: int = 2  # epochs
     validation_batches: int = 500  # minibatches of a validation
@@ -104,7 +106,7 @@ class OptimConfig:
                 "log_every")  # fmt: skip
         require(self, "at least 0", lambda v: v >= 0, "weight_decay", "warmup_batches",
                 "trunk_lr_factor", "save_every_minutes")  # fmt: skip
-        require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "momentum")
+        require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "momentum", "ema_decay")
         require(self, "epochs with factors > 0",
                 lambda v: all(epoch >= 0 and f > 0 for epoch, f in v.items()),
                 "lr_drops")  # fmt: skip

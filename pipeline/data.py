@@ -157,7 +157,8 @@ def roi_dataset(
 ) -> RoiDataset:
     """RoIs of annotated images and their proposals.
 
-    `all_images`, for validation: whatever `max_images` says, and for all IoU thresholds at once.
+    `all_images`, for validation: whatever `max_images` says, for all IoU thresholds at once, and
+    of unchanged scale and colors.
 
     Raises:
         ValueError: no proposal is of these images.
@@ -166,7 +167,9 @@ def roi_dataset(
         raise ValueError(f"the proposals are of other images than {coco.path}: no id is in both")
     sampling = c.sampling
     if all_images:
-        sampling = replace(sampling, max_images=None, draw_threshold=False)
+        sampling = replace(
+            sampling, max_images=None, draw_threshold=False, jitter_scale=0.0, jitter_color=0.0
+        )
     sampler = RoiSampler(
         coco, proposals, config=sampling, iou_thresholds=c.iou_thresholds, seed=seed
     )

@@ -134,8 +134,8 @@ def test_validation_of_other_ids_gives_the_same_metrics(
     assert words in capsys.readouterr().out
     for name in ("category_ids", "category_index"):
         assert np.array_equal(*(getattr(stage.val_data.coco, name) for stage in stages))
-    metrics = same.validate(CPU)
-    assert other.validate(CPU) == metrics and metrics["sample_ap"] > 0
+    metrics = same.validate(same.model, CPU)
+    assert other.validate(other.model, CPU) == metrics and metrics["sample_ap"] > 0
 
 
 def test_a_category_that_validation_lacks_keeps_its_class(write, tiny_config, stores, tmp_path):

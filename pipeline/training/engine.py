@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from datasets.categories import check_same_outputs
 from datasets.files import atomic_path
@@ -95,6 +96,10 @@ class TrainingRun:
         self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
         stage.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.optim, stage.parameter_groups())
+        self.average: AveragedModel | None = None  # validated and used in place of the model
+        if self.optim.ema_decay is not None:
+            decay = get_ema_multi_avg_fn(self.optim.ema_decay)
+            self.average = AveragedModel(stage.model, multi_avg_fn=decay)
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
         self.start, self.saved = 0, -1  # steps: of this session, and of what is in last.pt
@@ -287,6 +292,8 @@ class TrainingRun:
         with self.changing:
             self.half_step = True
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.stage.model)
             self.step += 1
             self.half_step = False
         return {name: value.detach() for name, value in losses.items()}
@@ -310,7 +317,7 @@ class TrainingRun:
         if rest or not due or self.validated == self.step:  # at first, both are 0
             return False
         with self.stop.at_once():
-            metrics = self.stage.validate(self.device)
+            metrics = self.stage.validate(self.result, self.device)
         self.stage.model.train()
         self._write("val", **metrics)
         self.validated = self.step
@@ -321,6 +328,11 @@ class TrainingRun:
             self._save(BEST)
         self._save(LAST)
         return True
+
+    @property
+    def result(self) -> nn.Module:
+        """The network whose weights are the run's result: averaged, where the recipe says so."""
+        return self.stage.model if self.average is None else self.average.module
 
     def _write(self, split: str, **values: float) -> None:
         epoch = self.step / self.optim.batches_per_epoch
@@ -342,13 +354,15 @@ class TrainingRun:
             state = {
                 "stage": self.stage.name,
                 "config": config_to_dict(self.config),
-                "model": self.stage.model.state_dict(),
+                "model": self.result.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "precision": self.precision,
                 "best_metric": self.stage.best_metric,
                 **{key: getattr(self, key) for key in PROGRESS},
                 **self.stage.metadata,
             }
+            if self.average is not None:
+                state["trained_model"] = self.stage.model.state_dict()
             save_checkpoint(self.checkpoints / name, state)
             if name == LAST:
                 self.saved = self.step
@@ -359,7 +373,11 @@ class TrainingRun:
         self._check_same_run(old, source)
         metadata = (each.get("categories", []) for each in (state, self.stage.metadata))
         check_same_outputs(*metadata, source=source)
-        load_weights(self.stage.model, state["model"], source=source)
+        trained = state.get("trained_model", state["model"])
+        load_weights(self.stage.model, trained, source=source)
+        if self.average is not None:
+            load_weights(self.average.module, state["model"], source=source)
+            self.average.n_averaged.fill_(state["step"])
         # The state is the old run's; rates, decay and momentum are what the config says now.
         groups = self.optimizer.state_dict()["param_groups"]
         try:

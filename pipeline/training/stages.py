@@ -5,12 +5,14 @@ or found by `pipeline/training/prepare.py`.
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets.object_sizes import ObjectSides
+from datasets.patch_sampler import PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from models.deepmask import DeepMask
@@ -108,8 +110,8 @@ class Stage:
         """Scalars of a minibatch; "loss" is what is minimized."""
         raise NotImplementedError
 
-    def validate(self, device: torch.device) -> dict[str, float]:
-        """Metrics over the validation samples of all processes."""
+    def validate(self, model: Any, device: torch.device) -> dict[str, float]:
+        """Metrics of the network, or of its averaged weights, over all processes' samples."""
         raise NotImplementedError
 
 
@@ -138,27 +140,27 @@ class PatchStage(Stage):
         super().__init__(config)
         self.sampling = getattr(config, self.name).sampling
 
-        def patches(split: str, seed: int) -> PatchDataset:
+        def patches(split: str, seed: int, sampling: PatchSamplingConfig) -> PatchDataset:
             return patch_dataset(
                 config.deepmask,
                 *load_split(config, split),
-                sampling=self.sampling,
+                sampling=sampling,
                 target_size=target_size,
                 seed=seed,
             )
 
-        self.train_data = patches("train", config.seed)
-        self.val_data = patches("val", VALIDATION_SEED)
+        self.train_data = patches("train", config.seed, self.sampling)
+        self.val_data = patches("val", VALIDATION_SEED, replace(self.sampling, jitter_color=0.0))
         sides = ObjectSides.measure(self.train_data.sampler)
         self.metadata = {"object_sides": sides.to_plain()}
         low, high, _ = say_sizes(sides, config, self.train_data.sampler.canonical)
         for data in (self.train_data, self.val_data):
             data.sampler.draw_negatives_at(low, high)
 
-    def validate(self, device: torch.device) -> dict[str, float]:
+    def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches."""
         return evaluate_patches(
-            self.model,
+            model,
             self.val_data,
             device,
             heads=validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob),
@@ -267,10 +269,10 @@ class MultiPathNetStage(Stage):
         loss = classes + self.config.multipathnet.box_weight * boxes
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 
-    def validate(self, device: torch.device) -> dict[str, float]:
+    def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """RoI metrics on `validation_batches` minibatches, AP on `validation_images`."""
         metrics = evaluate_rois(
-            self.model,
+            model,
             self.val_data,
             device,
             # As many images at once as a training step has in each process.
@@ -281,7 +283,7 @@ class MultiPathNetStage(Stage):
         c = self.config.multipathnet
         if c.validation_images:
             detector = Detector(
-                self.model,
+                model,
                 self.metadata["categories"],
                 device=device,
                 config=c,

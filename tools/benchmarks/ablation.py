@@ -150,7 +150,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, floa
             stage.model = CHANGES[variant](stage.model, config)
     best = fit(stage, config, output, device=device, resume=True)
     if args.part == "refinement":
-        return stage.validate(device)
+        return stage.validate(stage.model, device)
     annotations, images = split_files(config, "val")
     (detector, _), results = load_detector(best, device), []
     for proposals in ProposalStore(str(config.init.val_proposals)):
