@@ -33,11 +33,13 @@ from models.multipathnet import MultiPathNet  # noqa: E402
 from models.sharpmask import SharpMask  # noqa: E402
 from models.trunk import TrunkConfig  # noqa: E402
 from pipeline.networks import load_network  # noqa: E402
+from pipeline.pretrained import pretrained_checkpoint  # noqa: E402
 
 
 def deepmask(
     *,
     checkpoint: str | None = None,
+    pretrained: bool = False,
     trunk: str = "resnet50",
     trunk_weights: str | None = None,
     **sizes: Any,
@@ -47,21 +49,30 @@ def deepmask(
     Args:
         checkpoint: its config gives trunk and sizes, and the other arguments are not used. Of a
             SharpMask checkpoint, the DeepMask that it is built on.
+        pretrained: the one of the weights in the box (docs/model_card.md).
         trunk: one of `models.trunk.TRUNKS`.
         trunk_weights: see `models.trunk.build_trunk`.
         sizes: fields of `models.deepmask.DeepMaskConfig`.
     """
-    if checkpoint is None:
+    if checkpoint is None and not pretrained:
         return build_deepmask(TrunkConfig(name=trunk, weights=trunk_weights), **sizes)
-    model, _, _ = load_network(checkpoint, stage=("deepmask", "sharpmask"))
+    path = _checkpoint("sharpmask", checkpoint, pretrained)
+    model, _, _ = load_network(path, stage=("deepmask", "sharpmask"))
     return model.deepmask if isinstance(model, SharpMask) else model
 
 
-def sharpmask(*, checkpoint: str) -> SharpMask:
-    """SharpMask and the DeepMask that it is built on, from a checkpoint of tools/train_stage.py."""
-    return load_network(checkpoint, stage="sharpmask")[0]
+def sharpmask(*, checkpoint: str | None = None, pretrained: bool = False) -> SharpMask:
+    """SharpMask and the DeepMask that it is built on: from a checkpoint, or as in the box."""
+    return load_network(_checkpoint("sharpmask", checkpoint, pretrained), stage="sharpmask")[0]
 
 
-def multipathnet(*, checkpoint: str) -> MultiPathNet:
-    """MultiPathNet, from a checkpoint of tools/train_stage.py."""
-    return load_network(checkpoint, stage="multipathnet")[0]
+def multipathnet(*, checkpoint: str | None = None, pretrained: bool = False) -> MultiPathNet:
+    """MultiPathNet: from a checkpoint of tools/train_stage.py, or the one in the box."""
+    path = _checkpoint("multipathnet", checkpoint, pretrained)
+    return load_network(path, stage="multipathnet")[0]
+
+
+def _checkpoint(stage: str, checkpoint: str | None, pretrained: bool) -> str | Path:
+    if (checkpoint is None) == (not pretrained):
+        raise ValueError("give either checkpoint or pretrained=True")
+    return checkpoint or pretrained_checkpoint(stage)

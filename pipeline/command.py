@@ -1,12 +1,14 @@
 """What the command-line tools share: options, and errors in one line."""
 
 import argparse
+import glob
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -17,6 +19,8 @@ from datasets.loading import catch_stop_signals
 from datasets.object_sizes import LogScales
 from pipeline import distributed
 from pipeline.precision import PRECISIONS
+
+DRAWN = 10  # results in an image of somebody who names no folder for them
 
 
 class Interrupted(KeyboardInterrupt):
@@ -153,6 +157,34 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool, help: str) ->
         metavar="N",
         help=f"images that have more are not decoded (default: {MAX_PIXELS:,})",
     )
+
+
+def add_results(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Adds --output and --draw; `choose_results` fills in what is not given.
+
+    `kind` is the folder below runs/ for results without --output.
+    """
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of the results (default: runs/{kind}/NAME, by the name of the images)",
+    )
+    parser.add_argument(
+        "--draw",
+        type=int,
+        metavar="K",
+        help=f"draw the best K of every image (default: 0, without --output {DRAWN})",
+    )
+
+
+def choose_results(args: argparse.Namespace, kind: str) -> None:
+    """Sets --output and --draw where they are not given."""
+    if args.draw is None:
+        args.draw = DRAWN if args.output is None else 0
+    if args.output is None:
+        first = Path(args.images[0] if args.images else args.proposals)
+        named = first.parent if glob.has_magic(first.name) else first
+        args.output = Path("runs", kind, named.resolve().stem or "images")
 
 
 def parse_scales(words: list[str] | None) -> LogScales | str | None:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 r"""Detects objects: boxes and masks with categories, as COCO results.
 
-    python tools/detect.py --checkpoint runs/coco/multipathnet/checkpoints/best.pt \
+    python tools/detect.py --images photo.jpg
+    python tools/detect.py --checkpoint runs/coco/multipathnet \
         --proposals runs/photos --images photos --output runs/detections
-    python tools/detect.py --checkpoint runs/coco/multipathnet/checkpoints/best.pt \
-        --proposal-checkpoint runs/coco/sharpmask/checkpoints/best.pt \
-        --images photos --output runs/detections
+    python tools/detect.py --checkpoint runs/coco/multipathnet \
+        --proposal-checkpoint runs/coco/sharpmask --images photos --output runs/detections
 
-The first form takes a proposal store of tools/propose.py, the second makes one below --output.
+With --proposals it takes a proposal store of tools/propose.py, else it makes one below --output.
 """
 
 import sys
@@ -16,27 +16,41 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_device, add_images, add_precision, make_parser, run_tool
+from pipeline.command import (
+    add_device,
+    add_images,
+    add_precision,
+    add_results,
+    choose_results,
+    make_parser,
+    run_tool,
+)
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.detect_folders import detect_images, image_folder
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
+from pipeline.pretrained import pretrained_checkpoint
+
+KIND = "detections"
 
 
 def main() -> None:
     """Detects, or compresses a detector."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a trained MultiPathNet")
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--checkpoint", help="a trained MultiPathNet (default: the one in the box)")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--proposals", type=Path, help="proposal store of tools/propose.py")
-    source.add_argument("--proposal-checkpoint", help="a DeepMask or SharpMask to propose with")
+    source.add_argument(
+        "--proposal-checkpoint",
+        help="a DeepMask or SharpMask to propose with (default: the one in the box)",
+    )
     source.add_argument(
         "--compress-fc",
         type=int,
         metavar="K",
-        help="only write a checkpoint whose fc6 and fc7 have rank K into --output",
+        help="only write a checkpoint whose fc6 and fc7 have rank K into the file --output",
     )
     add_images(
         parser,
@@ -44,9 +58,7 @@ def main() -> None:
         help="with --proposals, the folder of their images (default: as they were made)",
     )
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder; a file with --compress-fc"
-    )
+    add_results(parser, KIND)
     parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
     parser.add_argument(
         "--box-voting-iou",
@@ -68,18 +80,19 @@ def main() -> None:
     parser.add_argument(
         "--short-sides", type=int, nargs="+", metavar="PX", help="of the image (default: trained)"
     )
-    parser.add_argument(
-        "--draw", type=int, default=0, metavar="K", help="draw the best K of an image"
-    )
     add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
 
+    checkpoint = args.checkpoint or pretrained_checkpoint("multipathnet")
     if args.compress_fc is not None:
-        print(compress_checkpoint(args.checkpoint, args.compress_fc, args.output))
+        if args.output is None:
+            raise ValueError("--compress-fc needs --output, the file to write")
+        print(compress_checkpoint(checkpoint, args.compress_fc, args.output))
         return
-    if args.proposal_checkpoint and args.images is None:
-        raise ValueError("--proposal-checkpoint needs --images")
+    if args.proposals is None and args.images is None:
+        raise ValueError("give --images, or --proposals made by tools/propose.py")
+    choose_results(args, KIND)
     if args.proposals and args.annotations:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
     names = ("num_proposals", "box_voting_iou", "box_refinement_iters", "flip", "short_sides")
@@ -87,12 +100,12 @@ def main() -> None:
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
         detector, settings = load_detector(
-            args.checkpoint, device, overrides=overrides, precision=args.precision
+            checkpoint, device, overrides=overrides, precision=args.precision
         )
         store = ProposalStore(args.proposals or args.output / "proposals")
-        if args.proposal_checkpoint:
+        if args.proposals is None:
             proposer, proposer_settings = load_proposer(
-                args.proposal_checkpoint,
+                args.proposal_checkpoint or pretrained_checkpoint("sharpmask"),
                 device,
                 num_proposals=detector.options.num_proposals,
                 precision=args.precision,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 r"""Proposes object masks for images: folders, files or globs.
 
-    python tools/propose.py --checkpoint runs/coco/deepmask/checkpoints/best.pt \
-        --images photos --output runs/photos --draw 10
+    python tools/propose.py --images photo.jpg
+    python tools/propose.py --checkpoint runs/coco/sharpmask --images photos --output runs/photos
 
 Writes a proposal store (Parquet shards), proposals.json (COCO results) and, with --draw, pictures.
 Started again after an interruption it does only what is left.
@@ -18,6 +18,8 @@ from pipeline.command import (
     add_device,
     add_images,
     add_precision,
+    add_results,
+    choose_results,
     make_parser,
     parse_scales,
     run_tool,
@@ -26,14 +28,19 @@ from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
+from pipeline.pretrained import pretrained_checkpoint
+
+KIND = "proposals"
 
 
 def main() -> int:
     """Proposes masks; the exit status is 2 if no image could be read."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a trained DeepMask or SharpMask")
+    parser.add_argument(
+        "--checkpoint", help="a trained DeepMask or SharpMask (default: the one in the box)"
+    )
     add_images(parser, required=True, help="one or several")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the proposal store")
+    add_results(parser, KIND)
     parser.add_argument(
         "--annotations", metavar="COCO.json", help="gives image ids and which images to take"
     )
@@ -59,9 +66,6 @@ def main() -> int:
         "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
     )
     parser.add_argument(
-        "--draw", type=int, default=0, metavar="K", help="draw the best K proposals of every image"
-    )
-    parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default="torch",
@@ -78,11 +82,12 @@ def main() -> int:
     add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
+    choose_results(args, KIND)
 
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
         proposer, settings = load_proposer(
-            args.checkpoint,
+            args.checkpoint or pretrained_checkpoint("sharpmask"),
             device,
             num_proposals=args.num_proposals,
             per_megapixel=args.per_megapixel,
