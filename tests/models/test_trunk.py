@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from datasets.resize import MEAN, STD
 from models.backbone import load_backbone
 from models.trunk import (
     STRIDES,
@@ -26,6 +27,7 @@ LEVELS = {  # the layers of torchvision's networks that end a level
     "resnet50": RESNET_LEVELS,
     "vgg11": [f"features.{i}" for i in (4, 9, 14, 19)],
     "densenet121": ["features.relu0", *(f"features.transition{i}.relu" for i in (1, 2, 3))],
+    "mobilenet_v2": [f"features.{i}" for i in (1, 3, 6, 13)],
 }
 
 
@@ -94,6 +96,25 @@ def test_trunk_computes_torchvisions_network_with_another_padding(name, tmp_path
         assert (mirrored - expected).abs().max() > 0.01 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_a_resnet_of_caffes_style_takes_the_usual_pixels(tmp_path):
+    """It equals He et al.'s network of BGR from 0 to 255 less the mean, written out here."""
+    network = torchvision.models.resnet50(weights=None).eval()
+    randomize_norms(network)
+    torch.save(network.state_dict(), tmp_path / "caffe.pth")
+    trunk = build_trunk("resnet50", weights=tmp_path / "caffe.pth", style="caffe").eval()
+    network.maxpool = nn.MaxPool2d(3, 2, padding=0, ceil_mode=True)
+    for layer in (network.layer2, network.layer3):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    to_trunk_layers(network)  # the mirror: it hides no difference of pixels
+    rgb = torch.randint(0, 256, (1, 3, 70, 96)).float()
+    bgr = rgb.flip(1) - torch.tensor([103.06, 115.90, 123.15])[:, None, None]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    levels = create_feature_extractor(network, RESNET_LEVELS)(bgr).values()
+    for ours, theirs in zip(trunk((rgb / 255 - mean) / std), levels, strict=True):
+        assert_close(ours, theirs)
+
+
 # --- frozen batch norm ----------------------------------------------------------------------------
 
 
@@ -126,7 +147,12 @@ def test_frozen_norm_is_live_batch_norm_in_eval_mode_with_its_gradient():
 
 @pytest.mark.parametrize(
     "name, options",
-    [("resnet18", {}), ("resnet18", {"width": 8, "padding": "zero"}), ("densenet121", {})],
+    [
+        ("resnet18", {}),
+        ("resnet18", {"width": 8, "padding": "zero"}),
+        ("densenet121", {}),
+        ("mobilenet_v2", {}),
+    ],
 )
 @torch.no_grad()
 def test_folded_norms_change_nothing(name, options):
@@ -138,7 +164,9 @@ def test_folded_norms_change_nothing(name, options):
     after = fold_norms(trunk)(image)
     left = sum(isinstance(layer, FrozenNorm) for layer in trunk.modules())
     # A dense layer has a norm before its first convolution and one after; so have transitions.
-    assert (norms, left) == {"resnet18": (15, 0), "densenet121": (88, 45)}[name]
+    assert (norms, left) == {"resnet18": (15, 0), "densenet121": (88, 45), "mobilenet_v2": (41, 0)}[
+        name
+    ]
     for actual, expected in zip(after, before, strict=True):
         assert_close(actual, expected)
 
@@ -185,6 +213,8 @@ def test_files_that_are_no_weights(tmp_path):
         ("tiny", {"width": 8}, "width 8 is only for ResNets"),
         ("vgg11", {"width": 8}, "width 8 is only for ResNets"),
         ("resnet18", {"width": 8, "weights": "imagenet"}, r"trunk\.width 64, got 8"),
+        ("resnet50", {"style": "caffe", "weights": "imagenet"}, r"not of style caffe"),
+        ("vgg11", {"style": "caffe"}, "style caffe is only for ResNets"),
     ],
 )
 def test_impossible_trunks_are_refused(name, options, message):

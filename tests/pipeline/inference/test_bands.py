@@ -27,6 +27,8 @@ TRUNKS = [
     {"name": "resnet18", "width": 16, "ceil_pooling": True},
     {"name": "vgg11", "padding": "zero", "ceil_pooling": True},
     {"name": "densenet121"},
+    {"name": "mobilenet_v2"},
+    {"name": "resnet50", "width": 8, "style": "caffe"},
 ]
 
 

@@ -54,11 +54,14 @@ def assert_same_run(a, b):
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tiny_recipe, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "ema_decay"), [("sgd", None), ("adamw", 0.9)])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    tiny_recipe, tmp_path, optimizer, ema_decay
+):
     config = make_config(
         tiny_recipe,
         optimizer=optimizer,
+        ema_decay=ema_decay,
         batches_per_epoch=3,
         epochs=3,
         validate_every=1,
