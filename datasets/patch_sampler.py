@@ -23,6 +23,8 @@ from datasets.coco import CocoInstances
 from datasets.colors import ColorFactors
 
 MASK, SCORE = "mask", "score"
+LABEL, IOU = "label", "iou"
+STRIDE = 16  # pixels between the cells that a network scores
 MAX_NEGATIVE_DRAWS = 100  # then the farthest of them is taken
 
 
@@ -41,6 +43,18 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class ScoredCells:
+    """What the n x n cells of a score patch are to learn, 16 pixels of the patch apart.
+
+    A cell is near an object if it is at most `near_shift` and `near_scale` off the object's center
+    and canonical scale.
+    """
+
+    labels: np.ndarray  # (n, n): -1 no object, 1 near one, 0 nothing is said
+    near: np.ndarray  # (k, 2) of the cells that are near: index of n * n, row of the annotation
+
+
+@dataclass(frozen=True)
 class PatchSamplingConfig:
     """How patches are drawn; the defaults are the released code's (DataSampler)."""
 
@@ -56,6 +70,12 @@ class PatchSamplingConfig:
     jitter_positives: bool = False
     # Lowest and highest, in steps of a quarter. By default also those of proposals.
     negative_log2_scales: tuple[float, float] = (-3.0, 2.0)
+    # What a score is to be: label, of an object or of none (published); or iou, the IoU of the
+    # network's mask with the object, for all cells that are near one.
+    score_targets: str = "label"
+    score_cells: int = 1  # score patches are larger and have so many by so many cells
+    near_shift: float = 32.0  # pixels of the patch; for score_targets iou, or several cells
+    near_scale: float = 0.75  # octaves, of the same
     negative_distance: float = 48.0  # pixels of the resized image
     negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
     flip: bool = True  # mirror half of the patches
@@ -70,8 +90,12 @@ class PatchSamplingConfig:
         for name in ("mask_batch_prob", "jitter_color"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.score_targets not in (LABEL, IOU):
+            raise ValueError(f"score_targets must be label or iou, got {self.score_targets!r}")
+        if self.score_cells < 1:
+            raise ValueError(f"score_cells must be greater than 0, got {self.score_cells}")
         for name in ("jitter_shift", "jitter_scale", "min_area", "min_side", "negative_distance",
-                     "negative_scale_distance"):  # fmt: skip
+                     "negative_scale_distance", "near_shift", "near_scale"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not -math.inf < low <= high < math.inf:
@@ -79,6 +103,11 @@ class PatchSamplingConfig:
                 "negative_log2_scales must be MIN MAX with MIN <= MAX, "
                 f"got {self.negative_log2_scales}"
             )
+
+    @property
+    def scores_cells(self) -> bool:
+        """Whether score patches are of cells; the published ones have a label each."""
+        return self.score_cells > 1 or self.score_targets == IOU
 
 
 class PatchSampler:
@@ -189,6 +218,9 @@ class PatchSampler:
         longest = (coco.boxes[:, 2:] - coco.boxes[:, :2]).max(axis=1, initial=0)
         self.object_quarter = canonical_quarter(longest, self.canonical)
         self.object_quarter[coco.is_crowd] = NO_SCALE
+        with np.errstate(divide="ignore"):
+            exact = 4 * np.log2(self.canonical / longest)
+        self.exact_quarter = np.where(self.object_quarter == NO_SCALE, NO_SCALE, exact)
         self.positive_images = np.unique(coco.image_index[self.object_quarter != NO_SCALE])
         # An image known to show no object gives negatives. One whose annotations were left out
         # proves nothing.
@@ -218,7 +250,11 @@ class PatchSampler:
         quarter = rng.choice(np.unique(quarters[quarters != NO_SCALE]))
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
         (x, y), scale = self.centers[row].tolist(), 2.0 ** (quarter / 4)
-        if self.config.jitter_positives:
+        if self.config.scores_cells:
+            scale *= 2.0 ** rng.uniform(-self.config.near_scale, self.config.near_scale)
+            reach = STRIDE * (self.config.score_cells - 1) / 2 + self.config.jitter_shift
+            x, y = (x, y) + rng.uniform(-reach, reach, size=2) / scale
+        elif self.config.jitter_positives:
             x1, y1, x2, y2 = self.coco.boxes[row].tolist()
             x, y, scale = self._jitter(rng, x, y, self.canonical / max(x2 - x1, y2 - y1))
         height, width = self.coco.image_sizes[image].tolist()
@@ -239,6 +275,37 @@ class PatchSampler:
                 break
         x, y, quarter = best
         return Patch(image, -1, -1, x, y, 2.0 ** (quarter / 4), self._flip(rng))
+
+    def score_cells(self, patch: Patch) -> ScoredCells:
+        """What the cells of a score patch are to learn."""
+        config, coco, image = self.config, self.coco, patch.image
+        count, rows = config.score_cells, np.arange(*coco.image_starts[image : image + 2])
+        offsets = STRIDE * (np.arange(count) - (count - 1) / 2) / patch.scale
+        x = patch.x + (offsets[::-1] if patch.flip else offsets)
+        y = patch.y + offsets
+        centers = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 1, 2)  # (n * n, 1, 2)
+        outside = (centers < 0) | (centers > coco.image_sizes[image, ::-1])
+        corners = coco.boxes[rows]  # (a, 4)
+        inside = ((corners[:, :2] <= centers) & (corners[:, 2:] > centers)).all(-1)  # (n * n, a)
+        nothing = outside.any((1, 2)) | (inside & coco.is_crowd[rows]).any(1)
+        shifts = np.abs(centers - self.centers[rows]).max(-1) * patch.scale
+        octaves = np.abs(4 * np.log2(patch.scale) - self.exact_quarter[rows]) / 4
+        near = (shifts <= config.near_shift) & (octaves <= config.near_scale)
+        labels = 2 * near.any(1).astype(np.int64) - 1
+        if config.score_targets == LABEL:
+            on = near & (shifts <= config.jitter_shift) & (octaves <= config.jitter_scale)
+            nothing |= near.any(1) & ~on.any(1)
+        labels[nothing] = 0
+        cells = np.flatnonzero(labels == 1)
+        if not len(cells):
+            return ScoredCells(labels.reshape(count, count), np.zeros((0, 2), np.int64))
+        # Of several objects, the nearest is the cell's.
+        nearest = rows[np.where(near, shifts, np.inf)[cells].argmin(1)]
+        if config.score_targets == IOU:
+            has_mask = coco.has_mask[nearest]
+            labels[cells[~has_mask]] = 0
+            cells, nearest = cells[has_mask], nearest[has_mask]
+        return ScoredCells(labels.reshape(count, count), np.stack([cells, nearest], axis=1))
 
     def _distance_to_objects(self, image: int, x: float, y: float, quarter: int) -> float:
         """Pixels of the resized image to the nearest object of similar scale; 0 in a crowd."""

@@ -15,14 +15,16 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
+from torch import Tensor
 
 from datasets.coco import CocoInstances
 from datasets.colors import change_colors
 from datasets.images import ImageFolder
 from datasets.loading import TrainingDataset
-from datasets.patch_sampler import MASK, SCORE, Patch, PatchSampler
+from datasets.patch_sampler import IOU, MASK, SCORE, STRIDE, Patch, PatchSampler
 from datasets.resize import GRAY, normalize
 
+IOU_STRIDE = 4  # pixels of a patch for each of a mask whose IoU is learned
 MIN_CROP = 10  # pixels of the original that a score patch shows at least (released code)
 
 
@@ -126,6 +128,11 @@ class PatchDataset(TrainingDataset):
     Items are dicts with "patches" (m, 3, S, S) float32 normalized; "broken", messages on files that
     could not be read; and "targets" (m, G, G) in {-1, 1} for the mask head or "labels" (m,) in
     {-1, 1} for the score head.
+
+    Score patches of n x n cells are 16 (n - 1) pixels larger, and their "labels" are (m, n, n), see
+    `ScoredCells`. To learn IoUs they have "near" (k,), indices of cells of (m, n, n), with the
+    objects' "near_targets" (k, F, F) in {0, 1}, F pixels of 4 in the cell's patch, and
+    "near_areas" (k,), in the same pixels and beyond the patch.
     """
 
     def __init__(
@@ -143,6 +150,7 @@ class PatchDataset(TrainingDataset):
         self.patch_size, self.target_size = patch_size, target_size
         self.input_size = patch_size + context
         self.group_size = sampler.config.patches_per_image
+        self.cells_size = STRIDE * (sampler.config.score_cells - 1)
 
     def choose(self, rng: np.random.Generator) -> str:
         """The head that a minibatch trains."""
@@ -157,19 +165,51 @@ class PatchDataset(TrainingDataset):
         if head == SCORE:
             largest = self.input_size / MIN_CROP
             patches = [replace(p, scale=min(p.scale, largest)) for p in patches]
-        crops = [change_colors(crop_patch(image, p, self.input_size), p.colors) for p in patches]
+        size = self.input_size + (0 if head == MASK else self.cells_size)
+        crops = [change_colors(crop_patch(image, p, size), p.colors) for p in patches]
         pixels = np.stack([normalize(crop) for crop in crops])
         item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
         if head == MASK:
             sizes = {"patch_size": self.patch_size, "target_size": self.target_size}
             targets = np.stack([mask_target(self.coco, p, **sizes) for p in patches])
             item["targets"] = torch.from_numpy(targets)
+        elif self.sampler.config.scores_cells:
+            item |= self._cells(patches)
         else:
             item["labels"] = torch.tensor([p.label for p in patches], dtype=torch.float32)
         return item, patches
+
+    def _cells(self, patches: list[Patch]) -> dict[str, Tensor]:
+        """Labels of score patches with cells and, to learn IoUs, what is near objects."""
+        scored = [self.sampler.score_cells(patch) for patch in patches]
+        item = {"labels": torch.from_numpy(np.stack([each.labels for each in scored])).float()}
+        if self.sampler.config.score_targets != IOU:
+            return item
+        count, side = self.sampler.config.score_cells, self.patch_size // IOU_STRIDE
+        near, targets, areas = [], [], []
+        for i, (patch, cells) in enumerate(zip(patches, scored, strict=True)):
+            for index, row in cells.near.tolist():
+                # The cell's own patch: as seen in the mirror, if it is mirrored.
+                y, x = (STRIDE * (v - (count - 1) / 2) / patch.scale for v in divmod(index, count))
+                own = replace(
+                    patch, annotation=row, x=patch.x - x if patch.flip else patch.x + x,
+                    y=patch.y + y,
+                )  # fmt: skip
+                sizes = {"patch_size": self.patch_size, "target_size": side}
+                targets.append(mask_target(self.coco, own, **sizes) > 0)
+                areas.append(self.coco.areas[row] * (patch.scale / IOU_STRIDE) ** 2)
+                near.append(i * count**2 + index)
+        item["near"] = torch.tensor(near, dtype=torch.int64)
+        item["near_targets"] = torch.from_numpy(np.array(targets).reshape(-1, side, side))
+        item["near_areas"] = torch.tensor(areas, dtype=torch.float32)
+        return item
 
     @staticmethod
     def collate(items: list[dict]) -> dict:
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
         tensors = {n: torch.cat([item[n] for item in items]) for n in items[0] if n != "broken"}
+        if "near" in tensors:  # of the cells of all groups
+            cells = items[0]["labels"].numel()
+            near = [item["near"] + i * cells for i, item in enumerate(items)]
+            tensors["near"] = torch.cat(near)
         return tensors | {"broken": [message for item in items for message in item["broken"]]}

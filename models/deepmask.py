@@ -12,6 +12,7 @@ size, (h, w) cells of a dense output, N chosen cells.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,13 +100,21 @@ class DeepMask(nn.Module):
             nn.Conv2d(c.score_hidden, 1, 1),
         )
 
-    def forward(self, patches: Tensor, *, head: str = "both") -> dict[str, Tensor]:
+    def forward(
+        self, patches: Tensor, *, head: str = "both", cells: int = 1, decode: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Logits of normalized patches (B, 3, S, S): "mask_logits" (B, M, M), "score_logits" (B,).
 
         S is P plus an even number of cells of surroundings, in training P + C; the P x P center of
         the trunk's map is used. `head` is "mask", "score" or "both".
+
+        With n `cells`, S is 16 (n - 1) larger and "score_logits" of "score" are (B, n, n). To learn
+        IoUs, `decode` (k,) are indices of such cells, whose masks are "mask_logits" (k, M, M); no
+        gradient comes from these.
         """
-        features = self.crop_center(self.trunk(patches)[-1])
+        features = self.crop_center(self.trunk(patches)[-1], self.cells + cells - 1)
+        if head == "score" and (cells > 1 or decode is not None):
+            return self._score_cells(features, decode)
         embedding = self.embed(features)  # (B, E, 1, 1)
         outputs = {}
         if head in ("mask", "both"):
@@ -114,10 +123,23 @@ class DeepMask(nn.Module):
             outputs["score_logits"] = self.score(embedding, features).flatten()
         return outputs
 
-    def crop_center(self, features: Tensor) -> Tensor:
-        """The F x F center of the stride-16 map of patches: (B, C, f, f) to (B, C, F, F)."""
-        border = (features.shape[-1] - self.cells) // 2
-        return features[..., border : border + self.cells, border : border + self.cells]
+    def _score_cells(self, features: Tensor, decode: Tensor | None) -> dict[str, Tensor]:
+        embeddings = self.embed(features)  # (B, E, n, n)
+        outputs = {"score_logits": self.score(embeddings, features)}
+        if decode is not None:
+            with torch.no_grad():
+                chosen = embeddings.permute(0, 2, 3, 1).flatten(0, 2)[decode]
+                outputs["mask_logits"] = self.decode_masks(chosen)
+        return outputs
+
+    def crop_center(self, features: Tensor, cells: int | None = None) -> Tensor:
+        """The center of the stride-16 map of patches, F x F cells or as many as given.
+
+        (B, C, f, f) to (B, C, F, F).
+        """
+        size = cells or self.cells
+        border = (features.shape[-1] - size) // 2
+        return features[..., border : border + size, border : border + size]
 
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings of all F x F windows of a stride-16 map.

@@ -8,6 +8,8 @@ All are computed in float32, whatever the type of the logits. Autocast does not 
 cross entropy takes the log of the softmax in the type of its input.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,50 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
 def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
     """Mean soft margin of logits (B,), labels in {-1, 1} (NIPS 2015, equation 1, second term)."""
     return soft_margin(score_logits, labels).mean()
+
+
+def count_cells(labels: Tensor) -> Tensor:
+    """Of the labels of cells, see `cell_score_loss`: how many are of an object, how many of none.
+
+    In training by several processes, that loss divides by the mean of these over all of them.
+    """
+    return torch.stack([(labels > 0).sum(), (labels < 0).sum()]).float()
+
+
+def cell_score_loss(
+    logits: Tensor, labels: Tensor, counts: Tensor, ious: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of cells: the mean of those at objects and the mean of the others, halved.
+
+    Args:
+        logits: (B, n, n).
+        labels: (B, n, n): 1 at an object, -1 at none, 0 does not count.
+        counts: (2,), see `count_cells`.
+        ious: (k,), what the cells labeled 1 are to learn, in their order; 1 by default.
+    """
+    targets = (labels > 0).float()
+    if ious is not None:
+        targets[labels > 0] = ious
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    means = [
+        (losses * chosen).sum() / count.clamp(min=1)
+        for chosen, count in zip((labels > 0, labels < 0), counts, strict=True)
+    ]
+    return 0.5 * (means[0] + means[1])
+
+
+def mask_ious(mask_logits: Tensor, targets: Tensor, areas: Tensor, threshold: float) -> Tensor:
+    """IoU (k,) of masks, probabilities above a threshold, with objects that reach beyond them.
+
+    Args:
+        mask_logits: (k, M, M), resized to the targets.
+        targets: (k, G, G) bool. areas: (k,) of the whole objects, in pixels of the targets.
+    """
+    logit = math.log(threshold / (1 - threshold))
+    masks = resize_mask_logits(mask_logits.float(), targets.shape[-1]) > logit
+    intersections = (masks & targets).sum((1, 2))
+    areas = torch.maximum(areas, targets.sum((1, 2)))
+    return intersections / (masks.sum((1, 2)) + areas - intersections).clamp(min=1)
 
 
 def count_samples(labels: Tensor) -> Tensor:

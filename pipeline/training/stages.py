@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from datasets.object_sizes import ObjectSides
-from datasets.patch_sampler import PatchSamplingConfig
+from datasets.patch_sampler import LABEL, PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from models.deepmask import DeepMask
-from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss
+from models.losses import (
+    box_loss,
+    cell_score_loss,
+    count_cells,
+    count_samples,
+    integral_loss,
+    mask_ious,
+    mask_loss,
+    score_loss,
+)
 from models.multipathnet import MultiPathNet
 from models.sharpmask import SharpMask
 from models.trunk import Trunk
@@ -150,7 +159,8 @@ class PatchStage(Stage):
             )
 
         self.train_data = patches("train", config.seed, self.sampling)
-        self.val_data = patches("val", VALIDATION_SEED, replace(self.sampling, jitter_color=0.0))
+        plain = replace(self.sampling, jitter_color=0.0, score_targets=LABEL, score_cells=1)
+        self.val_data = patches("val", VALIDATION_SEED, plain)
         sides = ObjectSides.measure(self.train_data.sampler)
         self.metadata = {"object_sides": sides.to_plain()}
         low, high, _ = say_sizes(sides, config, self.train_data.sampler.canonical)
@@ -188,8 +198,26 @@ class DeepMaskStage(PatchStage):
         if "targets" in batch:
             loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
             return {"loss": c.mask_weight * loss, "mask_loss": loss}
-        loss = score_loss(model(batch["patches"], head="score")["score_logits"], batch["labels"])
+        if self.sampling.scores_cells:
+            loss = self._cell_score_loss(model, batch)
+        else:
+            outputs = model(batch["patches"], head="score")
+            loss = score_loss(outputs["score_logits"], batch["labels"])
         return {"loss": c.score_weight * loss, "score_loss": loss}
+
+    def _cell_score_loss(self, model: nn.Module, batch: dict) -> Tensor:
+        near, labels = batch.get("near"), batch["labels"]
+        outputs = model(
+            batch["patches"], head="score", cells=self.sampling.score_cells, decode=near
+        )
+        ious = None
+        if near is not None:
+            threshold = self.config.propose.mask_threshold
+            ious = mask_ious(
+                outputs["mask_logits"], batch["near_targets"], batch["near_areas"], threshold
+            )
+        counts = distributed.mean(count_cells(labels))
+        return cell_score_loss(outputs["score_logits"], labels, counts, ious)
 
 
 class SharpMaskStage(PatchStage):
