@@ -200,7 +200,7 @@ class PatchDataset(TrainingDataset):
                 areas.append(self.coco.areas[row] * (patch.scale / IOU_STRIDE) ** 2)
                 near.append(i * count**2 + index)
         item["near"] = torch.tensor(near, dtype=torch.int64)
-        item["near_targets"] = torch.from_numpy(np.array(targets).reshape(-1, side, side))
+        item["near_targets"] = torch.from_numpy(np.array(targets, bool).reshape(-1, side, side))
         item["near_areas"] = torch.tensor(areas, dtype=torch.float32)
         return item
 
