@@ -267,3 +267,39 @@ def test_the_canonical_scale_is_the_first_at_which_the_object_is_small_enough(lo
 @pytest.mark.parametrize(("patch", "canonical"), [(160, 92), (224, 128), (112, 64)])
 def test_canonical_size(coco, patch, canonical):
     assert PatchSampler(coco, patch_size=patch).canonical == canonical
+
+
+@pytest.mark.parametrize("targets", ["iou", "label"])
+def test_cells_know_what_they_are_near(coco, targets):
+    """By the definition, cell by cell: in shift and scale, outside the image, in a crowd."""
+    sampler = make_sampler(coco, score_targets=targets, score_cells=4)
+    counts = {-1: 0, 0: 0, 1: 0}
+    for patch in (p for group in range(300) for p in sampler.draw(SCORE, 0, group)):
+        cells = sampler.score_cells(patch)
+        rows = range(*coco.image_starts[patch.image : patch.image + 2])
+        near = dict(cells.near.tolist())
+        for i, j in np.ndindex(4, 4):
+            x = patch.x + (j - 1.5) * 16 / patch.scale * (-1 if patch.flip else 1)
+            y = patch.y + (i - 1.5) * 16 / patch.scale
+            expected, nearest = -1, {}
+            for row in rows:
+                x1, y1, x2, y2 = coco.boxes[row]
+                if coco.is_crowd[row]:
+                    if x1 <= x < x2 and y1 <= y < y2:
+                        expected = 0
+                    continue
+                shift = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2)) * patch.scale
+                octaves = abs(math.log2(patch.scale * max(x2 - x1, y2 - y1) / CANONICAL))
+                if shift <= 32 and octaves <= 0.75:
+                    on = targets == "iou" or (shift <= 16 and octaves <= 0.25)
+                    nearest[row] = shift, on
+            if nearest and expected != 0:
+                expected = int(any(on for _, on in nearest.values()))
+            if not (0 <= x <= WIDTH and 0 <= y <= HEIGHT):
+                expected = 0
+            assert cells.labels[i, j] == expected
+            counts[expected] += 1
+            assert (4 * i + j in near) == (expected == 1)
+            if expected == 1:
+                assert near[4 * i + j] == min(nearest, key=lambda row: nearest[row][0])
+    assert min(counts.values()) > 100

@@ -1,11 +1,15 @@
 """Pixels and targets of patches, right to the sub-pixel."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.colors import ColorFactors, change_colors
+from datasets.images import read_image
 from datasets.patch_sampler import MASK, SCORE, Patch
 from datasets.patches import crop_patch, mask_target, rasterize
 from datasets.resize import denormalize
@@ -111,3 +115,49 @@ def test_items_have_the_contracts_shapes_and_values(tmp_path):
     assert mask["targets"].shape == (3, 48, 48) and mask["targets"].dtype == torch.float32
     assert set(mask["targets"].unique().tolist()) == {-1.0, 1.0} and mask["broken"] == []
     assert score["labels"].shape == (3,) and set(score["labels"].tolist()) <= {-1.0, 1.0}
+
+
+def test_cells_of_a_score_patch_are_patches_sixteen_pixels_apart(tmp_path):
+    """Their pixels, and the masks that their IoUs are learned from, mirrored or not."""
+    data = painted_patches(tmp_path, score_targets="iou", score_cells=3, near_shift=40)
+    seen = 0
+    for group in range(40):
+        item, (window,) = data.load(SCORE, 0, group)
+        assert item["patches"].shape[-1] == 96 + 2 * 16 and item["labels"].shape == (1, 3, 3)
+        assert (
+            item["near"].tolist() == torch.nonzero(item["labels"].flatten() == 1).flatten().tolist()
+        )
+        image = read_image(tmp_path / f"{window.image + 1}.png")
+        pixels = denormalize(item["patches"][0].numpy()).astype(int)
+        for k, cell in enumerate(item["near"].tolist()):
+            row, column = divmod(cell, 3)
+            dy, dx = (np.array([row, column]) - 1) * 16 / window.scale
+            dx = -dx if window.flip else dx
+            own = replace(window, x=window.x + dx, y=window.y + dy, annotation=window.image)
+            shown = pixels[16 * row : 16 * row + 96, 16 * column : 16 * column + 96]
+            assert np.abs(shown - crop_patch(image, own, 96) * 255).mean() < 3
+            target = mask_target(data.coco, own, patch_size=64, target_size=16) > 0
+            np.testing.assert_array_equal(item["near_targets"][k], target)
+            area = data.coco.areas[window.image] * (window.scale / 4) ** 2
+            assert np.isclose(item["near_areas"][k], area) and target.sum() < 1.1 * area + 8
+            seen += 1
+    assert seen > 40
+
+
+def test_colors_change_within_their_range_and_nothing_else_does(tmp_path):
+    plain, jittered = painted_patches(tmp_path), painted_patches(tmp_path, jitter_color=0.3)
+    changed = 0
+    for group in range(6):
+        (item, [patch]), (other, [moved]) = (d.load(MASK, 0, group) for d in (plain, jittered))
+        assert all(0.7 <= factor <= 1.3 for factor in moved.colors)
+        assert replace(moved, colors=patch.colors) == patch
+        assert torch.equal(item["targets"], other["targets"])
+        changed += not torch.equal(item["patches"], other["patches"])
+    assert changed == 6
+    image = np.random.default_rng(0).random((5, 6, 3), np.float32)
+    assert change_colors(image, ColorFactors()) is image
+    gray = change_colors(image, ColorFactors(saturation=0))
+    assert np.ptp(gray, axis=2).max() < 1e-6
+    np.testing.assert_allclose(
+        change_colors(image, ColorFactors(brightness=0.5)), image / 2, rtol=1e-5
+    )

@@ -44,6 +44,18 @@ def test_dense_equals_patch_when_the_patch_is_all_there_is(name):
     )
 
 
+@torch.inference_mode()
+def test_cells_of_a_larger_patch_are_the_dense_ones():
+    model = small_deepmask("tiny")
+    patches = torch.randn(2, 3, *2 * [model.patch_size + model.context + 2 * STRIDE])
+    embeddings, scores = dense(model, patches)
+    outputs = model(patches, head="score", cells=3, decode=torch.tensor([4, 17]))
+    torch.testing.assert_close(outputs["score_logits"], scores[:, 1:-1, 1:-1])
+    for mask, cell in zip(outputs["mask_logits"], (embeddings[0, :, 2, 2], embeddings[1, :, 3, 3]),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(mask, model.decode_masks(cell[None])[0])
+
+
 @pytest.mark.parametrize(
     ("name", "separate_heads"), [*((name, False) for name in RECEPTIVE_MARGIN), ("vgg11", True)]
 )

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.losses import box_loss, count_samples, integral_loss, mask_loss, score_loss, soft_margin
+from models.losses import (
+    box_loss,
+    cell_score_loss,
+    count_cells,
+    count_samples,
+    integral_loss,
+    mask_ious,
+    mask_loss,
+    score_loss,
+    soft_margin,
+)
 
 
 def test_soft_margin_is_its_formula_and_survives_large_logits():
@@ -28,6 +38,31 @@ def test_mask_and_score_loss_are_means_over_patches_and_pixels():
     scores = score_loss(logits.flatten(), targets.flatten())
     assert math.isclose(scores.item(), slow, rel_tol=1e-5)
     assert mask_loss(logits, torch.ones(3, 9, 9)).isfinite()  # resized to the targets
+
+
+def test_cells_at_objects_and_at_none_weigh_the_same():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 3).requires_grad_()
+    labels = torch.randint(-1, 2, (2, 3, 3)).float()
+    counts, at, none = count_cells(labels), labels > 0, labels < 0
+    loss = cell_score_loss(logits, labels, counts)
+    halves = score_loss(logits[at], labels[at]), score_loss(logits[none], labels[none])
+    torch.testing.assert_close(loss, sum(halves) / 2)
+    # Learning an IoU, a score is best when it is its logit.
+    ious = torch.rand(int(at.sum()))
+    cell_score_loss(logits, labels, counts, ious).backward()
+    slope = logits.detach().sigmoid()[at] - ious
+    torch.testing.assert_close(logits.grad[at], 0.5 * slope / len(ious))
+    assert cell_score_loss(logits, -torch.ones(2, 3, 3), torch.tensor([0.0, 18])).isfinite()
+
+
+def test_ious_of_masks_count_what_lies_beyond_the_patch():
+    targets = torch.zeros(3, 4, 4, dtype=torch.bool)
+    targets[0, :2], targets[1, :2] = True, True
+    logits = torch.full((3, 2, 2), -9.0)
+    logits[:2, 0] = 9  # the upper half, in masks of half the size
+    areas = torch.tensor([8.0, 16, 0])  # of the second, half is outside
+    assert mask_ious(logits, targets, areas, 0.5).tolist() == [1, 0.5, 0]
 
 
 @st.composite
