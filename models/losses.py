@@ -65,18 +65,23 @@ def cell_score_loss(
     return 0.5 * (means[0] + means[1])
 
 
-def mask_ious(mask_logits: Tensor, targets: Tensor, areas: Tensor, threshold: float) -> Tensor:
-    """IoU (k,) of masks, probabilities above a threshold, with objects that reach beyond them.
+def mask_ious(
+    mask_logits: Tensor, targets: Tensor, *, threshold: float = 0.5, areas: Tensor | None = None
+) -> Tensor:
+    """IoU (B,) of masks, probabilities above a threshold, with targets; 1 where both are empty.
 
     Args:
-        mask_logits: (k, M, M), resized to the targets.
-        targets: (k, G, G) bool. areas: (k,) of the whole objects, in pixels of the targets.
+        mask_logits: (B, M, M), resized to the targets.
+        targets: (B, G, G), above 0 where the object is.
+        areas: (B,) of the objects with what reaches beyond the patch, in pixels of the targets.
     """
-    logit = math.log(threshold / (1 - threshold))
+    logit, truth = math.log(threshold / (1 - threshold)), targets > 0
     masks = resize_mask_logits(mask_logits.float(), targets.shape[-1]) > logit
-    intersections = (masks & targets).sum((1, 2))
-    areas = torch.maximum(areas, targets.sum((1, 2)))
-    return intersections / (masks.sum((1, 2)) + areas - intersections).clamp(min=1)
+    intersections = (masks & truth).sum((1, 2))
+    inside = truth.sum((1, 2))
+    whole = inside if areas is None else torch.maximum(areas, inside)
+    unions = masks.sum((1, 2)) + whole - intersections
+    return torch.where(unions > 0, intersections / unions.clamp(min=1), 1.0)
 
 
 def count_samples(labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from datasets.loading import rank_samples
 from datasets.patch_sampler import MASK, SCORE
 from datasets.patches import PatchDataset
-from models.deepmask import resize_mask_logits
+from models.losses import mask_ious
 from pipeline import distributed
 from pipeline.data import device_batches
 
@@ -47,18 +47,6 @@ def evaluate_patches(
 def validation_heads(batches: int, mask_batch_prob: float = 0.5) -> list[str]:
     """Heads of the validation minibatches: in turn, or all "mask" if no scores are trained."""
     return [MASK if mask_batch_prob == 1 or b % 2 == 0 else SCORE for b in range(batches)]
-
-
-def mask_ious(mask_logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU (B,) of masks (B, M, M), binarized at probability .5, with targets (B, G, G) in {-1, 1}.
-
-    1 where both are empty.
-    """
-    predicted = resize_mask_logits(mask_logits, targets.shape[-1]) > 0
-    truth = targets > 0
-    intersection = (predicted & truth).flatten(1).sum(1)
-    union = (predicted | truth).flatten(1).sum(1)
-    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
 
 
 def patch_metrics(ious: Tensor, hits: Tensor) -> dict[str, float]:

@@ -212,9 +212,11 @@ class DeepMaskStage(PatchStage):
         )
         ious = None
         if near is not None:
-            threshold = self.config.propose.mask_threshold
             ious = mask_ious(
-                outputs["mask_logits"], batch["near_targets"], batch["near_areas"], threshold
+                outputs["mask_logits"],
+                batch["near_targets"],
+                areas=batch["near_areas"],
+                threshold=self.config.propose.mask_threshold,
             )
         counts = distributed.mean(count_cells(labels))
         return cell_score_loss(outputs["score_logits"], labels, counts, ious)

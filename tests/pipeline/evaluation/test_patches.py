@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.deepmask import resize_mask_logits
-from pipeline.evaluation.patches import mask_ious, patch_metrics, validation_heads
+from models.losses import mask_ious
+from pipeline.evaluation.patches import patch_metrics, validation_heads
 from pipeline.evaluation.rois import roi_metrics
 
 
