@@ -59,8 +59,8 @@ def test_cells_at_objects_and_at_none_weigh_the_same():
 def test_ious_are_of_masks_at_a_threshold_and_count_what_lies_beyond_the_patch():
     targets = -torch.ones(3, 4, 4)
     targets[0, :2], targets[1, :2] = 1, 1
-    logits = torch.full((3, 2, 2), -9.0)
-    logits[0, 0], logits[1, 0] = 9, -0.5  # the upper half, in masks of half the size
+    logits = torch.full((3, 4, 4), -9.0)
+    logits[0, :2], logits[1, :2] = 9, -0.5
     assert mask_ious(logits, targets).tolist() == [1, 0, 1]  # 1: both are empty
     areas = torch.tensor([8.0, 16, 5])  # of the second half is outside, of the third all
     assert mask_ious(logits, targets, areas=areas, threshold=0.2).tolist() == [1, 0.5, 0]
