@@ -17,6 +17,7 @@ from torchvision.models.resnet import Bottleneck
 from models.caffenet import CaffeNet
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+WITH_LAST_STAGE = (*RESNETS, "mobilenet_v2")  # a stage after stride 16, for detectors
 BACKBONES = (*RESNETS, "vgg11", "vgg16", "densenet121", "mobilenet_v2", "caffenet")
 STYLES = TORCHVISION, CAFFE = ("torchvision", "caffe")  # of ResNets, see `to_caffe_style`
 CAFFE_MEAN = (103.06, 115.90, 123.15)  # of BGR from 0 to 255
@@ -32,7 +33,8 @@ CUT_AWAY = {
     ),
 }  # fmt: skip
 MAX_UNPACKED = 2  # times its size that a file's content may take
-CLASSIFIERS = ("fc.", "classifier.6.")  # last layers: their classes may be another data set's
+# Last layers: their classes may be another data set's.
+CLASSIFIERS = ("fc.", "classifier.6.", "classifier.1.")
 
 
 def load_backbone(

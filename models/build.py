@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from models.backbone import RESNETS, load_backbone
+from models.backbone import RESNETS, WITH_LAST_STAGE, load_backbone
 from models.deepmask import DeepMask
 from models.multipathnet import MultiPathNet, ResidualHead
 from models.sharpmask import SharpMask
-from models.trunk import TrunkConfig, build_trunk, to_trunk_layers
+from models.trunk import MOBILENET_STARTS, TrunkConfig, build_trunk, to_trunk_layers
 
 
 def build_deepmask(trunk: TrunkConfig, **settings: Any) -> DeepMask:
@@ -27,7 +27,7 @@ def build_multipathnet(trunk: TrunkConfig, *, num_classes: int, **settings: Any)
     they fit.
 
     Raises:
-        ValueError: head layer4 without a ResNet.
+        ValueError: head layer4 of a network without a last stage.
     """
     network = MultiPathNet(
         build_trunk(**vars(trunk)),
@@ -42,15 +42,20 @@ def build_multipathnet(trunk: TrunkConfig, *, num_classes: int, **settings: Any)
 
 def _layer4(trunk: TrunkConfig) -> ResidualHead:
     """The released ResNet detector's head: the stage after the trunk, its batch norm frozen."""
-    if trunk.name not in RESNETS:
+    if trunk.name not in WITH_LAST_STAGE:
         raise ValueError(
-            f"head layer4 is the last stage of a ResNet, and {trunk.name} is none; use head fc"
+            f"head layer4 is the last stage of a ResNet or MobileNetV2, and {trunk.name} is none; "
+            "use head fc"
         )
     network: Any = load_backbone(
         trunk.name, weights=trunk.weights, whole=True, width=trunk.width, style=trunk.style
     )
-    to_trunk_layers(network.layer4, padding=trunk.padding)
-    return ResidualHead(network.layer4, network.fc.in_features)
+    if trunk.name in RESNETS:
+        stage, features = network.layer4, network.fc.in_features
+    else:
+        stage, features = network.features[MOBILENET_STARTS[-1] :], network.last_channel
+    to_trunk_layers(stage, padding=trunk.padding)
+    return ResidualHead(stage, features)
 
 
 def _copy_classifier(network: MultiPathNet, name: str, weights: str | Path) -> None:

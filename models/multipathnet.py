@@ -50,7 +50,8 @@ class MultiPathNetConfig:
     The defaults are the paper's.
     """
 
-    head: str = "fc"  # of every tower: fc (fc6 and fc7) | layer4 (a ResNet's last stage)
+    # Of every tower: fc (fc6 and fc7) | layer4 (the last stage of a ResNet or MobileNetV2).
+    head: str = "fc"
     foveal: bool = True  # four regions around a proposal, not one
     skip: bool = True  # conv3 and conv4 beside conv5
     use_box_tower: bool = True  # a separate tower for the box regressor
@@ -141,7 +142,7 @@ class FullyConnectedHead(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """A ResNet's last stage and average pooling."""
+    """The last stage of a ResNet or MobileNetV2 and average pooling."""
 
     def __init__(self, stage: nn.Module, features: int):
         super().__init__()

@@ -15,11 +15,12 @@ from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
 from datasets.shapes import SceneConfig
+from models.backbone import WITH_LAST_STAGE
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.settings import require, require_one_of
 from models.sharpmask import SharpMaskConfig
-from models.trunk import RESNETS, TrunkConfig
+from models.trunk import TrunkConfig
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,10 +180,10 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
         super().__post_init__()
         require(self, "at least 0", lambda v: v >= 0, "box_weight", "frozen_epochs",
                 "validation_images")  # fmt: skip
-        if self.head == "layer4" and self.trunk.name not in RESNETS:
+        if self.head == "layer4" and self.trunk.name not in WITH_LAST_STAGE:
             raise ValueError(
-                f"head layer4 is the last stage of a ResNet, and {self.trunk.name} is none; "
-                "use head fc"
+                f"head layer4 is the last stage of a ResNet or MobileNetV2, and {self.trunk.name} "
+                "is none; use head fc"
             )
         if self.sampling.bg_iou_low >= self.iou_thresholds[0]:
             raise ValueError(
