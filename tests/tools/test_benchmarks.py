@@ -230,7 +230,7 @@ def test_smaller_training_sets_are_part_of_larger_ones():
         subsets = [data_curve.cut(content, count, seed=seed) for count in (2, 4, 8)]
         ids = [{image["id"] for image in subset["images"]} for subset in subsets]
         assert ids[0] < ids[1] < ids[2] and list(map(len, ids)) == [2, 4, 8]
-        assert all({a["image_id"] for a in s["annotations"]} == i for s, i in zip(subsets, ids))
+        assert ids == [{a["image_id"] for a in subset["annotations"]} for subset in subsets]
         chosen[seed] = ids[1]
     assert chosen[0] != chosen[1]
     with pytest.raises(ValueError, match="--images 9: the training split has 8"):
