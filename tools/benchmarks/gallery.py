@@ -55,7 +55,7 @@ found in it. The [README](../README.md) shows the first with at most {readme_obj
 
 * Left: the {num_proposals} best proposals, without those that repeat a better one (mask IoU of
   {duplicate} or more).
-* Right: detections that score {min_score} or more, at most {num_detections}; a color is a category.
+* Right: detections that score {min_score} or more, at most {num_detections}.
 
 `python tools/benchmarks/gallery.py` made the pictures and this page. Photographs are from Flickr,
 where their pages name the authors; outlines, tints and labels were added. Each picture has the
@@ -154,7 +154,7 @@ def detection_marks(found: Detections, names: dict[int, str]) -> list[Mark]:
     best = first(found, min(NUM_DETECTIONS, int((found.scores >= MIN_SCORE).sum())))
     labels = zip(best.labels.tolist(), score_texts(best.scores), strict=True)
     marks = [
-        Mark(best.rle(i), color(label), TINT, f"{names[label]} {score}".rstrip())
+        Mark(best.rle(i), color(i), TINT, f"{names[label]} {score}".rstrip())
         for i, (label, score) in enumerate(labels)
     ]
     return marks[::-1]
