@@ -35,7 +35,9 @@ def main() -> None:
     cv2.setNumThreads(1)
     results, seconds = [], 0.0
     for record in json.loads(args.annotations.read_text())["images"]:
-        image = cv2.imread(str(args.images / record["file_name"]))
+        path = args.images / record["file_name"]
+        if (image := cv2.imread(str(path))) is None:
+            raise SystemExit(f"{path} cannot be read")
         start = time.process_time()
         found = list(METHODS[args.method](image))
         seconds += time.process_time() - start
@@ -81,7 +83,7 @@ def selective_search(image: np.ndarray) -> Results:
         is_member = np.zeros(labels.max() + 1, np.uint8)
         is_member[region] = 1
         mask = is_member[labels]
-        box = cv2.boundingRect(mask)
+        box = tuple(cv2.boundingRect(mask))
         if box not in boxes:
             boxes.add(box)
             rle = coco_mask.encode(np.asfortranarray(mask))
