@@ -5,13 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pipeline.networks import make_sharpmask
 from pipeline.recipe import load_config
-from tools.benchmarks import ablation, nms, run_all, scoring, speed
+from tools.benchmarks import (
+    ablation,
+    classic_worker,
+    data_curve,
+    gallery,
+    nms,
+    run_all,
+    scoring,
+    speed,
+)
 from tools.benchmarks.timing import format_table, interleave, median_ratio
 
 FOLDER = Path(run_all.__file__).parent
@@ -188,3 +198,69 @@ def test_the_runner_imports_no_torch():
     root = FOLDER.parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n"
+
+
+def coco_json(**objects_by_license):
+    """Images with ids from 1 on, by names like by_3: the license, and how many objects."""
+    urls = {"by": "by/2.0/", "sa": "by-sa/2.0/", "nc": "by-nc/2.0/"}
+    images, annotations = [], []
+    for image_id, (name, license_name) in enumerate(objects_by_license.items(), start=1):
+        images.append({"id": image_id, "license": list(urls).index(license_name)})
+        annotations += [{"image_id": image_id, "iscrowd": 0}] * int(name[-1])
+        annotations.append({"image_id": image_id, "iscrowd": 1})
+    address = "http://creativecommons.org/licenses/"
+    licenses = [{"id": i, "url": address + url} for i, url in enumerate(urls.values())]
+    return {"images": images[::-1], "annotations": annotations, "licenses": licenses}
+
+
+def test_photographs_are_chosen_by_license_and_number_of_objects():
+    content = coco_json(a3="by", b2="by", c4="nc", d9="sa")
+    content["images"].append({"id": 0})  # of no known license
+    found = gallery.find_candidates(content)
+    assert [(image["id"], image["objects"]) for image in found] == [(1, 3), (4, 9)]
+    assert gallery.license_link(found[1]).startswith("[CC BY-SA 2.0](http://creativecommons")
+    photo = {"flickr_url": "http://farm6.staticflickr.com/5298/5457068434_0929d78491_z.jpg"}
+    assert gallery.source_link(photo).endswith("id=5457068434)")
+
+
+def test_smaller_training_sets_are_part_of_larger_ones():
+    content = coco_json(**{f"{letter}1": "by" for letter in "abcdefgh"})
+    chosen = {}
+    for seed in (0, 1):
+        subsets = [data_curve.cut(content, count, seed=seed) for count in (2, 4, 8)]
+        ids = [{image["id"] for image in subset["images"]} for subset in subsets]
+        assert ids[0] < ids[1] < ids[2] and list(map(len, ids)) == [2, 4, 8]
+        assert ids == [{a["image_id"] for a in subset["annotations"]} for subset in subsets]
+        chosen[seed] = ids[1]
+    assert chosen[0] != chosen[1]
+    with pytest.raises(ValueError, match="--images 9: the training split has 8"):
+        data_curve.cut(content, 9, seed=0)
+
+
+def test_selective_search_merges_the_most_similar_neighbors():
+    """Colors of segments are their similarity; that of a merged one is the mean by its pixels."""
+
+    class Colors:
+        def setImage(self, image, labels, sizes, image_id):
+            self.colors, self.sizes = image.copy(), sizes
+
+        def get(self, i, j):
+            return -abs(self.colors[i] - self.colors[j])
+
+        def merge(self, i, j):
+            total = self.colors[[i, j]] @ self.sizes[[i, j], 0]
+            self.colors[[i, j]] = total / self.sizes[[i, j]].sum()
+
+    labels = np.array([[0, 0, 0, 1, 2, 2, 3]] * 3, np.int32)
+    regions = classic_worker.group(Colors(), np.array([0.0, 5, 8, 1]), labels, 0)
+    # 1 and 2 are next to each other and nearest; their mean, 7, is then 6 from 3 and 7 from 0.
+    assert [sorted(region) for region in regions[4:]] == [[1, 2], [1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_edges_are_thin_and_know_what_is_across():
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[:, 15:] = 255
+    edges, across = classic_worker.find_edges(image)
+    rows, columns = np.nonzero(edges > 0.5)
+    assert set(rows) == set(range(20)) and set(columns) <= {14, 15}
+    assert np.abs(np.sin(across[rows, columns])).max() < 0.01
