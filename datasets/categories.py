@@ -42,7 +42,7 @@ def choose_categories(
         found = ids_by_word.get(word, [])
         if not found:
             raise ValueError(
-                f"{path}: no category {short(word)}, named by {CHOICE}; {_similar(word, known)}"
+                f"{path}: {CHOICE}: no category is {short(word)}; {_similar(word, known)}"
             )
         if len(found) > 1:
             raise ValueError(
@@ -53,7 +53,7 @@ def choose_categories(
             raise ValueError(f"{path}: {CHOICE}: {named(found[0], known[found[0]])} is there twice")
         ids.update(found)
     if not ids:
-        raise ValueError(f"{path}: {CHOICE} names no category")
+        raise ValueError(f"{path}: {CHOICE}: the list is empty")
     return {id_: name for id_, name in known.items() if id_ in ids}
 
 

@@ -126,13 +126,6 @@ def check_categories(config: Config) -> None:
     """
     chosen = config.data.categories
     (train, _), (val, _) = (split_files(config, split) for split in ("train", "val"))
-    categories, val_categories = read_categories(train), read_categories(val)
-    is_same = categories == val_categories
-    if chosen is not None:
-        categories = choose_categories(train, categories, chosen)
-        choose_categories(val, val_categories, chosen)
-    if not is_same:
-        use_categories(CocoInstances.load(val, chosen), categories, source=str(train))
     for path in (train, val):
         refuse_federated(
             path,
@@ -140,6 +133,13 @@ def check_categories(config: Config) -> None:
             "a detector would learn the other objects as background; train the mask stages alone "
             "(stages: [deepmask, sharpmask]), or remove such keys if every object is annotated",
         )
+    categories, val_categories = read_categories(train), read_categories(val)
+    is_same = categories == val_categories
+    if chosen is not None:
+        categories = choose_categories(train, categories, chosen)
+        choose_categories(val, val_categories, chosen)
+    if not is_same:
+        use_categories(CocoInstances.load(val, chosen), categories, source=str(train))
 
 
 def patch_dataset(

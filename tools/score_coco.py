@@ -79,7 +79,7 @@ def main() -> None:
             chosen=args.categories,
             perfect_ranking=args.perfect_ranking,
         )
-        save_recall_plots(args.output)
+        save_recall_plots(args.output, perfect_ranking=args.perfect_ranking)
     elif args.command == "detections":
         score_detections(args.annotations, args.results, args.output, chosen=args.categories)
     else:

@@ -228,7 +228,7 @@ def _name_chosen(ground_truth: COCO, chosen: Sequence[str] | None) -> str:
     if chosen is None:
         return ""
     names = [short(category["name"]) for category in ground_truth.cats.values()]
-    return f"of objects of {len(names)} categories: {listed(names)}\n\n"
+    return f"scored on {len(names)} of the annotated categories: {listed(names)}\n\n"
 
 
 def _name_lacking(ground_truth: COCO, known: Container[int]) -> str:

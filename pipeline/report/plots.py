@@ -134,11 +134,12 @@ def recall_by_area(num_proposals: list[int], curves: Mapping[str, dict]) -> Plot
     return Plot(lines, PROPOSALS, "average recall")
 
 
-def save_recall_plots(scores: Path) -> None:
-    """Draws the curves.json in a folder of scores of proposals as recall.png beside it."""
+def save_recall_plots(scores: Path, *, perfect_ranking: bool) -> None:
+    """Draws what a folder of scores of proposals holds as recall.png beside it."""
     content = json.loads((scores / "curves.json").read_text())
-    perfect_path = scores / "perfect_ranking.json"
-    perfect = json.loads(perfect_path.read_text()) if perfect_path.exists() else None
+    perfect = None
+    if perfect_ranking:
+        perfect = json.loads((scores / "perfect_ranking.json").read_text())
     curves = {t: content[t] for t in ("mask", "box") if t in content}
     plots = (
         recall_by_iou(content["iou_thresholds"], curves),
