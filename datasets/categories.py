@@ -1,14 +1,68 @@
-"""Categories of two sources, matched by name and id: of two data sets, or of a detector and one."""
+"""Categories chosen of a data set, and those of two sources matched by name and id.
 
-from collections import Counter
+The sources are two data sets, or a detector and one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import count as count_from
 from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasets.coco import CocoInstances
+if TYPE_CHECKING:  # it imports this module
+    from datasets.coco import CocoInstances
 
 MAX_NAMED = 4  # categories in a message
+CHOICE = "data.categories (--categories)"  # where a user chooses them
+
+
+def choose_categories(
+    path: str | Path, known: Mapping[int, str], chosen: Iterable[str]
+) -> dict[int, str]:
+    """Those of a json's categories, names by id, that are chosen by their names or ids.
+
+    A category named "7" counts before one with the id 7.
+
+    Raises:
+        ValueError: one that is not there, is chosen twice or has the name of another; or none at
+            all. One line with the file and the category.
+    """
+    ids_by_name = defaultdict(list)
+    for id_, name in known.items():
+        ids_by_name[name].append(id_)
+    ids_by_word = {str(id_): [id_] for id_ in known} | ids_by_name
+    ids: set[int] = set()
+    for word in chosen:
+        found = ids_by_word.get(word, [])
+        if not found:
+            raise ValueError(
+                f"{path}: {CHOICE}: no category is {short(word)}; {_similar(word, known)}"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}: {CHOICE}: {len(found)} categories are named {short(word)}; give the id, "
+                f"one of {listed(map(str, found))}"
+            )
+        if ids & set(found):
+            raise ValueError(f"{path}: {CHOICE}: {named(found[0], known[found[0]])} is there twice")
+        ids.update(found)
+    if not ids:
+        raise ValueError(f"{path}: {CHOICE}: the list is empty")
+    return {id_: name for id_, name in known.items() if id_ in ids}
+
+
+def _similar(word: str, known: Mapping[int, str]) -> str:
+    names = {name.lower(): name for name in known.values()}
+    close = difflib.get_close_matches(word.lower(), names, n=MAX_NAMED)
+    if close:
+        return f"did you mean {listed(short(names[name]) for name in close)}?"
+    return f"it has {listed(map(short, known.values())) or 'none'}"
 
 
 def match_categories(these: Mapping[int, str], those: Mapping[int, str]) -> dict[int, int]:
@@ -33,13 +87,21 @@ def match_categories(these: Mapping[int, str], those: Mapping[int, str]) -> dict
     return matched
 
 
-def use_categories(coco: CocoInstances, categories: Mapping[int, str], *, source: str) -> str:
+def use_categories(
+    coco: CocoInstances,
+    categories: Mapping[int, str],
+    *,
+    source: str,
+    keep_others: bool = False,
+) -> str:
     """Gives annotations the ids and the order of these categories, whose names are by id.
 
     Those that no annotation is of need not be known, and any may be missing.
 
     Args:
         source: whose categories they are, for messages.
+        keep_others: if all of these are found, the annotations' others stay, for scores: a detector
+            may know a part of the categories.
 
     Returns:
         A line on what differed; empty if nothing did.
@@ -54,6 +116,11 @@ def use_categories(coco: CocoInstances, categories: Mapping[int, str], *, source
     matched = match_categories(own, categories)
     num_objects = np.bincount(coco.category_index, minlength=len(own)).tolist()
     lacking = sorted(categories.keys() - matched.values())
+    if keep_others and not lacking:
+        free = count_from(max([*categories, *own]) + 1)
+        others = {id_: name for id_, name in own.items() if id_ not in matched}
+        matched |= {id_: next(free) if id_ in categories else id_ for id_ in others}
+        categories = {**categories, **{matched[id_]: name for id_, name in others.items()}}
     missing = [named(id_, categories[id_]) for id_ in lacking]
     unknown = []
     for (id_, name), count in zip(own.items(), num_objects, strict=True):
@@ -80,6 +147,8 @@ def use_categories(coco: CocoInstances, categories: Mapping[int, str], *, source
         "missing": len(missing),
     }
     counts = ", ".join(f"{count} {what}" for what, count in differences.items() if count)
+    if not counts:
+        return ""
     return f"{coco.path}: categories matched by name with those of {source}: {counts}"
 
 

@@ -6,6 +6,7 @@ I: images, A: usable annotations, C: categories.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import compress
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +25,7 @@ from datasets.annotated_boxes import (
     contradict,
     find_problems,
 )
+from datasets.categories import choose_categories, listed, short
 from datasets.coco_file import (
     NO_BOX,
     UNREADABLE,
@@ -31,6 +33,7 @@ from datasets.coco_file import (
     Annotation,
     Category,
     decode,
+    find_federated,
     read_arrays,
     refuse_duplicates,
 )
@@ -57,6 +60,8 @@ class CocoInstances(SharedArrays):
     image_starts: np.ndarray  # (I + 1,) int64; image i has annotations starts[i]:starts[i + 1]
     category_ids: np.ndarray  # (C,) int64, ascending
     category_names: list[str]
+    num_listed: int  # categories of the json; more than C where some were chosen
+    federated: str  # where it says that not every object is annotated, see `find_federated`
     annotation_ids: np.ndarray  # (A,) int64
     image_index: np.ndarray  # (A,) int32, row of image_ids
     category_index: np.ndarray  # (A,) int32, row of category_ids
@@ -81,13 +86,18 @@ class CocoInstances(SharedArrays):
     _rle_spans: np.ndarray  # (A, 2), empty without an RLE
 
     @classmethod
-    def load(cls, path: str | Path) -> CocoInstances:
+    def load(cls, path: str | Path, chosen: Iterable[str] | None = None) -> CocoInstances:
         """Read and check a COCO instances json.
+
+        Args:
+            chosen: names or ids of the categories to take, see `choose_categories`; by default all.
+                Objects of others are as if they were not annotated.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: its structure is broken; one line with the file and the place. A single
-                annotation that cannot be used is no error: it is left out and counted.
+            ValueError: its structure is broken, or it has not the chosen categories; one line with
+                the file and the place. A single annotation that cannot be used is no error: it is
+                left out and counted.
         """
         content = read_arrays(path, "images", "annotations", "categories")
         images = decode(path, "images", content.pop("images"), AnnotatedImage)
@@ -102,10 +112,16 @@ class CocoInstances(SharedArrays):
         self.image_ids = np.array([image.id for image in images], np.int64)
         self.image_sizes = np.array([(image.height, image.width) for image in images], np.int32)
         self._set_file_names([image.file_name for image in images])
+        self.federated, self.num_listed = find_federated(images, categories), len(categories)
+        others: set[int] = set()
+        if chosen is not None:
+            known = {category.id: category.name for category in categories}
+            others = known.keys() - choose_categories(path, known, chosen).keys()
+            categories = [category for category in categories if category.id not in others]
         categories.sort(key=attrgetter("id"))
         self.category_ids = np.array([category.id for category in categories], np.int64)
         self.category_names = [category.name for category in categories]
-        self._set_annotations(content.pop("annotations"))
+        self._set_annotations(content.pop("annotations"), others)
         return self
 
     def _set_file_names(self, names: list[str]) -> None:
@@ -127,7 +143,8 @@ class CocoInstances(SharedArrays):
         self._set_file_names(found.names)
         return found.message
 
-    def _set_annotations(self, elements: list[msgspec.Raw]) -> None:
+    def _set_annotations(self, elements: list[msgspec.Raw], others: set[int]) -> None:
+        """`others` are the ids of the categories that were not chosen."""
         image_rows = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
         category_rows = {id_: row for row, id_ in enumerate(self.category_ids.tolist())}
         self.has_left_out = np.zeros(len(self), bool)
@@ -139,6 +156,8 @@ class CocoInstances(SharedArrays):
         for start in range(0, max(len(elements), 1), CHUNK):
             part = elements[start : start + CHUNK]
             chunk = decode(self.path, "annotations", part, Annotation, first=start)
+            if others:
+                chunk = [a for a in chunk if a.category_id not in others]
             image = np.array([image_rows.get(a.image_id, -1) for a in chunk], np.int32)
             category = np.array([category_rows.get(a.category_id, -1) for a in chunk], np.int32)
             reason, mask_reason, is_measured, columns = self._flatten(chunk, image, category)
@@ -271,7 +290,7 @@ class CocoInstances(SharedArrays):
         """One line: what the file holds and what was left out."""
         line = (
             f"{self.path}: {len(self):,} images, {len(self.annotation_ids):,} annotations "
-            f"({int(self.is_crowd.sum()):,} crowd) of {len(self.category_ids):,} categories"
+            f"({int(self.is_crowd.sum()):,} crowd) of {self._name_categories()}"
         )
         for text, counts in (("without a mask", self.without_mask), ("left out", self.left_out)):
             if counts:
@@ -280,7 +299,18 @@ class CocoInstances(SharedArrays):
             line += (
                 f"; boxes that contradict the segmentation, measured on it: {self.num_measured:,}"
             )
+        if self.federated:
+            line += f"; {self.federated}: there may be objects that are not annotated"
         return line
+
+    def _name_categories(self) -> str:
+        if len(self.category_ids) == self.num_listed:
+            return f"{self.num_listed:,} categories"
+        return (
+            f"{len(self.category_ids):,} of {self.num_listed:,} categories "
+            f"({listed(map(short, self.category_names))}) in {len(np.unique(self.image_index)):,} "
+            "of the images"
+        )
 
     def why_none(self, unfit: dict[str, int] | None = None) -> str:
         """Why no annotation is fit for a purpose: how many for which reason.

@@ -27,9 +27,16 @@ class ListedImage(msgspec.Struct, gc=False, kw_only=True):
     """An image of any COCO json."""
 
     id: Int64
-    file_name: Name
+    file_name: Name = ""
+    coco_url: Any = None  # LVIS names its files by it alone
     height: Int64 | None = None
     width: Int64 | None = None
+
+    def __post_init__(self) -> None:
+        if not self.file_name:
+            if not isinstance(self.coco_url, str) or not self.coco_url:
+                raise ValueError("Object missing required field `file_name`")
+            self.file_name = "/".join(self.coco_url.split("/")[-2:])  # val2017/000000000139.jpg
 
 
 class AnnotatedImage(ListedImage, gc=False, kw_only=True):
@@ -37,8 +44,12 @@ class AnnotatedImage(ListedImage, gc=False, kw_only=True):
 
     height: seg.Side
     width: seg.Side
+    # Of federated annotations, see `find_federated`: LVIS has both, Open Images the first.
+    neg_category_ids: Any = None
+    not_exhaustive_category_ids: Any = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.height * self.width > seg.MAX_PIXELS:
             raise ValueError(f"{self.width} x {self.height} pixels is too large")
 
@@ -48,6 +59,7 @@ class Category(msgspec.Struct, gc=False):
 
     id: Int64
     name: Name
+    frequency: Any = None  # LVIS: r, c or f, by the number of its images
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -174,3 +186,37 @@ def read_categories(path: str | Path) -> dict[int, str]:
     elements = read_arrays(path, "categories")["categories"]
     categories = decode(path, "categories", elements, Category)
     return {category.id: category.name for category in categories}
+
+
+def find_federated(images: list[AnnotatedImage], categories: list[Category]) -> str:
+    """Where a json says that its annotations are federated; empty if it does not.
+
+    Then an image was searched for some categories only, as in LVIS and Open Images: what is not
+    annotated there may be an object.
+    """
+    for i, image in enumerate(images):
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if getattr(image, key) is not None:
+                return f"images[{i}].{key}"
+    for i, category in enumerate(categories):
+        if category.frequency in ("r", "c", "f"):
+            return f"categories[{i}].frequency"
+    return ""
+
+
+def read_federated(path: str | Path) -> str:
+    """`find_federated` of a file, whose annotations are not looked at; errors as of `load`."""
+    content = read_arrays(path, "images", "categories")
+    return find_federated(
+        decode(path, "images", content["images"], AnnotatedImage),
+        decode(path, "categories", content["categories"], Category),
+    )
+
+
+def refuse_federated(path: str | Path, place: str, advice: str) -> None:
+    """Raises a ValueError if `find_federated` found a place."""
+    if place:
+        raise ValueError(
+            f"{path}: {place} says that not every object is annotated, as in LVIS and Open Images; "
+            f"{advice}"
+        )

@@ -6,8 +6,8 @@ object is at least u, and for background otherwise.
 
 Images are drawn independently of each other, all with the same probability, as the released code
 does it, so a sample depends on (seed, epoch, index) alone. Those that are known to show no object
-are among them: their proposals are true negatives. An image is left out if nothing in it may be
-taken for foreground or background.
+are among them, as half of the samples at most: their proposals are true negatives. An image is left
+out if nothing in it may be taken for foreground or background.
 
 Letters: n candidates of an image, R RoIs drawn from them, K IoU thresholds.
 """
@@ -114,6 +114,7 @@ class RoiSampler:
             drawable[image] = len(self.candidates(image)[0]) > 0
         self.object_images = np.flatnonzero(has_object[: self.config.max_images])
         self.drawable = np.flatnonzero(drawable[: self.config.max_images])
+        self.empty_images = np.setdiff1d(self.drawable, self.object_images)
         if len(self.drawable) == 0:
             raise ValueError(
                 f"{coco.path}: no image to train on: no object ({coco.why_none()}), and no "
@@ -131,9 +132,12 @@ class RoiSampler:
     ) -> tuple[int, float, np.random.Generator]:
         """The image (row) of a sample, its scale, and the generator of its RoIs."""
         rng = np.random.default_rng([self.seed, epoch, index, attempt])
-        image, jitter = rng.integers(len(self.drawable)), self.config.jitter_scale
-        scale = 2.0 ** rng.uniform(-jitter, jitter) if jitter else 1.0
-        return int(self.drawable[image]), scale, rng
+        images, jitter = self.drawable, self.config.jitter_scale
+        # Few images may show one of a few categories.
+        if 0 < len(self.object_images) < len(self.empty_images):
+            images = self.object_images if rng.random() < 0.5 else self.empty_images
+        image = int(images[rng.integers(len(images))])
+        return image, 2.0 ** rng.uniform(-jitter, jitter) if jitter else 1.0, rng
 
     def sample(self, image: int, rng: np.random.Generator, threshold: int = -1) -> RoiSample:
         """RoIs of one image, for the IoU threshold of the given index or, with -1, for all.

@@ -59,6 +59,9 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
     shapes: ShapesConfig | None = None  # when set, it gives train and val
+    # Trained, validated and scored on; names, or ids as in the json. null: all. Objects of others
+    # are as if they were not annotated.
+    categories: tuple[str, ...] | None = None
     # Data-loading processes for each training process; 0 loads in the training process itself.
     workers: int = 4
     max_broken_fraction: float = 0.01  # of the training images; more unreadable ones stop the run
@@ -68,6 +71,7 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS  # an image that has more is not decoded
 
     def __post_init__(self) -> None:
+        require(self, "null or a list of names or ids", lambda v: len(v) > 0, "categories")
         require(self, "at least 0", lambda v: v >= 0, "workers")
         require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "max_broken_fraction")
         require_one_of(self, "exif", EXIF_CHOICES)

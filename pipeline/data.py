@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.categories import use_categories
+from datasets.categories import choose_categories, use_categories
 from datasets.coco import CocoInstances
-from datasets.coco_file import read_categories
+from datasets.coco_file import read_categories, read_federated, refuse_federated
 from datasets.image_survey import overfull_images, survey_images
 from datasets.images import ImageError, ImageFolder
 from datasets.loading import batch_loader, serve
@@ -78,13 +78,13 @@ def load_split(
 ) -> tuple[CocoInstances, ImageFolder]:
     """Annotations and image folder of "train" or "val"; says what they hold.
 
-    With the categories of `like`, if given.
+    Of `data.categories`, with the categories of `like`, if given.
 
     Raises:
         ValueError: files that cannot be used, or annotations of other categories.
     """
     annotations, images = split_files(config, split)
-    coco = CocoInstances.load(annotations)
+    coco = CocoInstances.load(annotations, config.data.categories)
     distributed.say(f"{split}: {coco.summary()}")
     if like is not None:
         categories = dict(zip(like.category_ids.tolist(), like.category_names, strict=True))
@@ -118,11 +118,28 @@ def find_files(coco: CocoInstances, images: str | Path) -> None:
 
 
 def check_categories(config: Config) -> None:
-    """Raises a ValueError if validation has objects of categories that training does not have."""
+    """Checks for a detector, before anything is made, that it can be trained and scored.
+
+    Raises:
+        ValueError: a chosen category is not there, validation has objects of categories that
+            training does not have, or not every object is annotated.
+    """
+    chosen = config.data.categories
     (train, _), (val, _) = (split_files(config, split) for split in ("train", "val"))
-    categories = read_categories(train)
-    if read_categories(val) != categories:
-        use_categories(CocoInstances.load(val), categories, source=str(train))
+    for path in (train, val):
+        refuse_federated(
+            path,
+            read_federated(path),
+            "a detector would learn the other objects as background; train the mask stages alone "
+            "(stages: [deepmask, sharpmask]), or remove such keys if every object is annotated",
+        )
+    categories, val_categories = read_categories(train), read_categories(val)
+    is_same = categories == val_categories
+    if chosen is not None:
+        categories = choose_categories(train, categories, chosen)
+        choose_categories(val, val_categories, chosen)
+    if not is_same:
+        use_categories(CocoInstances.load(val, chosen), categories, source=str(train))
 
 
 def patch_dataset(

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,9 @@ def run_pipeline(
     if distributed.is_main():
         save_config(config, output / "config.yaml")
         annotations, images = split_files(config, "val")
-        report = write_report(output, annotations=annotations, images=images)
+        report = write_report(
+            output, annotations=annotations, images=images, chosen=config.data.categories
+        )
         print(f"\nsummary in {path}, report in {report}")
     return summary
 
@@ -102,6 +105,7 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
         images,
         checkpoint,
         output / "patches",
+        chosen=config.data.categories,
         workers=config.data.workers,
         device=device,
     )
@@ -120,32 +124,43 @@ def score_masks(config: Config, checkpoint: Path, output: Path, device: torch.de
     propose_split(config, "val", proposer, store, settings=settings)
     scores = {}
     if distributed.is_main():
-        scores = score_proposals(annotations, store, output / "scores")
+        scores = score_proposals(
+            annotations, store, output / "scores", chosen=config.data.categories
+        )
     distributed.barrier()
     return {"patches": patches, "proposals": scores}
 
 
 def score_detector(config: Config, checkpoint: Path, output: Path, device: torch.device) -> dict:
     """Detections in the validation images from SharpMask's proposals, and their AP."""
-    annotations, images = split_files(config, "val")
+    (annotations, images), chosen = split_files(config, "val"), config.data.categories
     store = ProposalStore(output.parent / "sharpmask" / "proposals")
     detector, settings = load_detector(checkpoint, device)
     detect_images(detector, store, images, output, settings=settings)
     scores = {}
     if len(store.images()) <= FEW_IMAGES:
-        by_count = score_by_proposals(detector, store, annotations, images)
+        by_count = score_by_proposals(detector, store, annotations, images, chosen=chosen)
         if distributed.is_main():
             write_json(output / "scores" / "by_proposals.json", by_count)
     if distributed.is_main():
-        scores = score_detections(annotations, output / DETECTIONS, output / "scores")
+        scores = score_detections(
+            annotations, output / DETECTIONS, output / "scores", chosen=chosen
+        )
     distributed.barrier()
     return {"detections": scores}
 
 
 def score_by_proposals(
-    detector: Detector, store: ProposalStore, annotations: Path, images: Path
+    detector: Detector,
+    store: ProposalStore,
+    annotations: Path,
+    images: Path,
+    *,
+    chosen: Sequence[str] | None = None,
 ) -> dict[str, list]:
     """AP for growing numbers of proposals: where more stop to help.
+
+    Of the chosen categories, see `CocoInstances.load`.
 
     The processes share the images; each gets the result of all.
     """
@@ -158,7 +173,7 @@ def score_by_proposals(
                 found += results_of(detections)
     parts = distributed.gather(results)
     results = [list(itertools.chain(*of_count)) for of_count in zip(*parts, strict=True)]
-    ground_truth = load_ground_truth(annotations, categories=detector.category_names)
+    ground_truth = load_ground_truth(annotations, chosen=chosen, categories=detector.category_names)
     metrics = [evaluate_detections(ground_truth, found).metrics() for found in results]
     by_type = {t: [m.get(t, {}).get("AP") for m in metrics] for t in IOU_TYPES}
     return {"counts": list(PROPOSAL_COUNTS)} | by_type

@@ -61,7 +61,7 @@ def choose_by_data(config: Config) -> Config:
     if not is_auto(config):
         return config
     prepare_data(config)
-    coco = CocoInstances.load(split_files(config, "train")[0])
+    coco = CocoInstances.load(split_files(config, "train")[0], config.data.categories)
     sides = ObjectSides.measure(PatchSampler(coco, config=config.deepmask.sampling))
     patch_size = choose_patch_size(
         sides, multiple=2 * STRIDE if config.deepmask.separate_heads else STRIDE

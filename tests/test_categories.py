@@ -120,22 +120,20 @@ def test_what_cannot_be_matched_is_refused_with_the_difference(tmp_path):
 # Training.
 
 
-@pytest.mark.parametrize("change", MATCHED)
 def test_validation_of_other_ids_gives_the_same_metrics(
-    change, write, tiny_config, stores, tmp_path, capsys
+    write, tiny_config, stores, tmp_path, capsys
 ):
-    function, words = MATCHED[change]
     options = [*stores, "multipathnet.validation_images=3", "detect.score_threshold=0.0"]
-    stages = []
-    for changes in ([], [f"data.val.annotations={write(function)}"]):
-        config = load_config(tiny_config, [*options, *changes])
-        stages.append(make_stage("multipathnet", config, tmp_path))
-    same, other = stages
-    assert words in capsys.readouterr().out
-    for name in ("category_ids", "category_index"):
-        assert np.array_equal(*(getattr(stage.val_data.coco, name) for stage in stages))
+    same = make_stage("multipathnet", load_config(tiny_config, options), tmp_path)
     metrics = same.validate(same.model, CPU)
-    assert other.validate(other.model, CPU) == metrics and metrics["sample_ap"] > 0
+    assert metrics["sample_ap"] > 0
+    for function, words in MATCHED.values():
+        setting = f"data.val.annotations={write(function)}"
+        other = make_stage("multipathnet", load_config(tiny_config, [*options, setting]), tmp_path)
+        assert words in capsys.readouterr().out
+        for name in ("category_ids", "category_index"):
+            assert np.array_equal(*(getattr(s.val_data.coco, name) for s in (same, other)))
+        assert other.validate(other.model, CPU) == metrics
 
 
 def test_a_category_that_validation_lacks_keeps_its_class(write, tiny_config, stores, tmp_path):

@@ -25,6 +25,7 @@ def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
     recipe["data"] = {
         "shapes": {"directory": str(tmp_path / "shapes"), "train_images": 12, "val_images": 4},
         "workers": 0,
+        "categories": ["disk", "3", "leaf"],
     }
     config, output = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(recipe))
@@ -47,7 +48,10 @@ def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
     detections = summary["multipathnet"]["detections"]
     for kind in ("box", "mask"):
         assert {"AP", "AP50", "AP75", "APs", "AR@100"} <= set(detections[kind])
-    assert "<html" in (output / "report.html").read_text()
+    rows = json.loads((output / "multipathnet" / "scores" / "categories.json").read_text())
+    assert [row["category"] for row in rows] == ["disk", "square", "leaf"]
+    report = (output / "report.html").read_text()
+    assert "<html" in report and report.count("--categories disk 3 leaf") == 5
     stores = sorted(p.name for p in (output / "deepmask" / "proposals").glob("*.parquet"))
 
     assert call_tool(*arguments) == 0  # nothing is left to do

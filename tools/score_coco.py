@@ -8,7 +8,8 @@ r"""Scores results against COCO annotations.
     python tools/score_coco.py patches --annotations instances_val.json \
         --images val --checkpoint best.pt --output runs/patches
 
-Each writes metrics.json and tables into --output.
+Each writes metrics.json and tables into --output, and proposals also plots, recall.png. With
+--categories person car only these count.
 """
 
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command import add_device, make_parser, run_tool
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
+from pipeline.report.plots import save_recall_plots
 
 
 def main() -> None:
@@ -61,20 +63,32 @@ def main() -> None:
     for command in (proposals, detections, patches):
         command.add_argument("--annotations", required=True, help="COCO instances json")
         command.add_argument("--output", required=True, type=Path, help="folder of the tables")
+        command.add_argument(
+            "--categories",
+            nargs="+",
+            metavar="NAME",
+            help="only objects of these, names or ids as in the annotations (default: all)",
+        )
     args = parser.parse_args()
 
     if args.command == "proposals":
         score_proposals(
-            args.annotations, args.results, args.output, perfect_ranking=args.perfect_ranking
+            args.annotations,
+            args.results,
+            args.output,
+            chosen=args.categories,
+            perfect_ranking=args.perfect_ranking,
         )
+        save_recall_plots(args.output, perfect_ranking=args.perfect_ranking)
     elif args.command == "detections":
-        score_detections(args.annotations, args.results, args.output)
+        score_detections(args.annotations, args.results, args.output, chosen=args.categories)
     else:
         score_patches(
             args.annotations,
             args.images,
             args.checkpoint,
             args.output,
+            chosen=args.categories,
             batches=args.batches,
             workers=args.workers,
             device=torch.device(args.device),

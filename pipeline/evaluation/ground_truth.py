@@ -4,15 +4,16 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 
-from datasets.categories import use_categories
+from datasets.categories import match_categories, use_categories
 from datasets.coco import CocoInstances
+from datasets.coco_file import refuse_federated
 from pipeline import distributed
 
 IOU_TYPES = {"box": "bbox", "mask": "segm"}  # our names -> COCOeval's
@@ -27,12 +28,15 @@ def load_ground_truth(
     annotations: str | Path,
     image_ids: set[int] | None = None,
     *,
+    chosen: Iterable[str] | None = None,
     categories: Mapping[int, str] | None = None,
     needs_object: bool = False,
+    needs_all_objects: bool = False,
 ) -> COCO:
     """Read a COCO instances json for evaluation, or of it the images with these ids.
 
-    With a detector's categories (names by id), if given, so that its results fit.
+    With the chosen categories only, see `CocoInstances.load`. With the ids of a detector's
+    categories (names by id), if given, so that its results fit.
 
     It is read and checked as for training: annotations that `CocoInstances` cannot use are left out
     and counted in one logged warning; missing `area`, `bbox` and `iscrowd` are filled in.
@@ -40,18 +44,35 @@ def load_ground_truth(
     renumbered from 1, because COCOeval takes a match with id 0 for none.
 
     Raises:
-        ValueError: the file is missing or is not COCO instances json; it has objects of categories
-            that are not among those given; or it has no object, crowds apart, when it
-            `needs_object`.
+        ValueError: the file is missing or is not COCO instances json; its categories and those
+            given do not fit; it has no object, crowds apart, when it `needs_object`; or its
+            annotations are federated when it `needs_all_objects`.
     """
     try:
-        instances = CocoInstances.load(annotations)
+        instances = CocoInstances.load(annotations, chosen)
     except OSError as error:
         raise ValueError(f"{annotations}: cannot be read: {error.strerror}") from None
-    if instances.left_out or instances.without_mask or instances.num_measured:
+    if needs_all_objects:
+        refuse_federated(
+            annotations,
+            instances.federated,
+            "COCO's AP would count right detections as false: use LVIS's rules (pip install lvis), "
+            "or score the proposals, whose recall needs only the annotated objects",
+        )
+    if (
+        instances.left_out
+        or instances.without_mask
+        or instances.num_measured
+        or instances.federated
+    ):
         _warn_once(instances.summary())
     if categories is not None:
-        _warn_once(use_categories(instances, categories, source="the detector"))
+        if chosen is not None:  # the detector's others are not scored
+            own = dict(zip(instances.category_ids.tolist(), instances.category_names, strict=True))
+            matched = match_categories(own, categories).values()
+            categories = {id_: name for id_, name in categories.items() if id_ in matched}
+        line = use_categories(instances, categories, source="the detector", keep_others=True)
+        _warn_once(line)
     if needs_object and instances.is_crowd.all():
         raise ValueError(f"{annotations}: no object to score against: {instances.why_none()}")
     heights, widths = instances.image_sizes.T

@@ -9,6 +9,7 @@ Letters: T IoU thresholds (.50:.05:.95), P recall points (0:.01:1), C categories
 import contextlib
 import io
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass
 
 import hotcoco
@@ -61,7 +62,9 @@ class DetectionScores:
         return np.ma.masked_less(self.evaluations[iou_type]["precision"][..., 0, -1], 0)
 
 
-def evaluate_detections(ground_truth: COCO, results: list[dict]) -> DetectionScores:
+def evaluate_detections(
+    ground_truth: COCO, results: list[dict], *, known: Container[int] | None = None
+) -> DetectionScores:
     """COCO's AP and AR of detections (useCats = 1), and VOC's AP50 of their boxes.
 
     Every image of the ground truth counts, with or without detections. The numbers equal
@@ -72,10 +75,15 @@ def evaluate_detections(ground_truth: COCO, results: list[dict]) -> DetectionSco
     Equal scores keep the order of the list within an image; images follow each other by id. Objects
     with a box only do not count for masks; if all are such, masks are not scored.
 
+    Args:
+        known: ids of categories that results may be of, if there are more than the ground truth
+            has: such results do not count.
+
     Raises:
         ValueError: a result that cannot be scored (`check_results`); one line with its index.
     """
-    given = check_results(results, ground_truth.imgs, ground_truth.cats)
+    given = check_results(results, ground_truth.imgs, known or ground_truth.cats)
+    results = [result for result in results if result["category_id"] in ground_truth.cats]
     iou_types = scorable(ground_truth, given)
     dataset = ground_truth.dataset
     regions = {iou_type: [_with_region(r, iou_type) for r in results] for iou_type in iou_types}

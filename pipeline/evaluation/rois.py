@@ -1,5 +1,6 @@
 """Validation of a detector: the classes of sampled RoIs, and AP on a sample of the images."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +62,13 @@ def roi_metrics(hits: Tensor) -> dict[str, float]:
 
 
 def sample_ap(
-    detector: Detector, store: ProposalStore, annotations: Path, images: Path, *, num_images: int
+    detector: Detector,
+    store: ProposalStore,
+    annotations: Path,
+    images: Path,
+    *,
+    num_images: int,
+    chosen: Iterable[str] | None = None,
 ) -> float | None:
     """COCO's AP of boxes in the first images of a store; None without an object in them.
 
@@ -70,6 +77,7 @@ def sample_ap(
     Args:
         images: the folder that the store's file names are relative to.
         num_images: at least; whole shards are taken.
+        chosen: the categories that the detector was trained on, see `CocoInstances.load`.
     """
     shards: list[Path] = []
     ids: set[int] = set()
@@ -86,6 +94,8 @@ def sample_ap(
     messages = [message for part in distributed.gather(broken) for message in part]
     if len(messages) >= len(ids):
         raise ValueError(f"no image of {store.directory} can be used; the first: {messages[0]}")
-    ground_truth = load_ground_truth(annotations, ids, categories=detector.category_names)
+    ground_truth = load_ground_truth(
+        annotations, ids, chosen=chosen, categories=detector.category_names
+    )
     scores = evaluate_detections(ground_truth, results)
     return scores.metrics().get("box", {}).get("AP")

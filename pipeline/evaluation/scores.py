@@ -2,17 +2,21 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 
+from datasets.categories import listed, short
 from datasets.coco import CocoInstances
+from datasets.coco_file import read_categories
 from datasets.files import write_atomically, write_json
 from pipeline import distributed
 from pipeline.data import find_files, patch_dataset, survey_split
 from pipeline.evaluation.ground_truth import (
+    AREAS,
     IOU_THRESHOLDS,
     IOU_TYPES,
     load_ground_truth,
@@ -39,13 +43,21 @@ THRESHOLDS = IOU_THRESHOLDS.round(2).tolist()
 
 
 def score_proposals(
-    annotations: str | Path, results: str | Path, output: Path, *, perfect_ranking: bool = True
+    annotations: str | Path,
+    results: str | Path,
+    output: Path,
+    *,
+    chosen: Sequence[str] | None = None,
+    perfect_ranking: bool = True,
 ) -> dict:
     """AR of a proposal store or results file, by boxes and, if there are any, by masks.
 
-    Writes metrics.json, curves.json (AR by number of proposals, recall by IoU threshold),
-    scores.txt and, if asked for, perfect_ranking.json: the AR that the same masks would have in
-    the best possible order.
+    Writes metrics.json, curves.json (AR by number of proposals, of all objects and by their area;
+    recall by IoU threshold), scores.txt and, if asked for, perfect_ranking.json: the AR that the
+    same masks would have in the best possible order.
+
+    Args:
+        chosen: the categories whose objects are to be found, see `CocoInstances.load`.
 
     Returns:
         The metrics, {"box": {"AR@10", "AR@100", "AR@1000", "AUC", "AR@1000/small", ...}, "mask":
@@ -54,7 +66,7 @@ def score_proposals(
     Raises:
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
-    ground_truth = load_ground_truth(annotations, needs_object=True)
+    ground_truth = load_ground_truth(annotations, chosen=chosen, needs_object=True)
     proposals = read_results(results)
     try:
         given = scored_types(proposals) if isinstance(proposals, list) else tuple(IOU_TYPES)
@@ -72,9 +84,11 @@ def score_proposals(
     num_proposals = np.unique(np.geomspace(1, MAX_PROPOSALS, 40).round().astype(int))
     curves = {"iou_thresholds": THRESHOLDS, "counts": num_proposals.tolist()}
     for iou_type, recall in scores.recall.items():
+        by_count = scores.average_recall(iou_type)[num_proposals - 1]
         curves[iou_type] = {
             "recall_by_iou": {str(k): recall[:, k - 1, 0].tolist() for k in NUM_PROPOSALS},
-            "ar_by_count": scores.average_recall(iou_type)[num_proposals - 1, 0].tolist(),
+            "ar_by_count": by_count[:, 0].tolist(),
+            "ar_by_area": dict(zip(AREAS[1:], by_count[:, 1:].T.tolist(), strict=True)),
         }
     names = [name.removeprefix("AR@1000/") for name in rankings["as ranked"]["box"]]
     rows = [
@@ -82,17 +96,28 @@ def score_proposals(
         for iou_type in iou_types
         for ranking, values in rankings.items()
     ]
-    table = _table(["average recall, percent", *names], rows)
+    table = _name_chosen(ground_truth, chosen)
+    table += _table(["average recall, percent", *names], rows)
     if perfect_ranking:
         write_json(output / "perfect_ranking.json", rankings["perfect ranking"])
     return _write(output, table, metrics=rankings["as ranked"], curves=curves)
 
 
-def score_detections(annotations: str | Path, results: str | Path, output: Path) -> dict:
+def score_detections(
+    annotations: str | Path,
+    results: str | Path,
+    output: Path,
+    *,
+    chosen: Sequence[str] | None = None,
+) -> dict:
     """AP and AR of a COCO results file of detections, of boxes and, if there are any, of masks.
 
     Writes metrics.json, curves.json (AP by IoU threshold, precision by recall, VOC's AP50),
     categories.json, the same as categories.csv, and scores.txt.
+
+    Args:
+        chosen: the categories to score, see `CocoInstances.load`; detections of others do not
+            count.
 
     Returns:
         The metrics, {"box": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10",
@@ -101,12 +126,17 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
     Raises:
         FileNotFoundError, ValueError: files that do not exist or do not fit each other.
     """
-    detections = load_results(results)
+    detections, known = load_results(results), read_result_categories(results)
     ground_truth = load_ground_truth(
-        annotations, categories=read_result_categories(results), needs_object=True
+        annotations,
+        chosen=chosen,
+        categories=known,
+        needs_object=True,
+        needs_all_objects=True,
     )
+    listed_ids = None if chosen is None else known or read_categories(annotations)
     try:
-        scores = evaluate_detections(ground_truth, detections)
+        scores = evaluate_detections(ground_truth, detections, known=listed_ids)
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from None
     metrics, columns = scores.metrics(), dict(scores.categories)
@@ -139,7 +169,8 @@ def score_detections(annotations: str | Path, results: str | Path, output: Path)
         f"VOC AP50 of boxes (all-point): {_cell(curves['voc_ap50'])}",
         _table([name.replace("_", " ") for name in columns][1:], [row[1:] for row in rows]),
     ]
-    text = "\n\n".join(tables)
+    text = _name_chosen(ground_truth, chosen) + "\n\n".join(tables)
+    text = _name_lacking(ground_truth, known or {d["category_id"] for d in detections}) + text
     return _write(output, text, metrics=metrics, curves=curves, categories=categories)
 
 
@@ -149,14 +180,16 @@ def score_patches(
     checkpoint: str | Path,
     output: Path,
     *,
+    chosen: Sequence[str] | None = None,
     batches: int = 64,
     workers: int = 2,
     device: torch.device,
 ) -> dict:
     """Metrics of a checkpoint on patches drawn as in training, the same patches in every call.
 
-    Masks are compared at the full resolution of the patch, of SharpMask as of DeepMask. Writes
-    metrics.json and scores.txt; returns the metrics.
+    Of objects of the chosen categories, see `CocoInstances.load`. Masks are compared at the full
+    resolution of the patch, of SharpMask as of DeepMask. Writes metrics.json and scores.txt;
+    returns the metrics.
 
     Raises:
         FileNotFoundError, ValueError: an input that does not exist or cannot be used.
@@ -166,7 +199,7 @@ def score_patches(
     if not Path(images).is_dir():
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config, content = load_network(checkpoint, stage=("deepmask", "sharpmask"))
-    c, coco = config.deepmask, CocoInstances.load(annotations)
+    c, coco = config.deepmask, CocoInstances.load(annotations, chosen)
     find_files(coco, images)
     folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(
@@ -188,6 +221,27 @@ def score_patches(
         text = "\n".join(f"{name:16} {v:.4f}" for name, v in metrics.items())
         _write(output, text, metrics=metrics)
     return metrics
+
+
+def _name_chosen(ground_truth: COCO, chosen: Sequence[str] | None) -> str:
+    """A line that says which categories are scored, where they were chosen."""
+    if chosen is None:
+        return ""
+    names = [short(category["name"]) for category in ground_truth.cats.values()]
+    return f"scored on {len(names)} of the annotated categories: {listed(names)}\n\n"
+
+
+def _name_lacking(ground_truth: COCO, known: Container[int]) -> str:
+    """A line on categories of the objects that results cannot be of, whose AP is 0."""
+    ids = {o["category_id"] for o in ground_truth.dataset["annotations"] if not o["iscrowd"]}
+    lacking = [short(ground_truth.cats[i]["name"]) for i in sorted(ids) if i not in known]
+    if not lacking:
+        return ""
+    return (
+        f"the results have {len(ids) - len(lacking)} of the {len(ids)} categories that objects are "
+        f"of; the AP of the others ({listed(lacking)}) counts as 0; to score on some: "
+        "--categories NAME ...\n\n"
+    )
 
 
 def _table(headings: list[str], rows: Iterable[Sequence]) -> str:

@@ -1,15 +1,23 @@
-"""The plots of the report, as SVG whose colors the page's style sheet decides, light or dark."""
+"""The plots of the report, as SVG whose colors the page's style sheet decides, light or dark.
+
+Those of recall can also be a picture.
+"""
 
 import io
+import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+
+from datasets.files import atomic_path
 
 # matplotlib's default colors, and the variables of the style sheet that replace them.
 VARIABLES = {"#000000": "ink", "#b0b0b0": "grid"}
@@ -35,24 +43,34 @@ SATURATION = 400  # of them, from where on the published AP hardly grows (BMVC 2
 Curve = tuple[str, Sequence[float], Sequence[float | None], str]
 
 
-def plot(
-    curves: Sequence[Curve], xlabel: str, ylabel: str, *, top: float | None = None
-) -> Markup | None:
-    """Curves above a legend, as an <svg> element; None if there is no curve.
+class Plot(NamedTuple):
+    """Curves and the names of their axes."""
 
-    The y axis ends at `top`, or at the values; `xlabel` `PROPOSALS` makes x logarithmic.
-    """
+    curves: Sequence[Curve]
+    xlabel: str  # `PROPOSALS` makes x logarithmic
+    ylabel: str
+    top: float | None = None  # end of the y axis; else the values are
+
+
+def draw(axes: Axes, content: Plot) -> None:
+    """Draws curves, without a legend."""
+    for label, x, y, style in content.curves:
+        axes.plot(x, np.array(y, float), style, label=label)
+    axes.set(xlabel=content.xlabel, ylabel=content.ylabel, ylim=(0, content.top))
+    if content.xlabel == PROPOSALS:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+
+
+def plot(
+    curves: Sequence[Curve], xlabel: str, ylabel: str, top: float | None = None
+) -> Markup | None:
+    """A `Plot` above its legend, as an <svg> element; None if there is no curve."""
     if not curves:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(layout="constrained")
-        axes = figure.add_subplot()
-        for label, x, y, style in curves:
-            axes.plot(x, np.array(y, float), style, label=label)
-        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, top))
-        if xlabel == PROPOSALS:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
+        draw(figure.add_subplot(), Plot(curves, xlabel, ylabel, top))
         figure.legend(loc="outside lower center", ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg")
@@ -77,10 +95,10 @@ def plot_metrics(
         steps, values = metric_values(records, split, name)
         if steps:
             curves.append((label, steps, values, f"C{i}o-" if len(steps) <= 12 else f"C{i}-"))
-    return plot(curves, "step", ylabel, top=top)
+    return plot(curves, "step", ylabel, top)
 
 
-def plot_recall_by_iou(thresholds: list[float], curves: dict[str, dict]) -> Markup | None:
+def recall_by_iou(thresholds: list[float], curves: Mapping[str, dict]) -> Plot:
     """Recall at each IoU threshold for 10, 100 and 1000 proposals; `curves` by label."""
     lines = [
         (f"{label}, {k}", thresholds, recall, f"C{i}{dashes}")
@@ -89,12 +107,12 @@ def plot_recall_by_iou(thresholds: list[float], curves: dict[str, dict]) -> Mark
             (":", "--", "-"), values["recall_by_iou"].items(), strict=True
         )
     ]
-    return plot(lines, "IoU threshold", "recall")
+    return Plot(lines, "IoU threshold", "recall")
 
 
-def plot_average_recall(
-    num_proposals: list[int], curves: dict[str, dict], perfect: dict[str, dict] | None = None
-) -> Markup | None:
+def average_recall(
+    num_proposals: list[int], curves: Mapping[str, dict], perfect: dict[str, dict] | None = None
+) -> Plot:
     """AR by number of proposals; `curves` and, as points, metrics of a perfect ranking by label."""
     lines: list[Curve] = []
     for i, (label, values) in enumerate(curves.items()):
@@ -102,7 +120,39 @@ def plot_average_recall(
         if perfect:
             recalls = [perfect[label][f"AR@{k}"] for k in (10, 100, 1000)]
             lines.append((f"{label}, perfect ranking", (10, 100, 1000), recalls, f"C{i}o"))
-    return plot(lines, PROPOSALS, "average recall")
+    return Plot(lines, PROPOSALS, "average recall")
+
+
+def recall_by_area(num_proposals: list[int], curves: Mapping[str, dict]) -> Plot:
+    """AR by number of proposals, of small, medium and large objects; `curves` by label."""
+    lines: list[Curve] = [
+        (f"{area}, {label}", num_proposals, values, f"C{i}{dashes}")
+        for dashes, (label, of_label) in zip(("-", "--"), curves.items(), strict=False)
+        for i, (area, values) in enumerate(of_label["ar_by_area"].items(), 2)
+        if any(value is not None for value in values)
+    ]
+    return Plot(lines, PROPOSALS, "average recall")
+
+
+def save_recall_plots(scores: Path, *, perfect_ranking: bool) -> None:
+    """Draws what a folder of scores of proposals holds as recall.png beside it."""
+    content = json.loads((scores / "curves.json").read_text())
+    perfect = None
+    if perfect_ranking:
+        perfect = json.loads((scores / "perfect_ranking.json").read_text())
+    curves = {t: content[t] for t in ("mask", "box") if t in content}
+    plots = (
+        recall_by_iou(content["iou_thresholds"], curves),
+        average_recall(content["counts"], curves, perfect),
+        recall_by_area(content["counts"], curves),
+    )
+    with matplotlib.rc_context(STYLE | {"figure.facecolor": "white"}):
+        figure = Figure((13, 4.2), layout="constrained")
+        for axes, each in zip(figure.subplots(1, len(plots)), plots, strict=True):
+            draw(axes, each)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        with atomic_path(scores / "recall.png") as path:
+            figure.savefig(path, format="png", dpi=110)
 
 
 def plot_ap(ap: tuple[list[float], dict[str, list]] | None, xlabel: str) -> Markup | None:

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +22,20 @@ from pipeline.report.sections import Run, read_detector, read_mask_stage
 DETECTOR = STAGES[-1]
 
 
-def write_report(run: str | Path, *, annotations: str | Path, images: str | Path) -> Path:
+def write_report(
+    run: str | Path,
+    *,
+    annotations: str | Path,
+    images: str | Path,
+    chosen: Sequence[str] | None = None,
+) -> Path:
     """Write `run/report.html` from what the run directory holds; the page names what is missing.
 
     Its path is returned. The annotations (COCO instances json) and the folder of images are those
-    that the proposals were made for.
+    that the proposals were made for; `chosen` are the categories that were scored, see
+    `CocoInstances.load`.
     """
-    files = Run(Path(run), annotations, Path(images))
+    files = Run(Path(run), annotations, Path(images), chosen)
     names = [n for n in STAGES if (files.directory / n).is_dir() or n in files.summary]
     names = names or [STAGES[0]]
     masks = [read_mask_stage(files, name) for name in names if name != DETECTOR]
@@ -47,6 +55,7 @@ def write_report(run: str | Path, *, annotations: str | Path, images: str | Path
         run=run,
         annotations=str(annotations),
         images=str(images),
+        chosen=chosen,
         stages=masks,
         detector=read_detector(files, DETECTOR) if DETECTOR in names else None,
         comparison=comparison,

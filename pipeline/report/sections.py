@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,23 @@ class Run:
 
     Attributes:
         summary: the content of summary.json.
-        coco: the annotated objects.
+        coco: the annotated objects, those of the chosen categories.
         missing: (name, what it is for) of the files that are not there.
     """
 
-    def __init__(self, directory: Path, annotations: str | Path, images: Path):
+    def __init__(
+        self,
+        directory: Path,
+        annotations: str | Path,
+        images: Path,
+        chosen: Iterable[str] | None = None,
+    ):
         self.directory = directory
         frames = {ProposalStore(directory / name / "proposals").exif() for name in STAGES}
         self.images = ImageFolder(images, exif=IGNORE if IGNORE in frames else APPLY)
         self.missing: list[tuple[str, str]] = []
         self.summary = self.read("summary.json", "patch metrics and seconds") or {}
-        self.coco = CocoInstances.load(annotations)
+        self.coco = CocoInstances.load(annotations, chosen)
         self.coco.find_files(images)
 
     def read(self, name: str, purpose: str, reader: Callable[[Path], Any] = read_json) -> Any:

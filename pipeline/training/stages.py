@@ -321,7 +321,12 @@ class MultiPathNetStage(Stage):
             )
             annotations, images = split_files(self.config, "val")
             ap = sample_ap(
-                detector, self.val_store, annotations, images, num_images=c.validation_images
+                detector,
+                self.val_store,
+                annotations,
+                images,
+                num_images=c.validation_images,
+                chosen=self.config.data.categories,
             )
             metrics["sample_ap"] = ap or 0.0
         return metrics

@@ -183,6 +183,14 @@ def test_images_without_an_object_give_background_and_those_without_a_proposal_f
     assert (background.labels == 0).all() and len(np.unique(background.rois, axis=0)) == 64
 
 
+def test_images_without_an_object_are_half_of_the_samples_at_most(tmp_path):
+    coco = load(tmp_path / "a.json", [(1, 7, OBJECT, False)], images=9)
+    sampler = RoiSampler(coco, proposals_of({image: [OBJECT] for image in range(1, 10)}))
+    images = np.array([sampler.draw_image(0, index)[0] for index in range(2000)])
+    assert_frequency(np.mean(images == 0), 1 / 2, len(images))
+    assert_frequency(np.mean(images == 8), 1 / 16, len(images))
+
+
 def test_a_dataset_without_any_annotation_still_gives_background(tmp_path):
     sampler = RoiSampler(load(tmp_path / "a.json", []), proposals_of({2: [OBJECT]}))
     sample = sampler.draw(0, 0)

@@ -69,6 +69,8 @@ def test_a_store_and_its_results_file_score_alike(tmp_path, store, annotations, 
     assert (curves["counts"][0], curves["counts"][-1]) == (1, 1000)
     for iou_type in IOU_TYPES:
         assert curves[iou_type]["ar_by_count"][-1] == metrics[iou_type]["AR@1000"]
+        for area, values in curves[iou_type]["ar_by_area"].items():
+            assert values[-1] == metrics[iou_type][f"AR@1000/{area}"]
         recall = curves[iou_type]["recall_by_iou"]["100"]
         assert np.mean(recall) == pytest.approx(metrics[iou_type]["AR@100"])
         assert len(recall) == len(curves["iou_thresholds"]) == 10

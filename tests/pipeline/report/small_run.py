@@ -100,7 +100,9 @@ SUMMARY = {
 CURVES = {
     "iou_thresholds": [0.5, 0.75, 0.95], "counts": [1, 10, 100, 1000],
     **{iou_type: {"recall_by_iou": {k: [0.5, 0.3, None] for k in ("10", "100", "1000")},
-                  "ar_by_count": [0.1, 0.2, 0.3, None]} for iou_type in ("box", "mask")},
+                  "ar_by_count": [0.1, 0.2, 0.3, None],
+                  "ar_by_area": {"small": [None] * 4, "medium": [0.1, 0.2, 0.3, None],
+                                 "large": [0.2, 0.3, 0.4, 0.4]}} for iou_type in ("box", "mask")},
 }  # fmt: skip
 DETECTOR_RECORDS = [
     {"split": "train", "step": 20, "epoch": 0.2, "class_loss": 1.51, "box_loss": 0.41,

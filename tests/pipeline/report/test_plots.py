@@ -5,7 +5,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.report.plots import PROPOSALS, plot_ap, plot_average_recall, plot_metrics
+from pipeline.report.plots import (
+    PROPOSALS,
+    average_recall,
+    plot,
+    plot_ap,
+    plot_metrics,
+    recall_by_area,
+)
 from tests.pipeline.report.small_run import AP_BY_PROPOSALS, CURVES, RECORDS, metrics_of
 
 LOSSES = {"mask_loss": "mask loss", "score_loss": "score loss"}
@@ -22,18 +29,21 @@ PLOTS = {
            "box,mask,published: 400,proposals per image,average precision", "12"),
     "a gap": (lambda: plot_ap(([0.5, 0.75, 0.95], GAP), "IoU threshold"),
               "box,IoU threshold,average precision", "2"),
-    "ranked": (lambda: plot_average_recall(CURVES["counts"], RECALL),
+    "ranked": (lambda: plot(*average_recall(CURVES["counts"], RECALL)),
                "mask,box,proposals per image,average recall", "12"),
-    "perfect": (lambda: plot_average_recall(CURVES["counts"], RECALL, metrics_of(0.5)),
+    "by area": (lambda: plot(*recall_by_area(CURVES["counts"], RECALL)),
+                "medium, mask,medium, box,large, mask,large, box,"
+                "proposals per image,average recall", "45"),
+    "perfect": (lambda: plot(*average_recall(CURVES["counts"], RECALL, metrics_of(0.5))),
                 "mask,box,proposals per image,average recall,mask, perfect ranking,"
                 "box, perfect ranking", "12"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("plot", "texts", "colors"), PLOTS.values(), ids=PLOTS)
-def test_labels_and_colors_of_the_page(plot, texts, colors):
+@pytest.mark.parametrize(("draw", "texts", "colors"), PLOTS.values(), ids=PLOTS)
+def test_labels_and_colors_of_the_page(draw, texts, colors):
     """A metric keeps its color where another one is missing."""
-    svg = plot()
+    svg = draw()
     elements = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
     labels = [t.text for t in elements if not re.fullmatch("[0-9.]+", t.text)]
     assert sorted(labels) == sorted(re.split(",(?! )", texts))
