@@ -21,11 +21,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, load_backbone
+from models.cifar import CIFAR_NETWORKS, CIFAR_STRIDES, cifar_levels
 from models.settings import require, require_one_of
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
-TRUNKS = (*BACKBONES, "tiny")
+TRUNKS = (*BACKBONES, "tiny", *CIFAR_NETWORKS)
 PADDINGS = ("symmetric", "zero")  # a mirror of the input, or zeros as ImageNet networks have
 # torchvision's modules of a ResNet by level; the last stage and the classifier are cut away.
 RESNET_LEVELS = (("conv1", "bn1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
@@ -63,14 +64,15 @@ class Trunk(nn.Module):
 
     Attributes:
         name: one of `TRUNKS`.
-        strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2.
+        strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2, and CIFAR's
+            networks have 1, 2 and 4.
         channels: number of channels of each level's output.
     """
 
     def __init__(self, name: str, levels: nn.ModuleList):
         super().__init__()
         self.name, self.levels = name, levels
-        self.strides = STRIDES[-len(levels) :]
+        self.strides = CIFAR_STRIDES if name in CIFAR_NETWORKS else STRIDES[-len(levels) :]
         with torch.no_grad():
             self.channels = tuple(level.shape[1] for level in self(torch.zeros(1, 3, 32, 32)))
 
@@ -96,12 +98,13 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
         ValueError: a setting that cannot be, or weights of another network.
     """
     c = TrunkConfig(name=name, **settings)
-    if name == "tiny":
+    if name == "tiny" or name in CIFAR_NETWORKS:
         if weights is not None:
             raise ValueError(
-                f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null"
+                f"the {name} trunk has no weights of its own, got {weights!r}; set it to null, or "
+                "to a run of --stage pretrain"
             )
-        levels = tiny_levels()
+        levels = tiny_levels() if name == "tiny" else cifar_levels(name)
     else:
         levels = _cut(name, load_backbone(name, weights=weights, width=c.width))
     layers = nn.ModuleList(levels)
