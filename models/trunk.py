@@ -26,7 +26,7 @@ from models.settings import require, require_one_of
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
-TRUNKS = (*BACKBONES, "tiny", *CIFAR_NETWORKS)
+TRUNKS = (*BACKBONES, "tiny")  # CIFAR_NETWORKS only classify
 PADDINGS = ("symmetric", "zero")  # a mirror of the input, or zeros as ImageNet networks have
 # torchvision's modules of a ResNet by level; the last stage and the classifier are cut away.
 RESNET_LEVELS = (("conv1", "bn1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
@@ -43,7 +43,7 @@ NORM_NAMES = (
 class TrunkConfig:
     """A trunk; see `build_trunk`."""
 
-    name: str = "resnet50"  # one of TRUNKS
+    name: str = "resnet50"  # one of TRUNKS, in pretraining also one of CIFAR_NETWORKS
     weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
     width: int = STEM_WIDTH  # of a ResNet's first convolution; the others are in proportion
     frozen_levels: int = 0  # how many of the four levels are not trained
@@ -51,7 +51,7 @@ class TrunkConfig:
     ceil_pooling: bool = False  # pools round sizes up, as Caffe's do
 
     def __post_init__(self) -> None:
-        require_one_of(self, "name", TRUNKS)
+        require_one_of(self, "name", (*TRUNKS, *CIFAR_NETWORKS))
         require_one_of(self, "padding", PADDINGS)
         require(self, "greater than 0", lambda v: v > 0, "width")
         require(self, "from 0 to 4", lambda v: 0 <= v <= len(STRIDES), "frozen_levels")
@@ -63,7 +63,7 @@ class Trunk(nn.Module):
     """Levels of layers, each halving the resolution of the one before.
 
     Attributes:
-        name: one of `TRUNKS`.
+        name: one of `TRUNKS` or `CIFAR_NETWORKS`.
         strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2, and CIFAR's
             networks have 1, 2 and 4.
         channels: number of channels of each level's output.
@@ -89,7 +89,7 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
     """A trunk by name.
 
     Args:
-        name: one of `TRUNKS`.
+        name: one of `TRUNKS` or `CIFAR_NETWORKS`.
         weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of
             a state dict with torchvision's key names, or None for random weights.
         settings: the other fields of `TrunkConfig`; `frozen_levels` is left to the caller.

@@ -312,11 +312,11 @@ class Config:
     stages: tuple[str, ...] = STAGES  # what tools/run_pipeline.py runs, in this order
     data: DataConfig = field(default_factory=DataConfig)
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
-    pretrain: PretrainStageConfig = field(default_factory=PretrainStageConfig)
     deepmask: DeepMaskStageConfig = field(default_factory=DeepMaskStageConfig)
     sharpmask: SharpMaskStageConfig = field(default_factory=SharpMaskStageConfig)
     init: InitConfig = field(default_factory=InitConfig)
     multipathnet: MultiPathNetStageConfig = field(default_factory=MultiPathNetStageConfig)
+    pretrain: PretrainStageConfig = field(default_factory=PretrainStageConfig)
     propose: ProposeConfig = field(default_factory=ProposeConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
 
