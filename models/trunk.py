@@ -44,7 +44,8 @@ class TrunkConfig:
     """A trunk; see `build_trunk`."""
 
     name: str = "resnet50"  # one of TRUNKS, in pretraining also one of CIFAR_NETWORKS
-    weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    # "imagenet", the path of a local state dict or of a run of --stage pretrain, or null.
+    weights: str | None = "imagenet"
     width: int = STEM_WIDTH  # of a ResNet's first convolution; the others are in proportion
     frozen_levels: int = 0  # how many of the four levels are not trained
     padding: str = "symmetric"  # symmetric | zero (detectors of the released code)
