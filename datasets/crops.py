@@ -30,7 +30,7 @@ class CropConfig:
     scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as a fraction of all
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of a random crop's width to its height
     flip: bool = True  # mirror half of the crops
-    color_jitter: float = 0.0  # largest change of brightness, contrast and saturation; below 1
+    color_jitter: float = 0.0  # largest change of brightness, contrast and saturation, up to 1
     center: float = 0.875  # side of the center crop in validation, as a fraction of the short side
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class CropConfig:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
-        for name, high in (("scale", 1.0), ("ratio", math.inf)):
+        for name, high in (("scale", 1), ("ratio", 100)):
             values = getattr(self, name)
             if not 0 < values[0] <= values[1] <= high:
                 raise ValueError(f"{name} must be ascending, above 0 and at most {high}: {values}")
