@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco import CocoInstances
 from datasets.images import ImageError, ImageFolder, orientation_hint
 
 MAX_ATTEMPTS = 50  # unreadable images in a row before the folder is given up
@@ -58,10 +57,11 @@ class TrainingDataset(Dataset):
 
     load: Callable[..., tuple[dict, Any]]  # a group's item by its index, and what was drawn
     choose: Callable[[np.random.Generator], Any]  # what a minibatch trains
+    collate: Callable[[list[dict]], dict]  # items to one minibatch
     group_size = 1
 
-    def __init__(self, coco: CocoInstances, images: str | Path | ImageFolder, sampler: Any):
-        """Files are in the folder `images`."""
+    def __init__(self, coco: Any, images: str | Path | ImageFolder, sampler: Any):
+        """Files are in the folder `images`; `coco` may be a `ClassFolder`, too."""
         self.coco, self.images, self.sampler = coco, ImageFolder.of(images), sampler
 
     def __getitem__(self, index: tuple[Any, int, int]) -> dict:
@@ -93,6 +93,8 @@ class TrainingDataset(Dataset):
     ) -> tuple[Drawn, np.ndarray, list[str]]:
         """The first draw (of attempt 0, 1, ...) whose image can be read and has the annotated size.
 
+        Images of class folders have none.
+
         Returns:
             The draw, its image (H, W, 3) uint8, and messages on those that could not be used.
 
@@ -104,11 +106,12 @@ class TrainingDataset(Dataset):
             drawn = draw(attempt)
             name = self.coco.file_name(row_of(drawn))
             path = self.images.path / name
-            height, width = self.coco.image_sizes[row_of(drawn)]
+            sizes = self.coco.image_sizes
             try:
                 image = self.images.read(name)
-                if image.shape[:2] == (height, width):
+                if sizes is None or image.shape[:2] == tuple(sizes[row_of(drawn)]):
                     return drawn, image, broken
+                height, width = sizes[row_of(drawn)]
                 found = f"{image.shape[1]}x{image.shape[0]}"
                 hint = orientation_hint(path, self.images.exif)
                 broken.append(

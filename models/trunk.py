@@ -22,11 +22,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, STYLES, TORCHVISION, load_backbone
+from models.cifar import CIFAR_NETWORKS, CIFAR_STRIDES, cifar_levels
 from models.settings import require, require_one_of
 from models.tiny import tiny_levels
 
 STRIDES = (2, 4, 8, 16)
-TRUNKS = (*BACKBONES, "tiny")
+TRUNKS = (*BACKBONES, "tiny")  # CIFAR_NETWORKS only classify
 PADDINGS = ("symmetric", "zero")  # a mirror of the input, or zeros as ImageNet networks have
 # torchvision's modules of a ResNet by level; the last stage and the classifier are cut away.
 RESNET_LEVELS = (("conv1", "bn1", "relu"), ("maxpool", "layer1"), ("layer2",), ("layer3",))
@@ -46,8 +47,9 @@ NORM_NAMES = (
 class TrunkConfig:
     """A trunk; see `build_trunk`."""
 
-    name: str = "resnet50"  # one of TRUNKS
-    weights: str | None = "imagenet"  # "imagenet", the path of a local state dict, or null
+    name: str = "resnet50"  # one of TRUNKS, in pretraining also one of CIFAR_NETWORKS
+    # "imagenet", the path of a local state dict or of a run of --stage pretrain, or null.
+    weights: str | None = "imagenet"
     # Of a ResNet: torchvision | caffe, as released with the paper: a block's first convolution has
     # the stride, and the pool rounds sizes up and is not padded. Caffe's weights, which are for BGR
     # from 0 to 255 less the mean, are converted to the pixels of all other trunks when read.
@@ -58,7 +60,7 @@ class TrunkConfig:
     ceil_pooling: bool = False  # pools round sizes up, as Caffe's do
 
     def __post_init__(self) -> None:
-        require_one_of(self, "name", TRUNKS)
+        require_one_of(self, "name", (*TRUNKS, *CIFAR_NETWORKS))
         require_one_of(self, "padding", PADDINGS)
         require_one_of(self, "style", STYLES)
         require(self, "greater than 0", lambda v: v > 0, "width")
@@ -73,15 +75,16 @@ class Trunk(nn.Module):
     """Levels of layers, each halving the resolution of the one before.
 
     Attributes:
-        name: one of `TRUNKS`.
-        strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2.
+        name: one of `TRUNKS` or `CIFAR_NETWORKS`.
+        strides: of the levels: 2, 4, 8 and 16, but CaffeNet has none at stride 2, and CIFAR's
+            networks have 1, 2 and 4.
         channels: number of channels of each level's output.
     """
 
     def __init__(self, name: str, levels: nn.ModuleList):
         super().__init__()
         self.name, self.levels = name, levels
-        self.strides = STRIDES[-len(levels) :]
+        self.strides = CIFAR_STRIDES if name in CIFAR_NETWORKS else STRIDES[-len(levels) :]
         with torch.no_grad():
             self.channels = tuple(level.shape[1] for level in self(torch.zeros(1, 3, 32, 32)))
 
@@ -98,7 +101,7 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
     """A trunk by name.
 
     Args:
-        name: one of `TRUNKS`.
+        name: one of `TRUNKS` or `CIFAR_NETWORKS`.
         weights: "imagenet" for torchvision's weights (downloaded once by torchvision), the path of
             a state dict with torchvision's key names, or None for random weights.
         settings: the other fields of `TrunkConfig`; `frozen_levels` is left to the caller.
@@ -107,12 +110,13 @@ def build_trunk(name: str, *, weights: str | Path | None = None, **settings: Any
         ValueError: a setting that cannot be, or weights of another network.
     """
     c = TrunkConfig(name=name, **settings)
-    if name == "tiny":
+    if name == "tiny" or name in CIFAR_NETWORKS:
         if weights is not None:
             raise ValueError(
-                f"the tiny trunk has no pretrained weights, got {weights!r}; set it to null"
+                f"the {name} trunk has no weights of its own, got {weights!r}; set it to null, or "
+                "to a run of --stage pretrain"
             )
-        levels = tiny_levels()
+        levels = tiny_levels() if name == "tiny" else cifar_levels(name)
     else:
         network = load_backbone(name, weights=weights, width=c.width, style=c.style)
         levels = _cut(name, network)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets.crops import CropConfig
 from datasets.image_survey import EXIF_CHOICES
 from datasets.images import MAX_PIXELS, MAX_READABLE_PIXELS
 from datasets.patch_sampler import PatchSamplingConfig
@@ -16,6 +17,7 @@ from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
 from datasets.shapes import SceneConfig
 from models.backbone import WITH_LAST_STAGE
+from models.cifar import CIFAR_NETWORKS
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
 from models.settings import require, require_one_of
@@ -23,6 +25,7 @@ from models.sharpmask import SharpMaskConfig
 from models.trunk import TrunkConfig
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")  # in the order of the pipeline
+PRETRAIN = "pretrain"  # a stage that a trunk without ImageNet weights may have before those
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -115,6 +118,38 @@ class OptimConfig:
         require(self, "epochs with factors > 0",
                 lambda v: all(epoch >= 0 and f > 0 for epoch, f in v.items()),
                 "lr_drops")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainStageConfig:
+    """A trunk learns to classify, before `--stage deepmask` (He et al., CVPR 2016, section 3.4).
+
+    Crops are of class folders, or of the objects of `data.train` and `data.val`.
+    """
+
+    trunk: TrunkConfig = field(default_factory=lambda: TrunkConfig(weights=None))
+    train_folder: str | None = None  # with a folder of images for each class; null: the objects
+    val_folder: str | None = None  # the same, for validation
+    crops: CropConfig = field(default_factory=CropConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            batch_size=256,
+            batches_per_epoch=5000,
+            epochs=90,
+            lr=0.1,
+            weight_decay=1e-4,
+            lr_drops={30: 0.1, 60: 0.01},
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.trunk.frozen_levels:
+            raise ValueError(
+                f"trunk.frozen_levels must be 0, got {self.trunk.frozen_levels}: all levels learn"
+            )
+        if (self.train_folder is None) != (self.val_folder is None):
+            missing = "train_folder" if self.train_folder is None else "val_folder"
+            raise ValueError(f"{missing} is not set: set it, too, or neither of the two folders")
 
 
 @dataclass(frozen=True)
@@ -288,6 +323,7 @@ class Config:
     sharpmask: SharpMaskStageConfig = field(default_factory=SharpMaskStageConfig)
     init: InitConfig = field(default_factory=InitConfig)
     multipathnet: MultiPathNetStageConfig = field(default_factory=MultiPathNetStageConfig)
+    pretrain: PretrainStageConfig = field(default_factory=PretrainStageConfig)
     propose: ProposeConfig = field(default_factory=ProposeConfig)
     detect: DetectConfig = field(default_factory=DetectConfig)
 
@@ -295,5 +331,11 @@ class Config:
         require(self, "from 0 to 4294967295", lambda v: 0 <= v < 2**32, "seed")
         if self.trunk.name == "caffenet":  # it has no level at stride 2
             raise ValueError("trunk.name caffenet can only be a detector's trunk")
+        for key, trunk in (("", self.trunk), ("multipathnet.", self.multipathnet.trunk)):
+            if trunk.name in CIFAR_NETWORKS:
+                raise ValueError(
+                    f"{key}trunk.name {trunk.name} can only be pretrain.trunk.name: its features "
+                    "are at strides 1, 2 and 4, and masks and boxes need them at up to 16"
+                )
         words = f"a prefix of {', '.join(STAGES)}"
         require(self, words, lambda v: len(v) > 0 and tuple(v) == STAGES[: len(v)], "stages")

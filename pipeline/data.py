@@ -14,7 +14,7 @@ from datasets.coco import CocoInstances
 from datasets.coco_file import read_categories, read_federated, refuse_federated
 from datasets.image_survey import overfull_images, survey_images
 from datasets.images import ImageError, ImageFolder
-from datasets.loading import batch_loader, serve
+from datasets.loading import TrainingDataset, batch_loader, serve
 from datasets.patch_sampler import PatchSampler, PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
@@ -231,7 +231,7 @@ def delta_statistics(
 
 
 def device_batches(
-    data: PatchDataset | RoiDataset,
+    data: TrainingDataset,
     indices: Iterable[list],
     device: torch.device,
     *,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
@@ -74,15 +75,47 @@ def wrap(model: nn.Module, device: torch.device, *, idle_parameters: bool) -> nn
     """
     if not dist.is_initialized():
         return model
+    _synchronize_norms(model, device)
     # A doubled convolution's gradient has another order than its channels-last weight: it is small,
     # and copied.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Buffers are constants. PyTorch 2.14 gave the option another name.
+    # Buffers are the same in all processes. PyTorch 2.14 gave the option another name.
     options = inspect.signature(DistributedDataParallel.__init__).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     settings: dict[str, Any] = {"find_unused_parameters": idle_parameters, sync: False}
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, **settings)
+
+
+def _synchronize_norms(model: nn.Module, device: torch.device) -> None:
+    """Has live batch norm, where there is any, count the minibatches of all processes."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.__class__ = SyncNorm  # the same numbers
+
+
+class SyncNorm(nn.BatchNorm2d):
+    """As SyncBatchNorm, which PyTorch does not have on a CPU; processes have equal parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        moments = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
+        mean, square = all_reduce(moments / world_size())
+        var = square - mean.square()
+        with torch.no_grad():
+            count = x.numel() / len(mean) * world_size()
+            self.get_buffer("running_mean").lerp_(mean, self.momentum or 0.0)
+            self.get_buffer("running_var").lerp_(var * count / (count - 1), self.momentum or 0.0)
+            self.get_buffer("num_batches_tracked").add_(1)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
 def is_first_to_say(message: str) -> bool:

@@ -1,35 +1,50 @@
 """The networks of a config, and trained ones from checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from models.backbone import load_file
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
+from models.classifier import Classifier, trunk_weights
 from models.deepmask import DeepMask, DeepMaskConfig
 from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
 from models.sharpmask import SharpMask, SharpMaskConfig
-from models.trunk import TrunkConfig
-from pipeline.checkpoint import check_weights, load_checkpoint, load_weights
-from pipeline.config import Config, MaskNetworkConfig
+from models.trunk import Trunk, TrunkConfig, build_trunk
+from pipeline.checkpoint import check_weights, find_checkpoint, load_checkpoint, load_weights
+from pipeline.config import PRETRAIN, Config, MaskNetworkConfig
 from pipeline.recipe import config_from_dict, find_path, settings_of
 
 # Settings of a network that weights of other values fit as well.
 FREE = ("weights", "frozen_levels", "dropout")
+# The same of a trunk alone: as with ImageNet weights, it may pad and pool otherwise.
+FREE_OF_TRUNK = (*FREE, "padding", "ceil_pooling")
+
+
+def make_classifier(config: Config, *, num_classes: int, pretrained: bool = False) -> Classifier:
+    """The classifier of a config; all is random unless its trunk is to be `pretrained`."""
+    settings, weights = _trunk(config.pretrain.trunk, pretrained, key="pretrain.trunk.weights")
+    trunk = build_trunk(**vars(settings))
+    _fill(trunk, weights)
+    return Classifier(trunk, num_classes)
 
 
 def make_deepmask(config: Config | MaskNetworkConfig, *, pretrained: bool = False) -> DeepMask:
     """The DeepMask of a config; its trunk is random unless it is to be `pretrained`."""
-    trunk = _trunk(config.trunk, pretrained, key="trunk.weights")
-    return build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
+    trunk, weights = _trunk(config.trunk, pretrained, key="trunk.weights")
+    model = build_deepmask(trunk, **settings_of(DeepMaskConfig, config.deepmask))
+    _fill(model.trunk, weights)
+    return model
 
 
 def make_sharpmask(config: Config | MaskNetworkConfig) -> SharpMask:
     """The SharpMask of a config, its weights random: they come from checkpoints or training."""
     return build_sharpmask(
-        _trunk(config.trunk, False, key="trunk.weights"),
+        replace(config.trunk, weights=None),
         deepmask=settings_of(DeepMaskConfig, config.deepmask),
         **settings_of(SharpMaskConfig, config.sharpmask),
     )
@@ -39,17 +54,46 @@ def make_multipathnet(
     config: Config, *, num_classes: int, pretrained: bool = False
 ) -> MultiPathNet:
     """The detector of a config; all is random unless it is to be `pretrained`."""
-    trunk = _trunk(config.multipathnet.trunk, pretrained, key="multipathnet.trunk.weights")
-    settings = settings_of(MultiPathNetConfig, config.multipathnet)
-    return build_multipathnet(trunk, num_classes=num_classes, **settings)
+    c = config.multipathnet
+    trunk, weights = _trunk(c.trunk, pretrained, key="multipathnet.trunk.weights")
+    settings = settings_of(MultiPathNetConfig, c)
+    model = build_multipathnet(trunk, num_classes=num_classes, **settings)
+    _fill(model.trunk, weights)
+    return model
 
 
-def _trunk(trunk: TrunkConfig, pretrained: bool, *, key: str) -> TrunkConfig:
-    """A trunk's settings with the path of its weights resolved."""
+def _trunk(
+    trunk: TrunkConfig, pretrained: bool, *, key: str
+) -> tuple[TrunkConfig, dict[str, Tensor] | None]:
+    """A trunk's settings with the path of its weights resolved.
+
+    Weights of `--stage pretrain` come beside settings without any.
+
+    Raises:
+        ValueError or FileNotFoundError: no such file, or one of another trunk.
+    """
     weights = trunk.weights if pretrained and trunk.weights != "deepmask" else None
-    if weights not in (None, "imagenet"):
-        weights = str(find_path(weights, key=key))
-    return replace(trunk, weights=weights)
+    if weights is None or weights == "imagenet":
+        return replace(trunk, weights=weights), None
+    path = str(find_checkpoint(find_path(weights, key=key)))
+    content = load_file(path)
+    if not isinstance(content, Mapping) or content.get("stage") != PRETRAIN:
+        return replace(trunk, weights=path), None  # of an ImageNet network
+    checkpoint = load_checkpoint(path)
+    theirs = config_from_dict(checkpoint["config"], source=path).pretrain.trunk
+    differences = [
+        f"{name} {getattr(theirs, name)} instead of {value}"
+        for name, value in vars(trunk).items()
+        if name not in FREE_OF_TRUNK and getattr(theirs, name) != value
+    ]
+    if differences:
+        raise ValueError(f"{key}: {path} is of another trunk: {', '.join(differences)}")
+    return replace(trunk, weights=None), trunk_weights(checkpoint["model"])
+
+
+def _fill(trunk: Trunk, weights: dict[str, Tensor] | None) -> None:
+    if weights is not None:
+        load_weights(trunk, weights, source="the pretrained trunk")
 
 
 def load_network(
@@ -80,7 +124,10 @@ def make_network(checkpoint: dict[str, Any], config: Any, *, source: str) -> nn.
         return make_sharpmask(config)
     if "categories" not in checkpoint:
         raise ValueError(f"{source} does not say which categories it detects; train it again")
-    model = make_multipathnet(config, num_classes=len(checkpoint["categories"]))
+    num_classes = len(checkpoint["categories"])
+    if checkpoint["stage"] == PRETRAIN:
+        return make_classifier(config, num_classes=num_classes)
+    model = make_multipathnet(config, num_classes=num_classes)
     if rank := checkpoint.get("compressed_fc"):
         compress_towers(model, rank)
     return model
@@ -94,6 +141,9 @@ def network_settings(stage: str, config: Config) -> dict[str, Any]:
         values = settings_of(schema, section)
         settings.update({f"{prefix}.{k}": v for k, v in values.items() if k not in FREE})
 
+    if stage == PRETRAIN:
+        add("pretrain.trunk", TrunkConfig, config.pretrain.trunk)
+        return settings
     if stage == "multipathnet":
         c = config.multipathnet
         add("multipathnet.trunk", TrunkConfig, c.trunk)

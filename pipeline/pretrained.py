@@ -38,7 +38,7 @@ def pack_checkpoint(checkpoint: dict[str, Any], *, source: str) -> dict[str, Any
     config = config_from_dict(checkpoint["config"], source=source)
     plain, default = config_to_dict(config), config_to_dict(Config())
     plain |= {"data": default["data"], "init": default["init"]}
-    for section in (plain, plain["multipathnet"]):
+    for section in (plain, plain["pretrain"], plain["multipathnet"]):
         section["trunk"] = section["trunk"] | {"weights": None}
     weights = {
         name: value.half() if value.dim() > 1 and value.dtype == torch.float32 else value

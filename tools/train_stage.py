@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
 from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
-from pipeline.config import STAGES
+from pipeline.config import PRETRAIN, STAGES
 from pipeline.recipe import load_config
 from pipeline.run_lock import locked_directory
 from pipeline.training.engine import check_new, fit
@@ -29,7 +29,7 @@ from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
 def main() -> None:
     """Trains a stage."""
     parser = make_parser(__doc__)
-    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--stage", required=True, choices=(PRETRAIN, *STAGES))
     add_config(parser)
     parser.add_argument("--output", required=True, type=Path, help="run directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")

@@ -166,7 +166,7 @@ class TrainingRun:
         meter, saved = Meter(self.optim.batch_size, self.stage.samples), time.monotonic()
         broken = BrokenFiles(len(self.stage.train_data.coco), self.config.data.max_broken_fraction)
         self._validate_if_due()  # a run that was stopped between its last step and its validation
-        self.stage.model.train()  # batch norm is frozen by construction
+        self.stage.model.train()  # where batch norm is frozen, it is so by construction
         while (batch := self._next(batches)) is not None:
             losses = self.train_step(batch)
             meter.add(losses)

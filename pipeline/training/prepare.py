@@ -15,7 +15,7 @@ from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
-from pipeline.config import Config
+from pipeline.config import PRETRAIN, Config
 from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.inference.proposals import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
@@ -23,6 +23,7 @@ from pipeline.inference.propose_folders import propose_images
 from pipeline.networks import check_same_network
 from pipeline.recipe import find_path
 from pipeline.sizes import choose_by_checkpoint, choose_by_data, is_auto
+from pipeline.training.pretrain import PretrainStage
 from pipeline.training.stages import (
     DeepMaskStage,
     MultiPathNetStage,
@@ -31,8 +32,9 @@ from pipeline.training.stages import (
     check_batch,
 )
 
-# Of a detector: what belongs to its categories, with the mean and deviation of its box deltas.
-CATEGORY_WEIGHTS = ("cls_score.", "bbox_pred.", "delta_")
+# What belongs to the categories: of a detector, with the mean and deviation of its box deltas, and
+# of a classifier.
+CATEGORY_WEIGHTS = ("cls_score.", "bbox_pred.", "delta_", "fc.")
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,13 @@ def choose_sizes(name: str, config: Config, output: Path) -> Config:
     """The config with a number where it says `patch_size: auto`; says which and why.
 
     A DeepMask has the patch for its training objects. A run that goes on, is fine-tuned or builds
-    on a mask network keeps the patch it has there. A detector of given proposals has none.
+    on a mask network keeps the patch it has there. A detector of given proposals has none, nor has
+    a classifier.
 
     Raises:
         ValueError or FileNotFoundError: what it depends on is not there or cannot be used.
     """
-    if not is_auto(config):
+    if name == PRETRAIN or not is_auto(config):
         return config
     if begun := find_begun(output):
         return choose_by_checkpoint(config, begun)
@@ -126,7 +129,9 @@ def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
         ValueError or FileNotFoundError: data or weights that do not fit.
     """
     stage: Stage
-    if name == "deepmask":
+    if name == PRETRAIN:
+        stage = PretrainStage(config)
+    elif name == "deepmask":
         stage = DeepMaskStage(config)
     elif name == "sharpmask":
         stage = _build_sharpmask(config, inputs.masks)
@@ -166,7 +171,8 @@ def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStag
 def start_from(stage: Stage, checkpoint: dict[str, Any], *, source: str) -> None:
     """Fills a stage's network from a checkpoint of the same stage.
 
-    A detector of other categories than the dataset's keeps its random classifier and box regressor.
+    Of other categories than the dataset's, a detector keeps its random classifier and box
+    regressor, and a pretrained trunk its random classifier.
     """
     state, lines = checkpoint["model"], [f"weights from {source}"]
     own, theirs = (_category_names(each) for each in (stage.metadata, checkpoint))
@@ -175,8 +181,8 @@ def start_from(stage: Stage, checkpoint: dict[str, Any], *, source: str) -> None
         state = {k: v for k, v in state.items() if not k.startswith(CATEGORY_WEIGHTS)}
         state |= {k: v for k, v in kept.items() if k.startswith(CATEGORY_WEIGHTS)}
         lines.append(
-            f"its {len(theirs)} categories are not the dataset's {len(own)}, so classifier and "
-            "box regressor start from random weights"
+            f"its {len(theirs)} categories are not the dataset's {len(own)}, so its outputs for "
+            "them start from random weights"
         )
     load_weights(stage.model, state, source=source)
     distributed.say("\n".join(lines))

@@ -51,7 +51,7 @@ class Stage:
     """What the training loop needs to know of a stage.
 
     Attributes:
-        name: "deepmask", "sharpmask" or "multipathnet".
+        name: "pretrain", "deepmask", "sharpmask" or "multipathnet".
         samples: what a minibatch is made of, for its rate: patches, images.
         best_metric: of `validate`; decides which checkpoint is the best.
         model: the network that is trained.
@@ -128,7 +128,8 @@ def check_batch(config: Config, stage: str) -> None:
     """Raises a ValueError if the processes cannot share a stage's minibatches."""
     section = getattr(config, stage)
     size, processes = section.optim.batch_size, distributed.world_size()
-    group = 1 if stage == "multipathnet" else section.sampling.patches_per_image
+    is_of_patches = stage in ("deepmask", "sharpmask")
+    group = section.sampling.patches_per_image if is_of_patches else 1
     multiple = group * processes
     if size % multiple:
         per_image = f"sampling.patches_per_image {group} times " if group > 1 else ""
