@@ -99,7 +99,7 @@ def test_other_objects_are_negatives_of_a_mask_stage(tiny_config, tmp_path):
         assert data.coco.category_names == ["square"]
     assert np.array_equal(stage.train_data.coco.annotation_ids, every.annotation_ids[squares])
     assert len(stage.train_data.sampler.empty_images) > 0
-    stage.validate(CPU)
+    stage.validate(stage.model, CPU)
 
 
 # Scores.

@@ -73,7 +73,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         batch_size=stage.optim.batch_size,
         workers=config.data.workers,
     )
-    errors = {"training": training, "validation": stage.validate(device)}
+    errors = {"training": training, "validation": stage.validate(stage.model, device)}
     print({split: round(100 * metrics["error"], 1) for split, metrics in errors.items()})
     return {split: 100 * metrics["error"] for split, metrics in errors.items()}
 

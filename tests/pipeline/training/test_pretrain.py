@@ -149,7 +149,7 @@ def test_class_folders_and_a_json_give_the_same_batches(recipe, class_folders, t
     for one, other in zip(*(s.training_batches(steps, CPU) for s in stages), strict=True):
         assert torch.equal(one["images"], other["images"]) and one["images"].std() > 0.1
         assert torch.equal(one["labels"], other["labels"])
-    assert stages[0].validate(CPU) == stages[1].validate(CPU)
+    assert stages[0].validate(stages[0].model, CPU) == stages[1].validate(stages[1].model, CPU)
 
 
 def test_crops_are_squares_with_context_without_crowds_and_tiny_objects(shapes_directory):
