@@ -60,6 +60,8 @@ class PatchSamplingConfig:
 
     patches_per_image: int = 1  # patches of a minibatch that share one decoded image
     mask_batch_prob: float = 0.5  # probability that a minibatch is of mask patches
+    # Mask patches show all categories equally often (released code), or all objects.
+    balance_categories: bool = True
     # Mask patches are jittered, and with `jitter_positives` positive score patches.
     jitter_shift: float = 16.0  # pixels of the patch, of those that are jittered
     jitter_scale: float = 0.25  # log2, of the same
@@ -170,9 +172,11 @@ class PatchSampler:
             )
         # Usable annotations by category. Only categories that have one are drawn: an empty one
         # would be searched for ever.
-        self.mask_rows = rows[np.argsort(coco.category_index[rows], kind="stable")]
+        categories = coco.category_index[rows] if config.balance_categories else rows * 0
+        order = np.argsort(categories, kind="stable")
+        self.mask_rows = rows[order]
         _, self.category_starts, self.category_counts = np.unique(
-            coco.category_index[self.mask_rows], return_index=True, return_counts=True
+            categories[order], return_index=True, return_counts=True
         )
         # Weight of an annotation within its image: P(category) x P(annotation | category), up to a
         # constant.

@@ -303,3 +303,11 @@ def test_cells_know_what_they_are_near(coco, targets):
             if expected == 1:
                 assert near[4 * i + j] == min(nearest, key=lambda row: nearest[row][0])
     assert min(counts.values()) > 100
+
+
+def test_all_objects_are_drawn_alike_without_balance(coco):
+    sampler = make_sampler(coco, balance_categories=False)
+    drawn = [p.annotation for group in range(6000) for p in sampler.draw(MASK, 0, group)]
+    counts = np.bincount(drawn, minlength=len(coco.image_index))[np.sort(sampler.mask_rows)]
+    assert counts.sum() == len(drawn) and len(counts) == 6
+    assert np.abs(counts - 1000).max() < 5 * math.sqrt(1000)
