@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest fuzz lint format bench clean
+.PHONY: setup demo pretrained test test-slow test-oldest fuzz lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +16,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python tools/run_pipeline.py --config configs/shapes.yaml --output runs/demo
+
+# Trains the weights in the box again, which takes hours on two cores (docs/model_card.md).
+pretrained: setup
+	$(BIN)/python tools/run_pipeline.py --config configs/pretrained.yaml --output runs/pretrained
+	for stage in sharpmask multipathnet; do \
+		$(BIN)/python tools/pack_weights.py --checkpoint runs/pretrained/$$stage \
+			--output models/pretrained/$$stage.pt || exit 1; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest
