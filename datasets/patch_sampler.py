@@ -46,12 +46,12 @@ class Patch:
 class ScoredCells:
     """What the n x n cells of a score patch are to learn, 16 pixels of the patch apart.
 
-    A cell is near an object if it is at most `near_shift` and `near_scale` off the object's center
-    and canonical scale.
+    A cell is on an object if it is the nearest to its center, and at most a quarter of an octave
+    off its canonical scale. Of those that are near one but not on it nothing is said.
     """
 
-    labels: np.ndarray  # (n, n): -1 no object, 1 near one, 0 nothing is said
-    near: np.ndarray  # (k, 2) of the cells that are near: index of n * n, row of the annotation
+    labels: np.ndarray  # (n, n): -1 no object, 1 on one, 0 nothing is said
+    on: np.ndarray  # (k, 2) of the cells on an object: index of n * n, row of the annotation
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class PatchSamplingConfig:
     jitter_positives: bool = False
     # Lowest and highest, in steps of a quarter. By default also those of proposals.
     negative_log2_scales: tuple[float, float] = (-3.0, 2.0)
-    # What a score is to be: label, of an object or of none (published); or iou, the IoU of the
-    # network's mask with the object, for all cells that are near one.
+    # What a score is to be: label, of an object or of none (published); or iou, of the network's
+    # mask with the object.
     score_targets: str = "label"
     score_cells: int = 1  # score patches are larger and have so many by so many cells
-    near_shift: float = 32.0  # pixels of the patch; for score_targets iou, or several cells
+    near_shift: float = 32.0  # pixels of the patch: cells nearer to an object are no negatives
     near_scale: float = 0.75  # octaves, of the same
     negative_distance: float = 48.0  # pixels of the resized image
     negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
@@ -255,8 +255,12 @@ class PatchSampler:
         row = int(start + rng.choice(np.flatnonzero(quarters == quarter)))
         (x, y), scale = self.centers[row].tolist(), 2.0 ** (quarter / 4)
         if self.config.scores_cells:
-            scale *= 2.0 ** rng.uniform(-self.config.near_scale, self.config.near_scale)
-            reach = STRIDE * (self.config.score_cells - 1) / 2 + self.config.jitter_shift
+            # Any cell may be on the object. A quarter are of other scales, at which it is none.
+            on_it = rng.random() < 0.75
+            scale = 2.0 ** (
+                self.exact_quarter[row] / 4 + rng.uniform(-1, 1) * (0.25 if on_it else 2)
+            )
+            reach = STRIDE * (self.config.score_cells - 1) / 2
             x, y = (x, y) + rng.uniform(-reach, reach, size=2) / scale
         elif self.config.jitter_positives:
             x1, y1, x2, y2 = self.coco.boxes[row].tolist()
@@ -295,16 +299,14 @@ class PatchSampler:
         shifts = np.abs(centers - self.centers[rows]).max(-1) * patch.scale
         octaves = np.abs(4 * np.log2(patch.scale) - self.exact_quarter[rows]) / 4
         near = (shifts <= config.near_shift) & (octaves <= config.near_scale)
-        labels = 2 * near.any(1).astype(np.int64) - 1
-        if config.score_targets == LABEL:
-            on = near & (shifts <= config.jitter_shift) & (octaves <= config.jitter_scale)
-            nothing |= near.any(1) & ~on.any(1)
-        labels[nothing] = 0
+        on = near & (shifts <= STRIDE / 2) & (octaves <= 0.25)
+        nothing |= near.any(1) & ~on.any(1)
+        labels = np.where(on.any(1), 1, -1) * ~nothing
         cells = np.flatnonzero(labels == 1)
         if not len(cells):
             return ScoredCells(labels.reshape(count, count), np.zeros((0, 2), np.int64))
         # Of several objects, the nearest is the cell's.
-        nearest = rows[np.where(near, shifts, np.inf)[cells].argmin(1)]
+        nearest = rows[np.where(on, shifts, np.inf)[cells].argmin(1)]
         if config.score_targets == IOU:
             has_mask = coco.has_mask[nearest]
             labels[cells[~has_mask]] = 0

@@ -130,9 +130,9 @@ class PatchDataset(TrainingDataset):
     {-1, 1} for the score head.
 
     Score patches of n x n cells are 16 (n - 1) pixels larger, and their "labels" are (m, n, n), see
-    `ScoredCells`. To learn IoUs they have "near" (k,), indices of cells of (m, n, n), with the
-    objects' "near_targets" (k, F, F) in {0, 1}, F pixels of 4 in the cell's patch, and
-    "near_areas" (k,), in the same pixels and beyond the patch.
+    `ScoredCells`. To learn IoUs they have "decode" (k,), indices of cells of (m, n, n), with the
+    objects' "iou_targets" (k, F, F) in {0, 1}, F pixels of 4 in the cell's patch, and
+    "iou_areas" (k,), in the same pixels and beyond the patch.
     """
 
     def __init__(
@@ -186,9 +186,9 @@ class PatchDataset(TrainingDataset):
         if self.sampler.config.score_targets != IOU:
             return item
         count, side = self.sampler.config.score_cells, self.patch_size // IOU_STRIDE
-        near, targets, areas = [], [], []
+        chosen, targets, areas = [], [], []
         for i, (patch, cells) in enumerate(zip(patches, scored, strict=True)):
-            for index, row in cells.near.tolist():
+            for index, row in cells.on.tolist():
                 # The cell's own patch: as seen in the mirror, if it is mirrored.
                 y, x = (STRIDE * (v - (count - 1) / 2) / patch.scale for v in divmod(index, count))
                 own = replace(
@@ -198,18 +198,18 @@ class PatchDataset(TrainingDataset):
                 sizes = {"patch_size": self.patch_size, "target_size": side}
                 targets.append(mask_target(self.coco, own, **sizes) > 0)
                 areas.append(self.coco.areas[row] * (patch.scale / IOU_STRIDE) ** 2)
-                near.append(i * count**2 + index)
-        item["near"] = torch.tensor(near, dtype=torch.int64)
-        item["near_targets"] = torch.from_numpy(np.array(targets, bool).reshape(-1, side, side))
-        item["near_areas"] = torch.tensor(areas, dtype=torch.float32)
+                chosen.append(i * count**2 + index)
+        item["decode"] = torch.tensor(chosen, dtype=torch.int64)
+        item["iou_targets"] = torch.from_numpy(np.array(targets, bool).reshape(-1, side, side))
+        item["iou_areas"] = torch.tensor(areas, dtype=torch.float32)
         return item
 
     @staticmethod
     def collate(items: list[dict]) -> dict:
         """Groups to one minibatch: tensors concatenated, B = groups x m; "broken" joined."""
         tensors = {n: torch.cat([item[n] for item in items]) for n in items[0] if n != "broken"}
-        if "near" in tensors:  # of the cells of all groups
+        if "decode" in tensors:  # of the cells of all groups
             cells = items[0]["labels"].numel()
-            near = [item["near"] + i * cells for i, item in enumerate(items)]
-            tensors["near"] = torch.cat(near)
+            decode = [item["decode"] + i * cells for i, item in enumerate(items)]
+            tensors["decode"] = torch.cat(decode)
         return tensors | {"broken": [message for item in items for message in item["broken"]]}

@@ -207,16 +207,16 @@ class DeepMaskStage(PatchStage):
         return {"loss": c.score_weight * loss, "score_loss": loss}
 
     def _cell_score_loss(self, model: nn.Module, batch: dict) -> Tensor:
-        near, labels = batch.get("near"), batch["labels"]
+        decode, labels = batch.get("decode"), batch["labels"]
         outputs = model(
-            batch["patches"], head="score", cells=self.sampling.score_cells, decode=near
+            batch["patches"], head="score", cells=self.sampling.score_cells, decode=decode
         )
         ious = None
-        if near is not None:
+        if decode is not None:
             ious = mask_ious(
                 outputs["mask_logits"],
-                batch["near_targets"],
-                areas=batch["near_areas"],
+                batch["iou_targets"],
+                areas=batch["iou_areas"],
                 threshold=self.config.propose.mask_threshold,
             )
         counts = distributed.mean(count_cells(labels))
