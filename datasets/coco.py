@@ -25,7 +25,7 @@ from datasets.annotated_boxes import (
     contradict,
     find_problems,
 )
-from datasets.categories import choose_categories, listed, short
+from datasets.category_names import choose_categories, listed, short
 from datasets.coco_file import (
     NO_BOX,
     UNREADABLE,

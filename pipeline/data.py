@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.categories import choose_categories, use_categories
+from datasets.categories import use_categories
+from datasets.category_names import choose_categories
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_categories, read_federated, refuse_federated
 from datasets.image_survey import overfull_images, survey_images

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
@@ -97,6 +96,23 @@ def _synchronize_norms(model: nn.Module, device: torch.device) -> None:
             layer.__class__ = SyncNorm  # the same numbers
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+sum_over_processes: Callable[[Tensor], Tensor] = _Sum.apply
+
+
 class SyncNorm(nn.BatchNorm2d):
     """As SyncBatchNorm, which PyTorch does not have on a CPU; processes have equal parts."""
 
@@ -106,7 +122,7 @@ class SyncNorm(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float()
         moments = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
-        mean, square = all_reduce(moments / world_size())
+        mean, square = sum_over_processes(moments / world_size())
         var = square - mean.square()
         with torch.no_grad():
             count = x.numel() / len(mean) * world_size()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 
-from datasets.categories import listed, short
+from datasets.category_names import listed, short
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_categories
 from datasets.files import write_atomically, write_json

@@ -26,9 +26,9 @@ from tools.benchmarks.timing import Rows, make_parser, report
 
 WORKER = Path(__file__).with_name("classic_worker.py")
 METHODS = {
-    "Selective Search": "selective_search",
-    "Selective Search, OpenCV's ranking": "opencv_selective_search",
-    "EdgeBoxes on color gradients": "edge_boxes",
+    "selective_search": "Selective Search",
+    "opencv_selective_search": "Selective Search, OpenCV's ranking",
+    "edge_boxes": "EdgeBoxes on color gradients",
 }
 
 
@@ -37,11 +37,12 @@ def main() -> None:
     parser = make_parser(__doc__, work_dir=Path("runs/classic"))
     parser.add_argument("--annotations", required=True, help="COCO instances json")
     parser.add_argument("--images", required=True, help="the folder of its images")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     python = make_environment(args.work_dir / "environment")
     num_images = len(json.loads(Path(args.annotations).read_text())["images"])
     rows: Rows = {}
-    for name, method in METHODS.items():
+    for method in args.methods:
         output = args.work_dir / method
         output.mkdir(parents=True, exist_ok=True)
         command = [python, WORKER, method, "--output", output / "worker.json"]
@@ -52,12 +53,12 @@ def main() -> None:
         metrics = score_proposals(
             args.annotations, output / "proposals.json", output, perfect_ranking=False
         )
-        rows[name] = {
+        row = rows[METHODS[method]] = {
             f"{iou_type} AR@{k}": metrics[iou_type][f"AR@{k}"]
             for iou_type in metrics
             for k in (10, 100, 1000)
         }
-        rows[name]["seconds"] = found["seconds"] / num_images
+        row["seconds"] = found["seconds"] / num_images
     report({"average recall": rows}, args.output)
 
 

@@ -159,7 +159,7 @@ def adjacent(labels: np.ndarray) -> list[list[int]]:
 def edge_boxes(image: np.ndarray) -> Results:
     """OpenCV's EdgeBoxes (Zitnick and Dollár, ECCV 2014) on thinned color gradients: boxes only.
 
-    The paper's edges are those of a structured forest, whose weights no package brings.
+    The paper's edges are those of a structured forest, for which no package with weights was found.
     """
     boxes, scores = XIMGPROC.createEdgeBoxes(maxBoxes=MAX_PROPOSALS).getBoundingBoxes(
         *find_edges(image)

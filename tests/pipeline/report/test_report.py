@@ -137,7 +137,7 @@ def test_nothing_is_missing_and_text_from_files_is_escaped(whole):
 
 
 def test_plots_and_pictures(whole):
-    assert len([tag for tag, _ in whole.elements if tag == "svg"]) == 4 + 4 + 2 + 4
+    assert len([tag for tag, _ in whole.elements if tag == "svg"]) == 5 + 5 + 2 + 4
     uris, alts = whole.all("img", "src"), whole.all("img", "alt")
     num_compared = 2 * 2  # two objects that both stages found
     assert len(uris) == (3 + 3 + 2) * NUM_WITH_OBJECTS + num_compared

@@ -1,6 +1,7 @@
 """Pretraining: crops in, a classifier that learns, and its trunk in the later stages."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -91,9 +92,15 @@ def test_its_trunk_computes_the_same_in_a_later_stage(recipe, pretrained):
     norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(norm.running_mean.any() for norm in norms)
     x = torch.randn(2, 3, 64, 64)
-    for weights in (pretrained, pretrained / "checkpoints" / "best.pt"):
+    makers = {
+        pretrained: partial(make_multipathnet, num_classes=2),
+        pretrained / "checkpoints" / "best.pt": make_deepmask,
+    }
+    for weights, make in makers.items():
         settings = recipe["pretrain"]["trunk"] | {"weights": str(weights)}
-        trunk = make_deepmask(make_config(recipe, trunk=settings), pretrained=True).trunk
+        detector = {"trunk": settings, "width": 8, "features": 8}
+        config = make_config(recipe, trunk=settings, multipathnet=detector)
+        trunk = make(config, pretrained=True).trunk
         assert not any(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
         assert any(isinstance(m, FrozenNorm) for m in trunk.modules())
         for found, expected in zip(trunk(x), classifier.trunk(x), strict=True):
@@ -185,11 +192,13 @@ def test_batch_norm_counts_the_minibatches_of_all_processes(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     moments: list[torch.Tensor] = []
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    monkeypatch.setattr(distributed, "all_reduce", lambda part: moments.append(part) or part)
+    monkeypatch.setattr(
+        distributed, "sum_over_processes", lambda part: moments.append(part) or part
+    )
     for part in leaves[1].chunk(2):
         norm(part)
     norm.reset_running_stats()
-    monkeypatch.setattr(distributed, "all_reduce", lambda part: sum(moments))
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda part: sum(moments))
     halves = leaves[1].chunk(2)
     expected, parts = one(leaves[0]), [norm(halves[0])]
     for name, value in one.named_buffers():  # before the second half: a process sees one
