@@ -24,7 +24,7 @@ from datasets.progress import progress_bar
 from pipeline import distributed
 from pipeline.inference.coco_json import categories_file, images_file
 from pipeline.inference.detect import Detector
-from pipeline.inference.folder_report import Summary, check_draw, report
+from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import ImageFile, process_images
 from pipeline.inference.proposals import (
     Proposals,
@@ -100,7 +100,7 @@ def detect_images(
         for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
             if draw:
                 picture = draw_detections(image, found, detector.category_names, draw)
-                save_in_folder(picture, output / "drawn", found.file_name)
+                save_in_folder(picture, output / DRAWN, found.file_name)
             part["results"] += results_of(found)
         write_atomically(part_of[shard], json.dumps(part).encode())
     distributed.barrier()
@@ -114,7 +114,7 @@ def detect_images(
             write_json(categories_file(output / DETECTIONS), detector.categories)
             store.write_images(images_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
-            report(summary, "detections", output / DETECTIONS, output)
+            report(summary, "detections", output / DETECTIONS, output, draw=draw)
         shutil.rmtree(parts.directory)
     if not summary.done:
         raise ValueError(

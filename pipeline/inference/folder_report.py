@@ -6,6 +6,8 @@ from pathlib import Path
 
 from datasets.files import write_json
 
+DRAWN = "drawn"  # the folder of pictures, in that of the results
+
 
 @dataclass
 class Summary:
@@ -30,8 +32,11 @@ class Summary:
         return bool(self.broken) and not self.done and not self.done_before
 
 
-def report(summary: Summary, found: str, results: Path, output: Path) -> None:
-    """Writes broken.json and metrics.json, and prints the same; `found` is their name."""
+def report(summary: Summary, found: str, results: Path, output: Path, *, draw: int) -> None:
+    """Writes broken.json and metrics.json, and prints the same; `found` is their name.
+
+    `draw` is the number of results that are drawn in each image.
+    """
     write_json(output / "broken.json", summary.broken)
     counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
     if passed_over := summary.passed_over.total():
@@ -42,6 +47,8 @@ def report(summary: Summary, found: str, results: Path, output: Path) -> None:
         f"{counts['images']} images{before}, {summary.found:,} {found}, "
         f"{counts['broken']} files could not be used; results in {results}"
     )
+    if draw:
+        print(f"  pictures of the best {draw} in {output / DRAWN}")
     if passed_over:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.passed_over.most_common())
         print(f"  passed over {passed_over:,} other files: {kinds}")

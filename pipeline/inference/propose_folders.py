@@ -25,7 +25,7 @@ from datasets.images import (
 from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
 from pipeline import distributed
-from pipeline.inference.folder_report import Summary, check_draw, report
+from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
 from pipeline.inference.openvino import run_in_8_bits
 from pipeline.inference.proposals import (
@@ -116,7 +116,7 @@ def propose_images(
             path /= PROPOSALS
             if summary.done or not _is_newer(path, store.shards()):
                 store.write_json()
-        report(summary, "proposals", path, store.directory)
+        report(summary, "proposals", path, store.directory, draw=draw)
         _report_cut_off(store, settings)
     if draw:
         _draw(store, files, draw, read)
@@ -222,4 +222,4 @@ def _draw(
         if proposals.file_name in paths:
             with suppress(ImageError):  # the file has gone since its proposals were made
                 picture = draw_proposals(read(paths[proposals.file_name]), proposals, count)
-                save_in_folder(picture, store.directory / "drawn", proposals.file_name)
+                save_in_folder(picture, store.directory / DRAWN, proposals.file_name)
