@@ -20,7 +20,7 @@ from datasets.object_sizes import LogScales
 from pipeline import distributed
 from pipeline.precision import PRECISIONS
 
-DRAWN = 10  # results in an image of somebody who names no folder for them
+NUM_DRAWN = 10  # results in an image of somebody who names no folder for them
 
 
 class Interrupted(KeyboardInterrupt):
@@ -173,14 +173,14 @@ def add_results(parser: argparse.ArgumentParser, kind: str) -> None:
         "--draw",
         type=int,
         metavar="K",
-        help=f"draw the best K of every image (default: 0, without --output {DRAWN})",
+        help=f"draw the best K of every image (default: 0, without --output {NUM_DRAWN})",
     )
 
 
 def choose_results(args: argparse.Namespace, kind: str) -> None:
     """Sets --output and --draw where they are not given."""
     if args.draw is None:
-        args.draw = DRAWN if args.output is None else 0
+        args.draw = NUM_DRAWN if args.output is None else 0
     if args.output is None:
         first = Path(args.images[0] if args.images else args.proposals)
         named = first.parent if glob.has_magic(first.name) else first

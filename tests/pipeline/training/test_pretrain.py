@@ -16,7 +16,7 @@ from datasets.shapes import CATEGORY_IDS
 from models.trunk import FrozenNorm
 from pipeline import distributed
 from pipeline.config import Config
-from pipeline.networks import load_network, make_deepmask
+from pipeline.networks import load_network, make_deepmask, make_multipathnet
 from pipeline.recipe import config_from_dict
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, interrupt, last_checkpoint, make_stage, train
