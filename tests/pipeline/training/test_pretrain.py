@@ -16,7 +16,7 @@ from datasets.shapes import CATEGORY_IDS
 from models.trunk import FrozenNorm
 from pipeline import distributed
 from pipeline.config import Config
-from pipeline.networks import load_network, make_deepmask
+from pipeline.networks import load_network, make_deepmask, make_multipathnet
 from pipeline.recipe import config_from_dict
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, interrupt, last_checkpoint, make_stage, train
@@ -87,7 +87,10 @@ def test_it_learns_to_classify(pretrained):
 
 @torch.no_grad()
 def test_its_trunk_computes_the_same_in_a_later_stage(recipe, pretrained):
-    """There with frozen batch norm, whose numbers were learned here; of a run or of a file."""
+    """There with frozen batch norm, whose numbers were learned here.
+
+    A detector's from the run's folder, a DeepMask's from the file.
+    """
     classifier, _, _ = load_network(pretrained)
     norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(norm.running_mean.any() for norm in norms)
