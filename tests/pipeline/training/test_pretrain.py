@@ -87,7 +87,10 @@ def test_it_learns_to_classify(pretrained):
 
 @torch.no_grad()
 def test_its_trunk_computes_the_same_in_a_later_stage(recipe, pretrained):
-    """There with frozen batch norm, whose numbers were learned here; of a run or of a file."""
+    """There with frozen batch norm, whose numbers were learned here.
+
+    A detector's from the run's folder, a DeepMask's from the file.
+    """
     classifier, _, _ = load_network(pretrained)
     norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(norm.running_mean.any() for norm in norms)
