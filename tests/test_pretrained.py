@@ -1,0 +1,77 @@
+"""The weights in the box: packed small, and what the tools use where no checkpoint is named."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.networks import load_network
+from pipeline.pretrained import STAGES, pack_checkpoint, pretrained_checkpoint
+from tests.test_hubconf import run
+
+MAX_MEGABYTES = 16
+
+
+def test_packed_weights_are_small_and_say_nothing_of_the_machine(tiny_sharpmask, tmp_path):
+    checkpoint = load_checkpoint(tiny_sharpmask)
+    packed, path = pack_checkpoint(checkpoint, source="test"), tmp_path / "packed.pt"
+    save_checkpoint(path, packed)
+    assert path.stat().st_size < 0.6 * sum(4 * v.numel() for v in checkpoint["model"].values())
+    assert "optimizer" not in packed and packed["object_sides"] == checkpoint["object_sides"]
+    words = json.dumps(packed["config"])
+    assert str(tmp_path.parents[1]) not in words and ".json" not in words
+    model, config, _ = load_network(path)
+    whole, as_trained, _ = load_network(tiny_sharpmask)
+    assert (config.trunk, config.sharpmask) == (as_trained.trunk, as_trained.sharpmask)
+    patches = torch.randn(2, 3, 128, 128)
+    with torch.inference_mode():
+        one, other = (network(patches)["mask_logits"] for network in (model, whole))
+    assert one.dtype == torch.float32
+    torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
+
+
+def test_the_files_load_and_are_as_small_as_promised():
+    paths = [pretrained_checkpoint(stage) for stage in STAGES]
+    assert sum(path.stat().st_size for path in paths) <= MAX_MEGABYTES * 1e6
+    for stage, path in zip(STAGES, paths, strict=True):
+        model, config, checkpoint = load_network(path, stage=stage)
+        assert config.trunk.weights is None and not config.data.train.annotations
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert len(checkpoint.get("categories", range(80))) == 80
+
+
+def test_a_photograph_needs_no_checkpoint_and_no_output(call_tool, tmp_path, monkeypatch, capsys):
+    """Proposals and detections, and pictures of both, below runs/."""
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    cv2.imwrite("photo.jpg", image)
+    assert call_tool("propose", "--images", "photo.jpg", "--scales", "-1", "0", "1") == 0
+    assert "pictures of the best 10 in runs/proposals/photo/drawn" in capsys.readouterr().out
+    assert call_tool("detect", "--proposals", "runs/proposals/photo") == 0
+    for kind, name in (("proposals", "photo"), ("detections", "photo")):
+        results = json.loads((tmp_path / "runs" / kind / name / f"{kind}.json").read_text())
+        picture = cv2.imread(str(tmp_path / "runs" / kind / name / "drawn" / "photo.jpg"))
+        assert results and picture.shape == image.shape
+
+
+HUB = """
+import sys, torch
+model = torch.hub.load(sys.argv[1], "sharpmask", source="local", pretrained=True)
+coarse = torch.hub.load(sys.argv[1], "deepmask", source="local", pretrained=True)
+side = model.patch_size + model.context
+patches = torch.zeros(1, 3, side, side)
+print(*(tuple(each(patches)["mask_logits"].shape) for each in (model, coarse)))
+"""
+
+
+def test_hub_has_the_pretrained_networks(tmp_path):
+    assert run(HUB, folder=tmp_path).endswith("(1, 160, 160) (1, 40, 40)")
+
+
+def test_a_checkout_without_them_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("pipeline.pretrained.DIRECTORY", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"sharpmask\.pt is not there; name a checkpoint"):
+        pretrained_checkpoint("sharpmask")
