@@ -26,11 +26,9 @@ def test_packed_weights_are_small_and_say_nothing_of_the_machine(tiny_sharpmask,
     model, config, _ = load_network(path)
     whole, as_trained, _ = load_network(tiny_sharpmask)
     assert (config.trunk, config.sharpmask) == (as_trained.trunk, as_trained.sharpmask)
-    patches = torch.randn(2, 3, 128, 128)
-    with torch.inference_mode():
-        one, other = (network(patches)["mask_logits"] for network in (model, whole))
-    assert one.dtype == torch.float32
-    torch.testing.assert_close(one, other, rtol=0, atol=0.01 * float(other.abs().max()))
+    for name, value in whole.state_dict().items():
+        rounded = value.half().float() if value.dim() > 1 else value
+        assert torch.equal(model.state_dict()[name], rounded), name
 
 
 def test_the_files_load_and_are_as_small_as_promised():
