@@ -10,13 +10,11 @@ subsets and of the training. Started again with the same --work-dir, it continue
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,11 +23,9 @@ from datasets.coco_file import read_json
 from datasets.files import write_atomically
 from pipeline.command import add_config, add_device, run_tool
 from pipeline.data import prepare_data, split_files
-from pipeline.full_run import run_pipeline
 from pipeline.recipe import load_config
+from tools.benchmarks.mask_stages import markdown, over_seeds, recall_of_recipe
 from tools.benchmarks.timing import Rows, make_parser, report
-
-COLUMNS = [(iou_type, k) for iou_type in ("mask", "box") for k in (10, 100, 1000)]
 
 
 def main() -> None:
@@ -56,28 +52,21 @@ def main() -> None:
             val_annotations, val_images = split_files(config, "val")
             settings = {
                 "seed": seed,
-                "stages": "[deepmask,sharpmask]",
                 "data.shapes": "null",
                 "data.train.annotations": subset,
                 "data.train.images": images,
                 "data.val.annotations": val_annotations,
                 "data.val.images": val_images,
             }
-            overrides = [*args.set, *(f"{key}={value}" for key, value in settings.items())]
             print(f"\n{count} images, seed {seed}", flush=True)
-            summary = run_pipeline(
-                args.config, output, overrides=overrides, device=torch.device(args.device)
+            scores.append(
+                recall_of_recipe(
+                    args.config, output, settings, overrides=args.set, device=args.device
+                )
             )
-            metrics = summary["sharpmask"]["proposals"]
-            scores.append({f"{t} AR@{k}": metrics[t][f"AR@{k}"] for t, k in COLUMNS})
-        rows[str(count)] = {}
-        for column in scores[0]:
-            values = [score[column] for score in scores]
-            rows[str(count)][column] = statistics.mean(values)
-            if len(values) > 1:
-                rows[str(count)][f"±{column}"] = statistics.stdev(values)
+        rows[str(count)] = over_seeds(scores)
     report({"images": rows}, args.output)
-    print(f"\n{markdown(rows)}")
+    print(f"\n{markdown(rows, 'training images')}")
     if args.plot:
         plot(rows, args.plot)
 
@@ -96,24 +85,6 @@ def cut(content: dict[str, Any], count: int, *, seed: int) -> dict[str, Any]:
         "images": [image for image in content["images"] if image["id"] in chosen],
         "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
     }
-
-
-def markdown(rows: Rows) -> str:
-    """The table of the docs: AR at 10, 100 and 1000, by masks and by boxes."""
-    lines = ["| training images | mask AR@10 / 100 / 1000 | box |", "|---|---|---|"]
-    for count, row in rows.items():
-        cells = []
-        for iou_type in ("mask", "box"):
-            columns = [column for column in row if column.startswith(iou_type)]
-            values = [_fraction(row[column]) for column in columns]
-            spreads = [f" ± {_fraction(row['±' + c])}" if "±" + c in row else "" for c in columns]
-            cells.append(" / ".join(v + s for v, s in zip(values, spreads, strict=True)))
-        lines.append(f"| {count} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _fraction(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0")
 
 
 def plot(rows: Rows, path: Path) -> None:
