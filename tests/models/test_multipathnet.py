@@ -10,11 +10,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from models import multipathnet
 from models.boxes import decode_boxes
+from models.build import build_multipathnet
 from models.multipathnet import (
     HEADS,
     FullyConnectedHead,
@@ -24,7 +26,7 @@ from models.multipathnet import (
     truncate_linear,
 )
 from models.roi_pooling import roi_pool_lua
-from models.trunk import build_trunk
+from models.trunk import TrunkConfig, build_trunk
 
 CLASSES, WIDTH, POOLED, FEATURES = 3, 8, 3, 16
 CHANNELS = {4: 24, 8: 64, 16: 128}  # of the tiny trunk
@@ -338,3 +340,19 @@ def test_initial_weights():
         assert math.isclose(layer.weight.std().item(), std, rel_tol=0.05)
         assert abs(layer.weight.mean().item()) < 0.05 * std
         assert not layer.bias.any()
+
+
+@torch.no_grad()
+def test_the_last_stage_of_mobilenet_is_a_head(tmp_path):
+    """With its weights, and where the whole network has that stage."""
+    network = torchvision.models.mobilenet_v2(weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "mobilenet.pth")
+    config = TrunkConfig(
+        name="mobilenet_v2", weights=str(tmp_path / "mobilenet.pth"), padding="zero"
+    )
+    settings = {"head": "layer4", "foveal": False, "use_box_tower": False}
+    model = build_multipathnet(config, num_classes=CLASSES, **settings).eval()
+    block = torch.randn(2, 96, 7, 7)
+    expected = network.features[14:](block).mean((2, 3))
+    assert expected.shape[1] == network.last_channel == model.cls_score.in_features
+    torch.testing.assert_close(model.towers[0].head(block), expected, rtol=1e-4, atol=1e-5)
