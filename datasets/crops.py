@@ -30,13 +30,13 @@ class CropConfig:
     scale: tuple[float, float] = (0.08, 1.0)  # area of a random crop, as a fraction of all
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of a random crop's width to its height
     flip: bool = True  # mirror half of the crops
-    color_jitter: float = 0.0  # largest change of brightness, contrast and saturation, up to 1
+    jitter_color: float = 0.0  # largest change of brightness, contrast and saturation, up to 1
     center: float = 0.875  # side of the center crop in validation, as a fraction of the short side
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("size", 1, 4096), ("context", 0, 10), ("min_side", 0, math.inf),
-            ("color_jitter", 0, 1), ("center", 0.1, 1),
+            ("jitter_color", 0, 1), ("center", 0.1, 1),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
@@ -47,7 +47,7 @@ class CropConfig:
 
     def training_transform(self) -> v2.Transform:
         """(3, h, w) uint8 to a random crop, (3, S, S) float32 normalized."""
-        jitter = self.color_jitter
+        jitter = self.jitter_color
         return v2.Compose([
             v2.RandomResizedCrop(self.size, scale=self.scale, ratio=self.ratio, antialias=True),
             *([v2.RandomHorizontalFlip()] if self.flip else []),

@@ -121,7 +121,7 @@ def test_another_trunk_is_refused_in_one_line(recipe, pretrained):
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(recipe, tmp_path):
     optim = recipe["pretrain"]["optim"] | {"batches_per_epoch": 2, "optimizer": "sgd"}
-    crops = {"size": 32, "color_jitter": 0.2}
+    crops = {"size": 32, "jitter_color": 0.2}
     config = make_config(recipe, pretrain={"optim": optim, "crops": crops})
     train("pretrain", config, tmp_path / "whole")
     interrupt("pretrain", config, tmp_path / "parts", steps=3)
@@ -214,7 +214,7 @@ def test_batch_norm_counts_the_minibatches_of_all_processes(monkeypatch):
 
 
 def test_crops_vary_with_the_sample_and_nothing_else_is_drawn(recipe, tmp_path):
-    config = make_config(recipe, pretrain={"crops": {"size": 32, "color_jitter": 0.2}})
+    config = make_config(recipe, pretrain={"crops": {"size": 32, "jitter_color": 0.2}})
     data = make_stage("pretrain", config, tmp_path).train_data
     state = torch.get_rng_state()
     first, again = (data[None, 0, 0]["images"] for _ in range(2))
