@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,6 @@ IOU_TYPES = {"box": "bbox", "mask": "segm"}  # our names -> COCOeval's
 IOU_THRESHOLDS = Params(iouType="bbox").iouThrs  # (T,) .50, .55, ... .95
 AREA_RANGES = np.array(Params(iouType="bbox").areaRng)  # (A, 2) px², both ends included
 AREAS = tuple(Params(iouType="bbox").areaRngLbl)  # all, small, medium, large
-
-logger = logging.getLogger(__name__)
 
 
 def load_ground_truth(
@@ -65,14 +62,14 @@ def load_ground_truth(
         or instances.num_measured
         or instances.federated
     ):
-        _warn_once(instances.summary())
+        _say_once(instances.summary())
     if categories is not None:
         if chosen is not None:  # the detector's others are not scored
             own = dict(zip(instances.category_ids.tolist(), instances.category_names, strict=True))
             matched = match_categories(own, categories).values()
             categories = {id_: name for id_, name in categories.items() if id_ in matched}
         line = use_categories(instances, categories, source="the detector", keep_others=True)
-        _warn_once(line)
+        _say_once(line)
     if needs_object and instances.is_crowd.all():
         raise ValueError(f"{annotations}: no object to score against: {instances.why_none()}")
     heights, widths = instances.image_sizes.T
@@ -117,10 +114,10 @@ def scorable(ground_truth: COCO, iou_types: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _warn_once(line: str) -> None:
+def _say_once(line: str) -> None:
     """Training comes here at each validation, in each of its processes."""
-    if line and distributed.is_main():
-        logger.warning(line)
+    if line:
+        distributed.say(line)
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from datasets.categories import check_same_outputs
 from datasets.files import atomic_path
@@ -28,7 +27,7 @@ from pipeline.data import BrokenFiles
 from pipeline.precision import choose_precision
 from pipeline.recipe import changed_settings, config_from_dict, config_to_dict, save_config
 from pipeline.run_lock import locks_output
-from pipeline.training.optimizer import build_optimizer, learning_rate
+from pipeline.training.optimizer import average_weights, build_optimizer, learning_rate
 from pipeline.training.run_log import METRICS, Meter, RunLog
 from pipeline.training.stages import Stage
 from pipeline.training.stopping import StopSignals
@@ -96,10 +95,9 @@ class TrainingRun:
         self.optim, self.checkpoints, self.output = stage.optim, output / "checkpoints", output
         stage.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.optim, stage.parameter_groups())
-        self.average: AveragedModel | None = None  # validated and used in place of the model
-        if self.optim.ema_decay is not None:
-            decay = get_ema_multi_avg_fn(self.optim.ema_decay)
-            self.average = AveragedModel(stage.model, multi_avg_fn=decay)
+        self.average = average_weights(stage.model, self.optim.ema_decay)
+        # Its weights are validated, and what the run gives.
+        self.result = stage.model if self.average is None else self.average.module
         self.total = self.optim.epochs * self.optim.batches_per_epoch
         self.step, self.validated, self.best = 0, 0, -math.inf
         self.start, self.saved = 0, -1  # steps: of this session, and of what is in last.pt
@@ -328,11 +326,6 @@ class TrainingRun:
             self._save(BEST)
         self._save(LAST)
         return True
-
-    @property
-    def result(self) -> nn.Module:
-        """The network whose weights are the run's result: averaged, where the recipe says so."""
-        return self.stage.model if self.average is None else self.average.module
 
     def _write(self, split: str, **values: float) -> None:
         epoch = self.step / self.optim.batches_per_epoch

@@ -1,9 +1,11 @@
-"""Optimizer and learning rates of a stage."""
+"""Optimizer, learning rates and averaged weights of a stage."""
 
 import math
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import OptimConfig
 
@@ -26,3 +28,10 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
     return torch.optim.SGD(
         groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )
+
+
+def average_weights(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A moving average of a model's weights, updated after each step; None without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))

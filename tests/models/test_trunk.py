@@ -208,7 +208,7 @@ def test_files_that_are_no_weights(tmp_path):
     "name, options, message",
     [
         ("resnet51", {}, "resnet50"),
-        ("tiny", {"weights": "imagenet"}, "tiny trunk has no pretrained weights"),
+        ("tiny", {"weights": "imagenet"}, "tiny trunk has no weights of its own"),
         ("caffenet", {"weights": "imagenet"}, "torchvision has no CaffeNet"),
         ("tiny", {"width": 8}, "width 8 is only for ResNets"),
         ("vgg11", {"width": 8}, "width 8 is only for ResNets"),

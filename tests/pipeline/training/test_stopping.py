@@ -134,7 +134,7 @@ def test_a_signal_while_workers_start_saves_the_run(tiny_recipe, tmp_path, monke
 def test_a_signal_ends_a_validation_at_once(config, tmp_path):
     stage = make_stage("deepmask", config, tmp_path)
 
-    def validate(device):
+    def validate(model, device):
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
