@@ -1,4 +1,4 @@
-"""Fuzzed tests: 500 cases each in the suite, as many as asked for in a campaign (`make fuzz`)."""
+"""Fuzzed tests: 250 cases each in the suite, as many as asked for in a campaign (`make fuzz`)."""
 
 import os
 from collections import Counter
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
-CASES = int(os.environ.get("MASKPATH_FUZZ_CASES", "500"))
+CASES = int(os.environ.get("MASKPATH_FUZZ_CASES", "250"))
 RUN: Counter[str] = Counter()  # cases by test
 
 
