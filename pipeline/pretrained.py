@@ -14,7 +14,7 @@ from pipeline.config import ROOT, Config
 from pipeline.recipe import config_from_dict, config_to_dict
 
 DIRECTORY = ROOT / "models" / "pretrained"
-STAGES = ("sharpmask", "multipathnet")
+PRETRAINED_STAGES = ("sharpmask", "multipathnet")
 KEPT = (*KEYS, "categories", "object_sides", "compressed_fc")  # of a checkpoint
 
 

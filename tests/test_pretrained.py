@@ -9,7 +9,7 @@ import torch
 
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.networks import load_network
-from pipeline.pretrained import STAGES, pack_checkpoint, pretrained_checkpoint
+from pipeline.pretrained import PRETRAINED_STAGES, pack_checkpoint, pretrained_checkpoint
 from tests.test_hubconf import run
 
 MAX_MEGABYTES = 16
@@ -32,9 +32,9 @@ def test_packed_weights_are_small_and_say_nothing_of_the_machine(tiny_sharpmask,
 
 
 def test_the_files_load_and_are_as_small_as_promised():
-    paths = [pretrained_checkpoint(stage) for stage in STAGES]
+    paths = [pretrained_checkpoint(stage) for stage in PRETRAINED_STAGES]
     assert sum(path.stat().st_size for path in paths) <= MAX_MEGABYTES * 1e6
-    for stage, path in zip(STAGES, paths, strict=True):
+    for stage, path in zip(PRETRAINED_STAGES, paths, strict=True):
         model, config, checkpoint = load_network(path, stage=stage)
         assert config.trunk.weights is None and not config.data.train.annotations
         assert all(torch.isfinite(p).all() for p in model.parameters())
