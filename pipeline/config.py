@@ -264,7 +264,7 @@ class ProposeConfig:
     # published AR does.
     nms: float | None = None
     # GB for maps of the network: what needs more than twice as much goes through it by bands of
-    # rows, with the same results; null: .16 on a CPU, a quarter of what is free on CUDA.
+    # rows, with the same results; null: .4 on a CPU, a quarter of what is free on CUDA.
     memory: float | None = None
 
     def __post_init__(self) -> None:

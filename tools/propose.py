@@ -77,7 +77,7 @@ def main() -> int:
         type=float,
         metavar="GB",
         help="for maps of the network; larger images go through it by bands of rows, with the same "
-        "results (default: .16 on a CPU, a quarter of what is free on CUDA)",
+        "results (default: .4 on a CPU, a quarter of what is free on CUDA)",
     )
     add_precision(parser, default="auto")
     add_device(parser)

@@ -16,10 +16,10 @@ from models.trunk import Trunk
 INPUT_BYTES = 3 * (1 + 3 * 4)
 WORKING_COPIES = 2  # of the largest layer's output: a layer's input and its output
 PROBE_SIDE = 64  # px of the image on which layers are measured
-ON_CPU, FRACTION = 160_000_000, 1 / 4  # bytes for maps; of what is free
+ON_CPU, FRACTION = 400_000_000, 1 / 4  # bytes for maps; of what is free
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 NEVER = 1 << 30  # bytes
-NUM_PRIMITIVES = 64  # what the repeated layers of one scale of ResNet-50 need, and some more
+NUM_PRIMITIVES = 640  # for images of one size: 70 layers at nine scales
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -41,7 +41,7 @@ def free_memory(device: torch.device) -> int | None:
 def memory_limit(device: torch.device, gigabytes: float | None) -> int:
     """Bytes for maps of a network: as given, or a quarter of what is free.
 
-    On a CPU .16 GB at most, since more makes hardly anything faster.
+    On a CPU .4 GB at most, since more makes hardly anything faster.
     """
     if gigabytes is not None:
         return int(gigabytes * 1e9)
@@ -87,8 +87,9 @@ def keep_freed_blocks() -> None:
     call this before a network runs, since oneDNN reads its setting only once. Does nothing on other
     systems than Linux.
     """
-    # Primitives, one for each layer and size, outlive images. By the thousand (the default) they
-    # lie all over the heap, which then grows with every new size. The first cache is PyTorch's.
+    # Primitives, one for each layer and size, outlive images. To make them anew takes up to a third
+    # of a small network's time; but by the thousand (the default) they lie all over the heap, which
+    # then grows with every new size. The first cache is PyTorch's.
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(NUM_PRIMITIVES))
     _call_libc("mallopt", M_MMAP_THRESHOLD, NEVER)

@@ -201,7 +201,7 @@ def test_memory_is_set_by_the_band_and_not_by_the_image():
 
 
 @pytest.mark.parametrize(
-    ("free", "limit"), [(1 << 40, 160_000_000), (400, 100), (None, 160_000_000)]
+    ("free", "limit"), [(1 << 40, 400_000_000), (400, 100), (None, 400_000_000)]
 )
 def test_the_limit_of_memory(free, limit, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
