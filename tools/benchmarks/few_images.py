@@ -3,8 +3,8 @@ r"""What each part of the recipe for few images adds: recall without it, by seed
 
     python tools/benchmarks/few_images.py --config configs/coco_mini.yaml --seeds 2
 
-Every variant trains DeepMask and SharpMask, which takes an hour or two on two cores. Started again
-with the same --work-dir, it continues.
+Every variant trains DeepMask and SharpMask, which takes an hour or two on two cores; with --coarse
+DeepMask alone. Started again with the same --work-dir, it continues.
 """
 
 import sys
@@ -13,10 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import add_config, add_device, run_tool
-from tools.benchmarks.mask_stages import markdown, over_seeds, recall_of_recipe
+from tools.benchmarks.mask_stages import MASK_STAGES, markdown, over_seeds, recall_of_recipe
 from tools.benchmarks.timing import Rows, make_parser, report
-
-MASK_STAGES = ("deepmask", "sharpmask")
 
 
 def of_both(setting: str, value: str) -> dict[str, str]:
@@ -45,6 +43,7 @@ def main() -> None:
     parser = make_parser(__doc__, seeds=1, work_dir=Path("runs/few_images"))
     add_config(parser)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--coarse", action="store_true", help="DeepMask alone, its coarse masks")
     add_device(parser)
     args = parser.parse_args()
 
@@ -57,7 +56,12 @@ def main() -> None:
             settings = VARIANTS[name] | {"seed": str(seed)}
             scores.append(
                 recall_of_recipe(
-                    args.config, output, settings, overrides=args.set, device=args.device
+                    args.config,
+                    output,
+                    settings,
+                    overrides=args.set,
+                    device=args.device,
+                    stages=MASK_STAGES[:1] if args.coarse else MASK_STAGES,
                 )
             )
         rows[name] = over_seeds(scores)

@@ -1,6 +1,7 @@
 """What benchmarks of both mask stages share: train, score, and the table of several seeds."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,27 @@ import torch
 from pipeline.full_run import run_pipeline
 from tools.benchmarks.timing import Rows
 
+MASK_STAGES = ("deepmask", "sharpmask")
 COLUMNS = [(iou_type, k) for iou_type in ("mask", "box") for k in (10, 100, 1000)]
 
 
 def recall_of_recipe(
-    config: str, output: Path, settings: dict[str, Any], *, overrides: list[str], device: str
+    config: str,
+    output: Path,
+    settings: dict[str, Any],
+    *,
+    overrides: list[str],
+    device: str,
+    stages: Sequence[str] = MASK_STAGES,
 ) -> dict[str, float]:
-    """Average recall on the validation images after DeepMask and SharpMask, by column.
+    """Average recall on the validation images after the last of the stages, by column.
 
     `settings` come after `overrides`. A run that `output` holds already is continued or only read.
     """
-    settings = settings | {"stages": "[deepmask,sharpmask]"}
+    settings = settings | {"stages": f"[{','.join(stages)}]"}
     changes = [*overrides, *(f"{key}={value}" for key, value in settings.items())]
     summary = run_pipeline(config, output, overrides=changes, device=torch.device(device))
-    metrics = summary["sharpmask"]["proposals"]
+    metrics = summary[stages[-1]]["proposals"]
     return {f"{iou_type} AR@{k}": metrics[iou_type][f"AR@{k}"] for iou_type, k in COLUMNS}
 
 
