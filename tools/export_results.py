@@ -37,7 +37,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     results = open_results(args.results, args.images_json)
-    print(FORMATS[args.format](results, args.output, args.crs))
+    print(FORMATS[args.format].write(results, args.output, args.crs))
 
 
 if __name__ == "__main__":
