@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.inference.export.coco import write_coco
+from pipeline.inference.export.coco import write_coco, write_supervision
+from pipeline.inference.export.cvat import write_cvat
 from pipeline.inference.export.geojson import write_geojson
+from pipeline.inference.export.labelstudio import write_labelstudio
 from pipeline.inference.export.results import Results
+from pipeline.inference.export.yolo import write_yolo
 
 
 @dataclass(frozen=True)
@@ -29,5 +32,9 @@ class Format:
 
 FORMATS = {
     "coco": Format(write_coco, ".json"),
+    "cvat": Format(write_cvat, ".xml"),
     "geojson": Format(write_geojson, ".geojson"),
+    "labelstudio": Format(write_labelstudio),
+    "supervision": Format(write_supervision, ".json"),
+    "yolo-seg": Format(write_yolo),
 }
