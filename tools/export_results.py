@@ -31,6 +31,9 @@ def main() -> None:
         "--images-json", metavar="COCO.json", help="lists the images (default: beside RESULTS)"
     )
     parser.add_argument(
+        "--top", type=int, metavar="K", help="only the best K of every image (default: all)"
+    )
+    parser.add_argument(
         "--images",
         metavar="DIR",
         help="the folder that the images' names are relative to (default: as the store knows it)",
@@ -54,6 +57,7 @@ def main() -> None:
         args.images_json,
         image_folder=args.images,
         image_prefix=args.image_prefix,
+        top=args.top,
     )
     print(FORMATS[args.format].write(results, args.output, args.crs))
 

@@ -33,6 +33,7 @@ class Results:
         categories: names by id; a number is the name of one that has none.
         image_folder: what the images' names are relative to, if that is known.
         image_prefix: what stands before the names in addresses of images, if it was given.
+        top: so many of an image's results, the best, count; None for all.
     """
 
     path: Path
@@ -40,9 +41,16 @@ class Results:
     categories: dict[int, str]
     image_folder: Path | None = field(default=None, kw_only=True)
     image_prefix: str | None = field(default=None, kw_only=True)
+    top: int | None = field(default=None, kw_only=True)
 
     def __iter__(self) -> Iterator[tuple[dict, list[dict]]]:
         """Images that have results, and these: checked COCO results."""
+        for image, found in self._read():
+            if self.top is not None:
+                found = sorted(found, key=lambda result: -result["score"])[: self.top]
+            yield image, found
+
+    def _read(self) -> Iterator[tuple[dict, list[dict]]]:
         raise NotImplementedError
 
     def every_image(self) -> Iterator[tuple[dict, list[dict]]]:
@@ -66,7 +74,7 @@ class StoredResults(Results):
 
     store: ProposalStore
 
-    def __iter__(self) -> Iterator[tuple[dict, list[dict]]]:
+    def _read(self) -> Iterator[tuple[dict, list[dict]]]:
         for proposals in self.store:
             yield self.images[proposals.image_id], results_of(proposals)
 
@@ -77,7 +85,7 @@ class ListedResults(Results):
 
     results: list[dict]
 
-    def __iter__(self) -> Iterator[tuple[dict, list[dict]]]:
+    def _read(self) -> Iterator[tuple[dict, list[dict]]]:
         by_image = defaultdict(list)
         for result in self.results:
             by_image[result["image_id"]].append(result)
@@ -160,22 +168,25 @@ def open_results(
     *,
     image_folder: str | Path | None = None,
     image_prefix: str | None = None,
+    top: int | None = None,
 ) -> Results:
     """The results of a proposal store, of its proposals.json, or of a detections.json.
 
     Args:
         images_json: a COCO file that lists the images. By default the one beside a json:
             `NAME.images.json` or images.json. A store knows its images.
-        image_folder, image_prefix: see `Results`. A store knows the folder, and so do results in or
-            above its folder.
+        image_folder, image_prefix, top: see `Results`. A store knows the folder, and so do results
+            in or above its folder.
 
     Raises:
         FileNotFoundError, ValueError: no results, or none of these files; one line.
     """
+    if top is not None and top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
     path = Path(path)
     results = _open_store(path) if path.is_dir() else _open_json(path, images_json)
     results.image_folder = _folder(path if path.is_dir() else path.parent, image_folder)
-    results.image_prefix = image_prefix
+    results.image_prefix, results.top = image_prefix, top
     return results
 
 

@@ -323,3 +323,14 @@ def test_edges_are_not_one_pixel_inside():
     """As OpenCV's contours would be: a square of 3 pixels is 3 wide, not 2."""
     mask = cv2.copyMakeBorder(np.ones((3, 3), np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     assert np.ptp(join_rings(trace_mask(mask)), axis=0).tolist() == [3, 3]
+
+
+def test_the_best_of_every_image(tmp_path, call_tool):
+    results_folder(tmp_path / "store")
+    path = tmp_path / "store" / "proposals.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))  # the best is the last
+    for source in (path, tmp_path / "store"):
+        command = ["export_results", source, "--format", "coco", "--top", 1, "--output"]
+        assert call_tool(*command, tmp_path / "x.json") == 0
+        [annotation] = json.loads((tmp_path / "x.json").read_text())["annotations"]
+        assert annotation["area"] == RINGS.sum()
