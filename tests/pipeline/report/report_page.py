@@ -65,5 +65,5 @@ class Page(HTMLParser):
 def decode_uri(uri):
     """The picture (H, W, 3) uint8 RGB in a data URI."""
     scheme, data = uri.split(",")
-    assert scheme == "data:image/jpeg;base64"
+    assert scheme == "data:image/webp;base64"
     return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
