@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         OSError: see `atomic_path`.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a folder is written")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty; choose another --output or delete it")
-    with atomic_path(path) as temporary:
+    with ExitStack() as stack, atomic_path(path) as temporary:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # if it was not renamed
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
         temporary.mkdir()
-        try:
-            yield temporary
-            if path.is_dir():
-                path.rmdir()  # a folder does not replace one everywhere
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # a folder does not replace one everywhere
 
 
 @contextmanager

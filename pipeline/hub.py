@@ -81,7 +81,9 @@ def save_hub_folder(checkpoint: dict[str, Any], output: str | Path, *, data: str
     write_json(output / HUB_CONFIG, rest)
     if not (output / CARD).exists():
         count = sum(value.numel() for value in weights.values())
-        write_atomically(output / CARD, _model_card(checkpoint, count, data, output.name).encode())
+        write_atomically(
+            output / CARD, _model_card(checkpoint, count, data, output.resolve().name).encode()
+        )
 
 
 def _model_card(checkpoint: dict[str, Any], count: int, data: str, name: str) -> str:

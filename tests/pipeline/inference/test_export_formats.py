@@ -272,6 +272,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, call_tool, capsys
     assert np.array_equal(fill(rings[0][1].round(), 12, 12), RINGS)
 
 
+def test_a_failed_export_leaves_nothing(tmp_path):
+    results = results_of_masks(np.ones((1, 3, 3), np.uint8))
+    results.results[0]["score"] = float("nan")
+    with pytest.raises(ValueError):
+        FORMATS["labelstudio"].write(results, tmp_path / "out", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_image_addresses_of_label_studio(tmp_path, call_tool):
     """By the folder that is given, by a prefix, and of images without results."""
     results_folder(tmp_path / "store")
