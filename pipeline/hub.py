@@ -39,7 +39,7 @@ STAGES = {
     ),
     PRETRAIN: ("Trunk", "image-classification", "A trunk that has learned to classify images."),
 }
-TAGS = ["instance-segmentation", "object-proposals", "pytorch", "coco"]
+TAGS = ["instance-segmentation", "object-proposals", "pytorch"]
 MAX_NAMES = 100  # of categories in the card
 
 
@@ -131,6 +131,9 @@ def _model_card(checkpoint: dict[str, Any], count: int, data: str, name: str) ->
         "\n".join(["```python", *hub, "```"]),
         "## Figures and limits",
         "Not stated. `tools/score_coco.py` measures average recall and precision on annotations.",
+        "## License",
+        "The license above is that of the code. Name the one of these weights, which also depends "
+        "on the images and on the weights that training began with.",
     ]
     # The metadata has no blank lines between.
     return "\n".join(lines[:3]) + "\n\n" + "\n\n".join(lines[3:]) + "\n"
