@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path`: renamed to it when the block ends well, else removed.
+
+    Raises:
+        ValueError: there is something at `path` other than an empty folder.
+        OSError: see `atomic_path`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a folder is written")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty; choose another --output or delete it")
+    with ExitStack() as stack, atomic_path(path) as temporary:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # if it was not renamed
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
+        temporary.mkdir()
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # a folder does not replace one everywhere
 
 
 @contextmanager

@@ -1,6 +1,11 @@
-"""Checkpoints: one file of tensors and plain types that loads with `weights_only=True`."""
+"""Checkpoints: one file of tensors and plain types that loads with `weights_only=True`.
+
+As the Hugging Face hub has them, they are two files in a folder: the weights as safetensors, the
+rest as config.json. `pipeline.hub` writes these.
+"""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +20,7 @@ from models.backbone import describe_mismatch, load_file
 from models.trunk import upgrade_trunk_weights
 
 LAST, BEST = "last.pt", "best.pt"  # in a run directory's checkpoints/
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"  # in a folder for the hub
 KEYS = ("stage", "config", "model")  # what inference and the next stage need; training adds more
 # Names of weights in the first checkpoints, and those of today.
 RENAMED_WEIGHTS = (
@@ -42,7 +48,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that is meant: of a run's folder, its best checkpoint.
+    """The file that is meant: of a run's folder, its best checkpoint; of one for the hub, weights.
 
     Raises:
         FileNotFoundError: no such file or folder, or no run in the folder.
@@ -50,7 +56,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for file in (path / "checkpoints" / BEST, path / BEST):
+    for file in (path / "checkpoints" / BEST, path / BEST, path / HUB_WEIGHTS):
         if file.is_file():
             return file
     runs = sorted(str(file.parents[1]) for file in path.glob(f"*/checkpoints/{BEST}"))
@@ -58,18 +64,64 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is a folder without checkpoints/{BEST}{hint}")
 
 
+def read_checkpoint(path: Path) -> Any:
+    """The content of a checkpoint's file, unchecked; of weights for the hub, with the config.json.
+
+    Raises:
+        ValueError or FileNotFoundError: there is no such file, or it is of another kind.
+    """
+    return _read_safetensors(path) if path.suffix == Path(HUB_WEIGHTS).suffix else load_file(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load_safetensors
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs safetensors: pip install safetensors") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    config = read_hub_config(path.with_name(HUB_CONFIG))
+    try:
+        return config | {"model": load_safetensors(path)}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error})") from None
+
+
+def read_hub_config(path: Path) -> dict[str, Any]:
+    """A config.json beside weights: all of a checkpoint but these.
+
+    Raises:
+        ValueError or FileNotFoundError: there is none, or it is another project's.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_with_numbers)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; it belongs to {HUB_WEIGHTS}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON") from None
+    if not isinstance(config, dict) or not {"stage", "config"} <= config.keys():
+        raise ValueError(f"{path} is not of this project: it lacks stage, config")
+    return config
+
+
+def _with_numbers(mapping: dict[str, Any]) -> dict[int | str, Any]:
+    """JSON has no keys but texts; those of `optim.lr_drops` are epochs."""
+    return {int(key) if key.isdecimal() else key: value for key, value in mapping.items()}
+
+
 def load_checkpoint(
     path: str | Path, *, stage: str | tuple[str, ...] | None = None
 ) -> dict[str, Any]:
     """Reads a checkpoint of this project, of the given stages; None for any.
 
-    `path` may be a run's folder, see `find_checkpoint`.
+    `path` may be a folder, see `find_checkpoint`.
 
     Raises:
         ValueError or FileNotFoundError: no such file, another kind of file, or another stage.
     """
     path = find_checkpoint(path)
-    checkpoint = load_file(path)
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping) or not all(key in checkpoint for key in KEYS):
         raise ValueError(
             f"{path} is a PyTorch file but not a checkpoint of this project: "
@@ -120,5 +172,9 @@ def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str)
 
 def file_sha256(path: str | Path) -> str:
     """Hash of a checkpoint's content: tells those apart that have the same name."""
-    with open(find_checkpoint(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path = find_checkpoint(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    if path.name == HUB_WEIGHTS:
+        digest.update(path.with_name(HUB_CONFIG).read_bytes())
+    return digest.hexdigest()

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbone import load_file
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
 from models.classifier import Classifier, trunk_weights
 from models.deepmask import DeepMask, DeepMaskConfig
 from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
 from models.sharpmask import SharpMask, SharpMaskConfig
 from models.trunk import Trunk, TrunkConfig, build_trunk
-from pipeline.checkpoint import check_weights, find_checkpoint, load_checkpoint, load_weights
+from pipeline.checkpoint import (
+    check_weights,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
 from pipeline.config import PRETRAIN, Config, MaskNetworkConfig
 from pipeline.recipe import config_from_dict, find_path, settings_of
 
@@ -76,7 +81,7 @@ def _trunk(
     if weights is None or weights == "imagenet":
         return replace(trunk, weights=weights), None
     path = str(find_checkpoint(find_path(weights, key=key)))
-    content = load_file(path)
+    content = read_checkpoint(Path(path))
     if not isinstance(content, Mapping) or content.get("stage") != PRETRAIN:
         return replace(trunk, weights=path), None  # of an ImageNet network
     checkpoint = load_checkpoint(path)

@@ -35,14 +35,18 @@ def pack_checkpoint(checkpoint: dict[str, Any], *, source: str) -> dict[str, Any
 
     Vectors stay in float32: they are few, and a variance may be too large for float16.
     """
+    weights = {
+        name: value.half() if value.dim() > 1 and value.dtype == torch.float32 else value
+        for name, value in checkpoint["model"].items()
+    }
+    return without_training(checkpoint, source=source) | {"model": weights}
+
+
+def without_training(checkpoint: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """A checkpoint without what only its training needs: optimizer, data, paths of its machine."""
     config = config_from_dict(checkpoint["config"], source=source)
     plain, default = config_to_dict(config), config_to_dict(Config())
     plain |= {"data": default["data"], "init": default["init"]}
     for section in (plain, plain["pretrain"], plain["multipathnet"]):
         section["trunk"] = section["trunk"] | {"weights": None}
-    weights = {
-        name: value.half() if value.dim() > 1 and value.dtype == torch.float32 else value
-        for name, value in checkpoint["model"].items()
-    }
-    kept = {key: checkpoint[key] for key in KEPT if key in checkpoint}
-    return kept | {"config": plain, "model": weights}
+    return {key: checkpoint[key] for key in KEPT if key in checkpoint} | {"config": plain}

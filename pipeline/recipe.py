@@ -131,17 +131,18 @@ def config_to_dict(config: Config) -> dict:
     return values
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    items: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        items |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return items
+
+
 def changed_settings(old: Config, new: Config) -> list[str]:
     """The settings that differ, in words."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        items: dict[str, Any] = {}
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            items |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
-        return items
-
-    was, now = flat(config_to_dict(old)), flat(config_to_dict(new))
+    was, now = flatten(config_to_dict(old)), flatten(config_to_dict(new))
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names]
 

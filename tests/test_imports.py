@@ -21,7 +21,7 @@ ALLOWED = {
 # The rooms of pipeline/: its files and folders. Each may import itself and those named here.
 SHARED = {
     "config", "recipe", "networks", "precision", "checkpoint", "data", "distributed", "command",
-    "run_lock", "sizes", "pretrained",
+    "run_lock", "sizes", "pretrained", "hub", "hub_model",
 }  # fmt: skip
 ROOMS = {
     "shared": set(),

@@ -19,13 +19,14 @@ from datasets.coco import CocoInstances
 from datasets.images import Image, ImageError, ImageFolder
 from pipeline.inference.proposals import Detections, Proposals, ProposalStore
 from pipeline.inference.visualize import color, score_texts
-from pipeline.report.drawing import Mark, draw_marks, fit_picture, jpeg_uri
+from pipeline.report.drawing import LARGE_SIDE, Mark, draw_marks, fit_picture, picture_uri
 
 TOP = 100  # proposals of an image that are looked at
 SHOWN = 5  # of them, in the picture of the proposals with the highest scores
 MIN_SCORE = 0.3  # of the detections that are looked at
 FOUND_IOU = 0.5
-NUM_EXAMPLES = 6  # of the best images, of the worst, and of those with detections
+NUM_EXAMPLES = 5  # of the best images, and of the worst
+NUM_DETECTED = 6  # of the images with detections
 MAX_SCALE = 2  # small images with detections are enlarged, so that names do not cover them
 SCORE_COLOR = 32  # of the palette, the first for the highest scores: apart from the objects'
 FULL, FAINT = 0.35, 0.15  # tints
@@ -88,7 +89,7 @@ def detection_gallery(
     examples = [
         make_example(images, s.found.file_name, s.ious, partial(draw_detections, s, coco))
         | {"num_detections": len(s.found)}
-        for s in spread(scenes, NUM_EXAMPLES)
+        for s in spread(scenes, NUM_DETECTED)
     ]
     totals = {"detections": sum(map(len, found)), "confident": sum(map(len, confident))}
     return {"examples": examples, "images": len(scenes)} | totals
@@ -164,7 +165,7 @@ def make_example(
         image = images.open(name)
     except ImageError as error:
         return shown | {"error": str(error)}
-    return shown | {"pictures": [jpeg_uri(picture) for picture in draw(image)]}
+    return shown | {"pictures": [picture_uri(picture) for picture in draw(image)]}
 
 
 def draw_proposals(scene: Scene[Proposals], coco: CocoInstances, image: Image) -> list[np.ndarray]:
@@ -207,7 +208,7 @@ def draw_detections(
         # Detections of a category that the annotations do not know go by its id.
         text = f"{names.get(label, label)} {scores[d]}".rstrip()
         marks.append(Mark(rle, color(label), _tint(scene.overlaps[d].max()), text, box))
-    picture = fit_picture(image, max_scale=MAX_SCALE)
+    picture = fit_picture(image, side=LARGE_SIDE, max_scale=MAX_SCALE)
     return [draw_marks(picture, truth), draw_marks(picture, marks)]
 
 

@@ -75,6 +75,7 @@ def plot(
         file = io.StringIO()
         figure.savefig(file, format="svg")
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)  # of points
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     return Markup(svg[svg.index("<svg") :])

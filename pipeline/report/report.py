@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jinja2
@@ -43,15 +44,8 @@ def write_report(
     if len(masks) == 2:
         coarse, refined = (stage["scenes"] for stage in masks)
         comparison = object_gallery(coarse, refined, files.coco, files.images)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"decimal": decimal, "duration": duration, "quote": shlex.quote}
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         run=run,
         annotations=str(annotations),
         images=str(images),
@@ -68,16 +62,26 @@ def write_report(
             "OpenCV": cv2.__version__,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         },
-        date=datetime.now().astimezone(),
-        gain=gain,
-        pictures=pictures,
-        drawing=drawing,
-        plots=plots,
     )
     path = files.directory / "report.html"
     # A path may hold bytes that are no text.
     write_atomically(path, page.encode(errors="replace"))
     return path
+
+
+def render(template: str, **context: Any) -> str:
+    """A page of one of the templates beside this file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"decimal": decimal, "duration": duration, "quote": shlex.quote}
+    modules = {"pictures": pictures, "drawing": drawing, "plots": plots}
+    date = datetime.now().astimezone()
+    return environment.get_template(template).render(date=date, gain=gain, **modules, **context)
 
 
 def decimal(value: float | None, digits: int = 3) -> str:

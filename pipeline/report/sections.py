@@ -12,7 +12,7 @@ from datasets.coco import CocoInstances
 from datasets.images import APPLY, IGNORE, ImageFolder
 from pipeline.config import STAGES
 from pipeline.inference.coco_json import read_detections, read_result_categories
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposals import Detections, ProposalStore
 from pipeline.report import pictures
 from pipeline.report.plots import metric_values
 from pipeline.training.run_log import read_metrics
@@ -37,29 +37,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-class Run:
-    """The files of a run, and the images that it was evaluated on.
+class RunFiles:
+    """The files of a run.
 
     Attributes:
         summary: the content of summary.json.
-        coco: the annotated objects, those of the chosen categories.
         missing: (name, what it is for) of the files that are not there.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        annotations: str | Path,
-        images: Path,
-        chosen: Iterable[str] | None = None,
-    ):
+    def __init__(self, directory: Path):
         self.directory = directory
-        frames = {ProposalStore(directory / name / "proposals").exif() for name in STAGES}
-        self.images = ImageFolder(images, exif=IGNORE if IGNORE in frames else APPLY)
         self.missing: list[tuple[str, str]] = []
         self.summary = self.read("summary.json", "patch metrics and seconds") or {}
-        self.coco = CocoInstances.load(annotations, chosen)
-        self.coco.find_files(images)
 
     def read(self, name: str, purpose: str, reader: Callable[[Path], Any] = read_json) -> Any:
         """What `reader` makes of a file below the run directory; None if it is not there."""
@@ -73,11 +62,34 @@ class Run:
         return {name: self.read(name, "settings", Path.read_text)}
 
 
+class Run(RunFiles):
+    """The files of a run, and the images that it was evaluated on.
+
+    Attributes:
+        coco: the annotated objects, those of the chosen categories.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        annotations: str | Path,
+        images: Path,
+        chosen: Iterable[str] | None = None,
+    ):
+        super().__init__(directory)
+        frames = {ProposalStore(directory / name / "proposals").exif() for name in STAGES}
+        self.images = ImageFolder(images, exif=IGNORE if IGNORE in frames else APPLY)
+        self.coco = CocoInstances.load(annotations, chosen)
+        self.coco.find_files(images)
+
+
 # A section, by name: the stage, its training, settings and scores as they were written (the page
 # makes tables and plots of them) and its gallery; None for what the run does not have.
 
 
-def read_stage(run: Run, name: str, stage: type[Stage], scores: dict[str, str]) -> dict[str, Any]:
+def read_stage(
+    run: RunFiles, name: str, stage: type[Stage], scores: dict[str, str]
+) -> dict[str, Any]:
     """What all sections have."""
     records = run.read(f"{name}/metrics.jsonl", "training curves", read_metrics) or []
     rates = metric_values(records, "train", f"{stage.samples}_per_second")[1]
@@ -119,8 +131,19 @@ def read_mask_stage(run: Run, name: str) -> dict[str, Any]:
 
 def read_detector(run: Run, name: str) -> dict[str, Any]:
     """The section of the detector."""
-    section, coco = read_stage(run, name, MultiPathNetStage, PRECISION_FILES), run.coco
-    results = run.directory / name / "detections.json"
+    section = read_stage(run, name, MultiPathNetStage, PRECISION_FILES)
+    found = read_found(run, name)
+    return section | {
+        "detections": section["metrics"] or run.summary.get(name, {}).get("detections"),
+        "by_iou": ap_curves(section["curves"], "iou_thresholds"),
+        "by_proposals": ap_curves(section["by_proposals"], "counts"),
+        "gallery": found and pictures.detection_gallery(found, run.coco, run.images),
+    }
+
+
+def read_found(run: Run, name: str) -> list[Detections] | None:
+    """The detections in the images of a run; None if it has none."""
+    coco, results = run.coco, run.directory / name / "detections.json"
     if categories := read_result_categories(results):
         use_categories(coco, categories, source=str(results))
     columns = zip(coco.image_ids.tolist(), *coco.image_sizes.T.tolist(), strict=True)
@@ -129,13 +152,7 @@ def read_detector(run: Run, name: str) -> dict[str, Any]:
         for i, (image_id, height, width) in enumerate(columns)
     ]
     reader = partial(read_detections, images=images)
-    found = run.read(f"{name}/detections.json", "pictures", reader)
-    return section | {
-        "detections": section["metrics"] or run.summary.get(name, {}).get("detections"),
-        "by_iou": ap_curves(section["curves"], "iou_thresholds"),
-        "by_proposals": ap_curves(section["by_proposals"], "counts"),
-        "gallery": found and pictures.detection_gallery(found, coco, run.images),
-    }
+    return run.read(f"{name}/detections.json", "pictures", reader)
 
 
 def ap_curves(content: dict | None, x: str) -> tuple[list[float], dict[str, list]] | None:

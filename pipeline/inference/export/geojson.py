@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from datasets.files import atomic_path
-from datasets.segmentations import encode_counts
 from pipeline.inference.coco_json import box_of
 from pipeline.inference.export.polygons import Ring, signed_area, trace_rle
-from pipeline.inference.export.results import Results, write_lines
+from pipeline.inference.export.results import Results, mask_of, write_lines
 
 WGS84, NATIVE = "wgs84", "native"
 DEGREES_DECIMALS = 9  # a tenth of a millimeter
@@ -84,8 +83,8 @@ def _geometries(image: dict, found: list[dict], crs: str) -> list[dict | None]:
 
 def _polygons(result: dict) -> list[list[Ring]]:
     """In pixels: of the mask, else of the box."""
-    if mask := result.get("segmentation"):
-        return trace_rle({**mask, "counts": encode_counts(mask["counts"])})
+    if (mask := mask_of(result)) is not None:
+        return trace_rle(mask)
     x, y, w, h = box_of(result)
     return [[np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])]]
 

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.inference.mask_crops import crop_mask
 
 Ring = np.ndarray  # (n, 2) x, y of corners, not closed
+NEAREST_CHUNK = 2**18  # distances at once
 
 
 def trace_rle(rle: dict) -> list[list[Ring]]:
@@ -52,6 +53,36 @@ def trace_mask(mask: np.ndarray) -> list[list[Ring]]:
     pixel_y = y[::2] - ~to_right
     owners = labels[pixel_y, x[::2]] if len(y) else np.zeros(0, int)
     return _join(np.stack([x, y], axis=1), beside, along, starts, owners, twice)
+
+
+def join_rings(polygons: list[list[Ring]]) -> Ring:
+    """One ring (n, 2) of a mask's polygons, for formats that know neither holes nor parts.
+
+    A line that goes there and back leads to each hole and each part, between the nearest corners.
+    It has no area, and whoever fills the ring, by winding numbers or by crossings, gets the mask.
+    """
+    return _bridge([_bridge(polygon) for polygon in polygons])
+
+
+def _bridge(rings: list[Ring]) -> Ring:
+    joined = rings[0]
+    for ring in rings[1:]:
+        here, there = _nearest(joined, ring)
+        detour = [np.roll(ring, -there, axis=0), ring[[there]]]
+        joined = np.concatenate([joined[: here + 1], *detour, joined[here:]])
+    return joined
+
+
+def _nearest(a: Ring, b: Ring) -> tuple[int, int]:
+    """The indices of two corners of rings (n, 2) and (m, 2) with the least distance."""
+    best, indices = np.inf, (0, 0)
+    step = max(1, NEAREST_CHUNK // len(a))
+    for start in range(0, len(b), step):
+        distances = ((a[:, None] - b[None, start : start + step]) ** 2).sum(axis=2)
+        i, j = np.unravel_index(distances.argmin(), distances.shape)
+        if distances[i, j] < best:
+            best, indices = distances[i, j], (int(i), start + int(j))
+    return indices
 
 
 def _join(

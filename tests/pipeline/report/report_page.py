@@ -11,22 +11,13 @@ from pipeline.report.report import write_report
 VOID_ELEMENTS = {"meta", "img", "br"}
 
 
-class Page(HTMLParser):
+class Html(HTMLParser):
     """Elements with their attributes, the text, and the rows of the tables."""
 
-    def __init__(self, run, dataset):
+    def __init__(self, html):
         super().__init__()
-        path = write_report(run, annotations=dataset[0], images=dataset[1])
-        assert path == run / "report.html"
-        assert [p.name for p in run.glob(".*")] == [], "a temporary file is left"
-        self.html, self.elements, self.rows, self.text, self._open = (
-            path.read_text(),
-            [],
-            [],
-            "",
-            [],
-        )
-        self.feed(self.html)
+        self.html, self.elements, self.rows, self.text, self._open = html, [], [], "", []
+        self.feed(html)
         assert not self._open, f"not closed: {self._open}"
 
     def handle_starttag(self, tag, attributes):
@@ -46,12 +37,6 @@ class Page(HTMLParser):
         if {"td", "th"} & set(self._open):
             self.rows[-1][-1] += data
 
-    @property
-    def missing(self):
-        """The missing parts, a line each."""
-        warning = self.html.partition('id="missing">')[2].partition("</div>")[0]
-        return [line for line in warning.splitlines() if line.startswith("<li>")]
-
     def all(self, tag, attribute):
         return [given[attribute] for name, given in self.elements if name == tag]
 
@@ -62,8 +47,24 @@ class Page(HTMLParser):
         return expected in [row[: len(expected)] for row in self.rows]
 
 
+class Page(Html):
+    """The report of a run."""
+
+    def __init__(self, run, dataset):
+        path = write_report(run, annotations=dataset[0], images=dataset[1])
+        assert path == run / "report.html"
+        assert [p.name for p in run.glob(".*")] == [], "a temporary file is left"
+        super().__init__(path.read_text())
+
+    @property
+    def missing(self):
+        """The missing parts, a line each."""
+        warning = self.html.partition('id="missing">')[2].partition("</div>")[0]
+        return [line for line in warning.splitlines() if line.startswith("<li>")]
+
+
 def decode_uri(uri):
     """The picture (H, W, 3) uint8 RGB in a data URI."""
     scheme, data = uri.split(",")
-    assert scheme == "data:image/jpeg;base64"
+    assert scheme == "data:image/webp;base64"
     return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)

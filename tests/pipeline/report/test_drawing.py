@@ -81,12 +81,13 @@ def test_label_stands_at_the_top_left_of_its_mask():
      ((300, 400), 2, (360, 480)), ((1000, 1), 1, (480, 1))],
 )  # fmt: skip
 def test_pictures_fit_the_page(size, max_scale, expected):
-    assert drawing.fit_picture(gray(*size), max_scale=max_scale).shape == (*expected, 3)
+    picture = drawing.fit_picture(gray(*size), side=480, max_scale=max_scale)
+    assert picture.shape == (*expected, 3)
 
 
 def test_a_picture_is_a_data_uri():
     picture = gray(8, 16) * np.uint8([1, 0, 0])
-    decoded = decode_uri(drawing.jpeg_uri(picture))
+    decoded = decode_uri(drawing.picture_uri(picture))
     assert np.abs(decoded.astype(int) - picture).max() < 5
 
 
