@@ -30,6 +30,12 @@ def run_lengths(counts: bytes) -> np.ndarray:
     return runs
 
 
+def contains(counts: bytes, height: int, x: float, y: float) -> bool:
+    """Whether a mask of an image of this height has the pixel in which a point lies."""
+    pixel = int(x) * height + int(y)  # counted down the columns
+    return bool(np.searchsorted(np.cumsum(run_lengths(counts)), pixel, side="right") % 2)
+
+
 def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
     """A mask's pixels (h, w) uint8 within its box, and the box's corner x, y in the image.
 
