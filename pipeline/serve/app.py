@@ -36,6 +36,7 @@ def create_app(service: Service) -> Any:
         service.worker.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
 
     def route(method: str, path: str, answer: Callable) -> None:
         """Has a method of the service answer, by JSON or, where it gives bytes, a JPEG."""

@@ -63,8 +63,8 @@ class ServedFiles:
             ImageError: it is not there, or cannot be read.
         """
         path = self.path(name)
-        return self._make_thumbnail(path, path.stat().st_mtime_ns)
+        return self._make_thumbnail(path, name, path.stat().st_mtime_ns)
 
-    def _read_thumbnail(self, path: Path, _changed: int) -> bytes:
-        image, _ = read_page_image(path, max_pixels=self.max_pixels)
+    def _read_thumbnail(self, path: Path, name: str, _changed: int) -> bytes:
+        image, _ = read_page_image(path, name, max_pixels=self.max_pixels)
         return encode_jpeg(resize_image(image, min(1.0, THUMBNAIL_SIDE / max(image.shape[:2]))))

@@ -24,19 +24,24 @@ JPEG_QUALITY = 90
 MAPS_SHARE = 0.9  # of the time that an image takes; the rest are its proposals
 
 
-def read_page_image(path: str | Path, *, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_page_image(
+    path: Path, name: str, *, max_pixels: int
+) -> tuple[np.ndarray, tuple[int, int]]:
     """An image (H, W, 3) uint8 RGB of at most `PAGE_PIXELS`, and the file's height and width.
 
     Raises:
-        ImageError: it cannot be read, or has more than `max_pixels`.
+        ImageError: it cannot be read, or has more than `max_pixels`. The line has the name that the
+            page knows, not the path.
     """
-    image = open_image(path, max_pixels=max_pixels)
-    height, width = image.shape[:2]
-    if height * width > max_pixels:
-        raise ImageError(
-            f"{path}: {width} x {height} pixels, more than {max_pixels:,} (--max-pixels)"
-        )
-    return resize_image(image, min(1.0, math.sqrt(PAGE_PIXELS / (height * width)))), (height, width)
+    try:
+        image = open_image(path, max_pixels=max_pixels)
+        height, width = image.shape[:2]
+        if height * width > max_pixels:
+            raise ImageError(f"{path}: {width} x {height} pixels, more than {max_pixels:,}")
+        scale = min(1.0, math.sqrt(PAGE_PIXELS / (height * width)))
+        return resize_image(image, scale), (height, width)
+    except ImageError as error:
+        raise ImageError(str(error).replace(str(path), name)) from None
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:

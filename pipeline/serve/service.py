@@ -8,9 +8,6 @@ keeps nothing else: what was kept on a page is the page's, and no image is the p
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from datasets.images import ImageError
 from pipeline.inference.detect import Detector
 from pipeline.inference.nms import kept_by_nms
 from pipeline.inference.proposals import Proposals, round_scores
@@ -95,13 +92,9 @@ class Service:
             return self._open(data, Path(file.name), name)
 
     def _open(self, identity: bytes, path: Path, name: str) -> dict:
-        def read() -> tuple[np.ndarray, tuple[int, int]]:
-            try:
-                return read_page_image(path, max_pixels=self.max_pixels)
-            except ImageError as error:  # names the file as the page does
-                raise ImageError(str(error).replace(str(path), name)) from None
-
-        image = self.images.open(identity, read)
+        image = self.images.open(
+            identity, lambda: read_page_image(path, name, max_pixels=self.max_pixels)
+        )
         return {
             "id": image.image_id,
             "size": image.clickable.size,

@@ -158,7 +158,7 @@ async function listFiles() {
       return button;
     }),
   );
-  openListed(0);
+  if (!opening.wasRun) openListed(0); // else somebody was faster
 }
 
 // The mask at the point ----------------------------------------------------------------------------

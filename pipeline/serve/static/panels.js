@@ -16,26 +16,28 @@ function onSlider(slider, describe, changed) {
   show();
 }
 
-/** A button with the cutout of a mask and a line below. */
-function cutoutButton(mask, picture, line, choose) {
+/** A button with the cutout of a mask, and lines below. */
+function cutoutButton(mask, picture, lines, choose) {
   const button = document.createElement("button");
   button.type = "button";
   button.append(mask.cutout(picture));
   button.firstChild.className = "cutout";
-  const text = document.createElement("span");
-  text.textContent = line;
-  button.append(text);
-  button.setAttribute("aria-label", line);
+  for (const line of lines) {
+    const text = document.createElement("span");
+    text.textContent = line;
+    button.append(text);
+  }
+  button.setAttribute("aria-label", lines.join(" "));
   button.addEventListener("click", () => choose(mask));
   return button;
 }
 
 /** Fills a gallery; the button of the chosen mask is marked. */
-function fillGallery(list, masks, page, lineOf) {
+function fillGallery(list, masks, page, linesOf) {
   list.replaceChildren(
     ...masks.map((mask) => {
       const item = document.createElement("li");
-      item.append(cutoutButton(mask, page.picture, lineOf(mask), page.choose));
+      item.append(cutoutButton(mask, page.picture, linesOf(mask), page.choose));
       item.mask = mask;
       return item;
     }),
@@ -87,7 +89,7 @@ export class ProposalsPanel {
     const fitting = found.value.distinct.map((i) => this.all[i]).filter((p) => p.score >= score);
     this.shown = fitting.slice(0, count);
     $("num-proposals").textContent = `${this.shown.length} of ${this.all.length} proposals`;
-    fillGallery($("proposal-list"), this.shown, this.page, (p) => p.score.toFixed(2));
+    fillGallery($("proposal-list"), this.shown, this.page, (p) => [p.score.toFixed(2)]);
     this.page.draw();
   }
 
@@ -139,7 +141,7 @@ export class DetectionsPanel {
     const score = $("min-detection").valueAsNumber;
     this.shown = this.all.filter((each) => each.score >= score);
     $("num-detections").textContent = `${this.shown.length} of ${this.all.length} detections`;
-    fillGallery($("detection-list"), this.shown, this.page, (d) => `${d.name} ${d.score.toFixed(2)}`);
+    fillGallery($("detection-list"), this.shown, this.page, (d) => [d.name, d.score.toFixed(2)]);
     this.page.draw();
   }
 

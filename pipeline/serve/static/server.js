@@ -113,4 +113,9 @@ export class Latest {
   cancel() {
     this.#count++;
   }
+
+  /** Whether it was run at all. */
+  get wasRun() {
+    return this.#count > 0;
+  }
 }

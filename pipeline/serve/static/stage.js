@@ -76,10 +76,14 @@ export class Stage {
     if (!this.picture) return;
     this.cursor = at;
     this.#waiting = null;
+    // From now on it is chosen, wherever the pointer goes; what is drawn stays for the moment.
+    Object.assign(this, { ...NOTHING, isPinned: true });
+    this.page.changed();
     try {
       const found = await this.#latest.run(() => this.page.masksAt(at.x, at.y));
       if (found) this.pin(found.value, 0, at);
     } catch (error) {
+      this.release();
       this.page.failed(error);
     }
   }
@@ -164,12 +168,11 @@ export class Stage {
     context.drawImage(picture, 0, 0);
     const labels = [];
     for (const [mask, color, label] of this.overlay()) {
-      mask.draw(context, color, { alpha: 0.3, line: 1.5 * density });
+      mask.draw(context, color, { alpha: this.isPinned ? 0.1 : 0.3, line: 1.5 * density });
       if (label) labels.push([mask, color, label]);
     }
     if (this.mask) {
-      const alpha = this.isPinned ? 0.45 : 0.3;
-      this.mask.draw(context, CHOSEN, { alpha, line: (this.isPinned ? 3 : 1.5) * density });
+      this.mask.draw(context, CHOSEN, { alpha: 0.25, line: (this.isPinned ? 3 : 1.5) * density });
     }
     for (const label of labels) drawLabel(context, density / scale, ...label);
     if (this.at) drawPoint(context, this.at, density / scale);
