@@ -8,7 +8,7 @@ Letters: N masks, best first.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,18 +62,29 @@ class ClickableImage:
         self.size = (image.shape[0], image.shape[1])
         self.bands: list[PyramidScale] = []
 
-    def run(self) -> Iterator[float]:
-        """Runs the network, and yields after each part how much is done, up to 1."""
+    def run(self, report: Callable[[float], None] | None = None) -> Iterator[None]:
+        """Runs the network, the largest scale first, and yields after each scale.
+
+        Only then may the proposer run on another image, see `BandedNetwork`.
+
+        Args:
+            report: is told after each band how much is done, up to 1.
+        """
         self.bands = []
-        expected = sum(self._num_cells(2.0**scale) for scale in self.proposer.log2_scales)
-        done = 0.0
-        for band in self.proposer.run_pyramid(self.image):
-            self.bands.append(band)
-            done += band.score_logits.numel()
-            yield min(done / expected, 1.0)
+        scales = self.proposer.log2_scales
+        expected, done = sum(self._num_cells(2.0**scale) for scale in scales), 0.0
+        for index in reversed(range(len(scales))):
+            for band in self.proposer.run_bands(self.image, scales[index]):
+                band.index = index
+                self.bands.append(band)
+                done += band.score_logits.numel()
+                if report is not None:
+                    report(min(done / expected, 1.0))
+            yield
         self.bands.sort(key=lambda band: (band.index, band.first_row))
 
     def _num_cells(self, scale: float) -> float:
+        """Of a scale, about."""
         height, width = (side * scale / STRIDE + 1 for side in self.size)
         return height * width
 

@@ -111,11 +111,14 @@ class Proposer:
         limit = self.options.limit(*size)
         confident = torch.zeros((), dtype=torch.int64, device=self.device)
         best, bands = FoundMasks.none(), list[PyramidScale]()
-        for band in self.run_pyramid(image):
-            bands.append(band)
-            confident += (band.score_logits > 0).sum()
-            if sum(each.nbytes for each in bands) > self.memory * KEPT:
-                best, bands = self._find_best(best, bands, limit, size), []
+        # Run the network at every scale; the largest first, so that its freed memory serves all.
+        for index in reversed(range(len(self.log2_scales))):
+            for band in self.run_bands(image, self.log2_scales[index]):
+                band.index = index
+                bands.append(band)
+                confident += (band.score_logits > 0).sum()
+                if sum(each.nbytes for each in bands) > self.memory * KEPT:
+                    best, bands = self._find_best(best, bands, limit, size), []
         # Rank the cells of all scales together; the best give masks.
         best = self._find_best(best, bands, limit, size)
         num_cut_off = max(0, int(confident) - limit)
@@ -123,7 +126,7 @@ class Proposer:
 
     @torch.inference_mode()
     def rank(self, bands: list[PyramidScale], image_size: tuple[int, int], limit: int) -> Proposals:
-        """As the proposer itself, from all that `run_pyramid` gave of an image (height, width)."""
+        """As the proposer itself, from the bands of all scales of an image (height, width)."""
         best = self._find_best(FoundMasks.none(), bands, limit, image_size)
         confident = sum(int((band.score_logits > 0).sum()) for band in bands)
         return self._finish(best, (0, "", *image_size), max(0, confident - limit))
@@ -142,17 +145,6 @@ class Proposer:
         )
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
-
-    @torch.inference_mode()
-    def run_pyramid(self, image: Image) -> Iterator[PyramidScale]:
-        """Runs the network at every scale; the largest first, so that its freed memory serves all.
-
-        Large scales come in bands of rows.
-        """
-        for index in reversed(range(len(self.log2_scales))):
-            for band in self.run_bands(image, self.log2_scales[index]):
-                band.index = index
-                yield band
 
     def _find_best(
         self, best: FoundMasks, bands: list[PyramidScale], limit: int, image_size: tuple[int, int]

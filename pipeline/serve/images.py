@@ -151,9 +151,10 @@ class ImageCache:
 
 
 def _propose(opened: OpenedImage, task: Task) -> Iterator[None]:
-    for progress in opened.clickable.run():
+    def report(progress: float) -> None:
         task.progress = MAPS_SHARE * progress
-        yield
+
+    yield from opened.clickable.run(report)
     opened.proposals = opened.clickable.proposals()
 
 

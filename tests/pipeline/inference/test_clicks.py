@@ -29,10 +29,14 @@ def build(memory: float | None = None) -> Proposer:
     )
 
 
-def run(proposer: Proposer) -> ClickableImage:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def run(proposer: Proposer, pixels: np.ndarray = PIXELS) -> ClickableImage:
     clickable = ClickableImage(proposer, pixels)
-    assert list(clickable.run())[-1] <= 1
+    reports: list[float] = []
+    assert len(list(clickable.run(reports.append))) == len(proposer.log2_scales)
+    assert reports == sorted(reports) and 0.8 < reports[-1] <= 1
     return clickable
 
 
@@ -121,6 +125,17 @@ def test_an_image_in_bands_answers_as_the_whole(clickable):
     assert len(banded.bands) > len(clickable.bands)
     for x, y in ((0, 0), (64.5, 41), (129.9, 89.9), (20, 75)):
         assert_same(banded.masks_at(x, y), clickable.masks_at(x, y))
+
+
+def test_two_images_in_bands_take_turns(clickable):
+    """After every scale; within one, the network's layers hold rows of the image."""
+    proposer, mirrored = build(memory=1e-4), PIXELS[::-1].copy()
+    first, other = ClickableImage(proposer, PIXELS), ClickableImage(proposer, mirrored)
+    for _ in zip(first.run(), other.run(), strict=True):
+        pass
+    assert_same(first.masks_at(64.5, 41), clickable.masks_at(64.5, 41))
+    alone = run(build(), mirrored)
+    assert_same(other.masks_at(20, 75), alone.masks_at(20, 75))
 
 
 @pytest.mark.parametrize("point", [(-1, 5), (WIDTH, 5), (5, HEIGHT), (float("nan"), 5)])
