@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.inference.coco_json import check_results
 from pipeline.inference.export import FORMATS, Format
+from pipeline.inference.export.geojson import WGS84
 from pipeline.inference.export.results import PROPOSAL, ListedResults, Results
 from pipeline.inference.mask_crops import enlarge_mask
 
@@ -144,7 +145,7 @@ def write_download(results: Results, name: str) -> tuple[bytes, str]:
     format = DOWNLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{NAME}{format.suffix}"
-        format.write(results, path, "")
+        format.write(results, path, WGS84)
         if path.is_dir():
             return _zip(path), f"{NAME}-{name}.zip"
         return path.read_bytes(), f"{NAME}-{name}{format.suffix}"

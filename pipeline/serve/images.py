@@ -23,6 +23,8 @@ PAGE_PIXELS = 2_000_000  # of an image on the page: larger ones are reduced
 JPEG_QUALITY = 90
 MAPS_SHARE = 0.9  # of the time that an image takes; the rest are its proposals
 
+_reading = threading.Lock()  # one image at a time: many decoded ones may not fit in memory
+
 
 def read_page_image(
     path: Path, name: str, *, max_pixels: int
@@ -34,12 +36,13 @@ def read_page_image(
             page knows, not the path.
     """
     try:
-        image = open_image(path, max_pixels=max_pixels)
-        height, width = image.shape[:2]
-        if height * width > max_pixels:
-            raise ImageError(f"{path}: {width} x {height} pixels, more than {max_pixels:,}")
-        scale = min(1.0, math.sqrt(PAGE_PIXELS / (height * width)))
-        return resize_image(image, scale), (height, width)
+        with _reading:
+            image = open_image(path, max_pixels=max_pixels)
+            height, width = image.shape[:2]
+            if height * width > max_pixels:
+                raise ImageError(f"{path}: {width} x {height} pixels, more than {max_pixels:,}")
+            scale = min(1.0, math.sqrt(PAGE_PIXELS / (height * width)))
+            return resize_image(image, scale), (height, width)
     except ImageError as error:
         raise ImageError(str(error).replace(str(path), name)) from None
 

@@ -1,5 +1,7 @@
 """What the page asks for is what the networks say; requests that make no sense are one line."""
 
+import sys
+
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -162,6 +164,12 @@ def test_requests_that_make_no_sense_are_one_line(client, path, status):
     answer = client.get(path)
     assert answer.status_code == status
     error_of(answer)
+
+
+def test_without_fastapi_a_line_says_what_to_install(networks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(ValueError, match="pip install fastapi uvicorn"), client_of(networks):
+        pass
 
 
 def test_the_page_is_served_with_what_it_needs_and_loads_nothing_from_elsewhere(client):
