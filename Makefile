@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: setup demo pretrained test test-slow test-oldest fuzz lint format bench clean
+.PHONY: setup demo pretrained test chromium test-slow test-oldest fuzz lint format bench clean
 
 setup: $(VENV)/.installed
 
@@ -25,8 +25,13 @@ pretrained: setup
 			--output models/pretrained/$$stage.pt || exit 1; \
 	done
 
-test: setup
+test: setup chromium
 	$(BIN)/python -m pytest
+
+# The page's tests need a browser, and skip where there is none and none can be installed.
+chromium:
+	@command -v chromium > /dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update && apt-get install -y chromium; } > /dev/null 2>&1 || true
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

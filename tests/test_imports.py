@@ -28,6 +28,7 @@ ROOMS = {
     "inference": {"shared"},
     "torch7": {"shared", "inference"},
     "evaluation": {"shared", "inference"},
+    "serve": {"shared", "inference"},
     "training": {"shared", "inference", "evaluation"},
     "report": {"shared", "inference", "evaluation", "training"},
     "full_run": {"shared", "inference", "evaluation", "training", "report"},

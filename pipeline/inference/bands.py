@@ -44,15 +44,20 @@ class BandedNetwork:
         self.layers = {node: _layer(network, node) for node in self.nodes if "call" in node.op}
         self.last_use = {source: node for node in self.nodes for source in node.all_input_nodes}
         self.peak_bytes = 0
+        self.present: Iterable | None = None  # the bands of the image that it is in
 
     def __call__(self, bands: Iterable[tuple[Tensor, bool]]) -> Iterator[list[Tensor | None]]:
         """The new rows of every output of the network after each band; None where there are none.
 
-        Bands are (1, 3, rows, width), from the top, each with whether it is the last one.
+        Bands are (1, 3, rows, width), from the top, each with whether it is the last one. Layers
+        keep rows from band to band, so those of one image must come before those of another.
         """
+        self.present = bands
         for layer in self.layers.values():
             layer.reset()
         for band, is_last in bands:
+            if self.present is not bands:
+                raise RuntimeError("another image has begun within the bands of this one")
             yield self._advance(band, is_last)
 
     def _advance(self, band: Tensor, is_last: bool) -> list[Tensor | None]:

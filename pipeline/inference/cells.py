@@ -51,6 +51,11 @@ class FoundMasks:
     rles: list[bytes]
 
     @staticmethod
+    def none() -> "FoundMasks":
+        """Those of no cell."""
+        return FoundMasks.waiting(np.zeros(0, np.float32), np.zeros((0, 3), np.int64))
+
+    @staticmethod
     def waiting(logits: np.ndarray, cells: np.ndarray) -> "FoundMasks":
         """Cells whose masks are not there yet."""
         count = len(logits)

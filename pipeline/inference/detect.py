@@ -6,7 +6,7 @@ and clipped -> per-class NMS, box voting -> each detection with its proposal's m
 Letters: R RoIs, C classes without background, N candidates (an RoI for a class), D detections.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,30 @@ class Detector:
         self.margin = 1 if config.inclusive_boxes else 0
         self.margins = torch.tensor([0, 0, self.margin, self.margin], device=device)
 
-    def __call__(self, image: Image, proposals: Proposals) -> Detections:
-        """At most `max_detections` of an image (H, W, 3) uint8 RGB, from its best proposals."""
-        [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
+    def __call__(
+        self,
+        image: Image,
+        proposals: Proposals,
+        *,
+        report: Callable[[float], None] | None = None,
+    ) -> Detections:
+        """At most `max_detections` of an image (H, W, 3) uint8 RGB, from its best proposals.
+
+        Args:
+            report: is told how much is done, up to 1.
+        """
+        counts = [self.options.num_proposals]
+        [detections] = self.detect_by_count(image, proposals, counts, report=report)
         return detections
 
     @torch.inference_mode()
     def detect_by_count(
-        self, image: Image, proposals: Proposals, num_proposals: Sequence[int]
+        self,
+        image: Image,
+        proposals: Proposals,
+        num_proposals: Sequence[int],
+        *,
+        report: Callable[[float], None] | None = None,
     ) -> list[Detections]:
         """The detections from so many of the best proposals, for several numbers of them.
 
@@ -90,7 +106,7 @@ class Detector:
         boxes = torch.tensor(proposals.boxes[: max(num_proposals)], device=self.device)
         # Run the trunk over every scale of the image, then classify each RoI in all of them.
         views = self._views(image) if len(boxes) else []
-        probabilities, decoded = self._classify(views, boxes, size)
+        probabilities, decoded = self._classify(views, boxes, size, report)
         results = []
         for count in num_proposals:
             # Select the detections from the first `count` RoIs.
@@ -169,7 +185,11 @@ class Detector:
         return views
 
     def _classify(
-        self, views: list[View], boxes: Tensor, size: tuple[int, int]
+        self,
+        views: list[View],
+        boxes: Tensor,
+        size: tuple[int, int],
+        report: Callable[[float], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Probabilities (R, C + 1) and boxes (R, C, 4) of RoIs (R, 4), the means over all views.
 
@@ -179,9 +199,12 @@ class Detector:
             classes = len(self.categories)
             return boxes.new_zeros(0, classes + 1), boxes.new_zeros(0, classes, 4)
         parts = []
-        for chunk in (boxes - self.margins).split(self.options.chunk):
+        chunks = (boxes - self.margins).split(self.options.chunk)
+        for count, chunk in enumerate(chunks, 1):
             seen = [self._classify_in(view, chunk) for view in views]
             parts.append([torch.stack(values).mean(0) for values in zip(*seen, strict=True)])
+            if report is not None:
+                report(count / len(chunks))
         probabilities, decoded = (torch.cat(part) for part in zip(*parts, strict=True))
         last = size[0] - self.margin, size[1] - self.margin
         return probabilities, clip_boxes_to_image(decoded, last) + self.margins

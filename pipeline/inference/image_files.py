@@ -192,7 +192,7 @@ def process_images(
         except ImageError as error:
             problem = str(error)
         except NETWORK_ERRORS as error:
-            problem = f"{file.path}: {_describe_failure(error, image, advice)}"
+            problem = f"{file.path}: {describe_failure(error, image, advice)}"
         else:
             yield image, result
             continue
@@ -216,7 +216,7 @@ def _read_ahead(
         reader.shutdown(wait=False, cancel_futures=True)
 
 
-def _describe_failure(error: Exception, image: Image | None, advice: str) -> str:
+def describe_failure(error: Exception, image: Image | None, advice: str) -> str:
     """Why reading an image or a network on it failed, in one line."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not NO_MEMORY.search(text):

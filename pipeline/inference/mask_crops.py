@@ -1,18 +1,22 @@
-"""Masks of images of any size: their pixels within their box, and reduced masks for pictures.
+"""Masks of images of any size: their pixels within their box, and masks at other sizes.
 
 The pixels of the whole image are never made; there may be billions of them.
 """
 
+import math
 from typing import TypeVar
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from datasets.images import Image
 from datasets.resize import resize_image
+from pipeline.inference.paste import encode_edges
 from pipeline.inference.proposals import Detections, Proposals
 
 DRAWN_SIDE = 2000  # px of the longer side: larger images are drawn reduced
+HALF = 127  # of a pixel of 0 or 255 that is covered in part
 Found = TypeVar("Found", Proposals, Detections)
 
 
@@ -28,6 +32,12 @@ def run_lengths(counts: bytes) -> np.ndarray:
     for first in (1, 2):  # from the fourth on, differences to the run two before
         runs[first::2] = np.cumsum(runs[first::2])
     return runs
+
+
+def contains(counts: bytes, height: int, x: float, y: float) -> bool:
+    """Whether a mask of an image of this height has the pixel in which a point lies."""
+    pixel = int(x) * height + int(y)  # counted down the columns
+    return bool(np.searchsorted(np.cumsum(run_lengths(counts)), pixel, side="right") % 2)
 
 
 def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
@@ -75,6 +85,38 @@ def shrink_mask(rle: dict, size: tuple[int, int]) -> dict:
             )
             small[min(row, size[0] - 1), min(column, size[1] - 1)] = 1
     return coco_mask.encode(small)
+
+
+def enlarge_mask(rle: dict, size: tuple[int, int]) -> dict:
+    """A mask that is not empty at a larger height and width, as RLE, its edges interpolated."""
+    mask, (x, y) = crop_mask(rle)
+    (height, width), (old_height, old_width) = size, rle["size"]
+    step_x, step_y = old_width / width, old_height / height
+    # The part of the new image that the crop and a pixel around it cover.
+    left, top = max(0, math.floor((x - 1) / step_x)), max(0, math.floor((y - 1) / step_y))
+    right = min(width, math.ceil((x + mask.shape[1] + 1) / step_x))
+    bottom = min(height, math.ceil((y + mask.shape[0] + 1) / step_y))
+    # Where the centers of its pixels lie in the crop.
+    place = np.array(
+        [
+            [step_x, 0, (left + 0.5) * step_x - 0.5 - x],
+            [0, step_y, (top + 0.5) * step_y - 0.5 - y],
+        ]
+    )
+    for method in (cv2.INTER_LINEAR, cv2.INTER_NEAREST):  # a speck may vanish between the centers
+        large = cv2.warpAffine(
+            np.ascontiguousarray(mask) * np.uint8(255),
+            place,
+            (right - left, bottom - top),
+            flags=method | cv2.WARP_INVERSE_MAP,
+        )
+        if large.max() > HALF:
+            break
+    columns = np.pad(large.T > HALF, ((0, 0), (1, 1)))  # a run ends with its column
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    edges = (column + left) * height + row + top
+    [counts] = encode_edges(np.zeros(len(edges), np.int64), edges, size).rles
+    return {"size": list(size), "counts": counts}
 
 
 def _below_centers(new: int, old: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:

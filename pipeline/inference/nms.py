@@ -19,6 +19,17 @@ MAX_PAIRS = 1 << 21  # looked at together: bounds memory
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:
     """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
+    kept = kept_by_nms(proposals, iou)
+    return replace(
+        proposals,
+        logits=proposals.logits[kept],
+        boxes=proposals.boxes[kept],
+        rles=[proposals.rles[i] for i in kept.tolist()],
+    )
+
+
+def kept_by_nms(proposals: Proposals, iou: float) -> np.ndarray:
+    """The indices (n,) int64 of those that `mask_nms` does not drop, ascending."""
     rles = [proposals.rle(i) for i in range(len(proposals))]
     areas = np.array([coco_mask.area(rle) for rle in rles], np.int64)  # of a list, it fails
     first, second = _neighbors(proposals.boxes, areas, iou)
@@ -31,13 +42,7 @@ def mask_nms(proposals: Proposals, iou: float) -> Proposals:
             if len(near):
                 ious = coco_mask.iou([rles[j] for j in near.tolist()], [rle], [0])
                 alive[near[ious[:, 0] >= iou]] = False
-    kept = np.flatnonzero(alive)
-    return replace(
-        proposals,
-        logits=proposals.logits[kept],
-        boxes=proposals.boxes[kept],
-        rles=[proposals.rles[i] for i in kept.tolist()],
-    )
+    return np.flatnonzero(alive)
 
 
 def _neighbors(boxes: np.ndarray, areas: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:

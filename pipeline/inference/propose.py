@@ -107,11 +107,10 @@ class Proposer:
 
         Masks without a pixel in the image are left out.
         """
-        height, width = image.shape[:2]
-        limit = self.options.limit(height, width)
+        size = (image.shape[0], image.shape[1])
+        limit = self.options.limit(*size)
         confident = torch.zeros((), dtype=torch.int64, device=self.device)
-        best = FoundMasks.waiting(np.zeros(0, np.float32), np.zeros((0, 3), np.int64))
-        bands: list[PyramidScale] = []
+        best, bands = FoundMasks.none(), list[PyramidScale]()
         # Run the network at every scale; the largest first, so that its freed memory serves all.
         for index in reversed(range(len(self.log2_scales))):
             for band in self.run_bands(image, self.log2_scales[index]):
@@ -119,16 +118,30 @@ class Proposer:
                 bands.append(band)
                 confident += (band.score_logits > 0).sum()
                 if sum(each.nbytes for each in bands) > self.memory * KEPT:
-                    best, bands = self._find_best(best, bands, limit, (height, width)), []
+                    best, bands = self._find_best(best, bands, limit, size), []
         # Rank the cells of all scales together; the best give masks.
-        best = self._find_best(best, bands, limit, (height, width))
+        best = self._find_best(best, bands, limit, size)
+        num_cut_off = max(0, int(confident) - limit)
+        return self._finish(best, (image_id, file_name, *size), num_cut_off)
+
+    @torch.inference_mode()
+    def rank(self, bands: list[PyramidScale], image_size: tuple[int, int], limit: int) -> Proposals:
+        """As the proposer itself, from the bands of all scales of an image (height, width)."""
+        best = self._find_best(FoundMasks.none(), bands, limit, image_size)
+        confident = sum(int((band.score_logits > 0).sum()) for band in bands)
+        return self._finish(best, (0, "", *image_size), max(0, confident - limit))
+
+    def _finish(
+        self, best: FoundMasks, image: tuple[int, str, int, int], num_cut_off: int
+    ) -> Proposals:
+        """The masks that lie in the image, given its id, name, height and width."""
         inside = np.array([bool(rle) for rle in best.rles], bool)
         proposals = Proposals(
-            *(image_id, file_name, height, width),
+            *image,
             logits=best.logits[inside],
             boxes=best.boxes[inside],
             rles=[rle for rle in best.rles if rle],
-            num_cut_off=max(0, int(confident) - limit),
+            num_cut_off=num_cut_off,
         )
         # Drop near duplicates, on request.
         return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
@@ -150,7 +163,7 @@ class Proposer:
         new = np.flatnonzero(np.isin(np.arange(len(best.logits), len(every.logits)), order))
         if not len(new):
             return every.take(order)
-        masks = self._masks(bands, cells[torch.from_numpy(new).to(cells.device)], image_size)
+        masks = self.paste_cells(bands, cells[torch.from_numpy(new).to(cells.device)], image_size)
         rows = len(best.logits) + new[masks.indices]
         every.boxes[rows] = masks.boxes
         for row, rle in zip(rows.tolist(), masks.rles, strict=True):
@@ -257,7 +270,7 @@ class Proposer:
         return self.refinement.refine(embeddings, windows)
 
     @torch.inference_mode()
-    def _masks(
+    def paste_cells(
         self, pyramid: Sequence[PyramidScale], cells: Tensor, image_size: tuple[int, int]
     ) -> Pasted:
         """Pasted masks of cells (N, 3) of map, row, column; indices are rows of `cells`."""

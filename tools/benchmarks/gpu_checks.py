@@ -64,12 +64,12 @@ def check_proposals(setup: Setup) -> Rows:
         pyramid = [on_cpu.run_scale(image, scale) for scale in on_cpu.log2_scales]
         scores = [scale.score_logits for scale in pyramid]
         _, cells = best_cells(scores, sum(map(torch.numel, scores)) // 3)  # leaves some out
-        masks = on_cpu._masks(pyramid, cells, image.shape[:2])
+        masks = on_cpu.paste_cells(pyramid, cells, image.shape[:2])
         for precision, limits in LIMITS.items():
             proposer = setup.proposer(precision, refine=refine)
             there = [proposer.run_scale(image, scale) for scale in proposer.log2_scales]
             _, chosen = best_cells([scale.score_logits for scale in there], len(cells))
-            found = proposer._masks(there, cells.to(setup.device), image.shape[:2])
+            found = proposer.paste_cells(there, cells.to(setup.device), image.shape[:2])
             same = len(set(map(tuple, cells.tolist())) & set(map(tuple, chosen.tolist())))
             ious = mask_ious(masks, found, len(cells), image.shape[:2])
             key = f"{name}, {precision}"

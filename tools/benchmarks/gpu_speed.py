@@ -128,7 +128,7 @@ def proposal_calls(setup: Setup, proposer: Proposer) -> Calls:
         "network": inference(lambda: [proposer.dense(each) for each in pixels]),
         "best cells": lambda: best_cells(logits, count),
         "masks": inference(lambda: [proposer.decode(pyramid, chunk) for chunk in chunks]),
-        "masks, pasted": inference(lambda: proposer._masks(pyramid, cells, size)),
+        "masks, pasted": inference(lambda: proposer.paste_cells(pyramid, cells, size)),
     }
 
 

@@ -148,6 +148,17 @@ def test_a_row_comes_with_the_last_row_that_its_gradient_reaches(name):
         assert np.searchsorted(known, row + 1) == reached
 
 
+@torch.inference_mode()
+def test_bands_of_two_images_cannot_be_mixed():
+    banded = BandedNetwork(DenseNetwork(build({"name": "tiny"}).deepmask, None))
+    first, other = (banded(split(torch.zeros(1, 3, 160, 160), [32])) for _ in range(2))
+    next(first)
+    next(other)
+    with pytest.raises(RuntimeError, match="another image"):
+        next(first)
+    assert len(list(other)) == 4
+
+
 @pytest.mark.parametrize("trunk", [TRUNKS[0], TRUNKS[2], TRUNKS[4]], ids=str)
 @pytest.mark.parametrize("refine", [False, True])
 def test_proposals_in_bands_equal_those_of_the_whole(trunk, refine):

@@ -1,5 +1,8 @@
 """Masks within their box, and pictures of large images."""
 
+import math
+
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from pycocotools import mask as coco_mask
 from datasets import large_images
 from datasets.images import open_image, read_image
 from pipeline.inference import mask_crops
-from pipeline.inference.mask_crops import crop_mask, run_lengths, shrink_mask
+from pipeline.inference.mask_crops import crop_mask, enlarge_mask, run_lengths, shrink_mask
 from pipeline.inference.paste import encode_edges
 from pipeline.inference.proposals import Detections
 from pipeline.inference.visualize import draw_detections, draw_proposals
@@ -35,6 +38,21 @@ def test_a_crop_has_the_pixels_of_the_box(mask, above, left):
         assert np.array_equal(crop, mask[y : y + height, x : x + width])
     else:
         assert crop.shape == (0, 0)
+
+
+@given(MASKS.filter(np.any), st.floats(1, 4), st.floats(1, 4))
+def test_an_enlarged_mask_is_the_whole_one_interpolated(mask, scale_y, scale_x):
+    height, width = round(mask.shape[0] * scale_y), round(mask.shape[1] * scale_x)
+    found = coco_mask.decode(enlarge_mask(encode(mask), (height, width)))
+    assert found.shape == (height, width) and found.any()
+    # OpenCV repeats the image's border where ours ends there: at half of it, so does this.
+    gray = cv2.resize(mask * np.float32(255), (width, height), interpolation=cv2.INTER_LINEAR)
+    is_clear = np.abs(gray - 127.5) > 16  # OpenCV's weights are rounded
+    inner = np.zeros_like(is_clear)
+    my, mx = math.ceil(scale_y / 2), math.ceil(scale_x / 2)
+    inner[my : height - my, mx : width - mx] = True
+    if (gray > 127).any():
+        assert np.array_equal(found[is_clear & inner], (gray > 127)[is_clear & inner])
 
 
 @given(st.lists(st.integers(1, 2**23), min_size=1, max_size=40))

@@ -1,0 +1,1 @@
+"""The page: a local web server that answers clicks on images with masks."""
