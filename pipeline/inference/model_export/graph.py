@@ -70,7 +70,7 @@ class ProposalGraph(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of `Outputs`, without its name: a program for PyTorch knows no types of ours."""
+        """The fields of `Outputs`, as a plain tuple: a file must not need our types."""
         scales = [self._run_scale(image, index) for index in range(len(self.scales))]
         ranked = torch.sort(torch.cat([scale.scores for scale in scales]), descending=True)
         # Not a slice, whose length a graph would take for a constant.

@@ -16,7 +16,8 @@ from torch import Tensor
 from datasets.resize import GRAY
 from datasets.scaled_rows import COEFFICIENT
 
-BITS = 40  # of a scale: sides of up to 100,000 pixels are scaled as in float64
+MAX_SIDE = 1 << 17  # pixels
+BITS = 40  # of a scale: with it, such sides are scaled as in float64
 
 
 def scaled_side(side: int, scale: float) -> int:
@@ -26,20 +27,22 @@ def scaled_side(side: int, scale: float) -> int:
     return torch.sym_max(1, (2 * scaled + unit - 1 + scaled // unit % 2) // (2 * unit))
 
 
-def fresh(side: int) -> int:
-    """The same number, but a graph's shapes are named by it and not by how it was computed."""
+def as_symbol(side: int) -> int:
+    """The same number. While a graph is traced, it has a name of its own.
+
+    Else all shapes after it would be formulas of the image's size, which take minutes to trace.
+    """
     if isinstance(side, int):
         return side
-    number = torch.full((), side).item()
-    torch._check(number >= 1)
-    torch._check(number <= 1<<20)
-    return number
+    symbol = torch.full((), side).item()
+    assert isinstance(symbol, torch.SymInt)
+    torch._check(symbol >= 1)
+    torch._check(symbol <= MAX_SIDE)
+    return symbol
+
 
 def resize_with_border(image: Tensor, scale: float, border: int) -> tuple[Tensor, int, int]:
     """An image resized by a scale, with a gray border on all sides.
-
-    The border is no separate step: a graph takes a side of one pixel for a constant, and with the
-    border there is none.
 
     Args:
         image: (H, W, 3) uint8.
@@ -48,7 +51,7 @@ def resize_with_border(image: Tensor, scale: float, border: int) -> tuple[Tensor
         (h + 2 border, w + 2 border, 3) float32 in [0, 1], h and w.
     """
     height, width = image.shape[:2]
-    h, w = fresh(scaled_side(height, scale)), fresh(scaled_side(width, scale))
+    h, w = as_symbol(scaled_side(height, scale)), as_symbol(scaled_side(width, scale))
     y, x = torch.arange(-border, h + border), torch.arange(-border, w + border)
     pixels = image.double()
     if scale < 1:
