@@ -58,7 +58,7 @@ def write_onnx(checkpoint: str | Path, output: Path, options: dict[str, Any]) ->
     assert program is not None
     program.model.graph.inputs[0].shape = ir.Shape(["height", "width", 3])
     for value in program.model.graph.outputs:  # else a formula of height and width
-        value.shape = ir.Shape(["proposals", *value.shape[1:]])
+        value.shape = ir.Shape(["proposals", *tuple(value.shape or ())[1:]])
     program.model.metadata_props.update({k: json.dumps(v) for k, v in settings.items()})
     with atomic_path(output) as temporary:
         program.save(temporary, external_data=False)

@@ -49,6 +49,9 @@ class _Scale(NamedTuple):
 class ProposalGraph(nn.Module):
     """An image (H, W, 3) uint8 RGB to `Outputs`, N at most `num_proposals`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, proposer: Proposer):
         """
         Args:

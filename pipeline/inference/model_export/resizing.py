@@ -16,25 +16,20 @@ from torch import Tensor
 from datasets.resize import GRAY
 from datasets.scaled_rows import COEFFICIENT
 
-MAX_SIDE = 1 << 17  # pixels
-BITS = 40  # of a scale: with it, such sides are scaled as in float64
+MAX_SIDE = 1 << 17  # pixels, of the scaled image
+BITS = 40  # of a scale: with it, such sides are rounded as those in float64
 
 
 def scaled_side(side: int, scale: float) -> int:
     """max(1, round(side * scale)) in whole numbers: half a pixel is rounded to the even number."""
     ratio = Fraction(round(scale * 2**BITS), 2**BITS)
     scaled, unit = side * ratio.numerator, ratio.denominator
-    return torch.sym_max(1, (2 * scaled + unit - 1 + scaled // unit % 2) // (2 * unit))
-
-
-def as_symbol(side: int) -> int:
-    """The same number. While a graph is traced, it has a name of its own.
-
-    Else all shapes after it would be formulas of the image's size, which take minutes to trace.
-    """
-    if isinstance(side, int):
-        return side
-    symbol = torch.full((), side).item()
+    rounded = (2 * scaled + unit - 1 + scaled // unit % 2) // (2 * unit)
+    if isinstance(rounded, int):
+        return max(1, rounded)
+    # A graph is traced. With a name of its own, else all shapes from here on would be formulas of
+    # the image's size, which take minutes to trace.
+    symbol = torch.full((), rounded).clamp(min=1).item()
     assert isinstance(symbol, torch.SymInt)
     torch._check(symbol >= 1)
     torch._check(symbol <= MAX_SIDE)
@@ -51,7 +46,7 @@ def resize_with_border(image: Tensor, scale: float, border: int) -> tuple[Tensor
         (h + 2 border, w + 2 border, 3) float32 in [0, 1], h and w.
     """
     height, width = image.shape[:2]
-    h, w = as_symbol(scaled_side(height, scale)), as_symbol(scaled_side(width, scale))
+    h, w = scaled_side(height, scale), scaled_side(width, scale)
     y, x = torch.arange(-border, h + border), torch.arange(-border, w + border)
     pixels = image.double()
     if scale < 1:
