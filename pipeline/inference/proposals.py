@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pycocotools.mask as coco_mask
 
 from datasets.files import atomic_path, write_json
 from datasets.images import APPLY
@@ -82,6 +83,10 @@ class Proposals:
     def rle(self, index: int) -> dict:
         """A mask as COCO's {"size", "counts"}."""
         return {"size": [self.height, self.width], "counts": self.rles[index]}
+
+    def mask(self, index: int) -> np.ndarray:
+        """A mask (height, width) bool."""
+        return coco_mask.decode(self.rle(index)).astype(bool)
 
 
 @dataclass

@@ -1,0 +1,59 @@
+"""Object proposals for a photograph by ONNX Runtime, without PyTorch and without this project.
+
+    python propose_with_onnx.py sharpmask.onnx photo.jpg proposals.json proposals.jpg
+
+Writes COCO results and a picture of the best ten. tools/export_model.py made the .onnx file.
+"""
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import onnxruntime
+
+
+def interpolation(start, length, cells, side):
+    """Which pixels of a side of the image a patch covers, and how each mixes the mask's cells."""
+    low, high = np.ceil(np.array([start, start + length]) - 0.5).clip(0, side).astype(int)
+    position = ((np.arange(low, high) + 0.5 - start) * cells / length - 0.5).clip(0, cells - 1)
+    return slice(low, high), np.maximum(0, 1 - abs(position[:, None] - np.arange(cells)))
+
+
+def paste(patch, logits, shape, threshold):
+    """The mask (height, width) of logits that lie in a patch of the image."""
+    left, top, width, height = patch.astype(float)
+    columns, across = interpolation(left, width, len(logits), shape[1])
+    rows, down = interpolation(top, height, len(logits), shape[0])
+    mask = np.zeros(shape, bool)
+    mask[rows, columns] = down @ logits @ across.T > np.log(threshold / (1 - threshold))
+    return mask
+
+
+def run_lengths(mask):
+    """COCO's: down the columns, background first."""
+    pixels = mask.T.ravel().astype(np.int8)
+    switches = np.flatnonzero(np.diff(pixels, prepend=0))
+    return np.diff(switches, prepend=0, append=len(pixels)).tolist()
+
+
+model, photo, output, drawn = sys.argv[1:]
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+settings = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+picture = cv2.imread(photo)
+image = np.ascontiguousarray(picture[:, :, ::-1])  # OpenCV has BGR
+kept, results = [], []
+for score, *place in zip(*session.run(None, {"image": image}), strict=True):
+    mask = paste(*place, image.shape[:2], settings["mask_threshold"])
+    box, area = cv2.boundingRect(mask.astype(np.uint8)), mask.sum()
+    like = [m for m, a in kept if min(a, area) >= (settings["nms"] or 2) * max(a, area)]
+    if area and not any((mask & m).sum() >= settings["nms"] * (mask | m).sum() for m in like):
+        kept.append((mask, area))  # the best of those that are nearly the same
+        rle = {"size": mask.shape, "counts": run_lengths(mask)}
+        result = {"image_id": 1, "category_id": 1, "score": float(score), "bbox": box}
+        results.append(result | {"segmentation": rle})
+        if len(kept) <= 10:
+            picture[mask] = picture[mask] // 2 + np.random.randint(128, size=3, dtype=np.uint8)
+with open(output, "w") as file:
+    json.dump(results, file)
+cv2.imwrite(drawn, picture)
