@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inference.proposal_store import ProposalStore, ResumableDirectory
+from pipeline.inference.proposal_store import ProposalStore, ResumableDirectory, ShardWriter
 from pipeline.inference.proposals import Proposals, logits_of, results_of
 from tests.pipeline.inference.builders import proposals_of
 from tests.pipeline.inference.older_stores import write_older_shard
@@ -141,6 +141,48 @@ def test_box_rows_are_those_of_all_images(store):
     )]  # fmt: skip
     for column, expected in zip(rows, found, strict=True):
         np.testing.assert_array_equal(column, expected)
+
+
+def test_the_index_never_says_what_the_shards_do_not(store, monkeypatch):
+    """Deleted, replaced, new shards; an index that is torn."""
+    monkeypatch.setattr("pipeline.inference.proposal_store.MIN_UNINDEXED", 1)
+    rng, index = np.random.default_rng(2), store.directory / "index.arrow"
+
+    def check(*ids: int) -> None:
+        for opened in (store, ProposalStore(store.directory)):
+            assert list(opened.images()) == list(ids)
+            assert opened.count() == sum(map(len, opened))
+        store.write_index()
+
+    check(7, 2, 30)
+    assert index.exists()
+    store.shards()[0].unlink()
+    check(30)
+    ProposalStore(store.directory).write_shard([random_proposals(8, 2, rng)], writer=1)
+    ProposalStore(store.directory).write_shard([random_proposals(9, 1, rng)])
+    check(30, 9, 8)
+    replaced = store.shards()[0]
+    replaced.unlink()
+    other = ProposalStore(store.directory / "other")
+    other.write_shard([random_proposals(31, 2, rng)])
+    other.shards()[0].rename(replaced)
+    check(31, 9, 8)
+    index.write_bytes(index.read_bytes()[:-20])
+    check(31, 9, 8)
+
+
+def test_shards_are_written_by_bytes_and_by_seconds(store, monkeypatch):
+    now, module = [0.0], "pipeline.inference.proposal_store"
+    monkeypatch.setattr(f"{module}.time.monotonic", lambda: now[0])
+    image = random_proposals(100, 3, np.random.default_rng(3))
+    monkeypatch.setattr(f"{module}.SHARD_BYTES", 2 * image.num_bytes)
+    with ShardWriter(store, 4) as shards:
+        for n, seconds in enumerate((1, 2, 61, 62, 63)):  # two by bytes, one by a minute, two left
+            now[0] = seconds if n < 2 else seconds + 1
+            shards.add(replace(image, image_id=n))
+    new = [path for path in store.shards() if path.name.startswith("proposals-004")]
+    found = [[listed["id"] for listed in store.images_of(path)] for path in new]
+    assert found == [[0, 1], [2], [3, 4]]
 
 
 def test_no_shard_is_written_over(store):
