@@ -94,7 +94,9 @@ def _split(uris: list[str]) -> ListedImages:
 
 def _locate(folder: Path, lines: list[str]) -> ListedImages:
     """Local paths relative to the list's folder, or to that of all if one lies elsewhere."""
-    names = list(dict.fromkeys(os.path.normpath(line) for line in lines))
+    normal = ((line, os.path.normpath(line)) for line in lines)
+    # The line itself where it is normal: a copy of a million would take 100 MB.
+    names = list(dict.fromkeys(line if line == name else name for line, name in normal))
     if not any(name.startswith((os.pardir, os.sep)) or os.path.isabs(name) for name in names):
         return ListedImages(folder, [Path(n).as_posix() for n in names] if os.sep != "/" else names)
     top = os.path.abspath(folder)
