@@ -13,11 +13,13 @@ from datasets.coco import CocoInstances
 from datasets.image_headers import Header, read_header
 from datasets.images import APPLY, IGNORE, sample_bits
 from datasets.large_images import LARGE_PIXELS
+from datasets.remote import is_uri, open_file
 from datasets.segmentations import Reason
 
 AUTO = "auto"
 EXIF_CHOICES = (AUTO, APPLY, IGNORE)
 MAX_SURVEYED = 10_000  # images, spread evenly: a second on a local disk
+MAX_REMOTE = 200  # of an object store, where each takes a tenth of a second
 MAX_DECODED = 4  # images of more than 8 bits
 NUM_THREADS = 8  # network drives answer several at once
 
@@ -25,7 +27,7 @@ Size = tuple[int, int]  # height and width
 
 
 def survey_images(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
     exif: str,
     annotated_sizes: Callable[[], Sequence[Size | None]] | None = None,
@@ -44,7 +46,8 @@ def survey_images(
     Returns:
         "apply" or "ignore", and the lines. Files that cannot be read are left to the run.
     """
-    chosen = np.unique(np.linspace(0, max(len(paths) - 1, 0), MAX_SURVEYED).astype(int)).tolist()
+    limit = MAX_REMOTE if paths and is_uri(paths[0]) else MAX_SURVEYED
+    chosen = np.unique(np.linspace(0, max(len(paths) - 1, 0), limit).astype(int)).tolist()
     chosen = chosen[: len(paths)]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         headers = dict(zip(chosen, pool.map(_header, (paths[i] for i in chosen)), strict=True))
@@ -79,8 +82,8 @@ def overfull_images(coco: CocoInstances) -> set[int]:
     return found
 
 
-def _header(path: Path) -> Header | None:
-    with suppress(OSError, ValueError), path.open("rb") as file:
+def _header(path: str | Path) -> Header | None:
+    with suppress(OSError, ValueError), open_file(path) as file:
         return read_header(file)
     return None
 
@@ -119,7 +122,7 @@ def _describe_frame(frame: str, shown: str | None, contradicted: bool, annotated
     return f"{text}; if annotations lie beside their objects, set data.exif or --exif to {other}"
 
 
-def _describe_samples(deep: dict[Path, Header], looked_at: str) -> str:
+def _describe_samples(deep: dict[str | Path, Header], looked_at: str) -> str:
     used = []
     small = [path for path, header in deep.items() if header.pixels <= LARGE_PIXELS]
     for path in small[:MAX_DECODED]:

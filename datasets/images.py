@@ -19,6 +19,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 
 from datasets.image_headers import Header, ImageError, read_header
 from datasets.large_images import WindowedImage, open_by_windows, used_bits, windows_hint
+from datasets.remote import read_bytes
 
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
@@ -121,7 +122,7 @@ def orientation_hint(path: str | Path, exif: str) -> str:
 def _read_file(path: str | Path, max_pixels: int, hint: str = "") -> tuple[bytes, Header]:
     try:
         # By Python and not by cv2, for any file name, and errors with a reason.
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not data:

@@ -141,7 +141,11 @@ def add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
 def add_images(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
     """Adds --images, --exif and --max-pixels, see `propose_images`."""
     parser.add_argument(
-        "--images", required=required, nargs="+", metavar="DIR_OR_FILE_OR_GLOB", help=help
+        "--images",
+        required=required,
+        nargs="+",
+        metavar="DIR_OR_FILE_OR_GLOB_OR_LIST_OR_URI",
+        help=help,
     )
     parser.add_argument(
         "--exif",
@@ -185,6 +189,20 @@ def choose_results(args: argparse.Namespace, kind: str) -> None:
         first = Path(args.images[0] if args.images else args.proposals)
         named = first.parent if glob.has_magic(first.name) else first
         args.output = Path("runs", kind, named.resolve().stem or "images")
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """What --shard gave, as 2/8: the part and how many there are.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text is None:
+        return None
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise ValueError(f"--shard must be I/N with I from 1 to N, as 2/8, got {text}")
+    return int(part), int(count)
 
 
 def parse_scales(words: list[str] | None) -> LogScales | str | None:

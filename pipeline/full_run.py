@@ -22,8 +22,9 @@ from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 from pipeline.inference.detect import Detector, load_detector
-from pipeline.inference.detect_folders import DETECTIONS, detect_images, detect_in_shard
-from pipeline.inference.proposals import ProposalStore, results_of
+from pipeline.inference.detect_folders import DETECTIONS, detect_images, detect_in_part
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
@@ -166,9 +167,9 @@ def score_by_proposals(
     """
     detect = partial(detector.detect_by_count, num_proposals=PROPOSAL_COUNTS)
     results: list[list[dict]] = [[] for _ in PROPOSAL_COUNTS]
-    for shard in store.shards()[distributed.rank() :: distributed.world_size()]:
+    for part in store.parts()[distributed.rank() :: distributed.world_size()]:
         # Images that are left out (broken) have been named before.
-        for _, by_count in detect_in_shard(detect, store, shard, images, broken=[]):
+        for _, by_count in detect_in_part(detect, store, part, images, broken=[]):
             for found, detections in zip(results, by_count, strict=True):
                 found += results_of(detections)
     parts = distributed.gather(results)

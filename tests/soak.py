@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

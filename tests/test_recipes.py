@@ -18,7 +18,8 @@ import torch
 
 from datasets.coco import CocoInstances
 from pipeline.checkpoint import load_checkpoint
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Proposals
 from tests.real_data import COCO_MINI, needs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ import yaml
 
 from models.trunk import TrunkConfig
 from pipeline.inference.detect import compress_checkpoint
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Proposals
 from pipeline.networks import make_multipathnet
 from pipeline.recipe import config_from_dict, config_to_dict
 

@@ -28,7 +28,7 @@ from pipeline.command import (
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.detect_folders import detect_images, image_folder
 from pipeline.inference.memory import keep_freed_blocks
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
 from pipeline.pretrained import pretrained_checkpoint
@@ -123,7 +123,7 @@ def main() -> None:
         given = args.images if args.proposals else None
         if given and len(given) > 1:
             raise ValueError("--images: with --proposals, give the one folder of their images")
-        folder = image_folder(store, Path(given[0]) if given else None)
+        folder = image_folder(store, given[0] if given else None)
         detect_images(detector, store, folder, args.output, settings=settings, draw=args.draw)
 
 

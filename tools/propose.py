@@ -3,6 +3,7 @@ r"""Proposes object masks for images: folders, files or globs.
 
     python tools/propose.py --images photo.jpg
     python tools/propose.py --checkpoint runs/coco/sharpmask --images photos --output runs/photos
+    python tools/propose.py --images list.txt --shard 1/8 --output runs/photos
 
 Writes a proposal store (Parquet shards), proposals.json (COCO results) and, with --draw, pictures.
 Started again after an interruption it does only what is left.
@@ -22,6 +23,7 @@ from pipeline.command import (
     choose_results,
     make_parser,
     parse_scales,
+    parse_shard,
     run_tool,
 )
 from pipeline.inference.memory import keep_freed_blocks
@@ -39,7 +41,12 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", help="a trained DeepMask or SharpMask (default: the one in the box)"
     )
-    add_images(parser, required=True, help="one or several")
+    add_images(
+        parser,
+        required=True,
+        help="one or several; or a list: a text with a path or URI (s3://bucket/photo.jpg) a line, "
+        "or a Parquet file with a column file_name; or the URI of a folder",
+    )
     add_results(parser, KIND)
     parser.add_argument(
         "--annotations", metavar="COCO.json", help="gives image ids and which images to take"
@@ -79,10 +86,23 @@ def main() -> int:
         help="for maps of the network; larger images go through it by bands of rows, with the same "
         "results (default: .4 on a CPU, a quarter of what is free on CUDA)",
     )
+    parser.add_argument(
+        "--no-json",
+        dest="json",
+        action="store_false",
+        help="only the store: proposals.json would be several times as large",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do every Nth image from the Ith on (from 1): N processes that know nothing of each "
+        "other, as of a Slurm array, fill one --output; no json is written",
+    )
     add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
     choose_results(args, KIND)
+    shard = parse_shard(args.shard)
 
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
@@ -108,6 +128,8 @@ def main() -> int:
             max_pixels=args.max_pixels,
             draw=args.draw,
             backend=args.backend,
+            shard=shard,
+            write_json=args.json,
         )
     return 2 if summary.none_readable else 0
 

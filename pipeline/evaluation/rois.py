@@ -14,8 +14,9 @@ from pipeline.data import device_batches
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import Detector
-from pipeline.inference.detect_folders import detect_in_shard
-from pipeline.inference.proposals import ProposalStore, results_of
+from pipeline.inference.detect_folders import detect_in_part
+from pipeline.inference.proposal_store import Part, ProposalStore
+from pipeline.inference.proposals import results_of
 
 ROI_VALIDATION_SEED = 20160914  # validation RoIs are the same in every run
 
@@ -76,22 +77,23 @@ def sample_ap(
 
     Args:
         images: the folder that the store's file names are relative to.
-        num_images: at least; whole shards are taken.
+        num_images: at least; whole parts of shards are taken.
         chosen: the categories that the detector was trained on, see `CocoInstances.load`.
     """
-    shards: list[Path] = []
+    store.require_shards()
+    parts: list[Part] = []
     ids: set[int] = set()
-    for shard in store.require_shards():
+    for part in store.parts():
         if len(ids) < num_images:
-            shards.append(shard)
-            ids |= {image["id"] for image in store.images_of(shard)}
+            parts.append(part)
+            ids |= {image["id"] for image in store.images_of(part)}
     found: list[dict] = []
     broken: list[str] = []
-    for shard in shards[distributed.rank() :: distributed.world_size()]:
-        for _, detections in detect_in_shard(detector, store, shard, images, broken=broken):
+    for part in parts[distributed.rank() :: distributed.world_size()]:
+        for _, detections in detect_in_part(detector, store, part, images, broken=broken):
             found += results_of(replace(detections, rles=[]))  # boxes will do
-    results = [result for part in distributed.gather(found) for result in part]
-    messages = [message for part in distributed.gather(broken) for message in part]
+    results = [result for of_rank in distributed.gather(found) for result in of_rank]
+    messages = [message for of_rank in distributed.gather(broken) for message in of_rank]
     if len(messages) >= len(ids):
         raise ValueError(f"no image of {store.directory} can be used; the first: {messages[0]}")
     ground_truth = load_ground_truth(

@@ -19,7 +19,8 @@ from pycocotools.coco import COCO
 
 from datasets.coco_file import read_json, whole
 from datasets.segmentations import check_counts, encode_counts
-from pipeline.inference.proposals import Detections, ProposalStore, logits_of, results_of
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections, logits_of, results_of
 
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 

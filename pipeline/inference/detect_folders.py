@@ -1,6 +1,6 @@
 """Detections for the images of a proposal store.
 
-An interrupted run, started again, does the shards that are left. Processes share them.
+An interrupted run, started again, does the parts of shards that are left. Processes share them.
 """
 
 import itertools
@@ -21,18 +21,14 @@ from datasets.images import (
     orientation_hint,
 )
 from datasets.progress import progress_bar
+from datasets.remote import is_uri, join
 from pipeline import distributed
 from pipeline.inference.coco_json import categories_file, images_file
 from pipeline.inference.detect import Detector
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import ImageFile, process_images
-from pipeline.inference.proposals import (
-    Proposals,
-    ProposalStore,
-    ResumableDirectory,
-    results_of,
-    write_results,
-)
+from pipeline.inference.proposal_store import Part, ProposalStore, ResumableDirectory
+from pipeline.inference.proposals import Proposals, results_of, write_results
 from pipeline.inference.visualize import draw_detections, save_in_folder
 from pipeline.run_lock import locks_output
 
@@ -40,10 +36,10 @@ DETECTIONS = "detections.json"
 T = TypeVar("T")
 
 
-def image_folder(store: ProposalStore, given: Path | None) -> Path:
+def image_folder(store: ProposalStore, given: str | Path | None) -> str | Path:
     """The folder that a store's file names are relative to: as given, or as the store knows it."""
     store.require_shards()
-    if given is not None and not given.is_dir():
+    if given is not None and not is_uri(given) and not Path(given).is_dir():
         raise ValueError(
             f"--images {given} is no folder; with --proposals it is the one that the store's file "
             "names are relative to"
@@ -51,14 +47,14 @@ def image_folder(store: ProposalStore, given: Path | None) -> Path:
     folder = given or store.settings().get("image_folder")
     if folder is None:
         raise ValueError(f"{store.directory} does not say where its images are; give --images")
-    return Path(folder)
+    return folder if is_uri(folder) else Path(folder)
 
 
 @locks_output
 def detect_images(
     detector: Detector,
     store: ProposalStore,
-    images: Path,
+    images: str | Path,
     output: Path,
     *,
     settings: dict,
@@ -69,7 +65,7 @@ def detect_images(
     Beside it go the detector's categories and a list of the images, since results have ids only.
 
     Args:
-        images: the folder that the store's file names are relative to.
+        images: the folder, or URI, that the store's file names are relative to.
         settings: what the detections depend on, beside the images and the store.
         draw: number of detections to draw on each image, into `output/drawn`.
 
@@ -78,39 +74,43 @@ def detect_images(
     """
     check_draw(draw)
     shards = store.require_shards()
-    stored = list(store.images().values())
-    names = [image["file_name"] for image in stored]
-    if not any(not leads_out(name) and (images / name).is_file() for name in names):
-        raise ValueError(f"{images}: none of the {len(names)} images of {store.directory} is there")
-    detector.check_memory((image["height"], image["width"]) for image in stored)
-    # Keep the parts of an interrupted run that had the same settings: one for each shard.
+    stored = store.catalog()
+    names = (name.as_py() for name in stored["file_name"])
+    if not any(not leads_out(name) and _may_be_there(join(images, name)) for name in names):
+        raise ValueError(
+            f"{images}: none of the {len(stored)} images of {store.directory} is there"
+        )
+    sizes = stored.select(["height", "width"]).group_by(["height", "width"]).aggregate([])
+    detector.check_memory((row["height"], row["width"]) for row in sizes.to_pylist())
+    # Keep the parts of an interrupted run that had the same settings: one for each part of a shard.
     parts = ResumableDirectory(output / "parts")
     if distributed.is_main():
         stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
-        inputs = {"images": str(images.resolve()), "draw": draw, "proposals": stamps}
+        folder = images if is_uri(images) else Path(images).resolve()
+        inputs = {"images": str(folder), "draw": draw, "proposals": stamps}
         parts.open_for(settings | inputs, discard=True)
     distributed.barrier()
-    part_of = {shard: parts.directory / f"{shard.stem}.json" for shard in shards}
-    todo = [shard for shard in shards if not part_of[shard].exists()]
+    file_of = {part: parts.directory / _file_name(part) for part in store.parts()}
+    todo = [part for part, file in file_of.items() if not file.exists()]
     distributed.barrier()  # every process has seen the same parts before one adds to them
-    # Detect, each process in the images of its part of the shards.
+    # Detect, each process in the images of its share of the parts.
     assigned = todo[distributed.rank() :: distributed.world_size()]
-    for shard in progress_bar(assigned, unit="shard", enabled=distributed.is_main()):
-        part: dict[str, list] = {"results": [], "broken": []}
-        for image, found in detect_in_shard(detector, store, shard, images, part["broken"]):
+    for part in progress_bar(assigned, unit="part", enabled=distributed.is_main()):
+        done: dict[str, list] = {"results": [], "broken": []}
+        for image, found in detect_in_part(detector, store, part, images, done["broken"]):
             if draw:
                 picture = draw_detections(image, found, detector.category_names, draw)
                 save_in_folder(picture, output / DRAWN, found.file_name)
-            part["results"] += results_of(found)
-        write_atomically(part_of[shard], json.dumps(part).encode())
+            done["results"] += results_of(found)
+        write_atomically(file_of[part], json.dumps(done).encode())
     distributed.barrier()
     # Join the parts to one file of results.
-    broken = list(_joined(part_of.values(), "broken"))
-    summary = Summary(len(names) - len(broken), 0, broken)
+    broken = list(_joined(file_of.values(), "broken"))
+    summary = Summary(len(stored) - len(broken), 0, broken)
     distributed.barrier()  # every process has read them
     if distributed.is_main():
         if summary.done:
-            results = _joined(part_of.values(), "results")
+            results = _joined(file_of.values(), "results")
             write_json(categories_file(output / DETECTIONS), detector.categories)
             store.write_images(images_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
@@ -123,25 +123,34 @@ def detect_images(
     return summary
 
 
+def _may_be_there(path: str | Path) -> bool:
+    return is_uri(path) or Path(path).is_file()
+
+
+def _file_name(part: Part) -> str:
+    """Of a part's detections; shards of earlier versions have one part."""
+    return f"{part.shard.stem}-{part.group}.json" if part.group else f"{part.shard.stem}.json"
+
+
 def _joined(parts: Iterable[Path], key: str) -> Iterator:
     return itertools.chain.from_iterable(json.loads(part.read_bytes())[key] for part in parts)
 
 
-def detect_in_shard(
+def detect_in_part(
     detect: Callable[[Image, Proposals], T],
     store: ProposalStore,
-    shard: Path,
-    images: Path,
+    part: Part,
+    images: str | Path,
     broken: list[str],
 ) -> Iterator[tuple[Image, T]]:
-    """The images of a shard that have proposals, and what `detect` finds in each.
+    """The images of a part of a shard that have proposals, and what `detect` finds in each.
 
     Args:
         detect: takes an image and its proposals.
-        images: the folder that the store's file names are relative to.
+        images: the folder, or URI, that the store's file names are relative to.
         broken: see `process_images`; also images of another size than their proposals'.
     """
-    proposals_of = {proposals.image_id: proposals for proposals in store.read_shard(shard)}
+    proposals_of = {proposals.image_id: proposals for proposals in store.read_shard(part)}
 
     def process(file: ImageFile, image: Image) -> T:
         proposals = proposals_of[file.image_id]
@@ -155,9 +164,11 @@ def detect_in_shard(
     files = []
     for image_id, p in proposals_of.items():
         if leads_out(p.file_name):  # another tool's store: no file of anybody's is opened for it
-            broken.append(str(ImageError(f"{shard}: {p.file_name} is no name within a folder")))
+            broken.append(
+                str(ImageError(f"{part.shard}: {p.file_name} is no name within a folder"))
+            )
         else:
-            files.append(ImageFile(image_id, p.file_name, images / p.file_name))
+            files.append(ImageFile(image_id, p.file_name, join(images, p.file_name)))
     advice = "make the image smaller or lower --short-sides"
     # Images as large as their proposals' were allowed when these were made.
     largest = max((p.height * p.width for p in proposals_of.values()), default=0)

@@ -32,16 +32,19 @@ class Summary:
         return bool(self.broken) and not self.done and not self.done_before
 
 
-def report(summary: Summary, found: str, results: Path, output: Path, *, draw: int) -> None:
+def report(
+    summary: Summary, found: str, results: Path, output: Path, *, draw: int, part: str = ""
+) -> None:
     """Writes broken.json and metrics.json, and prints the same; `found` is their name.
 
-    `draw` is the number of results that are drawn in each image.
+    `draw` is the number of results that are drawn in each image. `part` comes after the files'
+    names, if the run does only a part of the images.
     """
-    write_json(output / "broken.json", summary.broken)
+    write_json(output / f"broken{part}.json", summary.broken)
     counts = {"images": summary.done + summary.done_before, "broken": len(summary.broken)}
     if passed_over := summary.passed_over.total():
         counts["passed_over"] = passed_over
-    write_json(output / "metrics.json", counts | {found: summary.found})
+    write_json(output / f"metrics{part}.json", counts | {found: summary.found})
     before = f" ({summary.done_before} were there already)" if summary.done_before else ""
     print(
         f"{counts['images']} images{before}, {summary.found:,} {found}, "

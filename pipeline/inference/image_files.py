@@ -8,20 +8,25 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import compress
-from pathlib import Path
-from typing import TypeVar
+from itertools import compress, pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
-from datasets.coco_file import read_image_list
+from datasets.coco_file import ListedImage, read_image_list
 from datasets.file_names import find_named_files, match_paths
+from datasets.image_lists import is_list, list_named_images
 from datasets.images import Image, ImageError, Sources, list_images, open_image
+from datasets.remote import is_uri, join
 from pipeline import distributed
 from pipeline.inference.memory import return_freed_blocks
 
@@ -31,6 +36,9 @@ MAX_KEPT = 8  # images of one size between which freed memory is kept
 # exception for it.
 NETWORK_ERRORS = (RuntimeError, MemoryError, cv2.error)
 NO_MEMORY = re.compile("(can't allocate|not enough|insufficient|out of) memory", re.IGNORECASE)
+NONE_KNOWN = pa.table(
+    {"image_id": pa.array([], pa.int64()), "file_name": pa.array([], pa.string())}
+)
 T = TypeVar("T")
 
 
@@ -40,27 +48,74 @@ class ImageFile:
 
     image_id: int
     file_name: str
-    path: Path
+    path: str | Path
+
+
+class ImageFiles(Sequence[ImageFile]):
+    """Images in columns: of a million, each an object, a gigabyte would be full."""
+
+    def __init__(self, ids: np.ndarray, names: pa.Array, folder: str | Path):
+        self.ids, self.names, self.folder = ids, names, folder
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int | np.integer):
+            name = self.names[int(index)].as_py()
+            return ImageFile(int(self.ids[index]), name, join(self.folder, name))
+        if isinstance(index, slice):
+            index = np.arange(len(self))[index]
+        return ImageFiles(self.ids[index], self.names.take(pa.array(index)), self.folder)
+
+
+class Paths(Sequence[str | Path]):
+    """The paths of images."""
+
+    def __init__(self, files: Sequence[ImageFile]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._files[index].path
+
+
+def ids_of(files: Sequence[ImageFile]) -> np.ndarray:
+    """(N,) int64."""
+    if isinstance(files, ImageFiles):
+        return files.ids
+    return np.array([file.image_id for file in files], np.int64)
+
+
+def choose(files: Sequence[ImageFile], indices: np.ndarray) -> Sequence[ImageFile]:
+    """The images at some indices."""
+    if isinstance(files, ImageFiles):
+        return files[indices]
+    return [files[index] for index in indices]
 
 
 def find_images(
     source: Sources,
     annotations: str | Path | None,
-    known: dict[int, str],
+    known: pa.Table | None = None,
     *,
+    shard: tuple[int, int] = (1, 1),
     output: Path | None = None,
     passed_over: Counter[str] | None = None,
     unnamable: list[str] | None = None,
-) -> list[ImageFile]:
-    """The images of a folder, file or glob, or of several of these, with ids.
+) -> Sequence[ImageFile]:
+    """The images of a folder, file or glob, of several of these, of a list or URI, with ids.
 
     Ids come from the annotations, else from the file names if all of them are distinct numbers (as
     COCO's are), else they count from 1. Names are relative to the folder that was given.
     Images that the annotations (a COCO json) do not list are left out.
 
     Args:
-        known: file names by the ids that an earlier run has given; they stay, whatever has come
-            since.
+        known: the columns "image_id" and "file_name" of what an earlier run has done; ids stay,
+            whatever has come since.
+        shard: the part of several that this process does, see `propose_images`.
         output, passed_over: see `list_images`.
         unnamable: gets a line for each file whose name is not UTF-8, as results have to be.
 
@@ -70,17 +125,24 @@ def find_images(
     """
     if not isinstance(source, str | Path) and len(source) == 1:
         [source] = source
+    known = NONE_KNOWN if known is None else known
     if annotations is not None:
         files = _annotated_images(source, Path(annotations))
-        listed = {file.image_id: file.file_name for file in files}
-        id_of = {name: image_id for image_id, name in listed.items()}
-        for image_id, name in known.items():
-            if listed.get(image_id) != name and name in id_of:
+        name_of = {file.image_id: file.file_name for file in files}
+        id_of = {name: image_id for image_id, name in name_of.items()}
+        pairs = zip(known["image_id"].to_pylist(), known["file_name"].to_pylist(), strict=True)
+        for image_id, name in pairs:
+            if name_of.get(image_id) != name and name in id_of:
                 raise ValueError(
                     f"{name} has the id {id_of[name]} in {annotations}, but the output holds its "
                     f"proposals under {image_id}; choose another --output or delete it"
                 )
         return files
+    if isinstance(source, str | Path) and is_list(source):
+        listed = list_named_images(source, passed_over)
+        return _number(listed.folder, listed.names, known, shard)
+    if not isinstance(source, str | Path) and any(map(is_list, source)):
+        raise ValueError(f"--images {next(filter(is_list, source))}: give a list or a URI alone")
     paths = list_images(source, output=output, passed_over=passed_over)
     if isinstance(source, str | Path):
         tops = [Path(source)] if Path(source).is_dir() else [path.parent for path in paths]
@@ -101,18 +163,38 @@ def find_images(
             raise ImageError(lines[0])
         if unnamable is not None:
             unnamable += lines
-        paths, names = list(compress(paths, is_text)), list(compress(names, is_text))
-    numbers = list(range(1, len(paths) + 1))
-    if all(path.stem.isdecimal() and len(path.stem) <= MAX_DIGITS for path in paths):
-        stems = [int(path.stem) for path in paths]
-        numbers = stems if len(set(stems)) == len(stems) else numbers
-    taken, known_ids = set(known), {name: image_id for image_id, name in known.items()}
-    unused = itertools.count(max([*numbers, *taken]) + 1)
-    ids = [
-        known_ids[name] if name in known_ids else next(unused) if number in taken else number
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    return [ImageFile(*file) for file in zip(ids, names, paths, strict=True)]
+        names = list(compress(names, is_text))
+    return _number(Path(root), names, known, shard)
+
+
+def _number(
+    folder: str | Path, names: list[str], known: pa.Table, shard: tuple[int, int]
+) -> ImageFiles:
+    """Images with ids: known ones, else numbers of their names or places, else unused ones.
+
+    Processes that share the images by shards start at different times, when different images are
+    known. So an unused id of one is never an unused id of another.
+    """
+    texts = pa.array(names, pa.string())
+    ids = np.arange(1, len(names) + 1)
+    stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names[:1]]
+    if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):  # look at the rest
+        stems = [PurePosixPath(name).stem for name in names]
+        if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):
+            numbers = np.array(stems, np.int64)
+            ids = numbers if len(np.unique(numbers)) == len(numbers) else ids
+    if not len(known):
+        return ImageFiles(ids, texts, folder)
+    taken = known["image_id"].to_numpy()
+    place = pc.index_in(texts, value_set=known["file_name"])
+    is_known = place.is_valid().to_numpy(zero_copy_only=False)
+    is_new = ~is_known & np.isin(ids, taken)
+    part, count = shard
+    start = int(max(ids.max(), taken.max())) + 1
+    start += (part - start) % count
+    ids[is_new] = start + count * np.arange(is_new.sum())
+    ids[is_known] = taken[place.drop_null().to_numpy()]
+    return ImageFiles(ids, texts, folder)
 
 
 def _is_text(name: str) -> bool:
@@ -134,6 +216,8 @@ def _annotated_images(source: Sources, annotations: Path) -> list[ImageFile]:
             ImageFile(image.id, name, Path(source) / name)
             for image, name in zip(images, found.names, strict=True)
         ]
+    if isinstance(source, str | Path) and is_list(source):
+        return _annotated_in_list(source, images, annotations)
     files: dict[str, ImageFile] = {}
     named = match_paths(list_images(source), [image.file_name for image in images])
     for path, (name, end) in named.items():
@@ -151,21 +235,40 @@ def _annotated_images(source: Sources, annotations: Path) -> list[ImageFile]:
     return [replace(file, image_id=i) for name, file in files.items() for i in ids[name]]
 
 
-def common_folder(files: list[ImageFile]) -> Path:
-    """The folder that all names are relative to, the same however the files were given."""
+def _annotated_in_list(
+    source: str | Path, images: list[ListedImage], annotations: Path
+) -> list[ImageFile]:
+    listed = list_named_images(source)
+    names = set(listed.names)
+    found = [image for image in images if image.file_name in names]
+    if not found:
+        raise ValueError(f"{source}: none of these images is listed in {annotations}")
+    return [
+        ImageFile(image.id, image.file_name, join(listed.folder, image.file_name))
+        for image in found
+    ]
+
+
+def common_folder(files: Sequence[ImageFile]) -> str | Path:
+    """The folder, or URI, that all names are relative to, the same however the files were given."""
+    if isinstance(files, ImageFiles):
+        return files.folder if is_uri(files.folder) else Path(files.folder).resolve()
+    if files and is_uri(uri := files[0].path):
+        return str(uri).removesuffix(f"/{files[0].file_name}")
     folders = {
-        Path(*file.path.absolute().parts[: -len(Path(file.file_name).parts)]) for file in files
+        Path(*Path(file.path).absolute().parts[: -len(Path(file.file_name).parts)])
+        for file in files
     }
     return Path(os.path.commonpath(folders)).resolve()
 
 
 def process_images(
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     process: Callable[[ImageFile, Image], T],
     *,
     broken: list[str],
     advice: str,
-    read: Callable[[Path], Image] | None = None,
+    read: Callable[[str | Path], Image] | None = None,
 ) -> Iterator[tuple[Image, T]]:
     """Images (H, W, 3) and what `process` makes of them, the next one read meanwhile.
 
@@ -201,12 +304,13 @@ def process_images(
 
 
 def _read_ahead(
-    files: list[ImageFile], read: Callable[[Path], Image]
+    files: Sequence[ImageFile], read: Callable[[str | Path], Image]
 ) -> Iterator[tuple[ImageFile, Future[Image]]]:
     """Images in order; the next is read while the present is worked on."""
     reader, upcoming = ThreadPoolExecutor(1), None
     try:
-        for file, following in itertools.zip_longest(files, files[1:]):
+        for file, following in pairwise(itertools.chain(files, [None])):
+            assert file is not None
             reading = upcoming or reader.submit(read, file.path)
             upcoming = reader.submit(read, following.path) if following else None
             yield file, reading

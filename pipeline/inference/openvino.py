@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ CALIBRATION_IMAGES, CALIBRATION_PIXELS = 64, 1 << 21
 
 def run_in_8_bits(
     proposer: Proposer,
-    images: list[Path],
+    images: Sequence[str | Path],
     path: Path,
-    read: Callable[[Path], Image] = open_image,
+    read: Callable[[str | Path], Image] = open_image,
 ) -> None:
     """Has a proposer run its network in 8 bits, kept in an .xml file for later runs.
 
@@ -51,7 +51,7 @@ def run_in_8_bits(
 
 
 def _calibration_samples(
-    proposer: Proposer, images: list[Path], read: Callable[[Path], Image]
+    proposer: Proposer, images: Sequence[str | Path], read: Callable[[str | Path], Image]
 ) -> Iterator[Tensor]:
     rng = np.random.default_rng(0)
     for index in np.linspace(0, len(images) - 1, CALIBRATION_IMAGES).astype(int):

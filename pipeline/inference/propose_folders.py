@@ -4,15 +4,21 @@ An interrupted run, started again, does what is left. Processes share the images
 """
 
 import itertools
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from datasets.coco import CocoInstances
 from datasets.coco_file import read_image_list
+from datasets.files import write_json as write_json_file
 from datasets.image_survey import AUTO, Size, overfull_images, survey_images
 from datasets.images import (
     APPLY,
@@ -26,18 +32,23 @@ from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
 from pipeline import distributed
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
-from pipeline.inference.image_files import ImageFile, common_folder, find_images, process_images
-from pipeline.inference.openvino import run_in_8_bits
-from pipeline.inference.proposals import (
-    MAX_ROWS,
-    Proposals,
-    ProposalStore,
+from pipeline.inference.image_files import (
+    ImageFile,
+    Paths,
+    choose,
+    common_folder,
+    find_images,
+    ids_of,
+    process_images,
 )
+from pipeline.inference.openvino import run_in_8_bits
+from pipeline.inference.proposal_store import ProposalStore, ShardWriter
+from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import Proposer
 from pipeline.inference.visualize import draw_proposals, save_in_folder
-from pipeline.run_lock import locks_output
+from pipeline.run_lock import locks_output, other_shards
 
-MAX_IMAGES_IN_SHARD = 16  # so a kill loses little
+LIST = "list"  # of the settings: which images shards are of
 PROPOSALS = "proposals.json"
 
 
@@ -55,9 +66,10 @@ def propose_images(
     above_output: Path | None = None,
     max_images: int | None = None,
     backend: str = "torch",
+    shard: tuple[int, int] | None = None,
     write_json: bool = True,
 ) -> Summary:
-    """Fills the proposal store `output` for a folder, file or glob, or several of these.
+    """Fills the proposal store `output` for images: a folder, file or glob, or several, or a list.
 
     Args:
         settings: what the proposals depend on.
@@ -67,18 +79,21 @@ def propose_images(
         draw: number of proposals to draw for each image, into `output/drawn`.
         above_output: the folder of all results, if it is another one: what lies below is no input.
         backend: one of `BACKENDS`.
+        shard: (i, n): do every nth image from the ith on, counted from 1. Such processes fill one
+            store, each knowing nothing of the others; they write no proposals.json.
         write_json: write proposals.json (COCO results) as well, which is larger than the store.
 
     Raises:
         ValueError: a backend that cannot be had, no images, annotations that are not COCO, a store
             made with other settings or ids, or for another folder (files of the same names would
-            pass for done).
+            pass for done), or a shard that cannot be.
     """
     check_draw(draw)
+    if shard and distributed.world_size() > 1:
+        raise ValueError("--shard is for processes without torchrun, whose own share the images")
     # Leave out the images that earlier runs have done.
     store = ProposalStore(output)
-    done = store.images()
-    known = {image_id: image["file_name"] for image_id, image in done.items()}
+    known = store.catalog().select(["image_id", "file_name"])
     passed_over: Counter[str] = Counter()
     unnamable: list[str] = []
     # A detector's proposals lie below its output, which is then no input either.
@@ -86,11 +101,11 @@ def propose_images(
         source,
         annotations,
         known,
+        shard=shard or (1, 1),
         output=above_output or store.directory,
         passed_over=passed_over,
         unnamable=unnamable,
     )[:max_images]
-    todo = [file for file in files if file.image_id not in done]
     frame = _choose_frame(store, files, annotations, exif)
     read = partial(open_image, exif=frame, max_pixels=max_pixels)
     if distributed.is_main():
@@ -100,23 +115,40 @@ def propose_images(
             "exif": None if frame == APPLY else frame,
         }
         store.open_for(settings | {"backend": backend} | inputs)
+        store.write_index()
     distributed.barrier()  # every process has seen the same store before one adds to it
+    listed = files
+    if shard:
+        _agree_on_list(store, listed)
+        files = listed[shard[0] - 1 :: shard[1]]
+    todo = choose(files, np.flatnonzero(~np.isin(ids_of(files), known["image_id"].to_numpy())))
     if todo and backend == "openvino-int8":
         network = store.directory / "quantized" / "dense.xml"
-        run_in_8_bits(proposer, [file.path for file in files], network, read)
+        if shard and not network.exists():
+            raise ValueError(
+                "--shard with --backend openvino-int8 needs the calibrated network: make it by a "
+                "run without --shard, of an image"
+            )
+        run_in_8_bits(proposer, Paths(listed), network, read)
     # Propose, each process for its part of the images.
     part = todo[distributed.rank() :: distributed.world_size()]
-    broken = list(itertools.chain(*distributed.gather(_propose(proposer, part, store, read))))
+    writer = shard[0] - 1 if shard else distributed.rank()
+    messages = distributed.gather(_propose(proposer, part, store, read, writer))
+    broken = list(itertools.chain(*messages))
     summary = Summary(len(todo) - len(broken), len(files) - len(todo), broken + unnamable)
     summary.passed_over = passed_over
     if distributed.is_main():
-        summary.found = store.count()
-        path = store.directory
-        if write_json:
+        store.write_index()
+        found = store.catalog()
+        if shard:
+            found = found.filter(np.isin(found["image_id"].to_numpy(), ids_of(files)))
+        summary.found = pc.sum(found["num_proposals"].cast(pa.int64())).as_py() or 0
+        path, name = store.directory, f"-{shard[0]}-of-{shard[1]}" if shard else ""
+        if write_json and not shard:
             path /= PROPOSALS
             if summary.done or not _is_newer(path, store.shards()):
                 store.write_json()
-        report(summary, "proposals", path, store.directory, draw=draw)
+        report(summary, "proposals", path, store.directory, draw=draw, part=name)
         _report_cut_off(store, settings)
     if draw:
         _draw(store, files, draw, read)
@@ -124,8 +156,29 @@ def propose_images(
     return summary
 
 
+def _agree_on_list(store: ProposalStore, files: Sequence[ImageFile]) -> None:
+    """Makes sure that shards written now are of one list: ids and parts follow from it.
+
+    Raises:
+        ValueError: others have another one.
+    """
+    checksum = 0
+    for start in range(0, len(files), 10_000):
+        names = "\n".join(file.file_name for file in files[start : start + 10_000])
+        checksum = zlib.crc32(names.encode(), checksum)
+    images, settings = f"{len(files)}, checksum {checksum:08x}", store.settings()
+    if settings.get(LIST, images) != images and (others := other_shards(store.directory)):
+        part, count = others[0]
+        raise ValueError(
+            f"{store.directory}: shard {part}/{count} is at work on other images "
+            f"({settings[LIST]} -> {images}); give all shards the same"
+        )
+    if settings.get(LIST) != images:
+        write_json_file(store.path, settings | {LIST: images})
+
+
 def _choose_frame(
-    store: ProposalStore, files: list[ImageFile], annotations: str | Path | None, exif: str
+    store: ProposalStore, files: Sequence[ImageFile], annotations: str | Path | None, exif: str
 ) -> str:
     """The frame that images are read in, the same in all processes; says why."""
     if exif == AUTO and store.path.exists():
@@ -141,13 +194,13 @@ def _choose_frame(
             coco = CocoInstances.load(str(annotations))
         except ValueError:  # it lists images only
             return []
-        ids = set(coco.image_ids[list(overfull_images(coco))].tolist())
-        return [i for i, file in enumerate(files) if file.image_id in ids]
+        ids = coco.image_ids[list(overfull_images(coco))]
+        return np.flatnonzero(np.isin(ids_of(files), ids)).tolist()
 
     lines: list[str] = []
     if distributed.is_main():
         exif, lines = survey_images(
-            [file.path for file in files],
+            Paths(files),
             exif=exif,
             annotated_sizes=annotated_sizes if annotations else None,
             overfull=overfull,
@@ -166,11 +219,12 @@ def _is_newer(path: Path, others: Iterable[Path]) -> bool:
 
 def _propose(
     proposer: Proposer,
-    files: list[ImageFile],
+    files: Sequence[ImageFile],
     store: ProposalStore,
-    read: Callable[[Path], Image],
+    read: Callable[[str | Path], Image],
+    writer: int,
 ) -> list[str]:
-    """Adds shards to the store; returns messages on the images that were left out."""
+    """Adds shards to the store, as its `writer`; returns messages on images that were left out."""
     broken: list[str] = []
     turned = store.exif() == APPLY
 
@@ -186,16 +240,9 @@ def _propose(
         read=read,
     )
     progress = progress_bar(images, total=len(files), unit="img", enabled=distributed.is_main())
-    pending: list[Proposals] = []
-    try:
+    with ShardWriter(store, writer) as shards:
         for _, proposals in progress:
-            pending.append(proposals)
-            if len(pending) >= MAX_IMAGES_IN_SHARD or sum(map(len, pending)) >= MAX_ROWS:
-                store.write_shard(pending, writer=distributed.rank())
-                pending = []
-    finally:  # Ctrl-C keeps what is done
-        if pending:
-            store.write_shard(pending, writer=distributed.rank())
+            shards.add(proposals)
     return broken
 
 
@@ -208,13 +255,16 @@ def _report_cut_off(store: ProposalStore, settings: dict) -> None:
         limit += f", or {per_megapixel:g} per megapixel,"
     print(
         f"  the limit of {limit} cut off proposals above .5 in {len(cut_off):,} of "
-        f"{len(store.images()):,} images ({max(cut_off.values()):,} in the worst): "
+        f"{len(store.catalog()):,} images ({max(cut_off.values()):,} in the worst): "
         "--num-proposals or --per-megapixel"
     )
 
 
 def _draw(
-    store: ProposalStore, files: list[ImageFile], count: int, read: Callable[[Path], Image]
+    store: ProposalStore,
+    files: Sequence[ImageFile],
+    count: int,
+    read: Callable[[str | Path], Image],
 ) -> None:
     """Pictures of this process's part of the store's images, also of those of earlier runs."""
     paths = {file.file_name: file.path for file in files}

@@ -17,7 +17,8 @@ from torchvision.ops import box_convert, box_iou
 
 from datasets.coco import CocoInstances
 from datasets.images import Image, ImageError, ImageFolder
-from pipeline.inference.proposals import Detections, Proposals, ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.visualize import color, score_texts
 from pipeline.report.drawing import LARGE_SIDE, Mark, draw_marks, fit_picture, picture_uri
 

@@ -17,7 +17,7 @@ from datasets.files import write_atomically
 from datasets.images import Image
 from pipeline.config import STAGES
 from pipeline.data import split_files
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.recipe import config_to_dict, flatten, load_config
 from pipeline.report import pictures, plots
 from pipeline.report.plots import Curve

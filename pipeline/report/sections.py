@@ -12,7 +12,8 @@ from datasets.coco import CocoInstances
 from datasets.images import APPLY, IGNORE, ImageFolder
 from pipeline.config import STAGES
 from pipeline.inference.coco_json import read_detections, read_result_categories
-from pipeline.inference.proposals import Detections, ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections
 from pipeline.report import pictures
 from pipeline.report.plots import metric_values
 from pipeline.training.run_log import read_metrics

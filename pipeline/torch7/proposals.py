@@ -13,7 +13,8 @@ from torch import Tensor
 from datasets.coco_file import read_image_list
 from datasets.images import read_image
 from pipeline.inference.image_files import find_images
-from pipeline.inference.proposals import MAX_ROWS, Proposals, ProposalStore, logits_of
+from pipeline.inference.proposal_store import ProposalStore, ShardWriter
+from pipeline.inference.proposals import Proposals, logits_of
 
 FIELDS = ("images", "boxes", "scores")
 
@@ -46,9 +47,9 @@ def convert_proposals(
     store.open_for({"converted_from": source, "masks": "filled boxes"})
     total = sum(len(table) for table in boxes if isinstance(table, Tensor))
     rows = list(zip(names, boxes, scores, strict=True))
-    step = max(1, MAX_ROWS * len(rows) // max(1, total))  # images in a shard
-    for i in range(0, len(rows), step):
-        store.write_shard([_proposals(*row, *sizes[row[0]]) for row in rows[i : i + step]])
+    with ShardWriter(store) as shards:
+        for row in rows:
+            shards.add(_proposals(*row, *sizes[row[0]]))
     store.write_json()
     lines = [
         f"proposals: {total} boxes of {len(names)} images (y1, x1, y2, x2, counted from 1)",
@@ -82,7 +83,7 @@ def _sizes(
                 raise ValueError(f'{annotations}: {image.file_name} has no "height" and "width"')
             sizes[image.file_name] = image.id, image.height, image.width
     elif images is not None:
-        for file in find_images(images, None, {}):
+        for file in find_images(images, None):
             if file.file_name in wanted:
                 height, width, _ = read_image(file.path).shape
                 sizes[file.file_name] = file.image_id, height, width

@@ -17,7 +17,7 @@ from pipeline import distributed
 from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from pipeline.config import PRETRAIN, Config
 from pipeline.data import check_categories, prepare_data, split_files
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.inference.propose_folders import propose_images
 from pipeline.networks import check_same_network

@@ -42,7 +42,7 @@ from pipeline.data import (
 from pipeline.evaluation.patches import VALIDATION_SEED, evaluate_patches, validation_heads
 from pipeline.evaluation.rois import ROI_VALIDATION_SEED, evaluate_rois, sample_ap
 from pipeline.inference.detect import Detector
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.networks import make_deepmask, make_multipathnet, make_sharpmask
 from pipeline.sizes import say_sizes
 

@@ -9,7 +9,7 @@ import torch
 
 from datasets.images import read_image
 from pipeline.inference.detect import load_detector
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import load_proposer
 from tests.pipeline.training.runs import CPU
 from tests.pretend_cuda import CUDA, pretended_cuda

@@ -32,7 +32,8 @@ from pipeline.data import split_files
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import load_detector
-from pipeline.inference.proposals import ProposalStore, results_of
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import results_of
 from pipeline.recipe import load_config, settings_of
 from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage

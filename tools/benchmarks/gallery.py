@@ -28,7 +28,8 @@ from datasets.images import read_image
 from pipeline.command import make_parser, run_tool
 from pipeline.inference.coco_json import read_detections
 from pipeline.inference.nms import mask_nms
-from pipeline.inference.proposals import Detections, Proposals, ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections, Proposals
 from pipeline.inference.visualize import DUPLICATE_IOU, color, score_texts
 from pipeline.report.drawing import Mark, draw_marks, scale_image
 from pipeline.report.pictures import MIN_SCORE, first

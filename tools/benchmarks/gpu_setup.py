@@ -17,7 +17,7 @@ from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from pipeline.config import STAGES, Config
 from pipeline.data import load_split, prepare_data
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.recipe import load_config
 from pipeline.training.engine import TrainingRun

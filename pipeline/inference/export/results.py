@@ -18,7 +18,8 @@ from pipeline.inference.coco_json import (
     read_result_categories,
 )
 from pipeline.inference.mask_crops import crop_mask
-from pipeline.inference.proposals import ProposalStore, results_of
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import results_of
 
 PROPOSAL = {1: "object"}  # the category of proposals
 

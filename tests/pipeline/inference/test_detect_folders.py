@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.inference.detect import load_detector
-from pipeline.inference.detect_folders import detect_images, detect_in_shard
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.detect_folders import detect_images, detect_in_part
+from pipeline.inference.proposal_store import ProposalStore
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_names_in_a_store_do_not_lead_out_of_the_folder(val, tmp_path):
     up.file_name, absolute.file_name = f"../val/{up.file_name}", str(images / absolute.file_name)
     store, broken = ProposalStore(tmp_path), []
     store.write_shard([inside, up, absolute])
-    found = detect_in_shard(lambda _, p: p.file_name, store, *store.shards(), images, broken)
+    found = detect_in_part(lambda _, p: p.file_name, store, *store.parts(), images, broken)
     assert [name for _, name in found] == [inside.file_name]
     assert all(
         name in text for name, text in zip([up.file_name, absolute.file_name], broken, strict=True)

@@ -15,7 +15,8 @@ from pycocotools.coco import COCO
 from shapely.geometry import MultiPolygon, Polygon, shape
 
 from pipeline.inference.export.polygons import signed_area, trace_mask, trace_rle
-from pipeline.inference.proposals import Detections, ProposalStore, results_of, write_results
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections, results_of, write_results
 from tests.pipeline.inference.builders import proposals_of
 
 SIZES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=14)

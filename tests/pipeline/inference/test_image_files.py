@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from datasets.images import ImageError
 from pipeline.inference import image_files, memory
 from pipeline.inference.image_files import (
     MAX_KEPT,
+    NONE_KNOWN,
     ImageFile,
     common_folder,
     find_images,
@@ -21,7 +23,16 @@ from tests.pipeline.inference.builders import listing
 
 
 def ids(source: Path | str, annotations: Path | None = None, known: dict | None = None) -> dict:
-    return {file.file_name: file.image_id for file in find_images(source, annotations, known or {})}
+    return {
+        file.file_name: file.image_id
+        for file in find_images(source, annotations, done(known or {}))
+    }
+
+
+def done(known: dict[int, str]) -> pa.Table:
+    """What an earlier run has done, by id."""
+    columns = {"image_id": list(known), "file_name": list(known.values())}
+    return pa.table(columns, NONE_KNOWN.schema)
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -97,11 +108,11 @@ def test_the_folder_is_the_same_whatever_way_the_files_are_given(tmp_path, monke
     (tmp_path / "link").symlink_to(photos, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     for source in (photos, "photos", "link", "photos/../photos"):
-        assert common_folder(find_images(source, None, {})) == photos
-        assert common_folder(find_images(source, annotations, {})) == photos
+        assert common_folder(find_images(source, None)) == photos
+        assert common_folder(find_images(source, annotations)) == photos
     for source in ("photos/a.jpg", "p*/*.jpg", "photos/*", str(photos / "**" / "*")):
-        assert common_folder(find_images(source, annotations, {})) == photos
-    assert common_folder(find_images("photos/inner/b.jpg", None, {})) == photos / "inner"
+        assert common_folder(find_images(source, annotations)) == photos
+    assert common_folder(find_images("photos/inner/b.jpg", None)) == photos / "inner"
 
 
 def name_of(file: ImageFile, image: np.ndarray) -> str:

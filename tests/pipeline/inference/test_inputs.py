@@ -11,7 +11,7 @@ import pytest
 from datasets.images import list_images
 from pipeline.evaluation.scores import score_proposals
 from pipeline.inference.image_files import find_images
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from tests.coco_json import rectangle
 from tests.pipeline.inference.test_propose_folders import BoxProposer, listing, propose, write_image
 from tests.pipeline.test_image_frames import write_image as write_turned
@@ -25,7 +25,7 @@ def photos(tmp_path) -> Path:
 
 
 def names(source, **options) -> list[str]:
-    return sorted(file.file_name for file in find_images(source, None, {}, **options))
+    return sorted(file.file_name for file in find_images(source, None, **options))
 
 
 ALL = ["a.png", "b.png", "inner/c.png"]
@@ -165,7 +165,7 @@ def test_several_paths_with_annotations(photos, tmp_path):
     annotations = tmp_path / "a.json"
     images = [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "inner/c.png"}]
     annotations.write_text(json.dumps({"images": images}))
-    found = find_images([photos / "b.png", photos / "inner"], annotations, {})
+    found = find_images([photos / "b.png", photos / "inner"], annotations)
     assert {file.file_name: file.image_id for file in found} == {"b.png": 7, "inner/c.png": 8}
 
 
@@ -173,7 +173,7 @@ def test_several_paths_with_annotations(photos, tmp_path):
 def test_one_of_several_paths_is_not_there(photos, monkeypatch, sources):
     monkeypatch.chdir(photos)
     with pytest.raises(ValueError, match="nowhere.png: no such file|bmp: no image files"):
-        find_images(sources, None, {})
+        find_images(sources, None)
 
 
 def test_proposals_json_is_written_only_for_something_new(photos, tmp_path):

@@ -23,7 +23,7 @@ from pipeline.inference import detect
 from pipeline.inference.detect import load_detector
 from pipeline.inference.detect_folders import detect_images
 from pipeline.inference.memory import free_memory, trunk_bytes
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
 from tests.datasets.test_large_images import write_tiff

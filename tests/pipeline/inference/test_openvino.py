@@ -11,7 +11,7 @@ from datasets.images import read_image
 from models.deepmask import DeepMask
 from models.trunk import build_trunk
 from pipeline.inference.openvino import QuantizedNetwork, quantize
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
 from pipeline.inference.propose_folders import propose_images
 

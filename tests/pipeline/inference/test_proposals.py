@@ -2,23 +2,17 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inference.proposals import (
-    Proposals,
-    ProposalStore,
-    ResumableDirectory,
-    logits_of,
-    results_of,
-)
+from pipeline.inference.proposal_store import ProposalStore, ResumableDirectory, ShardWriter
+from pipeline.inference.proposals import Proposals, logits_of, results_of
 from tests.pipeline.inference.builders import proposals_of
+from tests.pipeline.inference.older_stores import write_older_shard
 
 SETTINGS = {"log2_scales": (-1.0, 0.5, 0.5), "num_proposals": 5}
 
@@ -79,25 +73,40 @@ def store(tmp_path) -> ProposalStore:
     return store
 
 
-def make_older(shard: Path) -> None:
-    """Rewrites a shard as the version before logits wrote it."""
-    table = pq.read_table(shard).drop_columns(["logit"])
-    metadata = {b"images": table.schema.metadata[b"images"]}
-    pq.write_table(table.replace_schema_metadata(metadata), shard)
-
-
-def test_older_stores_are_read_and_added_to(store):
-    before, rows = list(store), list(store.box_rows())
-    make_older(store.shards()[0])
-    assert "logit" in pq.read_schema(store.shards()[1]).names
+@pytest.mark.parametrize("logits", [False, True])
+def test_older_stores_are_read_and_added_to(store, logits):
+    rng = np.random.default_rng(3)
+    place = {"crs": "EPSG:32632", "transform": [1, 0, 0, 0, -1, 0]}
+    older = [random_proposals(n, count, rng) for n, count in ((50, 0), (40, 3), (60, 1), (41, 2))]
+    older[1] = replace(older[1], georeference=place)
+    path = store.directory / "proposals-000-000000.parquet"
+    before = {p.image_id: p for p in store}
+    rest = [before[30]]
+    path.unlink()
+    write_older_shard(path, older, logits=logits)
     after = list(store)
-    for old, new in zip(before, after, strict=True):
+    expected = [p for p in older if len(p)] + rest
+    assert [p.image_id for p in after] == [p.image_id for p in expected] == [40, 60, 41, 30]
+    for new, old in zip(after, expected, strict=True):
         np.testing.assert_allclose(new.logits, old.logits, atol=1e-4)
         np.testing.assert_allclose(new.scores, old.scores, atol=1e-7)
+        np.testing.assert_array_equal(new.boxes, old.boxes)
         assert new.rles == old.rles and (np.diff(new.logits) <= 0).all()
-    assert [p.num_cut_off for p in after] == [0, 2] and store.cut_off() == {30: 2}
-    for (ids, boxes, _), (old_ids, old_boxes, _) in zip(store.box_rows(), rows, strict=True):
-        assert (ids == old_ids).all() and (boxes == old_boxes).all()
+        if logits:
+            assert new.num_cut_off == old.num_cut_off
+    assert store.cut_off().keys() == ({40, 41, 30} if logits else {30})
+    assert store.images().keys() == {50, 40, 60, 41, 30} and store.count() == 11
+    assert store.images()[40]["georeference"] == place
+    rows = [np.concatenate(columns) for columns in zip(*store.box_rows(), strict=True)]
+    np.testing.assert_array_equal(rows[0], np.repeat([40, 60, 41, 30], [3, 1, 2, 5]))
+    np.testing.assert_array_equal(rows[1], np.concatenate([p.boxes for p in expected]))
+    assert [image["id"] for part in store.parts() for image in store.images_of(part)] == [
+        *(50, 40, 60, 41), 30
+    ]  # fmt: skip
+    chosen = store.read(image_ids=[41, 30, 50], columns=["file_name", "counts"])
+    assert chosen.to_pylist() == [
+        {"file_name": p.file_name, "counts": p.rles} for p in (older[0], older[3], *rest)
+    ]
 
 
 @given(st.lists(st.floats(-100, 100, width=32) | st.floats(15, 18, width=32), max_size=30))
@@ -132,6 +141,48 @@ def test_box_rows_are_those_of_all_images(store):
     )]  # fmt: skip
     for column, expected in zip(rows, found, strict=True):
         np.testing.assert_array_equal(column, expected)
+
+
+def test_the_index_never_says_what_the_shards_do_not(store, monkeypatch):
+    """Deleted, replaced, new shards; an index that is torn."""
+    monkeypatch.setattr("pipeline.inference.proposal_store.MIN_UNINDEXED", 1)
+    rng, index = np.random.default_rng(2), store.directory / "index.arrow"
+
+    def check(*ids: int) -> None:
+        for opened in (store, ProposalStore(store.directory)):
+            assert list(opened.images()) == list(ids)
+            assert opened.count() == sum(map(len, opened))
+        store.write_index()
+
+    check(7, 2, 30)
+    assert index.exists()
+    store.shards()[0].unlink()
+    check(30)
+    ProposalStore(store.directory).write_shard([random_proposals(8, 2, rng)], writer=1)
+    ProposalStore(store.directory).write_shard([random_proposals(9, 1, rng)])
+    check(30, 9, 8)
+    replaced = store.shards()[0]
+    replaced.unlink()
+    other = ProposalStore(store.directory / "other")
+    other.write_shard([random_proposals(31, 2, rng)])
+    other.shards()[0].rename(replaced)
+    check(31, 9, 8)
+    index.write_bytes(index.read_bytes()[:-20])
+    check(31, 9, 8)
+
+
+def test_shards_are_written_by_bytes_and_by_seconds(store, monkeypatch):
+    now, module = [0.0], "pipeline.inference.proposal_store"
+    monkeypatch.setattr(f"{module}.time.monotonic", lambda: now[0])
+    image = random_proposals(100, 3, np.random.default_rng(3))
+    monkeypatch.setattr(f"{module}.SHARD_BYTES", 2 * image.num_bytes)
+    with ShardWriter(store, 4) as shards:
+        for n, seconds in enumerate((1, 2, 61, 62, 63)):  # two by bytes, one by a minute, two left
+            now[0] = seconds if n < 2 else seconds + 1
+            shards.add(replace(image, image_id=n))
+    new = [path for path in store.shards() if path.name.startswith("proposals-004")]
+    found = [[listed["id"] for listed in store.images_of(path)] for path in new]
+    assert found == [[0, 1], [2], [3, 4]]
 
 
 def test_no_shard_is_written_over(store):

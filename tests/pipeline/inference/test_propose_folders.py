@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.images import read_image
-from pipeline.inference import propose_folders
-from pipeline.inference.proposals import Proposals, ProposalStore
+from pipeline.inference import proposal_store
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
 from tests.pipeline.inference.builders import listing, proposals_of
@@ -163,10 +164,10 @@ def test_exit_status(photos, tiny_checkpoint, tmp_path, call_tool, capsys):
 # Interruptions.
 
 
-@pytest.mark.parametrize("shard", [1, 2, 16])
+@pytest.mark.parametrize("shard", [1, 150, 10**9])
 @pytest.mark.parametrize("stops", [[], [0], [3], [2, 1], [4, 0]])
 def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypatch, shard, stops):
-    monkeypatch.setattr("pipeline.inference.propose_folders.MAX_IMAGES_IN_SHARD", shard)
+    monkeypatch.setattr("pipeline.inference.proposal_store.SHARD_BYTES", shard)
     propose(BoxProposer(), photos, tmp_path / "whole")
     todo, output = list(GOOD), tmp_path / "out"
     for stop in stops:
@@ -187,7 +188,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
 
 def propose_until_killed(source: Path, output: Path) -> None:
     """For two shards of two images, and one more image."""
-    propose_folders.MAX_IMAGES_IN_SHARD = 2
+    proposal_store.SHARD_BYTES = 150  # of which an image has about 100
     errors = {"f.png": lambda: os.kill(os.getpid(), signal.SIGKILL)}
     propose(BoxProposer(errors=errors), source, output)
 

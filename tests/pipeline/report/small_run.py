@@ -7,13 +7,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.evaluation.precision import METRICS
-from pipeline.inference.proposals import (
-    Detections,
-    Proposals,
-    ProposalStore,
-    logits_of,
-    results_of,
-)
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import Detections, Proposals, logits_of, results_of
 from tests.pipeline.evaluation import scenes
 from tests.pipeline.evaluation.scenes import annotation
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.networks import load_network
 from pipeline.torch7.convert import convert_file
 from pipeline.torch7.masks import convert_masks

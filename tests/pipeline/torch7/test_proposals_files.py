@@ -8,7 +8,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 
-from pipeline.inference.proposals import ProposalStore
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.torch7.convert import convert_file
 from tests.pipeline.torch7.torch7_writer import written
 

@@ -18,8 +18,9 @@ from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
 from pipeline.inference.detect import load_detector
-from pipeline.inference.detect_folders import detect_in_shard
-from pipeline.inference.proposals import ProposalStore, results_of
+from pipeline.inference.detect_folders import detect_in_part
+from pipeline.inference.proposal_store import ProposalStore
+from pipeline.inference.proposals import results_of
 from pipeline.inference.propose import load_proposer
 from pipeline.networks import load_network
 from pipeline.recipe import config_from_dict, load_config
@@ -292,11 +293,11 @@ def test_the_best_detector_may_be_that_of_the_highest_ap(tiny_config, stores, tm
     (line,) = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["split"] == "val"]
     assert state["best"] == line["sample_ap"] and "roi_accuracy" in line
     store = ProposalStore(stores[1].partition("=")[2])
-    first = store.shards()[0]
+    first = store.parts()[0]
     assert len(store.images_of(first)) >= 3
     detector, _ = load_detector(best, CPU)
     images = Path(config.data.val.images)
-    found = [d for _, d in detect_in_shard(detector, store, first, images, broken=[])]
+    found = [d for _, d in detect_in_part(detector, store, first, images, broken=[])]
     ids = {image["id"] for image in store.images_of(first)}
     truth = load_ground_truth(config.data.val.annotations, ids)
     assert set(truth.getImgIds()) == ids
