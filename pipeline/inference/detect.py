@@ -74,7 +74,8 @@ class Detector:
 
     def __call__(self, image: Image, proposals: Proposals) -> Detections:
         """At most `max_detections` of an image (H, W, 3) uint8 RGB, from its best proposals."""
-        [detections] = self.detect_by_count(image, proposals, [self.options.num_proposals])
+        limit = self.options.limit(*image.shape[:2])
+        [detections] = self.detect_by_count(image, proposals, [limit])
         return detections
 
     @torch.inference_mode()
