@@ -69,7 +69,9 @@ class DeepMask(nn.Module):
         """
         super().__init__()
         if trunk.strides != STRIDES:
-            raise ValueError(f"trunk {trunk.name} is for detectors only: it has no stride 2")
+            raise ValueError(
+                f"trunk {trunk.name} has levels at strides {trunk.strides}, not {STRIDES}"
+            )
         c = DeepMaskConfig(**settings)
         if c.patch_size == AUTO_PATCH_SIZE:
             raise ValueError("patch_size auto is chosen by training; a network needs a number")

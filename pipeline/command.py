@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -203,6 +204,65 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ValueError(f"--shard must be I/N with I from 1 to N, as 2/8, got {text}")
     return int(part), int(count)
+
+
+def add_num_proposals(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --num-proposals and --per-megapixel; `default` says where their defaults come from."""
+    parser.add_argument("--num-proposals", type=int, help=f"per image (default: {default})")
+    parser.add_argument(
+        "--per-megapixel",
+        type=float,
+        metavar="N",
+        help=f"so many for each megapixel, where that is more (default: {default})",
+    )
+
+
+def add_proposing(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of how to propose, see `proposing_options`."""
+    group = parser.add_argument_group("how to propose")
+    group.add_argument(
+        "--scales",
+        nargs="+",
+        metavar="auto|MIN MAX STEP",
+        help="log2 of the image scales; auto: those for the objects that the network was trained "
+        "on (default: what the recipe names, else auto; -2.5 .5 .5 as published)",
+    )
+    group.add_argument(
+        "--zoom", action="store_true", default=None, help="add the scale 2^1, for small objects"
+    )
+    group.add_argument(
+        "--no-refine",
+        dest="refine",
+        action="store_false",
+        default=None,
+        help="coarse masks of a SharpMask",
+    )
+    group.add_argument(
+        "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
+    )
+    group.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="for maps of the network that proposes; larger images go through it by bands of rows, "
+        "with the same results (default: .4 on a CPU, a quarter of what is free on CUDA)",
+    )
+
+
+def proposing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_proposing` that were given, as arguments of `load_proposer`.
+
+    Raises:
+        ValueError: --scales are neither auto nor three numbers.
+    """
+    options = {
+        "log2_scales": parse_scales(args.scales),
+        "zoom": args.zoom,
+        "refine": args.refine,
+        "nms": args.nms,
+        "memory": args.memory,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_scales(words: list[str] | None) -> LogScales | str | None:

@@ -247,8 +247,19 @@ def _scale_range(value: tuple[float, float, float]) -> bool:
     return -math.inf < value[0] <= value[1] < math.inf and value[2] > 0
 
 
+class ProposalLimit:
+    """How many of an image's proposals, the best, are made or taken."""
+
+    num_proposals: int
+    per_megapixel: float | None
+
+    def limit(self, height: int, width: int) -> int:
+        """The number for an image of this size."""
+        return max(self.num_proposals, int((self.per_megapixel or 0) * height * width / 1e6))
+
+
 @dataclass(frozen=True)
-class ProposeConfig:
+class ProposeConfig(ProposalLimit):
     """Full-image inference (ECCV 2016, section 3; released code)."""
 
     num_proposals: int = 1000  # the best of each image
@@ -274,16 +285,13 @@ class ProposeConfig:
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
 
-    def limit(self, height: int, width: int) -> int:
-        """How many proposals an image of this size has at most."""
-        return max(self.num_proposals, int((self.per_megapixel or 0) * height * width / 1e6))
-
 
 @dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(ProposalLimit):
     """Detection in whole images (BMVC 2016, section 4)."""
 
     num_proposals: int = 400  # the best of each image
+    per_megapixel: float | None = None  # so many for each megapixel, if more than num_proposals
     score_threshold: float = 0.001  # detections score higher
     nms: float = 0.3  # IoU of boxes of one class
     max_detections: int = 100  # per image
@@ -294,8 +302,8 @@ class DetectConfig:
     chunk: int = 128  # RoIs at once: bounds memory
 
     def __post_init__(self) -> None:
-        require(self, "greater than 0", lambda v: v > 0, "num_proposals", "max_detections",
-                "chunk")  # fmt: skip
+        words = ("num_proposals", "per_megapixel", "max_detections", "chunk")
+        require(self, "greater than 0", lambda v: v > 0, *words)
         require(self, "at least 0", lambda v: v >= 0, "score_threshold", "box_refinement_iters")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms", "box_voting_iou")
         require(self, "sides > 0", lambda v: all(side > 0 for side in v), "short_sides")

@@ -7,7 +7,9 @@ errors.
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -175,16 +177,21 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@cache
+def _defaults(schema: type) -> Any:
+    return OmegaConf.structured(schema)  # copying it takes a fifth of the time
+
+
 def _resolve(layers: dict[str, Any], schema: type) -> Any:
     """The defaults, changed by one layer after the other, each by the name of its source."""
-    merged: Any = OmegaConf.structured(schema)
+    merged = deepcopy(_defaults(schema))
     source = ""
     try:
         for source, layer in layers.items():
             layers[source] = _with_new_names(_plain_copy(layer, source))
             _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
-            merged = OmegaConf.merge(merged, _part_of(layers[source], schema))
+            merged = OmegaConf.unsafe_merge(merged, _part_of(layers[source], schema))
     except OmegaConfBaseException as error:
         place = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{source}: {place}{_one_line(error)}") from error

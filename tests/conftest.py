@@ -76,7 +76,12 @@ def tiny_recipe(shapes_directory) -> dict:
             "width": 8,
             "pooled_size": 3,
             "features": 16,
-            "sampling": {"short_side": 160, "long_side": 224, "rois_per_image": 16},
+            "sampling": {
+                "short_side": 160,
+                "long_side": 224,
+                "rois_per_image": 16,
+                "max_proposals": 100,  # making them takes most of the time
+            },
             "optim": {
                 "batch_size": 2,
                 "batches_per_epoch": 2,
@@ -86,6 +91,7 @@ def tiny_recipe(shapes_directory) -> dict:
             },
         },
         "propose": {"num_proposals": 50, "log2_scales": [-1.0, 0.0, 0.5]},
+        "detect": {"num_proposals": 50},
     }
 
 

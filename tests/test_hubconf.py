@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import hubconf
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,6 +37,11 @@ def test_hub_gives_trained_and_new_networks(stage, side, request, tmp_path):
     name = {"deepmask": "tiny_checkpoint", "sharpmask": "tiny_sharpmask"}[stage]
     printed = run(TRAINED, stage, request.getfixturevalue(name), folder=tmp_path)
     assert printed.endswith(f"(1, {side}, {side}) (1, 14, 14) (1, 8, 8)")
+
+
+def test_a_trunk_that_only_classifies_is_refused():
+    with pytest.raises(ValueError, match=r"trunk cifar_resnet20 .* strides \(1, 2, 4\)"):
+        hubconf.deepmask(trunk="cifar_resnet20")
 
 
 def test_another_package_called_models_is_named(tmp_path):

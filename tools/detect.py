@@ -10,6 +10,7 @@ r"""Detects objects: boxes and masks with categories, as COCO results.
 With --proposals it takes a proposal store of tools/propose.py, else it makes one below --output.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from pipeline import distributed
 from pipeline.command import (
     add_device,
     add_images,
+    add_num_proposals,
     add_precision,
+    add_proposing,
     add_results,
     choose_results,
     make_parser,
+    proposing_options,
     run_tool,
 )
 from pipeline.inference.detect import compress_checkpoint, load_detector
@@ -31,6 +35,7 @@ from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
+from pipeline.precision import precision_name
 from pipeline.pretrained import pretrained_checkpoint
 
 KIND = "detections"
@@ -59,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--annotations", metavar="COCO.json", help="see tools/propose.py")
     add_results(parser, KIND)
-    parser.add_argument("--num-proposals", type=int, help="per image (default: the config's, 400)")
+    add_num_proposals(parser, default="the config's")
     parser.add_argument(
         "--box-voting-iou",
         "--vote",
@@ -75,11 +80,14 @@ def main() -> None:
         help="times that detections are fed back as RoIs (default: the config's, 0)",
     )
     parser.add_argument(
-        "--flip", action="store_true", default=None, help="average with the mirrored image"
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="average with the mirrored image (default: the config's, no)",
     )
     parser.add_argument(
         "--short-sides", type=int, nargs="+", metavar="PX", help="of the image (default: trained)"
     )
+    add_proposing(parser)
     add_precision(parser, default="auto")
     add_device(parser)
     args = parser.parse_args()
@@ -95,7 +103,16 @@ def main() -> None:
     choose_results(args, KIND)
     if args.proposals and args.annotations:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
-    names = ("num_proposals", "box_voting_iou", "box_refinement_iters", "flip", "short_sides")
+    proposing = proposing_options(args)
+    if args.proposals and proposing:
+        raise ValueError(
+            "--scales, --zoom, --no-refine, --nms and --memory are for proposals that are made "
+            f"here; {args.proposals} holds some"
+        )
+    names = (
+        "num_proposals", "per_megapixel", "box_voting_iou", "box_refinement_iters", "flip",
+        "short_sides",
+    )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
     with distributed.process_group(args.device) as device:
@@ -108,7 +125,9 @@ def main() -> None:
                 args.proposal_checkpoint or pretrained_checkpoint("sharpmask"),
                 device,
                 num_proposals=detector.options.num_proposals,
-                precision=args.precision,
+                per_megapixel=detector.options.per_megapixel,
+                precision=precision_name(detector.dtype),  # measured once for both
+                **proposing,
             )
             propose_images(
                 proposer,

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-r"""Writes the network that proposes masks for programs without this project.
+r"""Writes a trained network for programs without this project.
 
     python tools/export_model.py --format onnx
     python tools/export_model.py runs/coco/sharpmask --format onnx --output sharpmask.onnx
 
 One graph holds all from an image of any size to the masks of its best proposals; docs/deploy.md
 says what it takes and gives, and docs/examples/propose_with_onnx.py uses it without PyTorch.
+Safetensors are weights of any stage in a folder as the Hugging Face hub has them.
 """
 
 import sys
@@ -25,7 +26,7 @@ def main() -> None:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="a trained DeepMask or SharpMask (default: the one in the box)",
+        help="a trained DeepMask or SharpMask (default: the one in the box); safetensors: any",
     )
     parser.add_argument("--format", required=True, choices=sorted(MODEL_FORMATS))
     parser.add_argument(

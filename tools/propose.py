@@ -18,12 +18,14 @@ from pipeline import distributed
 from pipeline.command import (
     add_device,
     add_images,
+    add_num_proposals,
     add_precision,
+    add_proposing,
     add_results,
     choose_results,
     make_parser,
-    parse_scales,
     parse_shard,
+    proposing_options,
     run_tool,
 )
 from pipeline.inference.memory import keep_freed_blocks
@@ -51,40 +53,14 @@ def main() -> int:
     parser.add_argument(
         "--annotations", metavar="COCO.json", help="gives image ids and which images to take"
     )
-    parser.add_argument("--num-proposals", type=int, help="per image (default: the checkpoint's)")
-    parser.add_argument(
-        "--per-megapixel",
-        type=float,
-        metavar="N",
-        help="so many for each megapixel, where that is more (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--scales",
-        nargs="+",
-        metavar="auto|MIN MAX STEP",
-        help="log2 of the image scales; auto: those for the objects that the network was trained "
-        "on (default: what the recipe names, else auto; -2.5 .5 .5 as published)",
-    )
-    parser.add_argument("--zoom", action="store_true", help="add the scale 2^1, for small objects")
-    parser.add_argument(
-        "--no-refine", dest="refine", action="store_false", help="coarse masks of a SharpMask"
-    )
-    parser.add_argument(
-        "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
-    )
+    add_num_proposals(parser, default="the checkpoint's")
+    add_proposing(parser)
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default="torch",
         help="openvino-int8 is about twice as fast on a CPU and gives nearly the same proposals; "
         "it is calibrated on the images first (default: torch)",
-    )
-    parser.add_argument(
-        "--memory",
-        type=float,
-        metavar="GB",
-        help="for maps of the network; larger images go through it by bands of rows, with the same "
-        "results (default: .4 on a CPU, a quarter of what is free on CUDA)",
     )
     parser.add_argument(
         "--no-json",
@@ -111,12 +87,8 @@ def main() -> int:
             device,
             num_proposals=args.num_proposals,
             per_megapixel=args.per_megapixel,
-            log2_scales=parse_scales(args.scales),
-            zoom=args.zoom,
-            refine=args.refine,
-            nms=args.nms,
-            memory=args.memory,
             precision=args.precision if args.backend == "torch" else "fp32",
+            **proposing_options(args),
         )
         summary = propose_images(
             proposer,

@@ -84,7 +84,7 @@ class Detector:
         Args:
             report: is told how much is done, up to 1.
         """
-        counts = [self.options.num_proposals]
+        counts = [self.options.limit(*image.shape[:2])]
         [detections] = self.detect_by_count(image, proposals, counts, report=report)
         return detections
 

@@ -52,7 +52,7 @@ from pipeline.inference.nms import mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
-from pipeline.precision import choose_precision, to_bfloat16
+from pipeline.precision import SIDE, choose_precision, to_bfloat16
 from pipeline.recipe import AUTO
 
 Section = TypeVar("Section", ProposeConfig, DetectConfig)
@@ -92,8 +92,7 @@ class Proposer:
         model = model.eval().to(device).to(memory_format=torch.channels_last)
         if dtype == torch.bfloat16:
             to_bfloat16(model)
-        self.refinement = model if isinstance(model, SharpMask) else None
-        self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
+        self.deepmask, self.refinement = _parts(model)
         self.dense: Callable[[Tensor], tuple[Tensor, ...]]
         self.dense = DenseNetwork(self.deepmask, self.refinement).eval()
         self.device, self.dtype, self.options = device, dtype, ProposeConfig(**options)
@@ -301,6 +300,11 @@ class Proposer:
         return Pasted(rows[back], np.concatenate(boxes)[back], [rles[i] for i in back])
 
 
+def _parts(model: DeepMask | SharpMask) -> tuple[DeepMask, SharpMask | None]:
+    """A network's DeepMask and its refinement, if it has one."""
+    return (model.deepmask, model) if isinstance(model, SharpMask) else (model, None)
+
+
 def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # one part is not copied
 
@@ -377,8 +381,9 @@ def load_proposer(
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
     fold_norms(model)
-    trunk = (model.deepmask if isinstance(model, SharpMask) else model).trunk
-    dtype = choose_precision(precision, trunk, device, amp=options["amp"])
+    dense = DenseNetwork(*_parts(model)).eval()
+    side = max(SIDE, 2 * dense.deepmask.patch_size)
+    dtype = choose_precision(precision, dense, device, amp=options["amp"], side=side)
     proposer = Proposer(model, device=device, dtype=dtype, zoom=zoom, **options)
     settings = {
         "checkpoint_sha256": file_sha256(checkpoint),

@@ -38,7 +38,11 @@ class ServedFiles:
         """The names of the files that are there now, sorted."""
         if self.sources:
             files = find_images(self.sources, None, {})
-            self._paths = {f.file_name: f.path for f in files if self._is_inside(f.path)}
+            self._paths = {
+                f.file_name: f.path
+                for f in files
+                if isinstance(f.path, Path) and self._is_inside(f.path)
+            }
         return list(self._paths)
 
     def path(self, name: str) -> Path:

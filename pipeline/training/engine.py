@@ -24,7 +24,7 @@ from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights, save_
 from pipeline.command import Interrupted
 from pipeline.config import Config
 from pipeline.data import BrokenFiles
-from pipeline.precision import choose_precision
+from pipeline.precision import choose_precision, precision_name
 from pipeline.recipe import changed_settings, config_from_dict, config_to_dict, save_config
 from pipeline.run_lock import locks_output
 from pipeline.training.optimizer import average_weights, build_optimizer, learning_rate
@@ -122,7 +122,7 @@ class TrainingRun:
         dtype = choose_precision(
             precision, self.stage.trunk, self.device, amp=self.optim.amp, train=True
         )
-        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        self.precision = precision_name(dtype)
         distributed.barrier()  # every process has seen the directory as it was
         if resume and last is None:
             distributed.say(f"nothing to resume in {self.output}: it starts at step 0")

@@ -7,6 +7,8 @@ import torch
 
 from datasets.images import read_image
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
+from models.deepmask import DeepMask
+from models.sharpmask import DenseNetwork
 from models.trunk import TRUNKS, TrunkConfig, build_trunk, fold_norms
 from pipeline import precision
 from pipeline.inference.detect import load_detector
@@ -43,26 +45,36 @@ def test_the_precision_that_is_chosen(
     asked, device, amp, units, speedup, chosen, monkeypatch, capsys
 ):
     monkeypatch.setattr(precision, "has_units", lambda: units)
-    monkeypatch.setattr(precision, "_speedup", lambda trunk, train: speedup)
+    monkeypatch.setattr(precision, "_speedup", lambda network, train, side: speedup)
     dtype = choose_precision(asked, build_trunk("tiny"), device, amp=amp)
     assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
     said = capsys.readouterr().out
     measured = asked == "auto" and device == CPU and units
     assert said == (
-        f"precision: {chosen} (the trunk in bf16 is {speedup} times as fast as in fp32)\n"
-        if measured
-        else ""
+        f"precision: {chosen} (bf16 is {speedup} times as fast as fp32)\n" if measured else ""
     )
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_auto_measures_the_trunk_and_leaves_it_as_it_is(train, monkeypatch):
+def test_auto_measures_a_network_and_leaves_it_as_it_is(train, monkeypatch):
     monkeypatch.setattr(precision, "SECONDS", 0.0)
     trunk = build_trunk("tiny")
-    before = {name: value.clone() for name, value in trunk.state_dict().items()}
-    assert precision._speedup(trunk, train) > 0
-    assert all(torch.equal(before[n], v) for n, v in trunk.state_dict().items())
-    assert all(p.grad is None for p in trunk.parameters())
+    network = trunk if train else DenseNetwork(DeepMask(trunk, **SMALL).eval(), None)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert precision._speedup(network, train, side=192) > 0
+    assert all(torch.equal(before[n], v) for n, v in network.state_dict().items())
+    assert all(p.grad is None and p.dtype == torch.float32 for p in network.parameters())
+
+
+def test_detect_measures_once_for_both_networks(
+    tiny_detector, tiny_sharpmask, shapes_directory, call_tool, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(precision, "has_units", lambda: True)
+    monkeypatch.setattr(precision, "_speedup", lambda network, train, side: 1.8)
+    [image, *_] = sorted((shapes_directory / "images" / "val").iterdir())
+    arguments = ("--checkpoint", tiny_detector, "--proposal-checkpoint", tiny_sharpmask)
+    assert call_tool("detect", *arguments, "--images", image, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("precision: bf16") == 1
 
 
 @pytest.mark.parametrize("name", TRUNKS)

@@ -19,7 +19,9 @@ from models.multipathnet import MultiPathNet
 from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
+from pipeline.inference import detect_folders
 from pipeline.inference.detect import Detector, compress_checkpoint, load_detector, select_boxes
+from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.proposals import Proposals, results_of
 
 CPU = torch.device("cpu")
@@ -194,6 +196,45 @@ def test_tool_goes_from_images_to_scored_detections(
     scored = ("--annotations", annotations, "--results", output / "detections.json")
     assert call_tool("score_coco", "detections", *scored, "--output", tmp_path / "scores") == 0
     assert "AP50" in json.loads((tmp_path / "scores" / "metrics.json").read_text())["mask"]
+
+
+def test_tool_proposes_and_detects_as_it_is_told(
+    tiny_detector, tiny_sharpmask, shapes_directory, tmp_path, call_tool, monkeypatch
+):
+    checkpoint = torch.load(tiny_detector, weights_only=True)
+    checkpoint["config"]["detect"]["flip"] = True
+    torch.save(checkpoint, tmp_path / "mirrors.pt")
+    used, detect_images = {}, detect_folders.detect_images
+    monkeypatch.setattr(
+        detect_folders,
+        "detect_images",
+        lambda *args, settings, **more: (
+            used.update(settings) or detect_images(*args, settings=settings, **more)
+        ),
+    )
+    [image, *_] = sorted((shapes_directory / "images" / "val").iterdir())
+    output = tmp_path / "out"
+    arguments = ["--proposal-checkpoint", tiny_sharpmask, "--images", image, "--output", output]
+    arguments += ["--num-proposals", 3, "--per-megapixel", 2000, "--scales", -1, 0, 1, "--zoom"]
+    arguments += ["--no-refine", "--nms", 0.9, "--memory", 0.5, "--no-flip"]
+    assert call_tool("detect", "--checkpoint", tmp_path / "mirrors.pt", *arguments) == 0
+    assert used["flip"] is False and used["per_megapixel"] == 2000
+    store = ProposalStore(output / "proposals")
+    made = {"log2_scales": [-1, 0, 1], "refine": False, "nms": 0.9, "per_megapixel": 2000}
+    assert made.items() <= store.settings().items()
+
+
+def test_larger_images_have_more_of_their_proposals_detected(tiny_detector, crowded):
+    height, width = crowded[0].shape[:2]
+    few = {"num_proposals": 8, "score_threshold": 0.0, "nms": 1.0}
+    for density, count in (
+        (None, 8),
+        (7.5e6 / (height * width), 8),
+        (40.5e6 / (height * width), 40),
+    ):
+        overrides = few | {"per_megapixel": density}
+        found = load_detector(tiny_detector, CPU, overrides=overrides)[0](*crowded)
+        assert set(found.rles) == set(crowded[1].rles[:count])
 
 
 # Selection: NMS within classes and box voting, against slow loops over pairs of boxes.
