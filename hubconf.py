@@ -13,6 +13,7 @@ dependencies = [
     "pycocotools",
     "omegaconf",
     "msgspec",
+    "pyarrow",
     "tqdm",
 ]
 

@@ -56,7 +56,7 @@ def test_a_mistake_of_all_processes_is_one_line(has_store, monkeypatch, capsys):
 
 
 def test_a_read_only_folder_is_named(call_tool, tiny_config, tmp_path, monkeypatch, capsys):
-    def open_lock(path, _):
+    def open_lock(path, *_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(run_lock, "_lock", open_lock)

@@ -34,10 +34,10 @@ def test_one_bad_image_loses_no_other(tiny_detector, val, tmp_path, capsys):
     detector, _ = load_detector(tiny_detector, CPU)
     detect = detector.detect_by_count
 
-    def run_out_of_memory(image, proposals, counts):
+    def run_out_of_memory(image, proposals, counts, **options):
         if proposals.file_name == large:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-        return detect(image, proposals, counts)
+        return detect(image, proposals, counts, **options)
 
     detector.detect_by_count = run_out_of_memory
     summary = detect_images(detector, store, images, tmp_path / "out", settings={})
@@ -77,11 +77,11 @@ def test_interrupted_detections_go_on_where_they_were(tiny_detector, val, tmp_pa
     assert "chunk" not in settings and settings["nms"] == 0.3
     detect, seen = detector.detect_by_count, []
 
-    def noted(image, proposals, counts):
+    def noted(image, proposals, counts, **options):
         if len(seen) == stop:
             raise KeyboardInterrupt
         seen.append(proposals.file_name)
-        return detect(image, proposals, counts)
+        return detect(image, proposals, counts, **options)
 
     detector.detect_by_count, stop = noted, 3
     with pytest.raises(KeyboardInterrupt):

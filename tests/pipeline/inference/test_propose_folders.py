@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(photos, tmp_path, monkeypat
 
 def propose_until_killed(source: Path, output: Path) -> None:
     """For two shards of two images, and one more image."""
-    proposal_store.SHARD_BYTES = 150  # of which an image has about 100
+    proposal_store.SHARD_BYTES = 200  # of which an image has about 155
     errors = {"f.png": lambda: os.kill(os.getpid(), signal.SIGKILL)}
     propose(BoxProposer(errors=errors), source, output)
 
