@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from datasets.files import atomic_path, write_atomically, write_json
+from datasets.files import write_atomically, write_json
 from datasets.object_sizes import ObjectSides
 from pipeline.checkpoint import HUB_CONFIG, HUB_WEIGHTS, load_checkpoint, read_hub_config
 from pipeline.config import PRETRAIN
@@ -67,7 +67,7 @@ def write_hub_folder(checkpoint: str | Path, output: str | Path) -> str:
 def save_hub_folder(checkpoint: dict[str, Any], output: str | Path, *, data: str = "") -> None:
     """The same of a checkpoint's content; `data` is the name of what it was trained on."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
         raise ValueError("writing safetensors needs them: pip install safetensors") from None
     output = Path(output)
@@ -75,8 +75,7 @@ def save_hub_folder(checkpoint: dict[str, Any], output: str | Path, *, data: str
         read_hub_config(output / HUB_CONFIG)  # refuses another project's
     # Copies: safetensors takes no two names of one memory.
     weights: dict[str, Tensor] = {k: v.contiguous().clone() for k, v in checkpoint["model"].items()}
-    with atomic_path(output / HUB_WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    write_atomically(output / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
     rest = {key: value for key, value in checkpoint.items() if key != "model"}
     write_json(output / HUB_CONFIG, rest)
     if not (output / CARD).exists():
