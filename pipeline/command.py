@@ -238,7 +238,7 @@ def proposing_options(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: --scales are neither auto nor three numbers.
     """
     options = {
-        "log2_scales": _parse_scales(args.scales),
+        "log2_scales": parse_scales(args.scales),
         "zoom": args.zoom,
         "refine": args.refine,
         "nms": args.nms,
@@ -247,7 +247,12 @@ def proposing_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _parse_scales(words: list[str] | None) -> LogScales | str | None:
+def parse_scales(words: list[str] | None) -> LogScales | str | None:
+    """What --scales gave: auto, or three numbers.
+
+    Raises:
+        ValueError: something else.
+    """
     if words is None:
         return None
     if words == [AUTO]:
