@@ -131,7 +131,7 @@ def tiny_detector(tiny_config, tiny_sharpmask, tmp_path_factory) -> Path:
     return train("multipathnet", config, tmp_path_factory.mktemp("run") / "multipathnet")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stores(tiny_detector) -> list[str]:
     """Overrides that name the proposals which `tiny_detector` was trained on."""
     folder = tiny_detector.parents[1] / "proposals"

@@ -62,15 +62,13 @@ def last_checkpoint(output: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def start_tool(
-    arguments: list, *, processes: int = 1, stage: str = "deepmask"
-) -> subprocess.Popen[str]:
-    """Starts tools/train_stage.py in a session of its own, by torchrun for several processes."""
+def start_tool(arguments: list, *, processes: int = 1) -> subprocess.Popen[str]:
+    """Starts a DeepMask's training in a session of its own, by torchrun for several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(processes)]
-    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", stage, "--device", "cpu"]
+    tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", "deepmask", "--device", "cpu"]
     return subprocess.Popen(
         [*launcher, *tool, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

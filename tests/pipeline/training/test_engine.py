@@ -4,6 +4,9 @@ import copy
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -18,6 +21,7 @@ from pipeline.training.optimizer import learning_rate
 from pipeline.training.run_log import RunLog, read_metrics
 from tests.pipeline.training.runs import (
     CPU,
+    ROOT,
     interrupt,
     last_checkpoint,
     make_stage,
@@ -119,17 +123,39 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-def test_two_processes_equal_one_after_twenty_steps(
-    stage, tiny_config, tiny_checkpoint, stores, tmp_path
-):
-    """Momentum, weight decay and heads that are idle in a minibatch included.
+ALL_STAGES = """
+import os, runpy, sys
+root, folder, ports, *arguments = sys.argv[1:]
+sys.path.insert(0, root)
+import pipeline.training.engine, pipeline.training.prepare, torch.nn.parallel  # once for all
+for stage, port in zip(("deepmask", "sharpmask", "multipathnet"), ports.split(",")):
+    if os.environ["RANK"] == "0":
+        print(f"\\n== {stage} ==", flush=True)
+    if os.fork() == 0:
+        os.environ["MASTER_PORT"] = port
+        sys.argv = ["train_stage.py", "--stage", stage, "--output", f"{folder}/{stage}", *arguments]
+        runpy.run_path(f"{root}/tools/train_stage.py", run_name="__main__")
+    if os.wait()[1]:
+        sys.exit(1)
+"""
 
-    Dropout is off: every process draws its own. Rounding may hand the gradient of a RoI cell to
-    another of two features that tie; in this run it does not.
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def twins(tiny_config, tiny_checkpoint, stores, tmp_path_factory):
+    """The folders of all stages' runs by one and by two processes, and what the two printed.
+
+    Two processes train one stage after the other: starting takes longer than all of the training.
     """
     overrides = [
-        f"{stage}.optim.batches_per_epoch=20",
+        *(f"{stage}.optim.batches_per_epoch=20" for stage in TRAINED),
         f"init.deepmask={tiny_checkpoint}",
         "deepmask.sampling.patches_per_image=2",
         "deepmask.dropout=0",
@@ -138,17 +164,40 @@ def test_two_processes_equal_one_after_twenty_steps(
         "multipathnet.optim.decay_biases=false",
         *stores,
     ]
-    runs = [
-        start_tool(
-            ["--config", tiny_config, "--output", tmp_path / str(n), "--set", *overrides],
-            processes=n,
-            stage=stage,
+    folder = tmp_path_factory.mktemp("twins")
+    ports = ",".join(map(str, free_ports(len(TRAINED))))
+    arguments = [ROOT, folder / "two", ports, "--config", tiny_config, "--device", "cpu"]
+    command = [sys.executable, "-c", ALL_STAGES, *map(str, arguments), "--set", *overrides]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        for n in (1, 2)
+        for rank in range(2)
     ]
-    outputs = [run.communicate(timeout=240)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    one, two = (last_checkpoint(tmp_path / str(n)) for n in (1, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two has: sums in the same order
+    for stage in TRAINED:
+        train(stage, load_config(tiny_config, overrides), folder / "one" / stage)
+    torch.set_num_threads(threads)
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    return folder / "one", folder / "two", "".join(outputs)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_processes_equal_one_after_twenty_steps(stage, twins, tmp_path):
+    """Momentum, weight decay and heads that are idle in a minibatch included.
+
+    Dropout is off: every process draws its own. Rounding may hand the gradient of a RoI cell to
+    another of two features that tie; in this run it does not.
+    """
+    folders = [folder / stage for folder in twins[:2]]
+    one, two = map(last_checkpoint, folders)
     assert one["step"] == two["step"] == 20
     config = config_from_dict(one["config"], source="test")
     start = make_stage(stage, config, tmp_path / "new").model.state_dict()
@@ -158,14 +207,19 @@ def test_two_processes_equal_one_after_twenty_steps(
     for part in TRAINED[stage]:
         assert part in moved
     assert two["best"] == pytest.approx(one["best"], abs=1e-6)
-    for was, now in zip(*(read_metrics(tmp_path / str(n) / "metrics.jsonl") for n in (1, 2)),
-                        strict=True):  # fmt: skip
+    for was, now in zip(*(read_metrics(run / "metrics.jsonl") for run in folders), strict=True):
         for key in (key for key in was if "loss" in key):
             assert now[key] == pytest.approx(was[key], rel=1e-6)
-    # The launcher's and the loop's lines, once.
-    lines = [line for line in outputs[1].splitlines() if line.strip()]
-    assert not [line for line in lines if "warn" in line.lower()]
-    assert len(set(lines)) == len(lines)
+
+
+def test_two_processes_print_each_line_once(twins):
+    """The launcher's and the loop's."""
+    parts = twins[2].split("\n== ")
+    assert [part.split(" ")[0] for part in parts[1:]] == list(TRAINED)
+    for part in parts:
+        lines = [line for line in part.splitlines() if line.strip()]
+        assert not [line for line in lines if "warn" in line.lower()]
+        assert len(set(lines)) == len(lines)
 
 
 def test_every_step_draws_its_own_dropout(tiny_recipe, tmp_path):
