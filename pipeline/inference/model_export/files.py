@@ -180,8 +180,8 @@ def _exporting() -> Iterator[None]:
             yield
     except RuntimeError as error:
         raise ValueError(
-            f"PyTorch {torch.__version__} cannot export this network, which {TRIED} can: "
-            f"{str(error).splitlines()[0]}"
+            f"PyTorch {torch.__version__} cannot export this network (exports were tried with "
+            f"{TRIED}): {str(error).splitlines()[0]}"
         ) from error
     finally:
         logging.disable(level)

@@ -38,7 +38,7 @@ DEEPMASK = {
 NETWORKS = {
     "tiny": {},
     "resnet18": {"trunk": {"width": 8}},
-    "resnet50 of Caffe": {"trunk": {"width": 8, "style": "caffe", "ceil_pooling": True}},
+    "resnet50 of Caffe": {"trunk": {"width": 8, "style": "caffe"}},
     "mobilenet_v2": {},
     "tiny as in the paper": {"merge": "concat", "widths": "constant", "num_modules": 3},
     "tiny with separate heads": {"deepmask": {"separate_heads": True}},
@@ -178,15 +178,17 @@ def test_a_pytorch_that_cannot_is_named(graph, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_load", lambda *_: (graph, {}))
     monkeypatch.setattr(torch.export, "export", fail)
-    with pytest.raises(ValueError, match=r"which 2\.14 can: Could not guard on u0$"):
+    with pytest.raises(ValueError, match=r"tried with 2\.14\): Could not guard on u0$"):
         files.write_torch_export("", tmp_path / "x.pt2", {})
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported(tiny_checkpoint, tmp_path, monkeypatch):
-    proposer = make_proposer("tiny", align_corners=True)
-    with pytest.raises(ValueError, match="align_corners"):
-        ProposalGraph(proposer)
+    with pytest.raises(ValueError, match="propose.align_corners"):
+        ProposalGraph(make_proposer("tiny", align_corners=True))
+    monkeypatch.setitem(NETWORKS, "resnet18", {"trunk": {"width": 8, "ceil_pooling": True}})
+    with pytest.raises(ValueError, match="trunk.ceil_pooling"):
+        ProposalGraph(make_proposer("resnet18"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="pip install onnx onnxscript"):
         files.write_onnx(tiny_checkpoint, tmp_path / "x.onnx", {})
