@@ -25,6 +25,7 @@ from pipeline.inference.propose import load_proposer
 
 TOLERANCE = 1e-4
 TRACED, CHECKED = (96, 128), (131, 75)  # sizes of images
+TRIED = "2.14"  # PyTorch; earlier ones trace fewer of the sizes that are known late
 SETTINGS = "settings.json"  # within a .pt2 file
 
 
@@ -46,7 +47,7 @@ def write_onnx(checkpoint: str | Path, output: Path, options: dict[str, Any]) ->
     except ImportError as error:
         raise ValueError("--format onnx needs onnxscript: pip install onnx onnxscript") from error
     graph, settings = _load(checkpoint, options)
-    with _quietly():
+    with _exporting():
         program = torch.onnx.export(
             _trace(graph),
             dynamo=True,
@@ -70,7 +71,7 @@ def write_torch_export(checkpoint: str | Path, output: Path, options: dict[str, 
     """Writes the graph of a checkpoint for `torch.export.load`; as `write_onnx`."""
     graph, settings = _load(checkpoint, options)
     with atomic_path(output) as temporary:
-        with _quietly():
+        with _exporting():
             content = io.BytesIO()  # a path must end in .pt2
             extra = {SETTINGS: json.dumps(settings)}
             torch.export.save(_trace(graph), content, extra_files=extra)
@@ -169,13 +170,18 @@ def _agreement(found: float, reader: str) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporters' notes, which are for their developers."""
+def _exporting() -> Iterator[None]:
+    """Without the exporters' notes, which are for their developers; a failure is a ValueError."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except RuntimeError as error:
+        raise ValueError(
+            f"PyTorch {torch.__version__} cannot export this network (exports were tried with "
+            f"{TRIED}): {str(error).splitlines()[0]}"
+        ) from error
     finally:
         logging.disable(level)

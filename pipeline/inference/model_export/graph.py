@@ -58,12 +58,15 @@ class ProposalGraph(nn.Module):
             proposer: on a CPU, in full precision; its network is used, not copied.
 
         Raises:
-            ValueError: it resizes as the released code does.
+            ValueError: it resizes as the released code does, or its trunk pools as Caffe does.
         """
         super().__init__()
         options = proposer.options
         if options.align_corners:
             raise ValueError("propose.align_corners, resizing as released, cannot be exported")
+        if any(getattr(layer, "ceil_mode", False) for layer in proposer.deepmask.modules()):
+            # Tracing asks whether the last window begins in the image, which is always so.
+            raise ValueError("trunk.ceil_pooling, as Caffe's, cannot be exported")
         self.deepmask, self.refinement = proposer.deepmask, proposer.refinement
         self.dense = DenseNetwork(self.deepmask, self.refinement)
         self.scales = [2.0**log2_scale for log2_scale in proposer.log2_scales]
