@@ -183,6 +183,7 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         x: (N, E). weight: (K, E), or (K, E, 1, 1). The result is (N, K).
     """
+    # Not len(x), which an exported graph would take for a constant.
     pixels = x.reshape(1, x.shape[0], 1, -1).permute(0, 3, 1, 2)  # (1, E, N, 1), channels last
     rows = F.conv2d(pixels, weight.reshape(*weight.shape[:2], 1, 1), bias)
     return rows.permute(0, 2, 3, 1).flatten(0, 2)

@@ -152,7 +152,7 @@ def difference(expected: Outputs, found: Outputs) -> float:
         is_alone = torch.ones(len(side.scores), dtype=torch.bool)
         is_alone[shared] = False
         differences.append(side.scores[is_alone] - side.scores[-1])
-    return max(float(each.max()) for each in differences if each.numel())
+    return float(torch.cat([each.flatten() for each in differences]).max())  # also if one is NaN
 
 
 def _relative(expected: Tensor, found: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Letters: (H, W) the image, N proposals, E embedding width, M side of a mask, (h,
 scale, S scales.
 """
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from datasets.resize import MEAN, STD
 from models.deepmask import STRIDE
-from models.sharpmask import DenseNetwork
+from models.sharpmask import DenseNetwork, SharpMask
 from pipeline.inference.model_export.resizing import resize_with_border
 from pipeline.inference.propose import Proposer
 
@@ -55,19 +57,19 @@ class ProposalGraph(nn.Module):
     def __init__(self, proposer: Proposer):
         """
         Args:
-            proposer: on a CPU, in full precision; its network is used, not copied.
+            proposer: on a CPU, in full precision; its network is copied.
 
         Raises:
-            ValueError: it resizes as the released code does, or its trunk pools as Caffe does.
+            ValueError: it resizes as the released code does.
         """
         super().__init__()
         options = proposer.options
         if options.align_corners:
             raise ValueError("propose.align_corners, resizing as released, cannot be exported")
-        if any(getattr(layer, "ceil_mode", False) for layer in proposer.deepmask.modules()):
-            # Tracing asks whether the last window begins in the image, which is always so.
-            raise ValueError("trunk.ceil_pooling, as Caffe's, cannot be exported")
-        self.deepmask, self.refinement = proposer.deepmask, proposer.refinement
+        model = copy.deepcopy(proposer.refinement or proposer.deepmask)
+        _round_pools_down(model)
+        self.refinement = model if isinstance(model, SharpMask) else None
+        self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
         self.dense = DenseNetwork(self.deepmask, self.refinement)
         self.scales = [2.0**log2_scale for log2_scale in proposer.log2_scales]
         self.num_proposals = options.num_proposals
@@ -131,6 +133,21 @@ class ProposalGraph(nn.Module):
             index = starts[:, None] + y * sides[scale, 1, None]
             windows.append(maps[index[:, :, None] + x[:, None]].permute(0, 3, 1, 2))
         return windows
+
+
+def _round_pools_down(model: nn.Module) -> None:
+    """Has pools that round sizes up, as in Caffe, round down after a row and column more; in place.
+
+    Of a pool that rounds up, tracing asks whether its last window begins in the image, and gets no
+    answer for a size it does not know.
+    """
+    for parent in list(model.modules()):
+        for name, pool in list(parent.named_children()):
+            if isinstance(pool, nn.MaxPool2d) and pool.ceil_mode:
+                assert (pool.stride, pool.padding) == (2, 0)
+                pool.ceil_mode = False
+                beyond = nn.ConstantPad2d((0, 1, 0, 1), -math.inf)
+                setattr(parent, name, nn.Sequential(beyond, pool))
 
 
 def _row(*sides: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A smaller image averages areas, a larger one is interpolated, and both are rounded to whole values
 as OpenCV rounds them, which works on bytes. Averages here are exact, OpenCV's are in float32: one
-value in some 100,000 lies between two whole numbers and is rounded otherwise.
+value in some 10,000 lies between two whole numbers and is rounded otherwise.
 
 Letters: (H, W) the image, (h, w) the scaled image; both are ints, or symbols while it is exported.
 """

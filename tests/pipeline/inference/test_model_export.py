@@ -38,7 +38,7 @@ DEEPMASK = {
 NETWORKS = {
     "tiny": {},
     "resnet18": {"trunk": {"width": 8}},
-    "resnet50 of Caffe": {"trunk": {"width": 8, "style": "caffe"}},
+    "resnet50 of Caffe": {"trunk": {"width": 8, "style": "caffe", "ceil_pooling": True}},
     "mobilenet_v2": {},
     "tiny as in the paper": {"merge": "concat", "widths": "constant", "num_modules": 3},
     "tiny with separate heads": {"deepmask": {"separate_heads": True}},
@@ -116,7 +116,8 @@ def test_resizing_is_opencvs_but_for_a_few_roundings(size, log2_scale):
     found = padded.numpy()[3:-3, 3:-3] * 255
     differences = abs(found - expected)
     assert differences.max() < 1.01
-    assert (differences > 0.01).sum() <= 2 + expected.size * 1e-3
+    # Small images have many means that lie between two whole numbers.
+    assert (differences > 0.01).sum() <= 5 + expected.size * 0.01
     padded[3:-3, 3:-3] = 0.5
     assert (padded == 0.5).all()
 
@@ -151,6 +152,7 @@ def test_differences_are_found_wherever_they_are(outputs):
     assert difference(outputs, outputs) == 0
     assert difference(outputs, changed(outputs, "scores", 3, 1e-3)) == pytest.approx(1e-3, rel=0.1)
     assert difference(outputs, changed(outputs, "mask_logits", 30, -1e-3)) > 1e-4
+    assert np.isnan(difference(outputs, changed(outputs, "mask_logits", 9, np.nan)))
     assert difference(outputs, Outputs(*(each[:-1] for each in outputs))) > 1
     assert difference(outputs, changed(outputs, "patches", slice(None), 1)) > 1
 
@@ -170,6 +172,8 @@ def test_a_runtime_that_computes_something_else_is_an_error(graph):
 
     with pytest.raises(ValueError, match="differs from PyTorch by 1.0e-03"):
         check_outputs(graph, run)
+    with pytest.raises(ValueError, match="differs from PyTorch by nan"):
+        check_outputs(graph, lambda image: changed(run(image), "mask_logits", 0, np.nan))
 
 
 def test_a_pytorch_that_cannot_is_named(graph, tmp_path, monkeypatch):
@@ -186,9 +190,6 @@ def test_a_pytorch_that_cannot_is_named(graph, tmp_path, monkeypatch):
 def test_what_cannot_be_exported(tiny_checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="propose.align_corners"):
         ProposalGraph(make_proposer("tiny", align_corners=True))
-    monkeypatch.setitem(NETWORKS, "resnet18", {"trunk": {"width": 8, "ceil_pooling": True}})
-    with pytest.raises(ValueError, match="trunk.ceil_pooling"):
-        ProposalGraph(make_proposer("resnet18"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="pip install onnx onnxscript"):
         files.write_onnx(tiny_checkpoint, tmp_path / "x.onnx", {})
