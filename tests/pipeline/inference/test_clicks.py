@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -98,7 +98,8 @@ def test_masks_at_equal_the_patches_decoded_alone(clickable, x, y):
             for i in range(rows)
             for j in range(columns)
         ]
-        _, row, column = min(centers)
+        (distance, row, column), (second, *_) = sorted(centers)[:2]
+        assume(second - distance > 1e-6)  # midway between two cells, either is right
         alone = proposer.paste_cells(
             clickable.bands, torch.tensor([[index, row, column]]), (90, 130)
         )
