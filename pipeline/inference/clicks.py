@@ -9,7 +9,7 @@ Letters: N masks, best first.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,14 +37,6 @@ class MasksAtPoint(Proposals):
 
     contain: np.ndarray
     patch_sides: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "MasksAtPoint":
-        """Some of them."""
-        columns = {
-            name: getattr(self, name)[rows]
-            for name in ("logits", "boxes", "contain", "patch_sides")
-        }
-        return replace(self, **columns, rles=[self.rles[row] for row in rows.tolist()])
 
 
 class ClickableImage:

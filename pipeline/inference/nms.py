@@ -4,7 +4,6 @@ N: masks of an image, best first.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -19,13 +18,7 @@ MAX_PAIRS = 1 << 21  # looked at together: bounds memory
 
 def mask_nms(proposals: Proposals, iou: float) -> Proposals:
     """Of two proposals whose masks have at least this IoU, in (0, 1], the second is dropped."""
-    kept = kept_by_nms(proposals, iou)
-    return replace(
-        proposals,
-        logits=proposals.logits[kept],
-        boxes=proposals.boxes[kept],
-        rles=[proposals.rles[i] for i in kept.tolist()],
-    )
+    return proposals.take(kept_by_nms(proposals, iou))
 
 
 def kept_by_nms(proposals: Proposals, iou: float) -> np.ndarray:

@@ -6,8 +6,9 @@ A COCO result is {"image_id", "category_id", "score", "bbox" xywh, "segmentation
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -64,6 +65,12 @@ class Proposals:
     def mask(self, index: int) -> np.ndarray:
         """A mask (height, width) bool."""
         return coco_mask.decode(self.rle(index)).astype(bool)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Those at some rows (n,) int64, copied."""
+        arrays = {k: v[rows] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        rles = [self.rles[row] for row in rows.tolist()] if self.rles else []
+        return replace(self, **arrays, rles=rles)
 
 
 @dataclass

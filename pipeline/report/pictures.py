@@ -5,7 +5,7 @@ Letters: D proposals or detections and G annotated objects (crowds are none) of 
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -85,22 +85,25 @@ def detection_gallery(
     Images are ordered by the mean over their objects of the IoU with the best detection of the
     object's category, and cut into equal parts; the middle one of each is drawn.
     """
-    confident = [first(f, int((f.scores >= MIN_SCORE).sum())) for f in found]
-    scenes = sorted(scenes_of(confident, coco), key=lambda scene: -scene.ious.mean())
+    sure = [confident(f) for f in found]
+    scenes = sorted(scenes_of(sure, coco), key=lambda scene: -scene.ious.mean())
     examples = [
         make_example(images, s.found.file_name, s.ious, partial(draw_detections, s, coco))
         | {"num_detections": len(s.found)}
         for s in spread(scenes, NUM_DETECTED)
     ]
-    totals = {"detections": sum(map(len, found)), "confident": sum(map(len, confident))}
+    totals = {"detections": sum(map(len, found)), "confident": sum(map(len, sure))}
     return {"examples": examples, "images": len(scenes)} | totals
 
 
 def first(found: Found, count: int) -> Found:
     """The `count` proposals or detections with the highest scores, as copies."""
-    columns = {k: v for k, v in vars(found).items() if isinstance(v, np.ndarray | list)}
-    best: dict[str, Any] = {name: column[:count].copy() for name, column in columns.items()}
-    return replace(found, **best)
+    return found.take(np.arange(len(found))[:count])
+
+
+def confident(found: Detections) -> Detections:
+    """Those with a score of at least `MIN_SCORE`."""
+    return first(found, int((found.scores >= MIN_SCORE).sum()))
 
 
 def scenes_of(found: Iterable[Found], coco: CocoInstances) -> list[Scene[Found]]:

@@ -258,7 +258,7 @@ def gallery(runs: dict[str, Run], stage: str) -> dict[str, Any] | None:
     for run in runs.values():
         if stage == DETECTOR:
             found: list | None = read_found(run, stage)
-            found = found and [pictures.first(f, _confident(f)) for f in found]
+            found = found and [pictures.confident(f) for f in found]
         else:
             found = run.read(f"{stage}/proposals", "pictures", pictures.read_proposals)
         scenes.append({s.found.image_id: s for s in pictures.scenes_of(found or [], coco)})
@@ -282,10 +282,6 @@ def gallery(runs: dict[str, Run], stage: str) -> dict[str, Any] | None:
         example = pictures.make_example(images, name, of_runs[0].ious, draw)
         examples.append(example | {"means": means(image_id)})
     return {"stage": stage, "labels": list(runs), "examples": examples, "images": len(ids)}
-
-
-def _confident(found: Any) -> int:
-    return int((found.scores >= pictures.MIN_SCORE).sum())
 
 
 def _draw(scenes: list[pictures.Scene], coco: CocoInstances, image: Image) -> list:
