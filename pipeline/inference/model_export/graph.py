@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datasets.resize import MEAN, STD
 from models.deepmask import STRIDE
-from models.sharpmask import DenseNetwork, SharpMask
+from models.sharpmask import DenseNetwork
 from pipeline.inference.model_export.resizing import resize_with_border
 from pipeline.inference.propose import Proposer
 
@@ -66,11 +66,9 @@ class ProposalGraph(nn.Module):
         options = proposer.options
         if options.align_corners:
             raise ValueError("propose.align_corners, resizing as released, cannot be exported")
-        model = copy.deepcopy(proposer.refinement or proposer.deepmask)
-        _round_pools_down(model)
-        self.refinement = model if isinstance(model, SharpMask) else None
-        self.deepmask = model.deepmask if isinstance(model, SharpMask) else model
-        self.dense = DenseNetwork(self.deepmask, self.refinement)
+        dense = copy.deepcopy(DenseNetwork(proposer.deepmask, proposer.refinement))
+        _round_pools_down(dense)
+        self.dense, self.deepmask, self.refinement = dense, dense.deepmask, dense.refinement
         self.scales = [2.0**log2_scale for log2_scale in proposer.log2_scales]
         self.num_proposals = options.num_proposals
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
