@@ -13,7 +13,6 @@ dependencies = [
     "pycocotools",
     "omegaconf",
     "msgspec",
-    "pyarrow",
     "tqdm",
 ]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
-import pyarrow as pa
-from pyarrow import fs
-
 from datasets.file_names import leads_out
+
+if TYPE_CHECKING:  # who reads images on this machine alone does without Arrow
+    from pyarrow import fs
 
 S3 = "s3"
 
@@ -45,9 +45,11 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def _reading(opened: Any, place: str) -> Any:
+    from pyarrow import ArrowInvalid
+
     try:
         return opened(place)
-    except pa.ArrowInvalid as error:
+    except ArrowInvalid as error:
         raise OSError(str(error)) from None
 
 
@@ -65,6 +67,8 @@ def find_file(uri: str) -> tuple[fs.FileSystem, str]:
         if not parts.netloc or leads_out(place := uri.partition("://")[2].strip("/")):
             raise ValueError(f"{uri}: expected s3://BUCKET/PATH")
         return _s3(parts.netloc), place
+    from pyarrow import fs
+
     try:
         from fsspec.core import url_to_fs
 
@@ -76,6 +80,8 @@ def find_file(uri: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache
 def _s3(bucket: str) -> fs.FileSystem:
+    from pyarrow import fs
+
     # Arrow itself does not look at the endpoint's variables.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
