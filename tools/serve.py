@@ -18,6 +18,7 @@ from pipeline.command import add_device, add_precision, make_parser, run_tool
 from pipeline.inference.detect import load_detector
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.propose import load_proposer
+from pipeline.precision import precision_name
 from pipeline.pretrained import pretrained_checkpoint
 from pipeline.serve.app import create_app
 from pipeline.serve.folder import ServedFiles
@@ -58,11 +59,13 @@ def main() -> None:
     files = ServedFiles(args.images, max_pixels=args.max_pixels)
     keep_freed_blocks()
     with distributed.process_group(args.device) as device, listen(args.host, args.port) as server:
-        proposer, _ = load_proposer(
-            args.checkpoint or pretrained_checkpoint("sharpmask"), device, precision=args.precision
-        )
         detector, _ = load_detector(
             args.detector or pretrained_checkpoint("multipathnet"), device, precision=args.precision
+        )
+        proposer, _ = load_proposer(
+            args.checkpoint or pretrained_checkpoint("sharpmask"),
+            device,
+            precision=precision_name(detector.dtype),  # measured once for both
         )
         service = Service(
             proposer, detector, files, max_bytes=args.max_bytes, max_pixels=args.max_pixels
