@@ -25,8 +25,9 @@ pretrained: setup
 			--output models/pretrained/$$stage.pt || exit 1; \
 	done
 
+# Two workers, each with one thread: on two cores that takes little more than half of the time.
 test: setup chromium
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The page's tests need a browser, and skip where there is none and none can be installed.
 chromium:

@@ -1,6 +1,8 @@
 """What the command-line tools share: options, and errors in one line."""
 
 import argparse
+import atexit
+import gc
 import glob
 import io
 import os
@@ -40,9 +42,11 @@ def run_tool(main: Callable[[], int | None]) -> None:
     raise ValueError or OSError for bad input and FloatingPointError for a loss that is not finite;
     MASKPATH_TRACEBACK=1 shows where from.
     """
-    if sys.getfilesystemencoding() == "ascii" and main.__module__ == "__main__":
-        # PYTHONUTF8=0 in the C locale: names of files in annotations could not be opened.
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if main.__module__ == "__main__":
+        if sys.getfilesystemencoding() == "ascii":
+            # PYTHONUTF8=0 in the C locale: names of files in annotations could not be opened.
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        atexit.register(gc.freeze)  # else Python takes a second to look through PyTorch's modules
     for stream in (sys.stdout, sys.stderr):  # file names may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
