@@ -3,6 +3,8 @@ r"""What each part of the refinement or of the detector adds, over several seeds
 
     python tools/benchmarks/ablation.py refinement --run runs/demo
     python tools/benchmarks/ablation.py detector --run runs/demo --batches 250
+    python tools/benchmarks/ablation.py detector --run runs/demo --batches 3000 \
+        --variants "Fast R-CNN" "+ integral loss"
 
 Every variant is trained for the same number of minibatches on what a finished run of
 tools/run_pipeline.py has left: refinements on its DeepMask, detectors on its proposals. The table
@@ -10,7 +12,6 @@ has mean and standard deviation. Started again with the same --work-dir, it cont
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def without_horizontal(model: SharpMask, config: Config) -> SharpMask:
 
 IOUS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 FAST_RCNN = {"foveal": False, "skip": False, "iou_thresholds": [0.5], "use_box_tower": False}
+ALL = {"foveal": True, "skip": True, "iou_thresholds": IOUS, "use_box_tower": True}
 # By stage: settings of the recipe that make each variant.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "refinement": {
@@ -95,7 +97,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "+ skip": FAST_RCNN | {"skip": True},
         "+ integral loss": FAST_RCNN | {"iou_thresholds": IOUS},
         "+ box tower": FAST_RCNN | {"use_box_tower": True},
-        "all": {"foveal": True, "skip": True, "iou_thresholds": IOUS, "use_box_tower": True},
+        "all": ALL,
+        "all but integral loss": ALL | {"iou_thresholds": [0.5]},
     },
 }
 # What the recipe has no setting for is done to the network.
@@ -116,10 +119,14 @@ def main() -> None:
         work_dir=Path("runs/ablation"),
     )
     parser.add_argument("part", choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the part (default: all)")
     add_device(parser)
     args = parser.parse_args()
+    names = args.variants or list(VARIANTS[args.part])
+    if unknown := [name for name in names if name not in VARIANTS[args.part]]:
+        raise ValueError(f"--variants {unknown[0]}: {args.part} has {[*VARIANTS[args.part]]}")
     rows: Rows = {}
-    for name in VARIANTS[args.part]:
+    for name in names:
         rows[name] = {}
         runs = [measure(name, seed, args) for seed in range(args.seeds)]
         for column, *values in zip(runs[0], *(run.values() for run in runs), strict=True):
@@ -156,9 +163,13 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict[str, floa
     (detector, _), results = load_detector(best, device), []
     for proposals in ProposalStore(str(config.init.val_proposals)):
         results += results_of(detector(read_image(images / proposals.file_name), proposals))
-    metrics = evaluate_detections(load_ground_truth(annotations), results).metrics()
-    columns = itertools.product(metrics, ("AP", "AP50", "AP75"))
-    return {f"{t} {name}": 100 * (metrics[t][name] or 0.0) for t, name in columns}
+    scores = evaluate_detections(load_ground_truth(annotations), results)
+    row = {}
+    for iou_type, metrics in scores.metrics().items():
+        row[f"{iou_type} AP"] = 100 * (metrics["AP"] or 0.0)
+        for i, iou in enumerate(range(50, 100, 5)):
+            row[f"{iou_type} AP{iou}"] = 100 * float(scores.precision(iou_type)[i].mean())
+    return row
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ NETWORKS = {
     "resnet18": {"trunk": {"width": 8}},
     "resnet50 of Caffe": {"trunk": {"width": 8, "style": "caffe", "ceil_pooling": True}},
     "mobilenet_v2": {},
+    "vgg11": {},
+    "densenet121": {},
     "tiny as in the paper": {"merge": "concat", "widths": "constant", "num_modules": 3},
     "tiny with separate heads": {"deepmask": {"separate_heads": True}},
     "tiny without refinement": {},
