@@ -7,13 +7,22 @@ Every variant trains DeepMask and SharpMask, which takes an hour or two on two c
 DeepMask alone. Started again with the same --work-dir, it continues.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import add_config, add_device, run_tool
-from tools.benchmarks.mask_stages import MASK_STAGES, markdown, over_seeds, recall_of_recipe
+from tools.benchmarks.mask_stages import (
+    MASK_STAGES,
+    markdown,
+    over_seeds,
+    recall_of_changed,
+    recall_of_recipe,
+)
 from tools.benchmarks.timing import Rows, make_parser, report
 
 
@@ -22,9 +31,25 @@ def of_both(setting: str, value: str) -> dict[str, str]:
     return {f"{stage}.{setting}": value for stage in MASK_STAGES}
 
 
+def as_trained(content: dict[str, Any]) -> None:
+    """Weights of the last minibatch instead of their average."""
+    content["model"] = content["trained_model"]
+
+
+def proposing(**options: Any) -> Callable[[dict[str, Any]], None]:
+    """Other options of proposals."""
+    return lambda content: content["config"]["propose"].update(options)
+
+
+THE_RECIPE = "the recipe"
+# Changes to a checkpoint of the recipe, which need no training of their own.
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "weights as trained, not averaged": as_trained,
+    "published scales": proposing(log2_scales=[-2.5, 0.5, 0.5]),
+    "near duplicates kept": proposing(nms=None),
+}
 VARIANTS: dict[str, dict[str, str]] = {
-    "the recipe": {},
-    "weights as trained, not averaged": of_both("optim.ema_decay", "null"),
+    THE_RECIPE: {},
     "no color augmentation": of_both("sampling.jitter_color", "0"),
     "twice the jitter of scale": of_both("sampling.jitter_scale", "0.5"),
     "categories balanced": of_both("sampling.balance_categories", "true"),
@@ -33,8 +58,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "trunk frozen": {"trunk.frozen_levels": "4"},
     "whole trunk trained": {"trunk.frozen_levels": "0"},
     "half the minibatches": of_both("optim.batches_per_epoch", "150"),
-    "published scales": {"propose.log2_scales": "[-2.5,0.5,0.5]"},
-    "near duplicates kept": {"propose.nms": "null"},
 }
 
 
@@ -42,31 +65,38 @@ def main() -> None:
     """Trains the variants and prints their recall."""
     parser = make_parser(__doc__, seeds=1, work_dir=Path("runs/few_images"))
     add_config(parser)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=[*VARIANTS, *CHANGES], default=[*VARIANTS, *CHANGES]
+    )
     parser.add_argument("--coarse", action="store_true", help="DeepMask alone, its coarse masks")
     add_device(parser)
     args = parser.parse_args()
 
     rows: Rows = {}
     for name in args.variants:
-        scores = []
-        for seed in range(args.seeds):
-            print(f"\n{name}, seed {seed}", flush=True)
-            output = args.work_dir / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
-            settings = VARIANTS[name] | {"seed": str(seed)}
-            scores.append(
-                recall_of_recipe(
-                    args.config,
-                    output,
-                    settings,
-                    overrides=args.set,
-                    device=args.device,
-                    stages=MASK_STAGES[:1] if args.coarse else MASK_STAGES,
-                )
-            )
-        rows[name] = over_seeds(scores)
+        rows[name] = over_seeds([measure(name, seed, args) for seed in range(args.seeds)])
         print(f"\n{markdown(rows, 'variant')}", flush=True)
     report({"variants": rows}, args.output)
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Recall of a variant, with one seed."""
+    print(f"\n{name}, seed {seed}", flush=True)
+    stages = MASK_STAGES[:1] if args.coarse else MASK_STAGES
+    options = {"overrides": args.set, "device": args.device}
+    settings = VARIANTS.get(name, {}) | {"seed": str(seed)}
+    trained = folder(args.work_dir, name if name in VARIANTS else THE_RECIPE, seed)
+    recall = recall_of_recipe(args.config, trained, settings, stages=stages, **options)
+    if name not in CHANGES:
+        return recall
+    output = folder(args.work_dir, name, seed)
+    run = trained / stages[-1]
+    return recall_of_changed(args.config, run, output, CHANGES[name], **options)
+
+
+def folder(work_dir: Path, name: str, seed: int) -> Path:
+    """Of a variant's results."""
+    return work_dir / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What benchmarks of both mask stages share: train, score, and the table of several seeds."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.full_run import run_pipeline
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.full_run import run_pipeline, score_masks
+from pipeline.recipe import load_config
 from tools.benchmarks.timing import Rows
 
 MASK_STAGES = ("deepmask", "sharpmask")
@@ -30,7 +32,28 @@ def recall_of_recipe(
     settings = settings | {"stages": f"[{','.join(stages)}]"}
     changes = [*overrides, *(f"{key}={value}" for key, value in settings.items())]
     summary = run_pipeline(config, output, overrides=changes, device=torch.device(device))
-    metrics = summary[stages[-1]]["proposals"]
+    return _columns(summary[stages[-1]])
+
+
+def recall_of_changed(
+    config: str,
+    run: Path,
+    output: Path,
+    change: Callable[[dict[str, Any]], None],
+    *,
+    overrides: list[str],
+    device: str,
+) -> dict[str, float]:
+    """As `recall_of_recipe`, of a finished stage's best checkpoint with a change in it."""
+    content = load_checkpoint(run)
+    change(content)
+    save_checkpoint(output / "changed.pt", content)
+    changed = load_config(config, overrides)
+    return _columns(score_masks(changed, output / "changed.pt", output, torch.device(device)))
+
+
+def _columns(scores: dict[str, Any]) -> dict[str, float]:
+    metrics = scores["proposals"]
     return {f"{iou_type} AR@{k}": metrics[iou_type][f"AR@{k}"] for iou_type, k in COLUMNS}
 
 
