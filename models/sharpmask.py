@@ -79,7 +79,7 @@ class RefinementModule(nn.Module):
             merge: "sum" or "concat".
         """
         super().__init__()
-        relu = nn.ReLU(inplace=True)  # nothing else reads a convolution's output
+        self.relu = relu = nn.ReLU(inplace=True)  # nothing else reads a convolution's output
         skip: list[nn.Module] = [conv3x3(skip_channels, width), relu, conv3x3(width, ks[0])]
         mask: list[nn.Module] = [conv3x3(km[0], km[0])]
         if merge == "sum":
@@ -106,8 +106,8 @@ class RefinementModule(nn.Module):
         if self.merge is None:
             merged = mask.add_(skip)
         else:
-            merged = self.merge(F.relu_(torch.cat([skip, mask], dim=1)))
-        return F.relu_(merged)
+            merged = self.merge(self.relu(torch.cat([skip, mask], dim=1)))
+        return self.relu(merged)
 
     def start_by_copying(self) -> None:
         """Makes output channel 0 the mask encoding's channel 0."""

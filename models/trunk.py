@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone import BACKBONES, RESNETS, STEM_WIDTH, STYLES, TORCHVISION, load_backbone
@@ -156,6 +155,8 @@ def _cut(name: str, network: Any) -> list[nn.Module]:
 
 def symmetric_pad(x: Tensor, pad: int) -> Tensor:
     """(N, C, H, W) with `pad` > 0 more pixels on each side, the edge repeated: cba|abc..xyz|zyx."""
+    if pad == 1:
+        return F.pad(x, (1, 1, 1, 1), mode="replicate")  # in one copy
     x = torch.cat([x[..., :pad].flip(-1), x, x[..., -pad:].flip(-1)], dim=-1)
     return torch.cat([x[..., :pad, :].flip(-2), x, x[..., -pad:, :].flip(-2)], dim=-2)
 
@@ -234,21 +235,3 @@ def upgrade_trunk_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             norm = frozen_norm_state(upgraded.pop(key), upgraded.pop(f"{conv}.shift"))
             upgraded |= {f"{norm_name(conv)}.{name}": value for name, value in norm.items()}
     return upgraded
-
-
-@torch.no_grad()
-def fold_norms(module: nn.Module) -> nn.Module:
-    """Multiplies frozen batch norms into the convolutions before them, for inference; in place.
-
-    Returns the module; the keys of its state dict are others.
-    """
-    layers = dict(module.named_modules())
-    for name, conv in layers.items():
-        norm = layers.get(norm_name(name))
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenNorm):
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                norm.weight, norm.bias,
-            )  # fmt: skip
-            module.set_submodule(norm_name(name), nn.Identity())
-    return module

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from models.inference import use_bit_relus
 from pipeline import distributed
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -100,3 +101,4 @@ def to_bfloat16(network: nn.Module) -> None:
         kept = any(part in FULL_PRECISION for part in name.split("."))
         if isinstance(module, nn.Conv2d | nn.Linear) and not kept:
             module.bfloat16()
+    use_bit_relus(network)

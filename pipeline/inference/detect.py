@@ -19,8 +19,8 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 from datasets.images import Image
 from datasets.resize import normalize, resize_sides, resized_sides
+from models.inference import optimize_for_inference
 from models.multipathnet import MultiPathNet, compress_towers
-from models.trunk import fold_norms
 from pipeline.checkpoint import file_sha256, save_checkpoint
 from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.inference.memory import INPUT_BYTES, free_memory, trunk_bytes
@@ -310,7 +310,7 @@ def load_detector(
     options = override(config.detect, **(overrides or {}))
     names = content["categories"]
     c = config.multipathnet
-    fold_norms(model)
+    optimize_for_inference(model)
     dtype = choose_precision(precision, model.trunk, device, amp=c.optim.amp)
     detector = Detector(model, names, device=device, config=c, options=options, dtype=dtype)
     settings = asdict(options) | {"checkpoint_sha256": file_sha256(checkpoint)}

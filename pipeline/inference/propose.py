@@ -33,8 +33,8 @@ from datasets.patch_sampler import canonical_side
 from datasets.resize import pad_and_normalize, resize_align_corners, resize_image
 from datasets.scaled_rows import ArrayRows, ScaledRows, scale_rows
 from models.deepmask import STRIDE, DeepMask
+from models.inference import optimize_for_inference
 from models.sharpmask import DenseNetwork, SharpMask
-from models.trunk import fold_norms
 from pipeline import distributed
 from pipeline.checkpoint import file_sha256
 from pipeline.config import DetectConfig, MaskNetworkConfig, ProposeConfig
@@ -380,7 +380,7 @@ def load_proposer(
     distributed.say(f"proposals at {describe_scales(options['log2_scales'])}: {why}")
     if isinstance(model, SharpMask) and not refine:
         model = model.deepmask
-    fold_norms(model)
+    optimize_for_inference(model)
     dense = DenseNetwork(*_parts(model)).eval()
     side = max(SIDE, 2 * dense.deepmask.patch_size)
     dtype = choose_precision(precision, dense, device, amp=options["amp"], side=side)

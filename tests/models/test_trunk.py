@@ -15,7 +15,6 @@ from models.trunk import (
     TRUNKS,
     FrozenNorm,
     build_trunk,
-    fold_norms,
     to_trunk_layers,
 )
 from tests.real_data import WEIGHTS, skip_without
@@ -143,32 +142,6 @@ def test_frozen_norm_is_live_batch_norm_in_eval_mode_with_its_gradient():
     torch.testing.assert_close(slopes[1], slopes[0])
     assert not list(frozen.parameters())
     assert frozen(x.bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("resnet18", {}),
-        ("resnet18", {"width": 8, "padding": "zero"}),
-        ("densenet121", {}),
-        ("mobilenet_v2", {}),
-    ],
-)
-@torch.no_grad()
-def test_folded_norms_change_nothing(name, options):
-    trunk = build_trunk(name, **options).eval()
-    randomize_norms(trunk)
-    norms = sum(isinstance(layer, FrozenNorm) for layer in trunk.modules())
-    image = torch.randn(1, 3, 64, 80)
-    before = trunk(image)
-    after = fold_norms(trunk)(image)
-    left = sum(isinstance(layer, FrozenNorm) for layer in trunk.modules())
-    # A dense layer has a norm before its first convolution and one after; so have transitions.
-    assert (norms, left) == {"resnet18": (15, 0), "densenet121": (88, 45), "mobilenet_v2": (39, 0)}[
-        name
-    ]
-    for actual, expected in zip(after, before, strict=True):
-        assert_close(actual, expected)
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch
 from datasets.images import read_image
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
 from models.deepmask import DeepMask
+from models.inference import optimize_for_inference
 from models.sharpmask import DenseNetwork
-from models.trunk import TRUNKS, TrunkConfig, build_trunk, fold_norms
+from models.trunk import TRUNKS, TrunkConfig, build_trunk
 from pipeline import precision
 from pipeline.inference.detect import load_detector
 from pipeline.inference.propose import load_proposer
@@ -86,7 +87,7 @@ def test_every_trunk_runs_in_bfloat16(name, folded):
     images = torch.randn(1, 3, 64, 96)
     expected = trunk(images)[-1]
     if folded:
-        fold_norms(trunk)
+        optimize_for_inference(trunk)
     to_bfloat16(trunk)
     found = trunk(images.bfloat16())[-1]
     assert found.dtype == torch.bfloat16

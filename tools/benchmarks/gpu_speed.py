@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.loading import batch_loader
-from models.trunk import SymmetricConv2d, Trunk, build_trunk, fold_norms, symmetric_pad
+from models.inference import optimize_for_inference
+from models.trunk import SymmetricConv2d, Trunk, build_trunk, symmetric_pad
 from pipeline import distributed
 from pipeline.data import patch_dataset
 from pipeline.inference.cells import best_cells
@@ -282,9 +283,9 @@ def time_trunk(setup: Setup) -> Rows:
     build = partial(build_trunk, config.trunk.name)
     trunks = {
         "padding symmetric": build(),
-        "padding symmetric, norms folded": fold_norms(build()),
+        "padding symmetric, norms folded": optimize_for_inference(build()),
         "padding zero": build(padding="zero"),
-        "padding zero, norms folded": fold_norms(build(padding="zero")),
+        "padding zero, norms folded": optimize_for_inference(build(padding="zero")),
         "padding zero, weights in bfloat16": build(padding="zero").bfloat16(),
     }
     calls: Calls = {"padding symmetric, channels first": one_pass(build().to(setup.device), planes)}

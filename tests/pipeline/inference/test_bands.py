@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.build import build_sharpmask
+from models.inference import optimize_for_inference
 from models.sharpmask import DenseNetwork, SharpMask
-from models.trunk import SymmetricConv2d, TrunkConfig, fold_norms
+from models.trunk import SymmetricConv2d, TrunkConfig
 from pipeline.inference import memory
 from pipeline.inference.bands import BandedNetwork
 from pipeline.inference.propose import Proposer
@@ -35,7 +36,7 @@ TRUNKS = [
 def build(trunk: dict, **settings) -> SharpMask:
     torch.manual_seed(0)
     config = TrunkConfig(**trunk, weights=None)
-    return fold_norms(build_sharpmask(config, deepmask=SIZES | settings).eval())
+    return optimize_for_inference(build_sharpmask(config, deepmask=SIZES | settings).eval())
 
 
 def split(pixels: Tensor, heights: list[int]):

@@ -15,7 +15,8 @@ from pycocotools import mask as coco_mask
 
 from datasets.resize import resize_image
 from models.build import build_deepmask, build_sharpmask
-from models.trunk import TrunkConfig, fold_norms
+from models.inference import optimize_for_inference
+from models.trunk import TrunkConfig
 from pipeline.inference.cells import best_cells, place_patches
 from pipeline.inference.model_export import MODEL_FORMATS, Format, files
 from pipeline.inference.model_export.files import check_outputs, difference
@@ -58,7 +59,9 @@ def make_proposer(name: str, **options) -> Proposer:
         model = build_deepmask(trunk, **deepmask)
     else:
         model = build_sharpmask(trunk, deepmask=deepmask, km=16, ks=16, **values)
-    fold_norms(model)
+    if "Caffe" in name:  # weights for pixels from 0 to 255, as trained networks have them
+        next(model.parameters()).data /= 58
+    optimize_for_inference(model)
     defaults = {"num_proposals": 40, "log2_scales": (-1.0, 0.5, 0.5)}
     return Proposer(model, device=CPU, **(defaults | options))
 

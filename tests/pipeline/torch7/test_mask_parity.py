@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from datasets.resize import resize_align_corners
-from models.trunk import fold_norms
+from models.inference import optimize_for_inference
 from pipeline.inference import propose
 from pipeline.inference.cells import best_cells
 from pipeline.inference.propose import Proposer
@@ -55,7 +55,9 @@ def networks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folded(networks):
     """The networks as inference runs them: batch norm is in the convolutions."""
-    return {name: fold_norms(copy.deepcopy(network)) for name, network in networks.items()}
+    return {
+        name: optimize_for_inference(copy.deepcopy(network)) for name, network in networks.items()
+    }
 
 
 class Comparison:
