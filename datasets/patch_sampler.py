@@ -16,6 +16,7 @@ the original.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -110,6 +111,10 @@ class PatchSamplingConfig:
     def scores_cells(self) -> bool:
         """Whether score patches are of cells; the published ones have a label each."""
         return self.score_cells > 1 or self.score_targets == IOU
+
+    def for_validation(self) -> Self:
+        """As published: a label each, and colors as they are. Patches are jittered as ever."""
+        return replace(self, jitter_color=0.0, score_targets=LABEL, score_cells=1)
 
 
 class PatchSampler:

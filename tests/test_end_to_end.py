@@ -27,6 +27,9 @@ def test_run_pipeline_leaves_scores_and_a_report_and_can_be_run_again(
         "workers": 0,
         "categories": ["disk", "3", "leaf"],
     }
+    # As in configs/pretrained.yaml; scores are of published patches all the same.
+    recipe["deepmask"]["sampling"] = {"score_cells": 3, "jitter_color": 0.3}
+    recipe["deepmask"]["optim"]["ema_decay"] = 0.9
     config, output = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(recipe))
     arguments = ("run_pipeline", "--config", config, "--output", output, "--device", "cpu")

@@ -185,7 +185,7 @@ def score_patches(
     workers: int = 2,
     device: torch.device,
 ) -> dict:
-    """Metrics of a checkpoint on patches drawn as in training, the same patches in every call.
+    """Metrics of a checkpoint on patches drawn as in validation, the same ones in every call.
 
     Of objects of the chosen categories, see `CocoInstances.load`. Masks are compared at the full
     resolution of the patch, of SharpMask as of DeepMask. Writes metrics.json and scores.txt;
@@ -203,7 +203,12 @@ def score_patches(
     find_files(coco, images)
     folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(
-        c, coco, folder, sampling=c.sampling, target_size=c.patch_size, seed=VALIDATION_SEED
+        c,
+        coco,
+        folder,
+        sampling=c.sampling.for_validation(),
+        target_size=c.patch_size,
+        seed=VALIDATION_SEED,
     )
     low, high, _ = (
         config.propose.log2_scales or auto_scales(content, c.patch_size, source=str(checkpoint))[0]

@@ -5,14 +5,13 @@ or found by `pipeline/training/prepare.py`.
 """
 
 from collections.abc import Generator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets.object_sizes import ObjectSides
-from datasets.patch_sampler import LABEL, PatchSamplingConfig
+from datasets.patch_sampler import PatchSamplingConfig
 from datasets.patches import PatchDataset
 from datasets.proposal_boxes import ProposalBoxes
 from models.deepmask import DeepMask
@@ -160,8 +159,7 @@ class PatchStage(Stage):
             )
 
         self.train_data = patches("train", config.seed, self.sampling)
-        plain = replace(self.sampling, jitter_color=0.0, score_targets=LABEL, score_cells=1)
-        self.val_data = patches("val", VALIDATION_SEED, plain)
+        self.val_data = patches("val", VALIDATION_SEED, self.sampling.for_validation())
         sides = ObjectSides.measure(self.train_data.sampler)
         self.metadata = {"object_sides": sides.to_plain()}
         low, high, _ = say_sizes(sides, config, self.train_data.sampler.canonical)
