@@ -5,9 +5,10 @@ import inspect
 import os
 import re
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -86,6 +87,13 @@ def wrap(model: nn.Module, device: torch.device, *, idle_parameters: bool) -> nn
     return DistributedDataParallel(model, device_ids=device_ids, **settings)
 
 
+def averaging(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+    """A block in which gradients are averaged over the processes, or not yet, see `wrap`."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
 def _synchronize_norms(model: nn.Module, device: torch.device) -> None:
     """Has live batch norm, where there is any, count the minibatches of all processes."""
     if device.type == "cuda":
@@ -135,22 +143,45 @@ class SyncNorm(nn.BatchNorm2d):
 
 
 def is_first_to_say(message: str) -> bool:
-    """Whether no other process of the run has said this: a mistake that all make is one line.
+    """Whether no other process of the run has said this: a mistake that all make is one line."""
+    key = f"said/{_attempt()}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
+    own = uuid.uuid4().hex
+    return _first_value(key, own) == own
+
+
+def allowed_at_first(allowed: bool) -> bool:
+    """What the main process was allowed when torchrun started the processes for the first time.
+
+    Those that it has started again, since one was lost or has joined, go on with what the first
+    ones did; they may not do what was refused to those. All processes call it.
+    """
+    words = "allowed", "refused"
+    first = words[0]
+    if is_main():
+        first = _first_value("start", words[0 if allowed or _attempt() else 1])
+    return gather(first)[0] == words[0]
+
+
+def _attempt() -> int:
+    """How often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _first_value(key: str, value: str) -> str:
+    """The first value that any process, also one before a restart, has given to a key.
 
     The processes may not have joined yet, or have parted; torchrun's store is there all the time.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"maskpath/said/{attempt}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
+        return value
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(
             host, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
         )
-        return store.add(key, 1) == 1
+        return store.compare_set(f"maskpath/{key}", "", value).decode()
     except (KeyError, ValueError, RuntimeError):
-        return True  # rather twice than never
+        return value
 
 
 def mean(values: Tensor) -> Tensor:

@@ -290,7 +290,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_minibatch_saved(tiny_recipe, t
         fit(stage, config, tmp_path / "run", device=CPU)
     (path,) = (tmp_path / "run").glob("non_finite_batch_*.pt")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert torch.load(path, weights_only=True)["batch"]["patches"].shape == (8, 3, 128, 128)
+    [part] = torch.load(path, weights_only=True)["parts"]
+    assert part["patches"].shape == (8, 3, 128, 128)
     assert all(torch.equal(v, before[k]) for k, v in stage.model.state_dict().items())
 
 
