@@ -190,7 +190,7 @@ class PatchStage(Stage):
             data.sampler.draw_negatives_at(low, high)
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
-        """Patch metrics on `validation_batches` minibatches, each in the parts of a training step."""
+        """Patch metrics on `validation_batches` minibatches, in parts as in training."""
         heads = validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob)
         return evaluate_patches(
             model,
@@ -236,6 +236,8 @@ class DeepMaskStage(PatchStage):
 
     def _cell_score_loss(self, model: nn.Module, part: dict) -> Tensor:
         decode = part.get("decode")
+        if decode is not None and not len(decode):
+            decode = None  # no object in this part
         outputs = model(
             part["patches"], head="score", cells=self.sampling.score_cells, decode=decode
         )
