@@ -34,10 +34,14 @@ TRAINED = {
     "pretrain": ("trunk", "fc"),
 }
 IN_PARTS = [stage for stage in TRAINED if stage != "pretrain"]
+LARGER = ["multipathnet.optim.batch_size=4"]  # has enough images for two parts of two processes
 # Name, stage, environment, options.
 JOBS = [
     *((stage, stage, {}, []) for stage in TRAINED),
-    *((f"{stage}_in_parts", stage, {}, [f"{stage}.optim.accumulate=2"]) for stage in IN_PARTS),
+    *(
+        (f"{stage}_in_parts", stage, {}, [f"{stage}.optim.accumulate=2", *LARGER])
+        for stage in IN_PARTS
+    ),
     ("restarted", "deepmask", {"KILL_AT": "7"}, []),
     ("restarted", "deepmask", {"TORCHELASTIC_RESTART_COUNT": "1"}, []),
 ]
@@ -83,17 +87,16 @@ def twins(tiny_config, tiny_checkpoint, stores, tmp_path_factory):
     Two processes do one job after the other: starting takes longer than all of the training.
     """
     overrides = [
-        *(f"{stage}.optim.batches_per_epoch=20" for stage in TRAINED),
         f"init.deepmask={tiny_checkpoint}",
         "deepmask.sampling.patches_per_image=2",
         "deepmask.dropout=0",
         "multipathnet.dropout=0",
-        "multipathnet.optim.batch_size=4",
         "multipathnet.optim.weight_decay=0.01",
         "multipathnet.optim.decay_biases=false",
         "pretrain.trunk={name: resnet18, width: 8}",
         "pretrain.crops.size=32",
-        "pretrain.optim={batch_size: 8, batches_per_epoch: 20, epochs: 1, lr: 0.01, log_every: 1}",
+        "pretrain.optim={batch_size: 8, epochs: 1, lr: 1.0e-4, log_every: 1}",
+        *(f"{stage}.optim.batches_per_epoch=20" for stage in TRAINED),
         *stores,
     ]
     folder = tmp_path_factory.mktemp("twins")
@@ -118,6 +121,8 @@ def twins(tiny_config, tiny_checkpoint, stores, tmp_path_factory):
     try:
         for stage in TRAINED:
             train(stage, load_config(tiny_config, overrides), folder / "one" / stage)
+        config = load_config(tiny_config, [*overrides, *LARGER])
+        train("multipathnet", config, folder / "one" / "multipathnet_in_parts")
         outputs = [process.communicate(timeout=240)[0] for process in started]
     finally:
         torch.set_num_threads(threads)
@@ -148,7 +153,9 @@ def test_two_processes_equal_one_after_twenty_steps(job, twins, tmp_path):
     another of two features that tie; in this run it does not.
     """
     stage = job.removesuffix("_in_parts")
-    one, two = twins[0] / stage, twins[1] / job
+    one, two = twins[0] / job, twins[1] / job
+    if not one.exists():
+        one = twins[0] / stage
     assert_near(one, two)
     state = last_checkpoint(one)
     assert state["step"] == 20
@@ -262,12 +269,3 @@ def test_parts_one_after_another_equal_the_whole_minibatch(
         fit(made, config, tmp_path / str(parts), device=CPU)
         assert seen == [8 // parts] * 4 * parts
     assert_near(tmp_path / "1", tmp_path / "4")
-
-
-def test_parts_that_cannot_be_are_refused_before_anything_is_read(tiny_config, tmp_path):
-    config = load_config(tiny_config, ["sharpmask.optim.accumulate=3", "data.train.images=nowhere"])
-    words = r"sharpmask.optim.batch_size 8 must be a multiple of .*optim.accumulate 3; .*=9"
-    with pytest.raises(ValueError, match=words):
-        make_stage("sharpmask", config, tmp_path)
-    with pytest.raises(ValueError, match="pretrain: optim.accumulate must be 1, got 2: batch norm"):
-        load_config(tiny_config, ["pretrain.optim.accumulate=2"])
