@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
 PATIENCE = timedelta(days=7)
 STORE_TIMEOUT = timedelta(seconds=5)  # torchrun's, which answers at once
+PATIENCE_TO_MEET = timedelta(minutes=10)
 # What Gloo and NCCL say of a process that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 _patient_group: Any = None
@@ -35,15 +36,32 @@ def process_group(device: str) -> Iterator[torch.device]:
     if local.type == "cuda":
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=local)
+        dist.init_process_group("nccl", device_id=local, **_meeting_place())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting_place())
     global _patient_group
     _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield local
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where torchrun's processes meet; by default, where the environment says.
+
+    torchrun may keep its store when it restarts them. PyTorch would find in it the addresses of
+    those that have gone, and wait for them.
+    """
+    store = _torchrun_store(PATIENCE_TO_MEET)
+    if store is None:
+        return {}
+    place = dist.PrefixStore(f"maskpath/{_attempt()}", store)
+    return {
+        "store": place,
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def rank() -> int:
@@ -172,16 +190,18 @@ def _first_value(key: str, value: str) -> str:
 
     The processes may not have joined yet, or have parted; torchrun's store is there all the time.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return value
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            host, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
-        )
-        return store.compare_set(f"maskpath/{key}", "", value).decode()
+        store = _torchrun_store(STORE_TIMEOUT)
+        return value if store is None else store.compare_set(f"maskpath/{key}", "", value).decode()
     except (KeyError, ValueError, RuntimeError):
         return value
+
+
+def _torchrun_store(timeout: timedelta) -> dist.TCPStore | None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def mean(values: Tensor) -> Tensor:

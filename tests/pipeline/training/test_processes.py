@@ -198,7 +198,7 @@ def test_a_run_that_lost_a_process_goes_on_where_it_was_when_restarted(twins):
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process(lost, tiny_config, tmp_path):
     """The main one among them, in which case another one saves."""
-    options = ["--config", tiny_config, "--set", "deepmask.optim.batches_per_epoch=400"]
+    options = ["--config", tiny_config, "--set", "deepmask.optim.batches_per_epoch=100"]
     options += ["data.workers=1"]
     launch = ["--max-restarts", "3"]
     outputs = []
@@ -215,9 +215,9 @@ def test_torchrun_restarts_a_run_that_lost_a_process(lost, tiny_config, tmp_path
             process.kill()
         outputs.append(run.communicate(timeout=240)[0])
         assert run.returncode == 0, outputs[-1]
-    assert "of 400" in outputs[1].split("continue with --resume")[1]
+    assert "of 100" in outputs[1].split("continue with --resume")[1]
     assert_same_weights(tmp_path / "whole", tmp_path / "lost")
-    assert last_checkpoint(tmp_path / "lost")["step"] == 400
+    assert last_checkpoint(tmp_path / "lost")["step"] == 100
 
 
 def test_restarted_processes_may_not_do_what_was_refused_to_the_first(tmp_path, monkeypatch):
