@@ -75,18 +75,21 @@ class TrainingDataset(Dataset):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
     ) -> Iterator[list[tuple[Any, int, int]]]:
-        """Indices of one process's part of the minibatches of a range of training steps.
+        """Indices of one process's parts of the minibatches of a range of training steps.
 
-        What a minibatch trains depends on (seed, epoch, batch) and is the same in every process;
-        its `batch_size` samples, over all processes, are dealt out in order. Steps count over all
-        epochs: a resumed run starts in the middle of one.
+        What a minibatch trains depends on (seed, epoch, batch) and is the same in every part;
+        its `batch_size` samples, over the `parts` of all processes, are dealt out in order. Steps
+        count over all epochs: a resumed run starts in the middle of one.
         """
         for step in steps:
             epoch, batch = divmod(step, batches_per_epoch)
             choice = self.choose(np.random.default_rng([self.sampler.seed, epoch, batch, 1 << 30]))
-            groups = rank_samples(batch, batch_size // self.group_size, rank, world_size)
-            yield [(choice, epoch, group) for group in groups]
+            for part in range(rank * parts, (rank + 1) * parts):
+                size, count = batch_size // self.group_size, world_size * parts
+                groups = rank_samples(batch, size, part, count)
+                yield [(choice, epoch, group) for group in groups]
 
     def draw_readable(
         self, draw: Callable[[int], Drawn], row_of: Callable[[Drawn], int]

@@ -1,8 +1,8 @@
 """Losses as pure functions of logits and targets; every one is a mean over the batch.
 
-Means make the loss of a batch the mean of the losses of its equal parts, which is what
-DistributedDataParallel averages. RoIs that are no samples make parts unequal: the detector's losses
-take the numbers to divide by. The papers' sums are weights on these means (`pipeline/config.py`).
+Means make the loss of a batch the mean of the losses of its equal parts, over which training
+averages gradients. RoIs and cells that are no samples make parts unequal: their losses take the
+numbers to divide by. The papers' sums are weights on these means (`pipeline/config.py`).
 
 All are computed in float32, whatever the type of the logits. Autocast does not see to that: the
 cross entropy takes the log of the softmax in the type of its input.
@@ -38,7 +38,7 @@ def score_loss(score_logits: Tensor, labels: Tensor) -> Tensor:
 def count_cells(labels: Tensor) -> Tensor:
     """Of the labels of cells, see `cell_score_loss`: how many are of an object, how many of none.
 
-    In training by several processes, that loss divides by the mean of these over all of them.
+    In training, that loss divides by the mean of these over all parts of the minibatch.
     """
     return torch.stack([(labels > 0).sum(), (labels < 0).sum()]).float()
 
@@ -59,7 +59,7 @@ def cell_score_loss(
         targets[labels > 0] = ious
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     means = [
-        (losses * chosen).sum() / count.clamp(min=1)
+        (losses * chosen).sum() / count.where(count > 0, 1)
         for chosen, count in zip((labels > 0, labels < 0), counts, strict=True)
     ]
     return 0.5 * (means[0] + means[1])
@@ -87,7 +87,7 @@ def mask_ious(
 def count_samples(labels: Tensor) -> Tensor:
     """Of labels (K, R): how many samples each classifier has, and how many RoIs are any's (K + 1).
 
-    In training by several processes, the losses below divide by the mean of these over all of them.
+    In training, the losses below divide by the mean of these over all parts of the minibatch.
     """
     samples = labels >= 0
     return torch.cat([samples.sum(1), samples.any(0).sum(0, keepdim=True)]).float()

@@ -86,6 +86,8 @@ class OptimConfig:
     """How a stage is optimized. An epoch is a number of minibatches, as in the released code."""
 
     batch_size: int = 32  # of the whole step, over all processes
+    # Parts of each process's minibatch, one after another: less memory, the same results.
+    accumulate: int = 1
     batches_per_epoch: int = 4000  # training steps
     epochs: int = 300  # of the whole run
     optimizer: str = "sgd"  # sgd | adamw
@@ -109,9 +111,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_one_of(self, "optimizer", ("sgd", "adamw"))
         require_one_of(self, "schedule", ("steps", "cosine"))
-        require(self, "greater than 0", lambda v: v > 0, "batch_size", "batches_per_epoch",
-                "epochs", "lr", "clip_gradient", "validate_every", "validation_batches",
-                "log_every")  # fmt: skip
+        require(self, "greater than 0", lambda v: v > 0, "batch_size", "accumulate",
+                "batches_per_epoch", "epochs", "lr", "clip_gradient", "validate_every",
+                "validation_batches", "log_every")  # fmt: skip
         require(self, "at least 0", lambda v: v >= 0, "weight_decay", "warmup_batches",
                 "trunk_lr_factor", "save_every_minutes")  # fmt: skip
         require(self, "from 0 to below 1", lambda v: 0 <= v < 1, "momentum", "ema_decay")
@@ -146,6 +148,11 @@ class PretrainStageConfig:
         if self.trunk.frozen_levels:
             raise ValueError(
                 f"trunk.frozen_levels must be 0, got {self.trunk.frozen_levels}: all levels learn"
+            )
+        if self.optim.accumulate != 1:
+            raise ValueError(
+                f"optim.accumulate must be 1, got {self.optim.accumulate}: batch norm learns from "
+                "whole minibatches; a smaller optim.batch_size needs less memory"
             )
         if (self.train_folder is None) != (self.val_folder is None):
             missing = "train_folder" if self.train_folder is None else "val_folder"

@@ -5,9 +5,10 @@ import inspect
 import os
 import re
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Objects and barriers: one process may work for longer than the gradients' group would wait.
 PATIENCE = timedelta(days=7)
 STORE_TIMEOUT = timedelta(seconds=5)  # torchrun's, which answers at once
+PATIENCE_TO_MEET = timedelta(minutes=10)
 # What Gloo and NCCL say of a process that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 _patient_group: Any = None
@@ -34,15 +36,32 @@ def process_group(device: str) -> Iterator[torch.device]:
     if local.type == "cuda":
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=local)
+        dist.init_process_group("nccl", device_id=local, **_meeting_place())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting_place())
     global _patient_group
     _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield local
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where torchrun's processes meet; by default, where the environment says.
+
+    torchrun may keep its store when it restarts them. PyTorch would find in it the addresses of
+    those that have gone, and wait for them.
+    """
+    store = _torchrun_store(PATIENCE_TO_MEET)
+    if store is None:
+        return {}
+    place = dist.PrefixStore(f"maskpath/{_attempt()}", store)
+    return {
+        "store": place,
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def rank() -> int:
@@ -84,6 +103,13 @@ def wrap(model: nn.Module, device: torch.device, *, idle_parameters: bool) -> nn
     settings: dict[str, Any] = {"find_unused_parameters": idle_parameters, sync: False}
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, **settings)
+
+
+def averaging(model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+    """A block in which gradients are averaged over the processes, or not yet, see `wrap`."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def _synchronize_norms(model: nn.Module, device: torch.device) -> None:
@@ -135,22 +161,47 @@ class SyncNorm(nn.BatchNorm2d):
 
 
 def is_first_to_say(message: str) -> bool:
-    """Whether no other process of the run has said this: a mistake that all make is one line.
+    """Whether no other process of the run has said this: a mistake that all make is one line."""
+    key = f"said/{_attempt()}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
+    own = uuid.uuid4().hex
+    return _first_value(key, own) == own
+
+
+def allowed_at_first(allowed: bool) -> bool:
+    """What the main process was allowed when torchrun started the processes for the first time.
+
+    Those that it has started again, since one was lost or has joined, go on with what the first
+    ones did; they may not do what was refused to those. All processes call it.
+    """
+    words = "allowed", "refused"
+    first = words[0]
+    if is_main():
+        first = _first_value("start", words[0 if allowed or _attempt() else 1])
+    return gather(first)[0] == words[0]
+
+
+def _attempt() -> int:
+    """How often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _first_value(key: str, value: str) -> str:
+    """The first value that any process, also one before a restart, has given to a key.
 
     The processes may not have joined yet, or have parted; torchrun's store is there all the time.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"maskpath/said/{attempt}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            host, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False
-        )
-        return store.add(key, 1) == 1
+        store = _torchrun_store(STORE_TIMEOUT)
+        return value if store is None else store.compare_set(f"maskpath/{key}", "", value).decode()
     except (KeyError, ValueError, RuntimeError):
-        return True  # rather twice than never
+        return value
+
+
+def _torchrun_store(timeout: timedelta) -> dist.TCPStore | None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def mean(values: Tensor) -> Tensor:

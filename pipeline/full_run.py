@@ -29,8 +29,9 @@ from pipeline.inference.propose import load_proposer
 from pipeline.recipe import load_config, save_config
 from pipeline.report.report import write_report
 from pipeline.run_lock import locks_output
-from pipeline.training.engine import fit, holds_run
+from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage, propose_split
+from pipeline.training.run_directory import holds_run
 from pipeline.training.stages import check_batch
 
 SUMMARY = "summary.json"

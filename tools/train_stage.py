@@ -22,8 +22,9 @@ from pipeline.command import add_config, add_device, add_precision, make_parser,
 from pipeline.config import PRETRAIN, STAGES
 from pipeline.recipe import load_config
 from pipeline.run_lock import locked_directory
-from pipeline.training.engine import check_new, fit
+from pipeline.training.engine import fit
 from pipeline.training.prepare import build_stage, choose_sizes, prepare_stage
+from pipeline.training.run_directory import resumes_run
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
 
     config = load_config(args.config, args.set)
     with distributed.process_group(args.device) as device, locked_directory(args.output):
-        check_new(args.output, args.resume)  # before what may take hours
+        resume = resumes_run(args.output, args.resume)  # before what may take hours
         config = choose_sizes(args.stage, config, args.output)
         inputs = prepare_stage(args.stage, config, args.output, device)
         stage = build_stage(args.stage, config, inputs)
@@ -48,7 +49,7 @@ def main() -> None:
             config,
             args.output,
             device=device,
-            resume=args.resume,
+            resume=resume,
             precision=args.precision,
         )
         if distributed.is_main():

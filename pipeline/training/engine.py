@@ -1,7 +1,7 @@
 """The training loop of all stages: step, validate, keep the best, resume bit-exactly.
 
 A run is a function of its config and data: samples are drawn by (seed, epoch, index), dropout by
-(seed, step, rank), and the learning rate follows from the step. So a checkpoint's weights,
+(seed, step, part), and the learning rate follows from the step. So a checkpoint's weights,
 optimizer state and step are all that a resumed run needs.
 """
 
@@ -28,13 +28,13 @@ from pipeline.precision import choose_precision, precision_name
 from pipeline.recipe import changed_settings, config_from_dict, config_to_dict, save_config
 from pipeline.run_lock import locks_output
 from pipeline.training.optimizer import average_weights, build_optimizer, learning_rate
-from pipeline.training.run_log import METRICS, Meter, RunLog
+from pipeline.training.run_directory import find_begun, resumes_run
+from pipeline.training.run_log import Meter, RunLog
 from pipeline.training.stages import Stage
 from pipeline.training.stopping import StopSignals
 
 FIXED = ("optimizer", "batch_size", "batches_per_epoch")  # of a run that is resumed
 PROGRESS = ("step", "validated", "best")  # of a run, in its checkpoints
-RUN_FILES = ("config.yaml", METRICS, "tensorboard", f"checkpoints/{BEST}", f"checkpoints/{LAST}")
 # Seconds that other processes give the main one to save a run that one of them has left.
 MAIN_SAVES_WITHIN = 3
 
@@ -55,6 +55,7 @@ def fit(
         output: the run directory; gets `config.yaml`, `checkpoints/`, `metrics.jsonl` and
             TensorBoard events.
         resume: continue from `checkpoints/last.pt`; without one from `best.pt`, or from the start.
+            Processes that torchrun restarts do so, see `resumes_run`.
         precision: as in `choose_precision`; bf16 is autocast. Without one, and with "auto", a
             resumed run keeps what it was trained in.
 
@@ -72,19 +73,6 @@ def fit(
     with run.stop.listening():
         run.train()
     return output / "checkpoints" / BEST
-
-
-def holds_run(output: Path) -> bool:
-    """Whether a directory has any file of a run, even of one that never saved its state."""
-    return any((output / name).exists() for name in RUN_FILES)
-
-
-def check_new(output: Path, resume: bool) -> None:
-    """Raises a ValueError if a directory holds a run that is not to be resumed."""
-    if holds_run(output) and not resume:
-        raise ValueError(
-            f"{output} already holds a run; add --resume to continue it, or choose another --output"
-        )
 
 
 class TrainingRun:
@@ -107,11 +95,8 @@ class TrainingRun:
 
     def prepare(self, resume: bool, precision: str | None = None) -> None:
         """Starts a run, or continues the one that the directory holds."""
-        check_new(self.output, resume)
-        # A run that was killed while it saved for the first time may have its best one only.
-        paths = [self.checkpoints / name for name in (LAST, BEST)]
-        last = next((path for path in paths if path.exists()), None)
-        changes = []
+        resume = resumes_run(self.output, resume)
+        last, changes = find_begun(self.output), []
         if last is not None:
             state = load_checkpoint(last, stage=self.stage.name)
             changes = self._restore(state, str(last))
@@ -157,7 +142,7 @@ class TrainingRun:
         finally:
             batches.close()  # ends its workers
 
-    def _run_steps(self, batches: Generator[dict]) -> None:
+    def _run_steps(self, batches: Generator[list[dict]]) -> None:
         if self.step >= self.total:
             distributed.say(f"nothing is left to train: step {self.step} of {self.total}")
         self._start_phase()
@@ -165,9 +150,8 @@ class TrainingRun:
         broken = BrokenFiles(len(self.stage.train_data.coco), self.config.data.max_broken_fraction)
         self._validate_if_due()  # a run that was stopped between its last step and its validation
         self.stage.model.train()  # where batch norm is frozen, it is so by construction
-        while (batch := self._next(batches)) is not None:
-            losses = self.train_step(batch)
-            meter.add(losses)
+        while (parts := self._next(batches)) is not None:
+            meter.add(self.train_step(parts))
             if self.step == 1:
                 self._write_config()
             if self.step % self.optim.log_every == 0:
@@ -176,7 +160,7 @@ class TrainingRun:
             halt, save, news = distributed.any_process(
                 self.stop.signum is not None,
                 time.monotonic() - saved > 60 * self.optim.save_every_minutes,
-                broken.note(batch["broken"]),
+                broken.note([message for part in parts for message in part["broken"]]),
                 device=self.device,
             )
             if halt or save:
@@ -191,7 +175,7 @@ class TrainingRun:
             if self.step in self.stage.phase_starts:
                 self._start_phase()
 
-    def _next(self, batches: Iterator[dict]) -> dict | None:
+    def _next(self, batches: Iterator[list[dict]]) -> list[dict] | None:
         """A minibatch, however long it takes: a stop signal need not wait for it.
 
         Several processes stop together, after a step.
@@ -269,22 +253,18 @@ class TrainingRun:
             self.stage.model, self.device, idle_parameters=self.stage.idle_parameters
         )
 
-    def train_step(self, batch: dict) -> dict[str, Tensor]:
-        """Learns from one minibatch; returns its losses."""
-        # For dropout: a resumed run draws what an uninterrupted one does.
-        seeds = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()])
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    def train_step(self, parts: list[dict]) -> dict[str, Tensor]:
+        """Learns from this process's parts of one minibatch; returns the means of their losses."""
         rate = learning_rate(self.optim, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        in_bfloat16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
-            losses = self.stage.losses(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        of_parts = [self._add_gradients(parts, index) for index in range(len(parts))]
+        losses = {name: torch.stack([each[name] for each in of_parts]).mean(0)
+                  for name in of_parts[0]}  # fmt: skip
         (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
         if broken:
-            self._stop_on_non_finite(batch, losses)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+            self._stop_on_non_finite(parts, losses)
         if self.optim.clip_gradient:
             nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
         with self.changing:
@@ -294,13 +274,27 @@ class TrainingRun:
                 self.average.update_parameters(self.stage.model)
             self.step += 1
             self.half_step = False
+        return losses
+
+    def _add_gradients(self, parts: list[dict], index: int) -> dict[str, Tensor]:
+        """Adds a part's share of the minibatch's gradient; returns the part's losses."""
+        # For dropout: a resumed run draws what an uninterrupted one does, and so does a run by
+        # another number of processes, if there are as many parts in all.
+        part = distributed.rank() * len(parts) + index
+        seeds = np.random.SeedSequence([self.config.seed, self.step, part])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        in_bfloat16 = self.precision == "bf16"
+        with distributed.averaging(self.model, enabled=index == len(parts) - 1):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
+                losses = self.stage.losses(self.model, parts[index])
+            (losses["loss"] / len(parts)).backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def _stop_on_non_finite(self, batch: dict, losses: dict[str, Tensor]) -> None:
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+    def _stop_on_non_finite(self, parts: list[dict], losses: dict[str, Tensor]) -> None:
+        values = {name: float(loss) for name, loss in losses.items()}
         path = self.output / f"non_finite_batch_{self.step}_rank{distributed.rank()}.pt"
         with atomic_path(path) as temporary:
-            torch.save({"step": self.step, "batch": batch, "losses": values}, temporary)
+            torch.save({"step": self.step, "parts": parts, "losses": values}, temporary)
         words = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise FloatingPointError(
             f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "

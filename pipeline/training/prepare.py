@@ -14,7 +14,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from pipeline import distributed
-from pipeline.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from pipeline.checkpoint import BEST, load_checkpoint, load_weights
 from pipeline.config import PRETRAIN, Config
 from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.inference.proposal_store import ProposalStore
@@ -24,6 +24,7 @@ from pipeline.networks import check_same_network
 from pipeline.recipe import find_path
 from pipeline.sizes import choose_by_checkpoint, choose_by_data, is_auto
 from pipeline.training.pretrain import PretrainStage
+from pipeline.training.run_directory import find_begun
 from pipeline.training.stages import (
     DeepMaskStage,
     MultiPathNetStage,
@@ -53,12 +54,6 @@ class StageInputs:
     masks: Path | None = None
     proposals: dict[str, ProposalStore] = field(default_factory=dict)
     boxes: dict[str, Path] = field(default_factory=dict)
-
-
-def find_begun(output: Path) -> Path | None:
-    """The checkpoint that a run directory already holds."""
-    paths = (output / "checkpoints" / name for name in (LAST, BEST))
-    return next((path for path in paths if path.exists()), None)
 
 
 def choose_sizes(name: str, config: Config, output: Path) -> Config:

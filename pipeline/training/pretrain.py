@@ -62,11 +62,11 @@ class PretrainStage(Stage):
             training=split == "train",
         )
 
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, part: dict) -> dict[str, Tensor]:
         """Cross-entropy, and the fraction of crops whose best class is wrong."""
-        logits = model(batch["images"]).float()
-        error = (logits.argmax(1) != batch["labels"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "error": error}
+        logits = model(part["images"]).float()
+        error = (logits.argmax(1) != part["labels"]).float().mean()
+        return {"loss": F.cross_entropy(logits, part["labels"]), "error": error}
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """Loss and error on the validation crops, or on `validation_batches` minibatches of them.

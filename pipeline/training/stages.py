@@ -4,7 +4,10 @@ Reading the data and building the network is all that happens here; what a stage
 or found by `pipeline/training/prepare.py`.
 """
 
+import math
 from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,20 +105,35 @@ class Stage:
     def start_phase(self, step: int) -> None:
         """Marks the parameters that are trained from this step on."""
 
-    def training_batches(self, steps: range, device: torch.device) -> Generator[dict]:
-        """This process's part of the minibatches of the given steps, on the device."""
+    def training_batches(self, steps: range, device: torch.device) -> Generator[list[dict]]:
+        """This process's parts of the minibatches of the given steps, on the device."""
         indices = self.train_data.batches(
             steps,
             batches_per_epoch=self.optim.batches_per_epoch,
             batch_size=self.optim.batch_size,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            parts=self.optim.accumulate,
         )
         workers = self.config.data.workers
-        return device_batches(self.train_data, indices, device, workers=workers)
+        with closing(device_batches(self.train_data, indices, device, workers=workers)) as loaded:
+            while parts := list(islice(loaded, self.optim.accumulate)):
+                # All parts have them, or none, by what the minibatch trains.
+                counts = [each for part in parts if (each := self.counts(part)) is not None]
+                if counts:
+                    mean = distributed.mean(torch.stack(counts).mean(0))
+                    parts = [part | {"counts": mean} for part in parts]
+                yield parts
 
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """Scalars of a minibatch; "loss" is what is minimized."""
+    def counts(self, part: dict) -> Tensor | None:
+        """What the losses of a part of a minibatch divide by; None: by its number of samples.
+
+        The losses get the mean over all parts, of all processes, as "counts" of the part.
+        """
+        return None
+
+    def losses(self, model: nn.Module, part: dict) -> dict[str, Tensor]:
+        """Scalars of a part of a minibatch; the mean over all parts of "loss" is minimized."""
         raise NotImplementedError
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
@@ -124,17 +142,20 @@ class Stage:
 
 
 def check_batch(config: Config, stage: str) -> None:
-    """Raises a ValueError if the processes cannot share a stage's minibatches."""
+    """Raises a ValueError if a stage's minibatches cannot be cut into equal parts."""
     section = getattr(config, stage)
-    size, processes = section.optim.batch_size, distributed.world_size()
+    size, parts = section.optim.batch_size, section.optim.accumulate
     is_of_patches = stage in ("deepmask", "sharpmask")
-    group = section.sampling.patches_per_image if is_of_patches else 1
-    multiple = group * processes
+    factors = {
+        "sampling.patches_per_image": section.sampling.patches_per_image if is_of_patches else 1,
+        "optim.accumulate": parts,
+        "the number of processes": distributed.world_size(),
+    }
+    multiple = math.prod(factors.values())
     if size % multiple:
-        per_image = f"sampling.patches_per_image {group} times " if group > 1 else ""
+        words = " times ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
         raise ValueError(
-            f"{stage}.optim.batch_size {size} must be a multiple of {per_image}"
-            f"the number of processes {processes}; for example --set "
+            f"{stage}.optim.batch_size {size} must be a multiple of {words}; for example --set "
             f"{stage}.optim.batch_size={-(-size // multiple) * multiple}, with a learning rate "
             "that fits"
         )
@@ -167,13 +188,14 @@ class PatchStage(Stage):
             data.sampler.draw_negatives_at(low, high)
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
-        """Patch metrics on `validation_batches` minibatches."""
+        """Patch metrics on `validation_batches` minibatches, in parts as in training."""
+        heads = validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob)
         return evaluate_patches(
             model,
             self.val_data,
             device,
-            heads=validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob),
-            batch_size=self.optim.batch_size,
+            heads=[head for head in heads for _ in range(self.optim.accumulate)],
+            batch_size=self.optim.batch_size // self.optim.accumulate,
             workers=self.config.data.workers,
         )
 
@@ -191,34 +213,41 @@ class DeepMaskStage(PatchStage):
         for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
             level.requires_grad_(False)
 
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def counts(self, part: dict) -> Tensor | None:
+        """Cells at objects and at none, see `count_cells`, if scores of cells are trained."""
+        if "targets" in part or not self.sampling.scores_cells:
+            return None
+        return count_cells(part["labels"])
+
+    def losses(self, model: nn.Module, part: dict) -> dict[str, Tensor]:
         """The mask loss on a mask minibatch, the score loss on a score minibatch, weighted."""
         c = self.config.deepmask
-        if "targets" in batch:
-            loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+        if "targets" in part:
+            loss = mask_loss(model(part["patches"], head="mask")["mask_logits"], part["targets"])
             return {"loss": c.mask_weight * loss, "mask_loss": loss}
         if self.sampling.scores_cells:
-            loss = self._cell_score_loss(model, batch)
+            loss = self._cell_score_loss(model, part)
         else:
-            outputs = model(batch["patches"], head="score")
-            loss = score_loss(outputs["score_logits"], batch["labels"])
+            outputs = model(part["patches"], head="score")
+            loss = score_loss(outputs["score_logits"], part["labels"])
         return {"loss": c.score_weight * loss, "score_loss": loss}
 
-    def _cell_score_loss(self, model: nn.Module, batch: dict) -> Tensor:
-        decode, labels = batch.get("decode"), batch["labels"]
+    def _cell_score_loss(self, model: nn.Module, part: dict) -> Tensor:
+        decode = part.get("decode")
+        if decode is not None and not len(decode):
+            decode = None  # no object in this part
         outputs = model(
-            batch["patches"], head="score", cells=self.sampling.score_cells, decode=decode
+            part["patches"], head="score", cells=self.sampling.score_cells, decode=decode
         )
         ious = None
         if decode is not None:
             ious = mask_ious(
                 outputs["mask_logits"],
-                batch["iou_targets"],
-                areas=batch["iou_areas"],
+                part["iou_targets"],
+                areas=part["iou_areas"],
                 threshold=self.config.propose.mask_threshold,
             )
-        counts = distributed.mean(count_cells(labels))
-        return cell_score_loss(outputs["score_logits"], labels, counts, ious)
+        return cell_score_loss(outputs["score_logits"], part["labels"], part["counts"], ious)
 
 
 class SharpMaskStage(PatchStage):
@@ -235,9 +264,9 @@ class SharpMaskStage(PatchStage):
         super().__init__(config, target_size=config.deepmask.patch_size)
         self.model = make_sharpmask(config)
 
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, part: dict) -> dict[str, Tensor]:
         """The mask loss at the resolution of the patch."""
-        loss = mask_loss(model(batch["patches"], head="mask")["mask_logits"], batch["targets"])
+        loss = mask_loss(model(part["patches"], head="mask")["mask_logits"], part["targets"])
         return {"loss": self.config.sharpmask.mask_weight * loss, "mask_loss": loss}
 
 
@@ -288,25 +317,30 @@ class MultiPathNetStage(Stage):
         for level in self.model.trunk.levels[self.config.multipathnet.trunk.frozen_levels :]:
             level.requires_grad_(in_phase_2)
 
-    def losses(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def counts(self, part: dict) -> Tensor:
+        """Samples of each classifier and RoIs of any, see `count_samples`."""
+        return count_samples(part["labels"])
+
+    def losses(self, model: nn.Module, part: dict) -> dict[str, Tensor]:
         """Integral loss plus the box regressor's."""
-        outputs = model(batch["images"], batch["rois"])
-        targets = self.model.delta_targets(batch["rois"][:, 1:], batch["boxes"])
-        *samples, rois = distributed.mean(count_samples(batch["labels"]))
-        classes = integral_loss(outputs["class_logits"], batch["labels"], torch.stack(samples))
-        boxes = box_loss(outputs["deltas"], targets, batch["labels"], rois)
+        outputs = model(part["images"], part["rois"])
+        targets = self.model.delta_targets(part["rois"][:, 1:], part["boxes"])
+        *samples, rois = part["counts"]
+        classes = integral_loss(outputs["class_logits"], part["labels"], torch.stack(samples))
+        boxes = box_loss(outputs["deltas"], targets, part["labels"], rois)
         loss = classes + self.config.multipathnet.box_weight * boxes
         return {"loss": loss, "class_loss": classes, "box_loss": boxes}
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """RoI metrics on `validation_batches` minibatches, AP on `validation_images`."""
+        parts = distributed.world_size() * self.optim.accumulate
         metrics = evaluate_rois(
             model,
             self.val_data,
             device,
-            # As many images at once as a training step has in each process.
-            batches=self.optim.validation_batches * distributed.world_size(),
-            batch_size=self.optim.batch_size // distributed.world_size(),
+            # As many images at once as in training.
+            batches=self.optim.validation_batches * parts,
+            batch_size=self.optim.batch_size // parts,
             workers=self.config.data.workers,
         )
         c = self.config.multipathnet

@@ -126,5 +126,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_minibatch_for_any_mach
     with pretended_cuda(), pytest.raises(FloatingPointError, match="not finite at step 1"):
         train("deepmask", config, tmp_path, device=CUDA)
     (path,) = tmp_path.glob("non_finite_batch_*.pt")
-    batch = torch.load(path, map_location="cpu", weights_only=True)["batch"]
-    assert batch["patches"].shape == (8, 3, 128, 128)
+    [part] = torch.load(path, map_location="cpu", weights_only=True)["parts"]
+    assert part["patches"].shape == (8, 3, 128, 128)

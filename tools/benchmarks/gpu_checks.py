@@ -171,7 +171,7 @@ def check_first_steps(setup: Setup) -> Rows:
         full, half = losses
         if optimizer == "sgd":  # the other one has the same
             stage.model.to(CPU).load_state_dict(weights)
-            [batch] = stage.training_batches(range(1), CPU)
+            [[batch]] = stage.training_batches(range(1), CPU)
             with torch.no_grad():
                 on_cpu = float(stage.losses(stage.model, batch)["loss"])
             rows[f"{name}: loss against the CPU's"] = at_most(abs(full[0] / on_cpu - 1), 1e-3)

@@ -52,7 +52,7 @@ def time_training(setup: Setup) -> Rows:
         run, batch = ready_run(setup, name, size, *options)
         pixels = batch["images" if name == "multipathnet" else "patches"]
         floor = one_pass(run.stage.trunk, pixels, trained=trained)
-        step = partial(run.train_step, batch)
+        step = partial(run.train_step, [batch])
         rows[title] = measure(setup, step, floor, aim=AIMS[name], samples=len(pixels))
 
     for name in ("deepmask", "sharpmask"):
@@ -81,7 +81,8 @@ def ready_run(
         options += [f"{sampling}.mask_batch_prob=1", f"{sampling}.patches_per_image=4"]
     stage = kit.make_stage(name, setup.published(*options))
     run = kit.start_run(setup, stage, "bf16")
-    return run, next(iter(stage.training_batches(range(1), setup.device)))
+    [[batch]] = stage.training_batches(range(1), setup.device)
+    return run, batch
 
 
 def one_pass(module: nn.Module, *inputs: Tensor, trained: bool = True) -> Call:
@@ -205,7 +206,7 @@ def time_step(setup: Setup) -> Rows:
     rows: Rows = {}
     for size in batch_sizes(setup):
         run, batch = ready_run(setup, "deepmask", size)
-        step = partial(run.train_step, batch)
+        step = partial(run.train_step, [batch])
         # Without waiting for the loss.
         unchecked = mock.patch.object(distributed, "any_process", lambda *_, device: [False])
         calls: Calls = {

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,12 @@ def interrupt(name: str, config: Config, output: Path, *, steps: int, **options:
 
 def call_in_step(stage: Stage, step: int, action: Callable[[], None]) -> None:
     """Has a stage call something in the middle of a step, counted from 1."""
-    losses, steps = stage.losses, itertools.count(1)
+    losses, parts = stage.losses, itertools.count(1)
 
-    def spy(model: nn.Module, batch: dict) -> dict:
-        if next(steps) == step:
+    def spy(model: nn.Module, part: dict) -> dict:
+        if next(parts) == step * stage.optim.accumulate:
             action()
-        return losses(model, batch)
+        return losses(model, part)
 
     stage.losses = spy
 
@@ -62,12 +62,17 @@ def last_checkpoint(output: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def start_tool(arguments: list, *, processes: int = 1) -> subprocess.Popen[str]:
-    """Starts a DeepMask's training in a session of its own, by torchrun for several processes."""
+def start_tool(
+    arguments: list, *, processes: int = 1, launch: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Starts a DeepMask's training in a session of its own, by torchrun for several processes.
+
+    `launch`: torchrun's options.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(processes)]
+        launcher += ["--nproc-per-node", str(processes), *launch]
     tool = [str(ROOT / "tools" / "train_stage.py"), "--stage", "deepmask", "--device", "cpu"]
     return subprocess.Popen(
         [*launcher, *tool, *map(str, arguments)],

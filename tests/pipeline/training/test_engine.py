@@ -4,25 +4,21 @@ import copy
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
 
 import pytest
 import torch
 import yaml
 
+from pipeline import distributed
 from pipeline.config import OptimConfig
 from pipeline.data import BrokenFiles
 from pipeline.recipe import config_from_dict, load_config
-from pipeline.training.engine import fit
+from pipeline.training.engine import TrainingRun, fit
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.run_log import RunLog, read_metrics
 from tests.pipeline.training.runs import (
     CPU,
-    ROOT,
     interrupt,
     last_checkpoint,
     make_stage,
@@ -63,7 +59,9 @@ def assert_same_run(a, b):
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     tiny_recipe, tmp_path, optimizer, ema_decay
 ):
+    parts = 1
     if ema_decay:  # and with all that a mask network may learn from
+        parts = 2
         scores = {"score_targets": "iou", "score_cells": 3, "jitter_color": 0.3}
         tiny_recipe = copy.deepcopy(tiny_recipe)
         tiny_recipe["deepmask"].setdefault("sampling", {}).update(scores)
@@ -71,6 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
         tiny_recipe,
         optimizer=optimizer,
         ema_decay=ema_decay,
+        accumulate=parts,
         batches_per_epoch=3,
         epochs=3,
         validate_every=1,
@@ -117,135 +116,31 @@ def test_a_run_stopped_between_its_last_step_and_validation_validates_first(tiny
     assert [line["step"] for line in validations(tmp_path)] == [2, 4]
 
 
-TRAINED = {
-    "deepmask": ("mask_head", "score_head", "trunk"),
-    "sharpmask": ("encode", "refinements", "predict"),
-    "multipathnet": ("cls_score", "bbox_pred", "trunk"),
-}
+def test_every_part_of_every_step_draws_its_own_dropout(tiny_recipe, tmp_path, monkeypatch):
+    """By (seed, step, part): the same in a new run and whichever process the part falls to."""
 
-
-ALL_STAGES = """
-import os, runpy, sys
-root, folder, ports, *arguments = sys.argv[1:]
-sys.path.insert(0, root)
-import pipeline.training.engine, pipeline.training.prepare, torch.nn.parallel  # once for all
-for stage, port in zip(("deepmask", "sharpmask", "multipathnet"), ports.split(",")):
-    if os.environ["RANK"] == "0":
-        print(f"\\n== {stage} ==", flush=True)
-    if os.fork() == 0:
-        os.environ["MASTER_PORT"] = port
-        sys.argv = ["train_stage.py", "--stage", stage, "--output", f"{folder}/{stage}", *arguments]
-        runpy.run_path(f"{root}/tools/train_stage.py", run_name="__main__")
-    if os.wait()[1]:
-        sys.exit(1)
-"""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def twins(tiny_config, tiny_checkpoint, stores, tmp_path_factory):
-    """The folders of all stages' runs by one and by two processes, and what the two printed.
-
-    Two processes train one stage after the other: starting takes longer than all of the training.
-    """
-    overrides = [
-        *(f"{stage}.optim.batches_per_epoch=20" for stage in TRAINED),
-        f"init.deepmask={tiny_checkpoint}",
-        "deepmask.sampling.patches_per_image=2",
-        "deepmask.dropout=0",
-        "multipathnet.dropout=0",
-        "multipathnet.optim.weight_decay=0.01",
-        "multipathnet.optim.decay_biases=false",
-        *stores,
-    ]
-    folder = tmp_path_factory.mktemp("twins")
-    ports = ",".join(map(str, free_ports(len(TRAINED))))
-    arguments = [ROOT, folder / "two", ports, "--config", tiny_config, "--device", "cpu"]
-    command = [sys.executable, "-c", ALL_STAGES, *map(str, arguments), "--set", *overrides]
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
-    ]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of the two has: sums in the same order
-    try:
-        for stage in TRAINED:
-            train(stage, load_config(tiny_config, overrides), folder / "one" / stage)
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        torch.set_num_threads(threads)
-        for process in started:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # where one has failed, the other waits
-    assert [process.returncode for process in started] == [0, 0], outputs
-    return folder / "one", folder / "two", "".join(outputs)
-
-
-@pytest.mark.parametrize("stage", TRAINED)
-def test_two_processes_equal_one_after_twenty_steps(stage, twins, tmp_path):
-    """Momentum, weight decay and heads that are idle in a minibatch included.
-
-    Dropout is off: every process draws its own. Rounding may hand the gradient of a RoI cell to
-    another of two features that tie; in this run it does not.
-    """
-    folders = [folder / stage for folder in twins[:2]]
-    one, two = map(last_checkpoint, folders)
-    assert one["step"] == two["step"] == 20
-    config = config_from_dict(one["config"], source="test")
-    start = make_stage(stage, config, tmp_path / "new").model.state_dict()
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-6)
-    moved = " ".join(name for name in start if not torch.equal(start[name], one["model"][name]))
-    for part in TRAINED[stage]:
-        assert part in moved
-    assert two["best"] == pytest.approx(one["best"], abs=1e-6)
-    for was, now in zip(*(read_metrics(run / "metrics.jsonl") for run in folders), strict=True):
-        for key in (key for key in was if "loss" in key):
-            assert now[key] == pytest.approx(was[key], rel=1e-6)
-
-
-def test_two_processes_print_each_line_once(twins):
-    """And no warnings."""
-    parts = twins[2].split("\n== ")
-    assert [part.split(" ")[0] for part in parts[1:]] == list(TRAINED)
-    for part in parts:
-        lines = [line for line in part.splitlines() if line.strip()]
-        assert not [line for line in lines if "warn" in line.lower()]
-        assert len(set(lines)) == len(lines)
-
-
-def test_every_step_draws_its_own_dropout(tiny_recipe, tmp_path):
-    """By (seed, step, rank): a step's draws differ from the next one's, and repeat in a new run."""
-    config = make_config(tiny_recipe, batches_per_epoch=3, epochs=1)
-    states = []
-    for seen in ([], []):
-        stage = make_stage("deepmask", config, tmp_path / "new")
+    def drawn(accumulate, rank=0):
+        optim = {"batch_size": 8 * accumulate // 2, "accumulate": accumulate}
+        config = make_config(tiny_recipe, batches_per_epoch=3, epochs=1, **optim)
+        stage, states = make_stage("deepmask", config, tmp_path / "new"), []
         losses = stage.losses
 
-        def spy(model, batch, losses=losses, seen=seen):
-            seen.append(torch.random.get_rng_state())
-            return losses(model, batch)
+        def spy(model, part):
+            states.append(torch.random.get_rng_state().tolist())
+            return losses(model, part)
 
         stage.losses = spy
-        fit(stage, config, tmp_path / str(len(states)), device=CPU)
-        states.append(seen)
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    assert not torch.equal(states[0][0], states[0][1])
+        run = TrainingRun(stage, config, tmp_path / "run", CPU)
+        run.precision, run.model = "fp32", stage.model
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        for parts in stage.training_batches(range(3), CPU):
+            run.train_step(parts)
+        return states
+
+    states = drawn(2)
+    assert len({str(state) for state in states}) == 6 and drawn(2) == states
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert [drawn(1, rank=0), drawn(1, rank=1)] == [states[::2], states[1::2]]
 
 
 def test_a_terminated_run_saves_and_a_killed_one_loses_little(tiny_config, tmp_path):
@@ -290,7 +185,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_minibatch_saved(tiny_recipe, t
         fit(stage, config, tmp_path / "run", device=CPU)
     (path,) = (tmp_path / "run").glob("non_finite_batch_*.pt")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert torch.load(path, weights_only=True)["batch"]["patches"].shape == (8, 3, 128, 128)
+    [part] = torch.load(path, weights_only=True)["parts"]
+    assert part["patches"].shape == (8, 3, 128, 128)
     assert all(torch.equal(v, before[k]) for k, v in stage.model.state_dict().items())
 
 

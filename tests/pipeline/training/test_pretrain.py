@@ -156,7 +156,7 @@ def test_class_folders_and_a_json_give_the_same_batches(recipe, class_folders, t
     stages = [make_stage("pretrain", config, tmp_path / "run") for config in configs]
     assert stages[0].metadata == stages[1].metadata
     steps = range(8, 10)  # here all crops have been drawn, and all are again
-    for one, other in zip(*(s.training_batches(steps, CPU) for s in stages), strict=True):
+    for [one], [other] in zip(*(s.training_batches(steps, CPU) for s in stages), strict=True):
         assert torch.equal(one["images"], other["images"]) and one["images"].std() > 0.1
         assert torch.equal(one["labels"], other["labels"])
     assert stages[0].validate(stages[0].model, CPU) == stages[1].validate(stages[1].model, CPU)

@@ -15,7 +15,8 @@ from datasets.images import ImageError
 from pipeline.command import Interrupted
 from pipeline.recipe import config_from_dict
 from pipeline.training import stopping
-from pipeline.training.engine import fit, holds_run
+from pipeline.training.engine import fit
+from pipeline.training.run_directory import holds_run
 from pipeline.training.run_log import read_metrics
 from pipeline.training.stopping import StopSignals
 from tests.pipeline.training.runs import CPU, call_in_step, last_checkpoint, make_stage, train
