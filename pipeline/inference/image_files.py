@@ -26,7 +26,7 @@ from datasets.coco_file import ListedImage, read_image_list
 from datasets.file_names import find_named_files, match_paths
 from datasets.image_lists import is_list, list_named_images
 from datasets.images import Image, ImageError, Sources, list_images, open_image
-from datasets.remote import is_uri, join
+from datasets.remote import AnyPath, is_uri, join
 from pipeline import distributed
 from pipeline.inference.memory import return_freed_blocks
 
@@ -102,7 +102,7 @@ def find_images(
     known: pa.Table | None = None,
     *,
     shard: tuple[int, int] = (1, 1),
-    output: Path | None = None,
+    output: AnyPath | None = None,
     passed_over: Counter[str] | None = None,
     unnamable: list[str] | None = None,
 ) -> Sequence[ImageFile]:
@@ -143,7 +143,8 @@ def find_images(
         return _number(listed.folder, listed.names, known, shard)
     if not isinstance(source, str | Path) and any(map(is_list, source)):
         raise ValueError(f"--images {next(filter(is_list, source))}: give a list or a URI alone")
-    paths = list_images(source, output=output, passed_over=passed_over)
+    folder = output if isinstance(output, Path) else None
+    paths = list_images(source, output=folder, passed_over=passed_over)
     if isinstance(source, str | Path):
         tops = [Path(source)] if Path(source).is_dir() else [path.parent for path in paths]
     else:
