@@ -28,5 +28,6 @@ def bucket(monkeypatch) -> Iterator[fs.S3FileSystem]:
     )
     s3.create_dir("bucket")
     yield s3
+    s3.delete_dir_contents("bucket")  # servers of one process share it
     remote._s3.cache_clear()
     server.stop()

@@ -1,6 +1,5 @@
 """Results in an object store: as in a folder, also after interruptions at any write."""
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -8,8 +7,9 @@ from uuid import uuid4
 
 import pytest
 import torch
+from pyarrow import fs
 
-from datasets.files import write_atomically
+from datasets.files import atomic_path, write_atomically
 from datasets.remote import RemotePath, list_files, remove_folder, to_path
 from pipeline.inference.detect import load_detector
 from pipeline.inference.detect_folders import detect_images
@@ -71,12 +71,10 @@ def test_paths_and_uris_are_told_apart():
 
 
 def test_a_file_that_fails_is_not_there(bucket):
-    with suppress(ZeroDivisionError):
-        from datasets.files import atomic_path
-
-        with atomic_path(to_path("s3://bucket/run/x")) as temporary:
-            temporary.write_bytes(b"half")
-            raise ZeroDivisionError
+    path = to_path("s3://bucket/run/x")
+    with suppress(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise ZeroDivisionError
     assert list_files(to_path("s3://bucket/run")) == {}
     with pytest.raises(OSError, match="nowhere"):
         write_atomically(to_path("s3://nowhere/x"), b"")
@@ -110,3 +108,144 @@ def test_a_store_is_as_one_in_a_folder(uri, bucket, photos, tmp_path, monkeypatc
     assert propose(proposer, photos, uri).done_before == 7 and proposer.seen == []
     with pytest.raises(ValueError, match=f"{uri} holds results of other settings"):
         store.open_for({"num_proposals": 4})
+
+
+class Kill(BaseException):
+    """Ends a process without a word: from then on nothing more is uploaded."""
+
+
+def kill_at_upload(monkeypatch, number: int, *, after: bool) -> list[str]:
+    """Kills the process before or after its upload of a number; returns what it uploads."""
+    upload, uploaded = RemotePath.upload, []
+
+    def counted(path: RemotePath, file: Path) -> None:
+        if len(uploaded) >= number:
+            raise Kill
+        uploaded.append(path.name)
+        if len(uploaded) < number or after:
+            upload(path, file)
+        if len(uploaded) == number:
+            raise Kill
+
+    monkeypatch.setattr(RemotePath, "upload", counted)
+    return uploaded
+
+
+def test_a_run_killed_at_any_upload_goes_on(bucket, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.inference.proposal_store.SHARD_BYTES", 1)  # an image a shard
+    monkeypatch.setattr("pipeline.inference.proposal_store.MIN_UNINDEXED", 2)
+    photos = photos / "[0-2].png"
+    propose(BoxProposer(), photos, tmp_path / "whole")
+    number, killed = 0, True
+    while killed:
+        number, uri = number + 1, f"s3://bucket/run{number + 1}"
+        with monkeypatch.context() as patch:
+            kill_at_upload(patch, number, after=number % 2 == 0)
+            try:
+                propose(BoxProposer(), photos, uri)
+                killed = False
+            except Kill:
+                pass
+        before = {name for name in content(uri) if name.startswith("proposals-")}
+        proposer = BoxProposer()
+        propose(proposer, photos, uri)
+        assert len(proposer.seen) == 3 - len(before)
+        assert rows(uri) == rows(tmp_path / "whole")
+        assert content(uri)["proposals.json"] == content(tmp_path / "whole")["proposals.json"]
+    assert number == 10  # settings, three shards, the index, two jsons, the report's two; one more
+
+
+def test_shards_share_an_object_store(bucket, photos, tmp_path):
+    propose(BoxProposer(), photos, tmp_path / "one")
+    seen: list[str] = []
+    for part in (2, 1, 2):
+        proposer = BoxProposer()
+        propose(proposer, photos, "s3://bucket/run", shard=(part, 2))
+        seen += proposer.seen
+    assert sorted(seen) == NAMES and rows("s3://bucket/run") == rows(tmp_path / "one")
+    assert {"metrics-1-of-2.json", "broken-2-of-2.json"} <= content("s3://bucket/run").keys()
+    assert "proposals.json" not in content("s3://bucket/run")
+
+
+# The tools.
+
+
+@pytest.fixture
+def uploaded(bucket, tiny_detector) -> str:
+    """A store of proposals."""
+    folder = tiny_detector.parents[1] / "proposals" / "val"
+    fs.copy_files(str(folder), "bucket/val", destination_filesystem=bucket)
+    return "s3://bucket/val"
+
+
+def test_killed_detections_go_on(
+    uploaded, tiny_detector, shapes_directory, tmp_path, monkeypatch, call_tool
+):
+    store = ProposalStore("s3://bucket/split")
+    for proposals in ProposalStore(uploaded):  # one image a shard
+        store.write_shard([proposals])
+    images = shapes_directory / "images" / "val"
+    detector, settings = load_detector(tiny_detector, CPU)
+    output, whole = "s3://bucket/found", ProposalStore(uploaded)
+    detect_images(detector, whole, images, tmp_path, settings=settings)
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        kill_at_upload(patch, 4, after=False)  # settings, then parts
+        detect_images(detector, store, images, output, settings=settings)
+    uploads = kill_at_upload(monkeypatch, 10**6, after=True)
+    detect_images(detector, store, images, output, settings=settings)
+    assert len([n for n in uploads if n.startswith("proposals-")]) == len(store.shards()) - 2
+    assert content(output) == content(tmp_path) and list_files(to_path(output) / "parts") == {}
+
+
+def test_the_tools_take_uris_for_folders(
+    uploaded, tiny_checkpoint, tiny_detector, shapes_directory, tmp_path, call_tool, capsys
+):
+    local = tiny_detector.parents[1] / "proposals" / "val"
+    images = shapes_directory / "images" / "val"
+    annotations = shapes_directory / "annotations" / "instances_val.json"
+    arguments = ["--checkpoint", tiny_checkpoint, "--images", images, "--device", "cpu"]
+    for output in ("s3://bucket/run", tmp_path / "run"):
+        assert call_tool("propose", *arguments, "--output", output) == 0
+    assert rows("s3://bucket/run") == rows(tmp_path / "run")
+
+    arguments = ["--checkpoint", tiny_detector, "--images", images, "--device", "cpu"]
+    for output, store in (("s3://bucket/found", uploaded), (tmp_path / "found", local)):
+        assert call_tool("detect", *arguments, "--proposals", store, "--output", output) == 0
+    assert content("s3://bucket/found") == content(tmp_path / "found")
+
+    for n, (store, found) in enumerate(
+        ((uploaded, "s3://bucket/found"), (local, tmp_path / "found"))
+    ):
+        for kind, results in (("proposals", store), ("detections", f"{found}/detections.json")):
+            arguments = [kind, "--annotations", annotations, "--results", results]
+            assert call_tool("score_coco", *arguments, "--output", tmp_path / f"{kind}{n}") == 0
+            output = tmp_path / f"{kind}{n}.geojson"
+            assert call_tool("export_results", results, "--format", "coco", "--output", output) == 0
+    for kind in ("proposals", "detections"):
+        assert (
+            content(tmp_path / f"{kind}0")["metrics.json"]
+            == (content(tmp_path / f"{kind}1")["metrics.json"])
+        )
+        for name in ("metrics.json", "scores.txt"):
+            one, other = (content(tmp_path / f"{kind}{n}")[name] for n in (0, 1))
+            assert one == other
+        one, other = ((tmp_path / f"{kind}{n}.geojson").read_bytes() for n in (0, 1))
+        assert one == other and len(one) > 100
+
+
+def test_what_an_object_store_cannot_have_is_refused(bucket, photos, tmp_path):
+    def refused(output: str, match: str, **options) -> None:
+        with pytest.raises((ValueError, OSError), match=match) as error:
+            propose(BoxProposer(interrupt_at=0), photos, output, **options)
+        assert "\n" not in str(error.value)
+
+    refused("s3://bucket/run", "--draw needs a folder of this machine", draw=1)
+    refused("s3://bucket/run", "openvino-int8 needs a folder", backend="openvino-int8")
+    refused("s3://nowhere/run", "bucket 'nowhere'.*NO_SUCH_BUCKET")
+    refused("s3://", "expected s3://BUCKET/PATH")
+    assert list_files(to_path("s3://bucket/run")) == {}
+    bucket.create_dir("bucket/torn")
+    with bucket.open_output_stream("bucket/torn/proposals-000-000000.parquet") as file:
+        file.write(b"PAR1")
+    with pytest.raises(ValueError, match="s3://bucket/torn/proposals-000-000000.parquet is not a"):
+        ProposalStore("s3://bucket/torn").catalog()
