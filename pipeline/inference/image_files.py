@@ -140,11 +140,13 @@ def find_images(
         return files
     if isinstance(source, str | Path) and is_list(source):
         listed = list_named_images(source, passed_over)
-        return _number(listed.folder, listed.names, known, shard)
+        folder, names = listed.folder, pa.array(listed.names, pa.string())
+        del listed  # 100 MB of a million
+        return _number(folder, names, known, shard)
     if not isinstance(source, str | Path) and any(map(is_list, source)):
         raise ValueError(f"--images {next(filter(is_list, source))}: give a list or a URI alone")
-    folder = output if isinstance(output, Path) else None
-    paths = list_images(source, output=folder, passed_over=passed_over)
+    local = output if isinstance(output, Path) else None
+    paths = list_images(source, output=local, passed_over=passed_over)
     if isinstance(source, str | Path):
         tops = [Path(source)] if Path(source).is_dir() else [path.parent for path in paths]
     else:
@@ -165,29 +167,26 @@ def find_images(
         if unnamable is not None:
             unnamable += lines
         names = list(compress(names, is_text))
-    return _number(Path(root), names, known, shard)
+    return _number(Path(root), pa.array(names, pa.string()), known, shard)
 
 
 def _number(
-    folder: str | Path, names: list[str], known: pa.Table, shard: tuple[int, int]
+    folder: str | Path, names: pa.Array, known: pa.Table, shard: tuple[int, int]
 ) -> ImageFiles:
     """Images with ids: known ones, else numbers of their names or places, else unused ones.
 
     Processes that share the images by shards start at different times, when different images are
     known. So an unused id of one is never an unused id of another.
     """
-    texts = pa.array(names, pa.string())
     ids = np.arange(1, len(names) + 1)
-    stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names[:1]]
-    if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):  # look at the rest
-        stems = [PurePosixPath(name).stem for name in names]
-        if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):
-            numbers = np.array(stems, np.int64)
-            ids = numbers if len(np.unique(numbers)) == len(numbers) else ids
+    stems = _stems(names[:1])
+    if _are_numbers(stems) and _are_numbers(stems := _stems(names)):
+        numbers = np.array(stems, np.int64)
+        ids = numbers if len(np.unique(numbers)) == len(numbers) else ids
     if not len(known):
-        return ImageFiles(ids, texts, folder)
+        return ImageFiles(ids, names, folder)
     taken = known["image_id"].to_numpy()
-    place = pc.index_in(texts, value_set=known["file_name"])
+    place = pc.index_in(names, value_set=known["file_name"])
     is_known = place.is_valid().to_numpy(zero_copy_only=False)
     is_new = ~is_known & np.isin(ids, taken)
     part, count = shard
@@ -195,7 +194,16 @@ def _number(
     start += (part - start) % count
     ids[is_new] = start + count * np.arange(is_new.sum())
     ids[is_known] = taken[place.drop_null().to_numpy()]
-    return ImageFiles(ids, texts, folder)
+    return ImageFiles(ids, names, folder)
+
+
+def _are_numbers(stems: list[str]) -> bool:
+    return all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems)
+
+
+def _stems(names: pa.Array) -> list[str]:
+    """The names without folder and suffix."""
+    return [PurePosixPath(name).stem for name in names.to_pylist()]
 
 
 def _is_text(name: str) -> bool:

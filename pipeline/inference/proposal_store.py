@@ -147,7 +147,8 @@ class ProposalStore(ResumableDirectory):
         stamps = self.stamps()
         known = self._catalog if len(self._catalog) else self._read_index()
         covered = json.loads(known.schema.metadata[STAMPS_KEY])
-        if covered == stamps and known is self._catalog:
+        if covered == stamps:
+            self._catalog = known
             return known
         # Shards that have gone, or are others than those covered, do not count.
         number_of = {name: number for number, name in enumerate(stamps)}
