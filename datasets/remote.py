@@ -202,7 +202,7 @@ def find_file(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         from fsspec.core import url_to_fs
 
-        files, place = url_to_fs(uri)
+        files, place = url_to_fs(uri, use_listings_cache=False)  # other processes write, too
     except (ImportError, ValueError) as error:  # a package for the scheme is missing
         raise ValueError(f"{uri}: {error}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(files)), place

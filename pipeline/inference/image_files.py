@@ -65,7 +65,7 @@ class ImageFiles(Sequence[ImageFile]):
             name = self.names[int(index)].as_py()
             return ImageFile(int(self.ids[index]), name, join(self.folder, name))
         if isinstance(index, slice):
-            index = np.arange(len(self))[index]
+            return ImageFiles(self.ids[index], self.names[index], self.folder)
         return ImageFiles(self.ids[index], self.names.take(pa.array(index)), self.folder)
 
 

@@ -76,6 +76,13 @@ def test_a_listed_image_that_is_missing_is_named_like_any_unreadable_one(photos,
     assert folder.startswith(f"{photos / 'inner'}: ")
 
 
+def test_lines_end_where_files_end_them(tmp_path):
+    """Not where Python's text does, as at the line separator, which a name may have."""
+    (tmp_path / "list.txt").write_bytes("a\u2028b.png\r\nc\x0cd.png\re.png\nc\x0cd.png".encode())
+    listed = list_named_images(tmp_path / "list.txt")
+    assert listed.names == ["a\u2028b.png", "c\x0cd.png", "e.png"]
+
+
 def test_lists_that_cannot_be(tmp_path):
     def refused(name: str, data: bytes, match: str) -> None:
         (tmp_path / name).write_bytes(data)
