@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from datasets import segmentations as seg
+from datasets.remote import AnyPath, to_path
 
 T = TypeVar("T")
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -75,7 +76,7 @@ class Annotation(msgspec.Struct, gc=False):
     ignore: Flag = 0
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | AnyPath) -> Any:
     """The content of a JSON file: UTF-8, 16 or 32, whatever the locale is; a BOM does not matter.
 
     Raises:
@@ -85,13 +86,14 @@ def read_json(path: str | Path) -> Any:
     return _parse(path, _read_bytes(path))
 
 
-def _read_bytes(path: str | Path) -> bytes:
-    if Path(path).is_dir():
+def _read_bytes(path: str | AnyPath) -> bytes:
+    path = to_path(path)
+    if path.is_dir():
         raise ValueError(f"{path}: a folder, expected a JSON file")
-    return Path(path).read_bytes()
+    return path.read_bytes()
 
 
-def _parse(path: str | Path, data: bytes) -> Any:
+def _parse(path: str | AnyPath, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

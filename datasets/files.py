@@ -6,11 +6,14 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from datasets.remote import AnyPath, RemotePath
 
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:40]
 TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]*)\.(?P<pid>\d+)\.tmp", re.DOTALL)
@@ -20,14 +23,20 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | AnyPath) -> Iterator[Path]:
     """A temporary path beside `path`: renamed to it when the block ends well, else removed.
 
-    Folders above it are made; no reader and no second writer meets half a file.
+    Folders above it are made; no reader and no second writer meets half a file. For an object
+    store the file is in the folder of temporary files, and copied there.
 
     Raises:
         OSError: the disk is full or read-only, or the name too long; names `path`.
     """
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, path.name)
+            path.upload(Path(folder, path.name))
+        return
     path = Path(path)
     # Any name that fits is short enough for its temporary file, too.
     temporary = path.with_name(f".{path.name[:40]}.{HOST}.{os.getpid()}.tmp")
@@ -102,12 +111,12 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | AnyPath, data: bytes) -> None:
     """Writes a file."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | AnyPath, value: Any) -> None:
     """Writes `value` as indented JSON; NaN is refused, since it is no JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -45,8 +45,8 @@ def list_named_images(source: str | Path, passed_over: Counter[str] | None = Non
     suffix = os.path.splitext(str(source))[1].lower()
     if suffix not in (TEXT, PARQUET):
         return _images_below(str(source), Counter() if passed_over is None else passed_over)
-    data = read_bytes(source)
-    lines = _read_text(source, data) if suffix == TEXT else _read_parquet(source, data)
+    read_lines = _read_text if suffix == TEXT else _read_parquet
+    lines = read_lines(source, read_bytes(source))
     if not lines:
         raise ValueError(f"{source}: names no image")
     if is_uri(source):
@@ -62,10 +62,10 @@ def list_named_images(source: str | Path, passed_over: Counter[str] | None = Non
 
 def _read_text(source: str | Path, data: bytes) -> list[str]:
     try:
-        lines = map(str.strip, data.decode("utf-8-sig").splitlines())
+        lines = map(str.strip, io.TextIOWrapper(io.BytesIO(data), "utf-8-sig"))
+        return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     except UnicodeDecodeError:
         raise ValueError(f"{source}: not a text in UTF-8") from None
-    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
 def _read_parquet(source: str | Path, data: bytes) -> list[str]:

@@ -20,6 +20,7 @@ from datasets.image_survey import AUTO, EXIF_CHOICES
 from datasets.images import MAX_PIXELS
 from datasets.loading import catch_stop_signals
 from datasets.object_sizes import LogScales
+from datasets.remote import is_uri, to_path
 from pipeline import distributed
 from pipeline.precision import PRECISIONS
 
@@ -175,8 +176,8 @@ def add_results(parser: argparse.ArgumentParser, kind: str) -> None:
     """
     parser.add_argument(
         "--output",
-        type=Path,
-        help=f"folder of the results (default: runs/{kind}/NAME, by the name of the images)",
+        type=to_path,
+        help=f"folder of the results, or its URI (default: runs/{kind}/NAME, by the images' name)",
     )
     parser.add_argument(
         "--draw",
@@ -191,7 +192,7 @@ def choose_results(args: argparse.Namespace, kind: str) -> None:
     if args.draw is None:
         args.draw = NUM_DRAWN if args.output is None else 0
     if args.output is None:
-        first = Path(args.images[0] if args.images else args.proposals)
+        first = to_path(args.images[0] if args.images else args.proposals)
         named = first.parent if glob.has_magic(first.name) else first
         args.output = Path("runs", kind, named.resolve().stem or "images")
 
@@ -284,6 +285,13 @@ def parse_scales(words: list[str] | None) -> LogScales | str | None:
     except ValueError:
         raise ValueError(f"--scales must be auto or MIN MAX STEP, got {' '.join(words)}") from None
     return low, high, step
+
+
+def local_path(name: str) -> Path:
+    """A path of this machine; the type of --output of tools that write nowhere else."""
+    if is_uri(name):
+        raise argparse.ArgumentTypeError(f"{name} is in an object store; give one of this machine")
+    return Path(name)
 
 
 def _device(name: str) -> str:

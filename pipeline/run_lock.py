@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
 
 from datasets.files import HOST, is_alive, remove_temporaries
+from datasets.remote import AnyPath, RemotePath, to_path
 from pipeline import distributed
 
 try:
@@ -43,13 +44,14 @@ def locks_output(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def locked_directory(
-    directory: str | Path, *, shard: tuple[int, int] | None = None
+    directory: str | AnyPath, *, shard: tuple[int, int] | None = None
 ) -> Iterator[None]:
     """Makes a directory and keeps runs of other processes out of it.
 
     The main process holds the lock for all of a run; it may take it again. The system frees it when
     its holder dies. Machines that share a network drive see each other's locks only if the drive
-    has them (NFS from version 4 on, Lustre with `flock`). What killed runs have left is removed.
+    has them (NFS from version 4 on, Lustre with `flock`). Object stores have none: nobody is kept
+    out. What killed runs have left is removed.
 
     Args:
         shard: the process writes part i of n (1 to n), and others may write other parts of the n.
@@ -58,7 +60,11 @@ def locked_directory(
         ValueError: another process writes there, or the same part, or one of another number.
         OSError: the directory cannot be written.
     """
-    path = Path(directory).absolute()
+    directory = to_path(directory)
+    if isinstance(directory, RemotePath):
+        yield
+        return
+    path = directory.absolute()
     if path in _held or not distributed.is_main():
         distributed.stop_with_main()
         yield
@@ -114,8 +120,10 @@ def _is_held_elsewhere(file: IO[str]) -> bool:
     return False
 
 
-def other_shards(directory: str | Path) -> list[tuple[int, int]]:
-    """The parts i of n of a directory that other processes write now."""
+def other_shards(directory: str | AnyPath) -> list[tuple[int, int]]:
+    """The parts i of n of a directory that other processes write now; no object store knows."""
+    if isinstance(directory, RemotePath):
+        return []
     path, found = Path(directory).absolute(), []
     mine = {file.name for file in _held.get(path, [])}
     for lock in path.glob(f"{LOCK}-*-of-*"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import make_parser, run_tool
+from pipeline.command import local_path, make_parser, run_tool
 from pipeline.report.run_comparison import write_comparison
 
 
@@ -21,7 +21,9 @@ def main() -> None:
     """Writes the comparison."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, two or more")
-    parser.add_argument("--output", default="comparison.html", type=Path, help="the page to write")
+    parser.add_argument(
+        "--output", default="comparison.html", type=local_path, help="the page to write"
+    )
     args = parser.parse_args()
     print(write_comparison(args.runs, args.output))
 

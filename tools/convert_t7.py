@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import make_parser, run_tool
+from pipeline.command import local_path, make_parser, run_tool
 from pipeline.torch7.convert import convert_file
 from pipeline.torch7.describe import describe
 from pipeline.torch7.reader import read_torch7
@@ -28,7 +28,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("file", metavar="FILE.t7", type=Path)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--output", metavar="FILE.pt", type=Path, help="what to write")
+    action.add_argument("--output", metavar="FILE.pt", type=local_path, help="what to write")
     action.add_argument("--describe", action="store_true", help="print the modules in the file")
     parser.add_argument(
         "--annotations", metavar="COCO.json", help="for proposals: sizes and ids of the images"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.remote import to_path
 from pipeline import distributed
 from pipeline.command import (
     add_device,
@@ -46,7 +47,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", help="a trained MultiPathNet (default: the one in the box)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--proposals", type=Path, help="proposal store of tools/propose.py")
+    source.add_argument("--proposals", type=to_path, help="proposal store of tools/propose.py")
     source.add_argument(
         "--proposal-checkpoint",
         help="a DeepMask or SharpMask to propose with (default: the one in the box)",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import make_parser, parse_scales, run_tool
+from pipeline.command import local_path, make_parser, parse_scales, run_tool
 from pipeline.inference.model_export import MODEL_FORMATS
 from pipeline.pretrained import pretrained_checkpoint
 
@@ -30,7 +30,9 @@ def main() -> None:
     )
     parser.add_argument("--format", required=True, choices=sorted(MODEL_FORMATS))
     parser.add_argument(
-        "--output", type=Path, help="what to write (default: runs/models/NAME, by the checkpoint)"
+        "--output",
+        type=local_path,
+        help="what to write (default: runs/models/NAME, by the checkpoint)",
     )
     parser.add_argument("--num-proposals", type=int, help="of an image (default: the checkpoint's)")
     parser.add_argument(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import make_parser, run_tool
+from pipeline.command import local_path, make_parser, run_tool
 from pipeline.inference.export import FORMATS
 from pipeline.inference.export.geojson import NATIVE, WGS84
 from pipeline.inference.export.results import open_results
@@ -26,7 +26,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS", help="proposal store or COCO results json")
     parser.add_argument("--format", required=True, choices=sorted(FORMATS))
-    parser.add_argument("--output", required=True, type=Path, help="file, or folder, to write")
+    parser.add_argument(
+        "--output", required=True, type=local_path, help="file, or folder, to write"
+    )
     parser.add_argument(
         "--images-json", metavar="COCO.json", help="lists the images (default: beside RESULTS)"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.command import make_parser, run_tool
+from pipeline.command import local_path, make_parser, run_tool
 from pipeline.pretrained import pack_checkpoint
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Packs a checkpoint."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="of any stage, or its run's folder")
-    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    parser.add_argument("--output", required=True, type=local_path, help="the file to write")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     save_checkpoint(args.output, pack_checkpoint(checkpoint, source=args.checkpoint))

@@ -12,7 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
+from pipeline.command import (
+    add_config,
+    add_device,
+    add_precision,
+    local_path,
+    make_parser,
+    run_tool,
+)
 from pipeline.full_run import run_pipeline
 
 
@@ -20,7 +27,7 @@ def main() -> None:
     """Runs the pipeline."""
     parser = make_parser(__doc__)
     add_config(parser)
-    parser.add_argument("--output", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--output", required=True, type=local_path, help="folder of the results")
     add_precision(parser, default=None)
     add_device(parser)
     args = parser.parse_args()

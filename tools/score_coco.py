@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command import add_device, make_parser, run_tool
+from pipeline.command import add_device, local_path, make_parser, run_tool
 from pipeline.evaluation.scores import score_detections, score_patches, score_proposals
 from pipeline.report.plots import save_recall_plots
 
@@ -62,7 +62,9 @@ def main() -> None:
 
     for command in (proposals, detections, patches):
         command.add_argument("--annotations", required=True, help="COCO instances json")
-        command.add_argument("--output", required=True, type=Path, help="folder of the tables")
+        command.add_argument(
+            "--output", required=True, type=local_path, help="folder of the tables"
+        )
         command.add_argument(
             "--categories",
             nargs="+",

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.object_sizes import ObjectSides
-from pipeline.command import add_config, make_parser, run_tool
+from pipeline.command import add_config, local_path, make_parser, run_tool
 from pipeline.data import load_split, patch_dataset, prepare_data
 from pipeline.inference.patch_sheet import patch_sheet
 from pipeline.inference.visualize import save_picture
@@ -26,7 +26,7 @@ def main() -> None:
     """Draws the sheet."""
     parser = make_parser(__doc__)
     add_config(parser)
-    parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
+    parser.add_argument("--output", required=True, type=local_path, help="the PNG to write")
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument(
         "--count", type=int, default=24, help="mask patches, and as many score patches"

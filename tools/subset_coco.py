@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.coco import CocoInstances
 from datasets.subset import cut_subset
-from pipeline.command import make_parser, run_tool
+from pipeline.command import local_path, make_parser, run_tool
 
 
 def main() -> None:
@@ -24,7 +24,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--annotations", required=True, help="COCO instances json")
     parser.add_argument("--images", required=True, help="the folder of its images")
-    parser.add_argument("--output", required=True, type=Path, help="gets annotations/ and images/")
+    parser.add_argument(
+        "--output", required=True, type=local_path, help="gets annotations/ and images/"
+    )
     parser.add_argument("--num-images", required=True, type=int)
     parser.add_argument("--split", default="train", help="name in the new json and image folder")
     parser.add_argument("--seed", type=int, default=0, help="other images")

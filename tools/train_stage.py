@@ -18,7 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import distributed
-from pipeline.command import add_config, add_device, add_precision, make_parser, run_tool
+from pipeline.command import (
+    add_config,
+    add_device,
+    add_precision,
+    local_path,
+    make_parser,
+    run_tool,
+)
 from pipeline.config import PRETRAIN, STAGES
 from pipeline.recipe import load_config
 from pipeline.run_lock import locked_directory
@@ -32,7 +39,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--stage", required=True, choices=(PRETRAIN, *STAGES))
     add_config(parser)
-    parser.add_argument("--output", required=True, type=Path, help="run directory")
+    parser.add_argument("--output", required=True, type=local_path, help="run directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     add_precision(parser, default=None)
     add_device(parser)

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from datasets.coco_file import read_json, whole
+from datasets.remote import AnyPath, to_path
 from datasets.segmentations import check_counts, encode_counts
 from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.proposals import Detections, logits_of, results_of
@@ -25,14 +26,14 @@ from pipeline.inference.proposals import Detections, logits_of, results_of
 LIMIT = 1e100  # of scores and coordinates: its square is finite, so that no overlap is nan
 
 
-def load_results(path: str | Path) -> list:
+def load_results(path: str | AnyPath) -> list:
     """The list of results in a JSON file: repaired (`_repair`), unchecked.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a folder, no JSON, or no list.
     """
-    path = Path(path)
+    path = to_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the detections.json in it")
     if not path.is_file():
@@ -62,17 +63,17 @@ def _repair(result: Any) -> None:
             mask["size"] = list(map(whole, size))
 
 
-def categories_file(results: str | Path) -> Path:
+def categories_file(results: str | AnyPath) -> AnyPath:
     """Where the names of the categories in a results file are: results have ids only."""
-    return Path(results).with_suffix(".categories.json")
+    return to_path(results).with_suffix(".categories.json")
 
 
-def images_file(results: str | Path) -> Path:
+def images_file(results: str | AnyPath) -> AnyPath:
     """Where the images of a results file are listed, as COCO does."""
-    return Path(results).with_suffix(".images.json")
+    return to_path(results).with_suffix(".images.json")
 
 
-def read_result_categories(results: str | Path) -> dict[int, str] | None:
+def read_result_categories(results: str | AnyPath) -> dict[int, str] | None:
     """The names of a results file's categories by id; None without a file of them beside it.
 
     Raises:
@@ -88,13 +89,13 @@ def read_result_categories(results: str | Path) -> dict[int, str] | None:
         raise ValueError(f'{path} is not a list of categories with "id" and "name"') from None
 
 
-def read_results(path: str | Path) -> Iterable[dict]:
+def read_results(path: str | AnyPath) -> Iterable[dict]:
     """COCO results of a JSON file, as a list, or of a proposal store, which is never held whole.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or neither of the two.
     """
-    if not Path(path).is_dir():
+    if not to_path(path).is_dir():
         return load_results(path)
     store = ProposalStore(path)
     store.require_shards()

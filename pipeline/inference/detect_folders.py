@@ -5,7 +5,6 @@ An interrupted run, started again, does the parts of shards that are left. Proce
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from datasets.images import (
     orientation_hint,
 )
 from datasets.progress import progress_bar
-from datasets.remote import is_uri, join
+from datasets.remote import AnyPath, is_uri, join, list_files, remove_folder, to_path
 from pipeline import distributed
 from pipeline.inference.coco_json import categories_file, images_file
 from pipeline.inference.detect import Detector
@@ -55,12 +54,12 @@ def detect_images(
     detector: Detector,
     store: ProposalStore,
     images: str | Path,
-    output: Path,
+    output: str | AnyPath,
     *,
     settings: dict,
     draw: int = 0,
 ) -> Summary:
-    """Writes `output/detections.json` for the images of a proposal store.
+    """Writes `output/detections.json` for the images of a proposal store; `output` may be a URI.
 
     Beside it go the detector's categories and a list of the images, since results have ids only.
 
@@ -72,8 +71,9 @@ def detect_images(
     Raises:
         ValueError: no store, or none of its images is in the folder or can be used.
     """
-    check_draw(draw)
-    shards = store.require_shards()
+    output = to_path(output)
+    check_draw(draw, output)
+    store.require_shards()
     stored = store.catalog()
     names = (name.as_py() for name in stored["file_name"])
     if not any(not leads_out(name) and _may_be_there(join(images, name)) for name in names):
@@ -85,13 +85,15 @@ def detect_images(
     # Keep the parts of an interrupted run that had the same settings: one for each part of a shard.
     parts = ResumableDirectory(output / "parts")
     if distributed.is_main():
-        stamps = [[str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
+        where = store.directory.resolve()
+        stamps = [[str(where / name), *stamp] for name, stamp in store.stamps().items()]
         folder = images if is_uri(images) else Path(images).resolve()
         inputs = {"images": str(folder), "draw": draw, "proposals": stamps}
         parts.open_for(settings | inputs, discard=True)
     distributed.barrier()
     file_of = {part: parts.directory / _file_name(part) for part in store.parts()}
-    todo = [part for part, file in file_of.items() if not file.exists()]
+    there = list_files(parts.directory)
+    todo = [part for part, file in file_of.items() if file.name not in there]
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its share of the parts.
     assigned = todo[distributed.rank() :: distributed.world_size()]
@@ -100,6 +102,7 @@ def detect_images(
         for image, found in detect_in_part(detector, store, part, images, done["broken"]):
             if draw:
                 picture = draw_detections(image, found, detector.category_names, draw)
+                assert isinstance(output, Path)  # else `draw` is 0
                 save_in_folder(picture, output / DRAWN, found.file_name)
             done["results"] += results_of(found)
         write_atomically(file_of[part], json.dumps(done).encode())
@@ -115,7 +118,7 @@ def detect_images(
             store.write_images(images_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
             report(summary, "detections", output / DETECTIONS, output, draw=draw)
-        shutil.rmtree(parts.directory)
+        remove_folder(parts.directory)
     if not summary.done:
         raise ValueError(
             f"none of the images of {store.directory} could be used; the first: {broken[0]}"
@@ -132,7 +135,7 @@ def _file_name(part: Part) -> str:
     return f"{part.shard.stem}-{part.group}.json" if part.group else f"{part.shard.stem}.json"
 
 
-def _joined(parts: Iterable[Path], key: str) -> Iterator:
+def _joined(parts: Iterable[AnyPath], key: str) -> Iterator:
     return itertools.chain.from_iterable(json.loads(part.read_bytes())[key] for part in parts)
 
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets.files import write_json
+from datasets.remote import AnyPath, RemotePath
 
 DRAWN = "drawn"  # the folder of pictures, in that of the results
 
@@ -33,7 +33,7 @@ class Summary:
 
 
 def report(
-    summary: Summary, found: str, results: Path, output: Path, *, draw: int, part: str = ""
+    summary: Summary, found: str, results: AnyPath, output: AnyPath, *, draw: int, part: str = ""
 ) -> None:
     """Writes broken.json and metrics.json, and prints the same; `found` is their name.
 
@@ -59,7 +59,9 @@ def report(
         print(f"  left out: {message}")
 
 
-def check_draw(draw: int) -> None:
-    """Raises a ValueError for a number of pictures below 0."""
+def check_draw(draw: int, output: AnyPath) -> None:
+    """Raises a ValueError for a number of pictures below 0, or pictures in an object store."""
     if draw < 0:
         raise ValueError(f"--draw must be at least 0, got {draw}")
+    if draw and isinstance(output, RemotePath):
+        raise ValueError(f"--draw needs a folder of this machine as --output, got {output}")

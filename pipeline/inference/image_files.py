@@ -26,7 +26,7 @@ from datasets.coco_file import ListedImage, read_image_list
 from datasets.file_names import find_named_files, match_paths
 from datasets.image_lists import is_list, list_named_images
 from datasets.images import Image, ImageError, Sources, list_images, open_image
-from datasets.remote import is_uri, join
+from datasets.remote import AnyPath, is_uri, join
 from pipeline import distributed
 from pipeline.inference.memory import return_freed_blocks
 
@@ -65,7 +65,7 @@ class ImageFiles(Sequence[ImageFile]):
             name = self.names[int(index)].as_py()
             return ImageFile(int(self.ids[index]), name, join(self.folder, name))
         if isinstance(index, slice):
-            index = np.arange(len(self))[index]
+            return ImageFiles(self.ids[index], self.names[index], self.folder)
         return ImageFiles(self.ids[index], self.names.take(pa.array(index)), self.folder)
 
 
@@ -102,7 +102,7 @@ def find_images(
     known: pa.Table | None = None,
     *,
     shard: tuple[int, int] = (1, 1),
-    output: Path | None = None,
+    output: AnyPath | None = None,
     passed_over: Counter[str] | None = None,
     unnamable: list[str] | None = None,
 ) -> Sequence[ImageFile]:
@@ -140,10 +140,13 @@ def find_images(
         return files
     if isinstance(source, str | Path) and is_list(source):
         listed = list_named_images(source, passed_over)
-        return _number(listed.folder, listed.names, known, shard)
+        folder, names = listed.folder, pa.array(listed.names, pa.string())
+        del listed  # 100 MB of a million
+        return _number(folder, names, known, shard)
     if not isinstance(source, str | Path) and any(map(is_list, source)):
         raise ValueError(f"--images {next(filter(is_list, source))}: give a list or a URI alone")
-    paths = list_images(source, output=output, passed_over=passed_over)
+    local = output if isinstance(output, Path) else None
+    paths = list_images(source, output=local, passed_over=passed_over)
     if isinstance(source, str | Path):
         tops = [Path(source)] if Path(source).is_dir() else [path.parent for path in paths]
     else:
@@ -164,29 +167,26 @@ def find_images(
         if unnamable is not None:
             unnamable += lines
         names = list(compress(names, is_text))
-    return _number(Path(root), names, known, shard)
+    return _number(Path(root), pa.array(names, pa.string()), known, shard)
 
 
 def _number(
-    folder: str | Path, names: list[str], known: pa.Table, shard: tuple[int, int]
+    folder: str | Path, names: pa.Array, known: pa.Table, shard: tuple[int, int]
 ) -> ImageFiles:
     """Images with ids: known ones, else numbers of their names or places, else unused ones.
 
     Processes that share the images by shards start at different times, when different images are
     known. So an unused id of one is never an unused id of another.
     """
-    texts = pa.array(names, pa.string())
     ids = np.arange(1, len(names) + 1)
-    stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names[:1]]
-    if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):  # look at the rest
-        stems = [PurePosixPath(name).stem for name in names]
-        if all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems):
-            numbers = np.array(stems, np.int64)
-            ids = numbers if len(np.unique(numbers)) == len(numbers) else ids
+    stems = _stems(names[:1])
+    if _are_numbers(stems) and _are_numbers(stems := _stems(names)):
+        numbers = np.array(stems, np.int64)
+        ids = numbers if len(np.unique(numbers)) == len(numbers) else ids
     if not len(known):
-        return ImageFiles(ids, texts, folder)
+        return ImageFiles(ids, names, folder)
     taken = known["image_id"].to_numpy()
-    place = pc.index_in(texts, value_set=known["file_name"])
+    place = pc.index_in(names, value_set=known["file_name"])
     is_known = place.is_valid().to_numpy(zero_copy_only=False)
     is_new = ~is_known & np.isin(ids, taken)
     part, count = shard
@@ -194,7 +194,16 @@ def _number(
     start += (part - start) % count
     ids[is_new] = start + count * np.arange(is_new.sum())
     ids[is_known] = taken[place.drop_null().to_numpy()]
-    return ImageFiles(ids, texts, folder)
+    return ImageFiles(ids, names, folder)
+
+
+def _are_numbers(stems: list[str]) -> bool:
+    return all(stem.isdecimal() and len(stem) <= MAX_DIGITS for stem in stems)
+
+
+def _stems(names: pa.Array) -> list[str]:
+    """The names without folder and suffix."""
+    return [PurePosixPath(name).stem for name in names.to_pylist()]
 
 
 def _is_text(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A store of proposals: Parquet shards in a directory, and COCO results.
+"""A store of proposals: Parquet shards in a directory or object store, and COCO results.
 
 Every shard is written whole, never over another one. So an interrupted run continues with the
 images that no shard covers, and several processes can write into one store.
@@ -9,13 +9,12 @@ is read.
 """
 
 import json
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from pyarrow import feather
 from datasets.files import atomic_path, write_json
 from datasets.images import APPLY
 from datasets.proposal_boxes import Rows
+from datasets.remote import AnyPath, list_files, remove_folder, to_path
 from pipeline.inference.proposals import Proposals, results_of, write_results
 from pipeline.inference.shards import (
     IMAGE_FIELDS,
@@ -50,8 +50,8 @@ CATALOG = pa.schema([*IMAGE_FIELDS, ("group", pa.int32()), ("shard", pa.int32())
 class ResumableDirectory:
     """A directory of results that an interrupted run continues, and the settings of that run."""
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | AnyPath):
+        self.directory = to_path(directory)
         self.path = self.directory / SETTINGS
 
     def open_for(self, settings: dict, *, discard: bool = False) -> None:
@@ -69,7 +69,7 @@ class ResumableDirectory:
                 "choose another --output or delete it"
             )
         if changed:
-            shutil.rmtree(self.directory)
+            remove_folder(self.directory)
         if not self.path.exists():
             write_json(self.path, settings)
 
@@ -99,14 +99,14 @@ class ResumableDirectory:
 class Part(NamedTuple):
     """Some images of a shard that are read at once: a row group."""
 
-    shard: Path
+    shard: AnyPath
     group: int
 
 
 class ProposalStore(ResumableDirectory):
     """Writes and reads a store of proposals."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | AnyPath):
         super().__init__(directory)
         self._next: dict[int, int] = {}  # number of the next shard, by writer
         self._num_indexed = 0  # shards
@@ -118,27 +118,20 @@ class ProposalStore(ResumableDirectory):
             raise ValueError(f"{self.directory} holds proposals but no {SETTINGS}; delete it")
         super().open_for(settings, discard=discard)
 
-    def shards(self) -> list[Path]:
+    def shards(self) -> list[AnyPath]:
         """The shards, by name."""
-        return [self.directory / name for name in self._stamps()]
+        return [self.directory / name for name in self.stamps()]
 
-    def _stamps(self) -> dict[str, list[int]]:
-        """Size and time of last change of each shard, by name."""
-        if not self.directory.is_dir():
-            return {}
-        stamps = {}
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                if entry.name.startswith("proposals-") and entry.name.endswith(".parquet"):
-                    stat = entry.stat()
-                    stamps[entry.name] = [stat.st_size, stat.st_mtime_ns]
-        return dict(sorted(stamps.items()))
+    def stamps(self) -> dict[str, list[int]]:
+        """Size in bytes and time of last change in ns of each shard, by name."""
+        files = list_files(self.directory).items()
+        return {name: stamp for name, stamp in files if fnmatchcase(name, "proposals-*.parquet")}
 
     def exif(self) -> str:
         """How the images were read, see `datasets.images.read_image`."""
         return self.settings().get("exif") or APPLY
 
-    def require_shards(self) -> list[Path]:
+    def require_shards(self) -> list[AnyPath]:
         """The shards; ValueError if there is none, as in a directory that is no store."""
         if not (shards := self.shards()):
             raise ValueError(f"{self.directory} is no proposal store: no proposals-*.parquet in it")
@@ -151,10 +144,11 @@ class ProposalStore(ResumableDirectory):
 
         Columns are `IMAGE_FIELDS`, "shard", a number in `shards()`, and "group", its row group.
         """
-        stamps = self._stamps()
+        stamps = self.stamps()
         known = self._catalog if len(self._catalog) else self._read_index()
         covered = json.loads(known.schema.metadata[STAMPS_KEY])
-        if covered == stamps and known is self._catalog:
+        if covered == stamps:
+            self._catalog = known
             return known
         # Shards that have gone, or are others than those covered, do not count.
         number_of = {name: number for number, name in enumerate(stamps)}
@@ -176,7 +170,7 @@ class ProposalStore(ResumableDirectory):
     def _read_index(self) -> pa.Table:
         """The catalog as far as the index has it."""
         try:
-            table = feather.read_table(self.directory / INDEX, memory_map=False)
+            table = feather.read_table(pa.BufferReader((self.directory / INDEX).read_bytes()))
         except (OSError, pa.ArrowException):  # none, or torn: the shards say all
             return self._catalog
         if not table.schema.equals(CATALOG) or STAMPS_KEY not in (table.schema.metadata or {}):
@@ -200,7 +194,7 @@ class ProposalStore(ResumableDirectory):
         """
         return {image["id"]: image for image in _images(self.catalog())}
 
-    def images_of(self, part: Path | Part) -> list[dict]:
+    def images_of(self, part: AnyPath | Part) -> list[dict]:
         """The images that a shard, or a part of one, covers, also those without a proposal."""
         shard, group = part if isinstance(part, Part) else (part, None)
         table = read_images(shard)
@@ -227,8 +221,8 @@ class ProposalStore(ResumableDirectory):
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
         """Adds a shard of some images; `writer` is the process's number: no two write one file."""
         if writer not in self._next:
-            earlier = self.directory.glob(f"proposals-{writer:03d}-*.parquet")
-            last = max((int(path.stem.split("-")[2]) for path in earlier), default=-1)
+            earlier = [n for n in self.stamps() if n.startswith(f"proposals-{writer:03d}-")]
+            last = max((int(PurePath(name).stem.split("-")[2]) for name in earlier), default=-1)
             self._next[writer] = last + 1
         path = self.directory / f"proposals-{writer:03d}-{self._next[writer]:06d}.parquet"
         write_shard(path, proposals)
@@ -239,7 +233,7 @@ class ProposalStore(ResumableDirectory):
         for shard in self.shards():
             yield from self.read_shard(shard)
 
-    def read_shard(self, part: Path | Part) -> Iterator[Proposals]:
+    def read_shard(self, part: AnyPath | Part) -> Iterator[Proposals]:
         """The proposals of one shard, or a part of one, image by image."""
         shard, group = part if isinstance(part, Part) else (part, None)
         for table in read_groups(shard, groups=None if group is None else [group]):
@@ -271,7 +265,7 @@ class ProposalStore(ResumableDirectory):
                 tables.append(table.select(names).cast(schema))
         return pa.concat_tables(tables)
 
-    def write_json(self) -> Path:
+    def write_json(self) -> AnyPath:
         """Writes all results to proposals.json, and returns its path.
 
         Writes images.json beside it, a COCO file that lists the images.
@@ -281,7 +275,7 @@ class ProposalStore(ResumableDirectory):
         write_results(path, (result for proposals in self for result in results_of(proposals)))
         return path
 
-    def write_images(self, path: Path, categories: list[dict]) -> None:
+    def write_images(self, path: AnyPath, categories: list[dict]) -> None:
         """Writes a COCO file that lists the images, and categories."""
         images = sorted(self.images().values(), key=lambda image: image["id"])
         write_json(path, {"images": images, "annotations": [], "categories": categories})

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pycocotools.mask as coco_mask
 
 from datasets.files import atomic_path
+from datasets.remote import AnyPath
 
 BOX_DECIMALS = 3  # of detections; COCO's own boxes have two
 # Digits of a written score, after its zeros or nines. Detections are ranked over all images.
@@ -136,7 +136,7 @@ def round_scores(found: Proposals, digits: int) -> list[float]:
     return rounded[np.searchsorted(logits, found.logits)].tolist()
 
 
-def write_results(path: str | Path, results: Iterable[dict]) -> int:
+def write_results(path: str | AnyPath, results: Iterable[dict]) -> int:
     """Writes a COCO results file, one result a line, and returns how many there are."""
     count = 0
     with atomic_path(path) as temporary, temporary.open("w") as file:

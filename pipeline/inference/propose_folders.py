@@ -6,7 +6,7 @@ An interrupted run, started again, does what is left. Processes share the images
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from datasets.images import (
 )
 from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
+from datasets.remote import AnyPath, RemotePath, list_files
 from pipeline import distributed
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import (
@@ -56,20 +57,22 @@ PROPOSALS = "proposals.json"
 def propose_images(
     proposer: Proposer,
     source: Sources,
-    output: str | Path,
+    output: str | AnyPath,
     *,
     settings: dict,
     annotations: str | Path | None = None,
     exif: str = AUTO,
     max_pixels: int = MAX_PIXELS,
     draw: int = 0,
-    above_output: Path | None = None,
+    above_output: AnyPath | None = None,
     max_images: int | None = None,
     backend: str = "torch",
     shard: tuple[int, int] | None = None,
     write_json: bool = True,
 ) -> Summary:
     """Fills the proposal store `output` for images: a folder, file or glob, or several, or a list.
+
+    The store is a folder, or the URI of one.
 
     Args:
         settings: what the proposals depend on.
@@ -88,11 +91,13 @@ def propose_images(
             made with other settings or ids, or for another folder (files of the same names would
             pass for done), or a shard that cannot be.
     """
-    check_draw(draw)
+    store = ProposalStore(output)
+    check_draw(draw, store.directory)
+    if backend == "openvino-int8" and isinstance(store.directory, RemotePath):
+        raise ValueError(f"--backend openvino-int8 needs a folder as --output, got {output}")
     if shard and distributed.world_size() > 1:
         raise ValueError("--shard is for processes without torchrun, whose own share the images")
     # Leave out the images that earlier runs have done.
-    store = ProposalStore(output)
     known = store.catalog().select(["image_id", "file_name"])
     passed_over: Counter[str] = Counter()
     unnamable: list[str] = []
@@ -123,6 +128,7 @@ def propose_images(
         files = listed[shard[0] - 1 :: shard[1]]
     todo = choose(files, np.flatnonzero(~np.isin(ids_of(files), known["image_id"].to_numpy())))
     if todo and backend == "openvino-int8":
+        assert isinstance(store.directory, Path)
         network = store.directory / "quantized" / "dense.xml"
         if shard and not network.exists():
             raise ValueError(
@@ -146,7 +152,7 @@ def propose_images(
         path, name = store.directory, f"-{shard[0]}-of-{shard[1]}" if shard else ""
         if write_json and not shard:
             path /= PROPOSALS
-            if summary.done or not _is_newer(path, store.shards()):
+            if summary.done or not _is_newer(PROPOSALS, store):
                 store.write_json()
         report(summary, "proposals", path, store.directory, draw=draw, part=name)
         _report_cut_off(store, settings)
@@ -210,11 +216,10 @@ def _choose_frame(
     return distributed.gather(exif)[0]
 
 
-def _is_newer(path: Path, others: Iterable[Path]) -> bool:
-    if not path.exists():
-        return False
-    written = path.stat().st_mtime_ns
-    return all(other.stat().st_mtime_ns <= written for other in others)
+def _is_newer(name: str, store: ProposalStore) -> bool:
+    """Whether a file of the store's folder is there and no shard is newer."""
+    _, written = list_files(store.directory).get(name, (0, -1))
+    return all(time <= written for _, time in store.stamps().values())
 
 
 def _propose(
@@ -267,6 +272,7 @@ def _draw(
     read: Callable[[str | Path], Image],
 ) -> None:
     """Pictures of this process's part of the store's images, also of those of earlier runs."""
+    assert isinstance(store.directory, Path)
     paths = {file.file_name: file.path for file in files}
     for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
         if proposals.file_name in paths:

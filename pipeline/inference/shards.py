@@ -7,7 +7,6 @@ the metadata; they are read as if they were of today's form.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path
+from datasets.remote import AnyPath, RemotePath, arrow_source
 from pipeline.inference.proposals import Proposals, logits_of
 
 # What is known of an image without its proposals.
@@ -42,14 +42,14 @@ GROUP_IMAGES = 16  # rows of a row group: what a reader holds in memory, and a d
 IMAGES_KEY, CUT_OFF_KEY = b"images", b"cut_off"
 
 
-def write_shard(path: Path, proposals: Sequence[Proposals]) -> None:
+def write_shard(path: AnyPath, proposals: Sequence[Proposals]) -> None:
     """Writes a shard of images, whole or not at all."""
     table = _to_table(proposals)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=GROUP_IMAGES)
 
 
-def read_images(shard: Path) -> pa.Table:
+def read_images(shard: AnyPath) -> pa.Table:
     """`IMAGE_FIELDS` of a shard's images, and "group", the number of each one's row group."""
     with _open(shard) as file:
         if IMAGES_KEY in (file.schema_arrow.metadata or {}):
@@ -65,7 +65,7 @@ def read_images(shard: Path) -> pa.Table:
 
 
 def read_groups(
-    shard: Path, columns: Sequence[str] | None = None, *, groups: Sequence[int] | None = None
+    shard: AnyPath, columns: Sequence[str] | None = None, *, groups: Sequence[int] | None = None
 ) -> Iterator[pa.Table]:
     """A shard's row groups, or those of given numbers, with these columns of `SCHEMA`."""
     names = SCHEMA.names if columns is None else list(columns)
@@ -141,7 +141,7 @@ def _lists(counts: Sequence[int], values: pa.Array) -> pa.ListArray:
 # Shards of earlier versions.
 
 
-def _images_of_older(shard: Path, schema: pa.Schema, ids: np.ndarray) -> pa.Table:
+def _images_of_older(shard: AnyPath, schema: pa.Schema, ids: np.ndarray) -> pa.Table:
     """The images (`IMAGE_FIELDS`) of an older shard, whose proposals are of the images `ids`."""
     images = json.loads(schema.metadata[IMAGES_KEY])
     cut_off = json.loads(schema.metadata.get(CUT_OFF_KEY, b"{}"))
@@ -158,7 +158,7 @@ def _images_of_older(shard: Path, schema: pa.Schema, ids: np.ndarray) -> pa.Tabl
     return pa.Table.from_pylist(images, pa.schema(IMAGE_FIELDS))
 
 
-def _modernize(shard: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
+def _modernize(shard: AnyPath, file: pq.ParquetFile, names: list[str]) -> pa.Table:
     """An older shard in today's form; the logits of those that have scores alone are float64."""
     stored = file.schema_arrow.names
     wanted = [n for n in ("score", "logit", "box", "counts") if n in names and n in stored]
@@ -180,8 +180,11 @@ def _modernize(shard: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
     return table.select(names)
 
 
-def _open(shard: Path) -> pq.ParquetFile:
-    file = _read(shard, pq.ParquetFile, shard)
+def _open(shard: AnyPath) -> pq.ParquetFile:
+    # One request for what is read at once.
+    file = _read(
+        shard, pq.ParquetFile, arrow_source(shard), pre_buffer=isinstance(shard, RemotePath)
+    )
     names = file.schema_arrow.names
     if IMAGES_KEY not in (file.schema_arrow.metadata or {}) and not {*SCHEMA.names} <= {*names}:
         file.close()
@@ -189,13 +192,13 @@ def _open(shard: Path) -> pq.ParquetFile:
     return file
 
 
-def _read(shard: Path, reader: Callable, *arguments: Any, **options: Any) -> Any:
+def _read(shard: AnyPath, reader: Callable, *arguments: Any, **options: Any) -> Any:
     """Calls a reader of Arrow's; its error on a torn or foreign file becomes one that names it."""
     try:
         return reader(*arguments, **options)
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's: not there, or not ours to read
+        if isinstance(error, OSError) and (error.errno or isinstance(shard, RemotePath)):
+            raise  # the system's, or the store's: not there, or not ours to read
         raise ValueError(
             f"{shard} is not a whole Parquet file; delete it, and propose again"
         ) from None

@@ -268,8 +268,7 @@ def write_boxes(config: Config, split: str, output: Path, store: ProposalStore) 
     path = output / "proposals" / f"{split}_boxes.f32"
     if distributed.is_main():
         limit = config.multipathnet.sampling.max_proposals
-        stats = {shard.name: shard.stat() for shard in store.shards()}
-        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+        stamps = [(name, *stamp) for name, stamp in store.stamps().items()]
         stamp = json.dumps([str(store.directory.resolve()), limit, stamps])
         if not ProposalBoxes.is_current(path, stamp):  # it takes minutes at COCO's size
             if not store.count():

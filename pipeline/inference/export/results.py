@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_file import read_json
+from datasets.remote import AnyPath, to_path
 from datasets.segmentations import encode_counts
 from pipeline.inference.coco_json import (
     box_of,
@@ -37,10 +38,10 @@ class Results:
         top: so many of an image's results, the best, count; None for all.
     """
 
-    path: Path
+    path: AnyPath
     images: dict[int, dict]
     categories: dict[int, str]
-    image_folder: Path | None = field(default=None, kw_only=True)
+    image_folder: AnyPath | None = field(default=None, kw_only=True)
     image_prefix: str | None = field(default=None, kw_only=True)
     top: int | None = field(default=None, kw_only=True)
 
@@ -164,7 +165,7 @@ def describe(count: int, empty: int) -> str:
 
 
 def open_results(
-    path: str | Path,
+    path: str | AnyPath,
     images_json: str | Path | None = None,
     *,
     image_folder: str | Path | None = None,
@@ -184,20 +185,20 @@ def open_results(
     """
     if top is not None and top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
-    path = Path(path)
+    path = to_path(path)
     results = _open_store(path) if path.is_dir() else _open_json(path, images_json)
     results.image_folder = _folder(path if path.is_dir() else path.parent, image_folder)
     results.image_prefix, results.top = image_prefix, top
     return results
 
 
-def _open_store(path: Path) -> StoredResults:
+def _open_store(path: AnyPath) -> StoredResults:
     store = ProposalStore(path)
     store.require_shards()
     return StoredResults(path, store.images(), PROPOSAL, store)
 
 
-def _open_json(path: Path, images_json: str | Path | None) -> ListedResults:
+def _open_json(path: AnyPath, images_json: str | Path | None) -> ListedResults:
     results = load_results(path)
     images, categories = _read_images(path, images_json)
     try:
@@ -210,20 +211,22 @@ def _open_json(path: Path, images_json: str | Path | None) -> ListedResults:
     return ListedResults(path, images, names, results)
 
 
-def _folder(results: Path, given: str | Path | None) -> Path | None:
+def _folder(results: AnyPath, given: str | Path | None) -> AnyPath | None:
     """The folder of the images: as given, or as the store in or below a folder knows it."""
-    if given is not None and not Path(given).is_dir():
+    if given is not None and not to_path(given).is_dir():
         raise ValueError(f"--images {given} is no folder")
     stores = (ProposalStore(results), ProposalStore(results / "proposals"))
     known = [folder for s in stores if s.shards() and (folder := s.settings().get("image_folder"))]
     folder = given or next(iter(known), None)
-    return None if folder is None else Path(folder)
+    return None if folder is None else to_path(folder)
 
 
-def _read_images(results: Path, given: str | Path | None) -> tuple[dict[int, dict], dict[int, str]]:
+def _read_images(
+    results: AnyPath, given: str | Path | None
+) -> tuple[dict[int, dict], dict[int, str]]:
     """The images by id, and the categories' names, of a COCO file."""
     beside = [images_file(results), results.with_name("images.json")]
-    found = [file for file in ([Path(given)] if given else beside) if given or file.is_file()]
+    found = [file for file in ([to_path(given)] if given else beside) if given or file.is_file()]
     if not found:
         raise ValueError(f"{results}: no images.json beside it; give --images-json")
     content = read_json(found[0])

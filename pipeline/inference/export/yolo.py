@@ -15,6 +15,7 @@ import yaml
 
 from datasets.file_names import leads_out
 from datasets.files import atomic_folder
+from datasets.remote import AnyPath
 from pipeline.inference.export.polygons import join_rings, trace_mask
 from pipeline.inference.export.results import Region, Results, describe, regions
 
@@ -84,10 +85,10 @@ def _places(images: dict[int, dict]) -> dict[int, str]:
     return places
 
 
-def _link(link: Path, folder: Path | None, name: str) -> bool:
+def _link(link: Path, folder: AnyPath | None, name: str) -> bool:
     """Makes a link to an image; False if it is not there, or where there are no links."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    if folder is None or leads_out(name):
+    if not isinstance(folder, Path) or leads_out(name):
         return False
     with suppress(OSError, ValueError):
         image = (folder / name).resolve()

@@ -11,10 +11,8 @@ import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from datasets import remote
 from datasets.image_lists import list_named_images
 from pipeline.inference import proposal_store
 from pipeline.inference.detect_folders import detect_in_part, image_folder
@@ -78,6 +76,13 @@ def test_a_listed_image_that_is_missing_is_named_like_any_unreadable_one(photos,
     assert folder.startswith(f"{photos / 'inner'}: ")
 
 
+def test_lines_end_where_files_end_them(tmp_path):
+    """Not where Python's text does, as at the line separator, which a name may have."""
+    (tmp_path / "list.txt").write_bytes("a\u2028b.png\r\nc\x0cd.png\re.png\nc\x0cd.png".encode())
+    listed = list_named_images(tmp_path / "list.txt")
+    assert listed.names == ["a\u2028b.png", "c\x0cd.png", "e.png"]
+
+
 def test_lists_that_cannot_be(tmp_path):
     def refused(name: str, data: bytes, match: str) -> None:
         (tmp_path / name).write_bytes(data)
@@ -100,36 +105,20 @@ def test_lists_that_cannot_be(tmp_path):
 
 
 @pytest.fixture
-def bucket(photos, monkeypatch):
-    """The images in a bucket of a local server."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    for name in list(os.environ):
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    remote._s3.cache_clear()
-    s3 = fs.S3FileSystem(
-        endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True
-    )
-    s3.create_dir("bucket")
-    fs.copy_files(str(photos), "bucket/photos", destination_filesystem=s3)
+def stored(bucket, photos):
+    """The images in a bucket, and others."""
+    fs.copy_files(str(photos), "bucket/photos", destination_filesystem=bucket)
     for name in ("photos/.hidden.png", "photos/notes.md", "other/x.png"):
-        with s3.open_output_stream(f"bucket/{name}") as file:
+        with bucket.open_output_stream(f"bucket/{name}") as file:
             file.write(b"")
-    yield s3
-    remote._s3.cache_clear()
-    server.stop()
+    return bucket
 
 
-def test_images_in_an_object_store_are_as_in_a_folder(bucket, photos, tmp_path):
+def test_images_in_an_object_store_are_as_in_a_folder(stored, photos, tmp_path):
     propose(BoxProposer(), photos, tmp_path / "folder")
     local = tmp_path / "uris.txt"
     local.write_text("\n".join(f"s3://bucket/photos/{name}" for name in sorted(NAMES)))
-    with bucket.open_output_stream("bucket/photos/list.txt") as file:
+    with stored.open_output_stream("bucket/photos/list.txt") as file:
         file.write("\n".join(sorted(NAMES)).encode())
     for source in (
         "s3://bucket/photos",
@@ -161,7 +150,7 @@ def test_images_in_an_object_store_are_as_in_a_folder(bucket, photos, tmp_path):
     assert (file.image_id, file.path) == (9, "s3://bucket/photos/inner/c.png")
 
 
-def test_what_is_not_in_an_object_store_is_named(bucket, tmp_path):
+def test_what_is_not_in_an_object_store_is_named(stored, tmp_path):
     (tmp_path / "uris.txt").write_text("s3://bucket/photos/a.png\ns3://bucket/photos/gone.png\n")
     summary = propose(BoxProposer(), tmp_path / "uris.txt", tmp_path / "out")
     [message] = summary.broken
