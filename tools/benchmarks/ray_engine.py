@@ -121,12 +121,12 @@ def measure(engine: Engine, proposer: Callable, images: Path) -> tuple[float, fl
 
 def chaos(folder: Path, count: int, workers: int, period: int) -> Rows:
     """What was killed, and how many images were lost or done twice, or what was left over."""
-    recipe, output = load_recipe("configs/shapes.yaml"), folder / "output"
-    write_sharpmask(recipe, folder / "sharpmask.pt")
-    options = ["--engine", "ray", "--workers", str(workers), "--precision", "fp32", "--no-json"]
-    options += ["--scales", "0", "0", "1", "--num-proposals", "3", "--device", "cpu"]
-    command: list[str | Path] = [sys.executable, TOOL, "--checkpoint", folder / "sharpmask.pt", *options]
-    command += ["--images", folder / "images", "--output", output]
+    checkpoint, output = folder / "sharpmask.pt", folder / "output"
+    write_sharpmask(load_recipe("configs/shapes.yaml"), checkpoint)
+    options = f"--engine ray --workers {workers} --device cpu --precision fp32 --no-json"
+    options += " --scales 0 0 1 --num-proposals 3"
+    command: list[str | Path] = [sys.executable, TOOL, *options.split()]
+    command += ["--checkpoint", checkpoint, "--images", folder / "images", "--output", output]
     seen: dict[int, psutil.Process] = {}
     killed, begun = Counter[str](), time.monotonic()
     while True:
