@@ -143,6 +143,11 @@ class RayEngine:
         )
         try:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        except data.exceptions.ExecutionTimeoutError:
+            raise ValueError(
+                f"no worker of Ray has answered for {NO_PROGRESS // 60} minutes: the cluster is "
+                "full, or an image ends every process that comes to it"
+            ) from None
         except self._ray.exceptions.RayActorError as error:  # not one that was killed
             last = str(error).strip().splitlines()[-1]
             raise ValueError(

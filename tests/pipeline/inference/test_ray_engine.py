@@ -146,6 +146,26 @@ def test_images_of_a_killed_worker_are_done_by_another(cluster, many, pids, tmp_
     assert len(list(pids.iterdir())) == 3  # two workers, and who came after
 
 
+def load_deadly() -> tuple:
+    def propose(image, *, image_id, file_name):
+        if file_name == "7.png":
+            os._exit(1)
+        return proposals_of(np.ones((1, *image.shape[:2]), bool), image_id=image_id)
+
+    return propose, {}
+
+
+@pytest.mark.slow
+def test_an_image_that_ends_every_worker_ends_the_run(cluster, many, tmp_path, monkeypatch):
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 45)
+    with pytest.raises(ValueError, match="no worker of Ray has answered"):
+        propose_images(None, many, tmp_path / "out", settings={}, engine=cluster(load_deadly))
+    assert len(rows_of(tmp_path / "out")) >= COUNT / 2, "what others have done is kept"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_no_process_and_goes_on(signum, cluster, many, pids, tmp_path):
