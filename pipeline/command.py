@@ -24,6 +24,7 @@ from datasets.remote import is_uri, to_path
 from pipeline import distributed
 from pipeline.precision import PRECISIONS
 
+ENGINES = ("local", "ray")
 NUM_DRAWN = 10  # results in an image of somebody who names no folder for them
 
 
@@ -129,6 +130,29 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", default=default, type=_device, help=f"cpu or cuda (here: {default})"
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds --engine, --workers and --address, see `pipeline.inference.engines`."""
+    group = parser.add_argument_group("who does the images")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="local: this process, or those of torchrun; ray: workers of Ray, on this machine or "
+        "several (default: local)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="of Ray (default: one for each GPU, on CPUs one for each core: that is fastest)",
+    )
+    group.add_argument(
+        "--address",
+        metavar="HOST:PORT|auto",
+        help="of a Ray cluster that runs (default: one on this machine, for this run)",
     )
 
 

@@ -12,6 +12,7 @@ With --proposals it takes a proposal store of tools/propose.py, else it makes on
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,6 +21,7 @@ from datasets.remote import to_path
 from pipeline import distributed
 from pipeline.command import (
     add_device,
+    add_engine,
     add_images,
     add_num_proposals,
     add_precision,
@@ -32,6 +34,7 @@ from pipeline.command import (
 )
 from pipeline.inference.detect import compress_checkpoint, load_detector
 from pipeline.inference.detect_folders import detect_images, image_folder
+from pipeline.inference.engines import open_engines
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import load_proposer
@@ -91,6 +94,7 @@ def main() -> None:
     add_proposing(parser)
     add_precision(parser, default="auto")
     add_device(parser)
+    add_engine(parser)
     args = parser.parse_args()
 
     checkpoint = args.checkpoint or pretrained_checkpoint("multipathnet")
@@ -116,20 +120,27 @@ def main() -> None:
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keep_freed_blocks()
-    with distributed.process_group(args.device) as device:
-        detector, settings = load_detector(
-            checkpoint, device, overrides=overrides, precision=args.precision
-        )
+    with (
+        distributed.process_group(args.device) as device,
+        open_engines(
+            args.engine, workers=args.workers, address=args.address, device=args.device
+        ) as engine,
+    ):
+        load = partial(load_detector, checkpoint, device, overrides=overrides)
+        detector, settings = load(precision=args.precision)
+        precision = precision_name(detector.dtype)  # measured once for all
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposals is None:
-            proposer, proposer_settings = load_proposer(
+            load_other = partial(
+                load_proposer,
                 args.proposal_checkpoint or pretrained_checkpoint("sharpmask"),
                 device,
                 num_proposals=detector.options.num_proposals,
                 per_megapixel=detector.options.per_megapixel,
-                precision=precision_name(detector.dtype),  # measured once for both
+                precision=precision,
                 **proposing,
             )
+            proposer, proposer_settings = load_other()
             propose_images(
                 proposer,
                 args.images,
@@ -139,12 +150,21 @@ def main() -> None:
                 exif=args.exif,
                 max_pixels=args.max_pixels,
                 above_output=args.output,
+                engine=engine(load_other),
             )
         given = args.images if args.proposals else None
         if given and len(given) > 1:
             raise ValueError("--images: with --proposals, give the one folder of their images")
         folder = image_folder(store, given[0] if given else None)
-        detect_images(detector, store, folder, args.output, settings=settings, draw=args.draw)
+        detect_images(
+            detector,
+            store,
+            folder,
+            args.output,
+            settings=settings,
+            draw=args.draw,
+            engine=engine(partial(load, precision=precision)),
+        )
 
 
 if __name__ == "__main__":

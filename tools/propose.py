@@ -4,12 +4,14 @@ r"""Proposes object masks for images: folders, files or globs.
     python tools/propose.py --images photo.jpg
     python tools/propose.py --checkpoint runs/coco/sharpmask --images photos --output runs/photos
     python tools/propose.py --images list.txt --shard 1/8 --output runs/photos
+    python tools/propose.py --images list.txt --engine ray --output runs/photos
 
 Writes a proposal store (Parquet shards), proposals.json (COCO results) and, with --draw, pictures.
 Started again after an interruption it does only what is left.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline import distributed
 from pipeline.command import (
     add_device,
+    add_engine,
     add_images,
     add_num_proposals,
     add_precision,
@@ -28,10 +31,12 @@ from pipeline.command import (
     proposing_options,
     run_tool,
 )
+from pipeline.inference.engines import open_engines
 from pipeline.inference.memory import keep_freed_blocks
 from pipeline.inference.openvino import BACKENDS
 from pipeline.inference.propose import load_proposer
 from pipeline.inference.propose_folders import propose_images
+from pipeline.precision import precision_name
 from pipeline.pretrained import pretrained_checkpoint
 
 KIND = "proposals"
@@ -76,20 +81,27 @@ def main() -> int:
     )
     add_precision(parser, default="auto")
     add_device(parser)
+    add_engine(parser)
     args = parser.parse_args()
     choose_results(args, KIND)
     shard = parse_shard(args.shard)
 
     keep_freed_blocks()
-    with distributed.process_group(args.device) as device:
-        proposer, settings = load_proposer(
+    with (
+        distributed.process_group(args.device) as device,
+        open_engines(
+            args.engine, workers=args.workers, address=args.address, device=args.device
+        ) as engine,
+    ):
+        load = partial(
+            load_proposer,
             args.checkpoint or pretrained_checkpoint("sharpmask"),
             device,
             num_proposals=args.num_proposals,
             per_megapixel=args.per_megapixel,
-            precision=args.precision if args.backend == "torch" else "fp32",
             **proposing_options(args),
         )
+        proposer, settings = load(precision=args.precision if args.backend == "torch" else "fp32")
         summary = propose_images(
             proposer,
             args.images,
@@ -102,6 +114,7 @@ def main() -> int:
             backend=args.backend,
             shard=shard,
             write_json=args.json,
+            engine=engine(partial(load, precision=precision_name(proposer.dtype))),
         )
     return 2 if summary.none_readable else 0
 

@@ -5,10 +5,12 @@ An interrupted run, started again, does the parts of shards that are left. Proce
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+import pyarrow as pa
 
 from datasets.file_names import leads_out
 from datasets.files import write_atomically, write_json
@@ -24,6 +26,7 @@ from datasets.remote import AnyPath, is_uri, join, list_files, remove_folder, to
 from pipeline import distributed
 from pipeline.inference.coco_json import categories_file, images_file
 from pipeline.inference.detect import Detector
+from pipeline.inference.engines import Engine, in_this_process
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import ImageFile, process_images
 from pipeline.inference.proposal_store import Part, ProposalStore, ResumableDirectory
@@ -58,6 +61,7 @@ def detect_images(
     *,
     settings: dict,
     draw: int = 0,
+    engine: Engine = in_this_process,
 ) -> Summary:
     """Writes `output/detections.json` for the images of a proposal store; `output` may be a URI.
 
@@ -67,6 +71,7 @@ def detect_images(
         images: the folder, or URI, that the store's file names are relative to.
         settings: what the detections depend on, beside the images and the store.
         draw: number of detections to draw on each image, into `output/drawn`.
+        engine: who detects; others than this process load the detector themselves.
 
     Raises:
         ValueError: no store, or none of its images is in the folder or can be used.
@@ -97,15 +102,15 @@ def detect_images(
     distributed.barrier()  # every process has seen the same parts before one adds to them
     # Detect, each process in the images of its share of the parts.
     assigned = todo[distributed.rank() :: distributed.world_size()]
-    for part in progress_bar(assigned, unit="part", enabled=distributed.is_main()):
-        done: dict[str, list] = {"results": [], "broken": []}
-        for image, found in detect_in_part(detector, store, part, images, done["broken"]):
-            if draw:
-                picture = draw_detections(image, found, detector.category_names, draw)
-                assert isinstance(output, Path)  # else `draw` is 0
-                save_in_folder(picture, output / DRAWN, found.file_name)
-            done["results"] += results_of(found)
-        write_atomically(file_of[part], json.dumps(done).encode())
+    work = partial(
+        detect_each, store=store.directory, images=images, draw=draw, drawn=output / DRAWN
+    )
+    progress = progress_bar(total=len(assigned), unit="part", enabled=distributed.is_main())
+    with progress:
+        for rows in engine(work, detector, assigned, [], largest=1):
+            for row in rows.to_pylist():
+                write_atomically(parts.directory / row["part"], row["done"].encode())
+                progress.update()
     distributed.barrier()
     # Join the parts to one file of results.
     broken = list(_joined(file_of.values(), "broken"))
@@ -137,6 +142,29 @@ def _file_name(part: Part) -> str:
 
 def _joined(parts: Iterable[AnyPath], key: str) -> Iterator:
     return itertools.chain.from_iterable(json.loads(part.read_bytes())[key] for part in parts)
+
+
+def detect_each(
+    detector: Detector,
+    parts: Sequence[Part],
+    _broken: list[str],
+    *,
+    store: AnyPath,
+    images: str | Path,
+    draw: int,
+    drawn: AnyPath,
+) -> Iterator[pa.Table]:
+    """A row for each part of a store: its file's name, and as JSON results and messages."""
+    proposals = ProposalStore(store)
+    for part in parts:
+        done: dict[str, list] = {"results": [], "broken": []}
+        for image, found in detect_in_part(detector, proposals, part, images, done["broken"]):
+            if draw:
+                picture = draw_detections(image, found, detector.category_names, draw)
+                assert isinstance(drawn, Path)  # else `draw` is 0
+                save_in_folder(picture, drawn, found.file_name)
+            done["results"] += results_of(found)
+        yield pa.table({"part": [_file_name(part)], "done": [json.dumps(done)]})
 
 
 def detect_in_part(

@@ -31,9 +31,11 @@ from pipeline.inference.shards import (
     IMAGE_FIELDS,
     SCHEMA,
     flat_boxes,
+    num_bytes,
     read_groups,
     read_images,
     to_proposals,
+    to_rows,
     write_shard,
 )
 
@@ -219,13 +221,20 @@ class ProposalStore(ResumableDirectory):
     # Proposals.
 
     def write_shard(self, proposals: list[Proposals], *, writer: int = 0) -> None:
-        """Adds a shard of some images; `writer` is the process's number: no two write one file."""
+        """Adds a shard of some images, see `write_rows`."""
+        self.write_rows(to_rows(proposals), writer=writer)
+
+    def write_rows(self, rows: pa.Table, *, writer: int = 0) -> None:
+        """Adds a shard of some images, a table of `shards.SCHEMA`.
+
+        `writer` is the process's number: no two write one file.
+        """
         if writer not in self._next:
             earlier = [n for n in self.stamps() if n.startswith(f"proposals-{writer:03d}-")]
             last = max((int(PurePath(name).stem.split("-")[2]) for name in earlier), default=-1)
             self._next[writer] = last + 1
         path = self.directory / f"proposals-{writer:03d}-{self._next[writer]:06d}.parquet"
-        write_shard(path, proposals)
+        write_shard(path, rows)
         self._next[writer] += 1
 
     def __iter__(self) -> Iterator[Proposals]:
@@ -298,19 +307,23 @@ class ShardWriter:
 
     def __init__(self, store: ProposalStore, writer: int = 0):
         self._store, self._writer = store, writer
-        self._pending: list[Proposals] = []
+        self._pending: list[pa.Table] = []
         self._bytes, self._since = 0, time.monotonic()
 
     def add(self, proposals: Proposals) -> None:
         """Adds an image."""
-        self._pending.append(proposals)
-        self._bytes += proposals.num_bytes
+        self.add_rows(to_rows([proposals]))
+
+    def add_rows(self, rows: pa.Table) -> None:
+        """Adds images, a table of `shards.SCHEMA`."""
+        self._pending.append(rows)
+        self._bytes += num_bytes(rows)
         if self._bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
             self._write()
 
     def _write(self) -> None:
         pending, self._pending = self._pending, []
-        self._store.write_shard(pending, writer=self._writer)
+        self._store.write_rows(pa.concat_tables(pending), writer=self._writer)
         self._bytes, self._since = 0, time.monotonic()
 
     def __enter__(self) -> "ShardWriter":

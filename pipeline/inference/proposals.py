@@ -53,11 +53,6 @@ class Proposals:
         """(N,) float64 in [0, 1], the sigmoid of the logits."""
         return np.exp(-np.logaddexp(0, -self.logits.astype(np.float64)))
 
-    @property
-    def num_bytes(self) -> int:
-        """About how many bytes they have in a store before compression."""
-        return 24 * len(self) + sum(map(len, self.rles))
-
     def rle(self, index: int) -> dict:
         """A mask as COCO's {"size", "counts"}."""
         return {"size": [self.height, self.width], "counts": self.rles[index]}

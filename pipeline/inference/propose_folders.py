@@ -6,7 +6,7 @@ An interrupted run, started again, does what is left. Processes share the images
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
 from datasets.remote import AnyPath, RemotePath, list_files
 from pipeline import distributed
+from pipeline.inference.engines import Engine, in_this_process
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
 from pipeline.inference.image_files import (
     ImageFile,
@@ -42,15 +43,16 @@ from pipeline.inference.image_files import (
     ids_of,
     process_images,
 )
-from pipeline.inference.openvino import run_in_8_bits
+from pipeline.inference.openvino import QuantizedNetwork, run_in_8_bits
 from pipeline.inference.proposal_store import ProposalStore, ShardWriter
-from pipeline.inference.proposals import Proposals
 from pipeline.inference.propose import Proposer
+from pipeline.inference.shards import to_rows
 from pipeline.inference.visualize import draw_proposals, save_in_folder
 from pipeline.run_lock import locks_output, other_shards
 
 LIST = "list"  # of the settings: which images shards are of
 PROPOSALS = "proposals.json"
+MAX_CHUNK = 32  # images of one task: half a minute on a core
 
 
 @locks_output
@@ -69,6 +71,7 @@ def propose_images(
     backend: str = "torch",
     shard: tuple[int, int] | None = None,
     write_json: bool = True,
+    engine: Engine = in_this_process,
 ) -> Summary:
     """Fills the proposal store `output` for images: a folder, file or glob, or several, or a list.
 
@@ -85,6 +88,7 @@ def propose_images(
         shard: (i, n): do every nth image from the ith on, counted from 1. Such processes fill one
             store, each knowing nothing of the others; they write no proposals.json.
         write_json: write proposals.json (COCO results) as well, which is larger than the store.
+        engine: who proposes; others than this process load the proposer themselves.
 
     Raises:
         ValueError: a backend that cannot be had, no images, annotations that are not COCO, a store
@@ -127,19 +131,21 @@ def propose_images(
         _agree_on_list(store, listed)
         files = listed[shard[0] - 1 :: shard[1]]
     todo = choose(files, np.flatnonzero(~np.isin(ids_of(files), known["image_id"].to_numpy())))
+    quantized = None
     if todo and backend == "openvino-int8":
         assert isinstance(store.directory, Path)
-        network = store.directory / "quantized" / "dense.xml"
-        if shard and not network.exists():
+        quantized = store.directory / "quantized" / "dense.xml"
+        if shard and not quantized.exists():
             raise ValueError(
                 "--shard with --backend openvino-int8 needs the calibrated network: make it by a "
                 "run without --shard, of an image"
             )
-        run_in_8_bits(proposer, Paths(listed), network, read)
+        run_in_8_bits(proposer, Paths(listed), quantized, read)
     # Propose, each process for its part of the images.
     part = todo[distributed.rank() :: distributed.world_size()]
     writer = shard[0] - 1 if shard else distributed.rank()
-    messages = distributed.gather(_propose(proposer, part, store, read, writer))
+    work = partial(propose_each, read=read, turned=store.exif() == APPLY, quantized=quantized)
+    messages = distributed.gather(_propose(partial(engine, work, proposer), part, store, writer))
     broken = list(itertools.chain(*messages))
     summary = Summary(len(todo) - len(broken), len(files) - len(todo), broken + unnamable)
     summary.passed_over = passed_over
@@ -223,32 +229,48 @@ def _is_newer(name: str, store: ProposalStore) -> bool:
 
 
 def _propose(
-    proposer: Proposer,
+    run: Callable[..., Iterator[pa.Table]],
     files: Sequence[ImageFile],
     store: ProposalStore,
-    read: Callable[[str | Path], Image],
     writer: int,
 ) -> list[str]:
     """Adds shards to the store, as its `writer`; returns messages on images that were left out."""
     broken: list[str] = []
-    turned = store.exif() == APPLY
-
-    def process(file: ImageFile, image: Image) -> Proposals:
-        proposals = proposer(image, image_id=file.image_id, file_name=file.file_name)
-        return replace(proposals, georeference=read_georeference(file.path, turned=turned))
-
-    images = process_images(
-        files,
-        process,
-        broken=broken,
-        advice="make the image smaller or lower the largest of --scales",
-        read=read,
-    )
-    progress = progress_bar(images, total=len(files), unit="img", enabled=distributed.is_main())
-    with ShardWriter(store, writer) as shards:
-        for _, proposals in progress:
-            shards.add(proposals)
+    progress = progress_bar(total=len(files), unit="img", enabled=distributed.is_main())
+    with progress, ShardWriter(store, writer) as shards:
+        for rows in run(files, broken, largest=MAX_CHUNK):
+            shards.add_rows(rows)
+            progress.update(len(rows))
     return broken
+
+
+def propose_each(
+    proposer: Proposer,
+    files: Sequence[ImageFile],
+    broken: list[str],
+    *,
+    read: Callable[[str | Path], Image],
+    turned: bool,
+    quantized: Path | None,
+) -> Iterator[pa.Table]:
+    """A row of `shards.SCHEMA` for each image; see `process_images`.
+
+    Args:
+        turned: images are read as their EXIF orientation says.
+        quantized: the network in 8 bits that the proposer is to have.
+    """
+    if quantized and not isinstance(proposer.dense, QuantizedNetwork):
+        proposer.dense = QuantizedNetwork(quantized)
+
+    def process(file: ImageFile, image: Image) -> pa.Table:
+        proposals = proposer(image, image_id=file.image_id, file_name=file.file_name)
+        return to_rows(
+            [replace(proposals, georeference=read_georeference(file.path, turned=turned))]
+        )
+
+    advice = "make the image smaller or lower the largest of --scales"
+    images = process_images(files, process, broken=broken, advice=advice, read=read)
+    return (rows for _, rows in images)
 
 
 def _report_cut_off(store: ProposalStore, settings: dict) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datasets.files import atomic_path
@@ -42,11 +43,10 @@ GROUP_IMAGES = 16  # rows of a row group: what a reader holds in memory, and a d
 IMAGES_KEY, CUT_OFF_KEY = b"images", b"cut_off"
 
 
-def write_shard(path: AnyPath, proposals: Sequence[Proposals]) -> None:
-    """Writes a shard of images, whole or not at all."""
-    table = _to_table(proposals)
+def write_shard(path: AnyPath, rows: pa.Table) -> None:
+    """Writes a shard of images, a table of `SCHEMA`, whole or not at all."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=GROUP_IMAGES)
+        pq.write_table(rows, temporary, compression="zstd", row_group_size=GROUP_IMAGES)
 
 
 def read_images(shard: AnyPath) -> pa.Table:
@@ -95,12 +95,19 @@ def to_proposals(table: pa.Table) -> Iterator[Proposals]:
             )
 
 
+def num_bytes(rows: pa.Table) -> int:
+    """About how many bytes the proposals of a table of `SCHEMA` have before compression."""
+    counts = pc.list_flatten(rows["counts"])
+    return 24 * len(counts) + (pc.sum(pc.binary_length(counts)).as_py() or 0)
+
+
 def flat_boxes(column: pa.ListArray) -> np.ndarray:
     """(N, 4) float32 xyxy of all images of a column "box"."""
     return column.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
 
 
-def _to_table(proposals: Sequence[Proposals]) -> pa.Table:
+def to_rows(proposals: Sequence[Proposals]) -> pa.Table:
+    """Images as a table of `SCHEMA`."""
     counts = [len(p) for p in proposals]
     for p in proposals:
         if not len(p) == len(p.boxes) == len(p.rles):

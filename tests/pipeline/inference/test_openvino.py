@@ -10,10 +10,11 @@ import torch
 from datasets.images import read_image
 from models.deepmask import DeepMask
 from models.trunk import build_trunk
+from pipeline.inference.image_files import find_images
 from pipeline.inference.openvino import QuantizedNetwork, quantize
 from pipeline.inference.proposal_store import ProposalStore
 from pipeline.inference.propose import Proposer, load_proposer
-from pipeline.inference.propose_folders import propose_images
+from pipeline.inference.propose_folders import propose_each, propose_images
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,6 +82,11 @@ def test_a_quantized_run_is_calibrated_once_and_resumed(proposer, tiny_sharpmask
     assert summary.done_before == 3 and summary.done == len(list(photos.iterdir())) - 3
     assert network.stat().st_mtime_ns == made
     assert len(ProposalStore(output).images()) == summary.done + 3
+    # A worker of another process takes the network as it is.
+    other = load_proposer(tiny_sharpmask, CPU, num_proposals=20)[0]
+    [file, *_] = find_images(photos, None)
+    work = propose_each(other, [file], [], read=read_image, turned=True, quantized=network)
+    assert next(work).equals(ProposalStore(output).read(image_ids=[file.image_id]))
     with pytest.raises(ValueError, match="backend"):  # no store holds both kinds
         propose_images(again, photos, output, settings={})
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.inference.proposal_store import ProposalStore, ResumableDirectory, ShardWriter
 from pipeline.inference.proposals import Proposals, logits_of, results_of
+from pipeline.inference.shards import num_bytes, to_rows
 from tests.pipeline.inference.builders import proposals_of
 from tests.pipeline.inference.older_stores import write_older_shard
 
@@ -175,7 +176,7 @@ def test_shards_are_written_by_bytes_and_by_seconds(store, monkeypatch):
     now, module = [0.0], "pipeline.inference.proposal_store"
     monkeypatch.setattr(f"{module}.time.monotonic", lambda: now[0])
     image = random_proposals(100, 3, np.random.default_rng(3))
-    monkeypatch.setattr(f"{module}.SHARD_BYTES", 2 * image.num_bytes)
+    monkeypatch.setattr(f"{module}.SHARD_BYTES", 2 * num_bytes(to_rows([image])))
     with ShardWriter(store, 4) as shards:
         for n, seconds in enumerate((1, 2, 61, 62, 63)):  # two by bytes, one by a minute, two left
             now[0] = seconds if n < 2 else seconds + 1
