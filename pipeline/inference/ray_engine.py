@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -37,7 +38,8 @@ PATIENCE = 10  # seconds for a cluster to answer, and for killed processes to le
 FOLDER, OWNER = "maskpath-ray-", "owner"  # of a cluster of ours; the process it belongs to
 MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a worker cannot work
 # A cluster of ours answers on this machine alone (the second), and who knows its token. It reports
-# nothing, and its log files are short; the constants are read when Ray is imported.
+# nothing, and its log files are short. Ray reads these when it is imported: where somebody else has
+# imported it before, the cluster has no token.
 OURS = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -60,7 +62,9 @@ def ray_cluster(
     Raises:
         ValueError: Ray is not installed, no cluster answers, or it has no GPU.
     """
-    if address is None:
+    if address is not None:
+        _knock(address)
+    elif "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         for name, value in OURS.items():
             os.environ.setdefault(name, value)
@@ -80,8 +84,6 @@ def ray_cluster(
         if address is None:
             folder = _make_folder()
             options |= {"include_dashboard": False, "_temp_dir": str(folder)}
-        else:
-            _knock(address)
         with _stop_signals_kept(), _standard_error_in(folder):
             ray.init(address or "local", **options)
         _hush(ray)
