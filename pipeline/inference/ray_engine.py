@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -36,14 +37,10 @@ NO_PROGRESS = 3600  # seconds without an answer after which a run is given up
 PATIENCE = 10  # seconds for a cluster to answer, and for killed processes to let go of their files
 FOLDER, OWNER = "maskpath-ray-", "owner"  # of a cluster of ours; the process it belongs to
 MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a worker cannot work
-# A cluster of ours answers on this machine alone (the second), and who knows its token. It reports
-# nothing, and its log files are short; the constants are read when Ray is imported.
-OURS = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
+# Ray reads these when it is imported. A cluster of ours answers on this machine alone (the second),
+# and who knows its token.
+OURS = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @contextmanager
@@ -62,8 +59,8 @@ def ray_cluster(
     """
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        for name, value in OURS.items():
-            os.environ.setdefault(name, value)
+    for name, value in (QUIET if address else QUIET | OURS).items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
@@ -82,7 +79,7 @@ def ray_cluster(
             options |= {"include_dashboard": False, "_temp_dir": str(folder)}
         else:
             _knock(address)
-        with _stop_signals_kept(), _standard_error_in(folder):
+        with _stop_signals_kept(), _no_standard_error():
             ray.init(address or "local", **options)
         _hush(ray)
         resources = ray.cluster_resources()
@@ -219,15 +216,13 @@ def _stop_signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _standard_error_in(folder: Path | None) -> Iterator[None]:
-    """Ray's C++ says on standard error that it will say nothing there."""
-    if folder is None:
-        yield
-        return
+def _no_standard_error() -> Iterator[None]:
+    """Ray's C++ says on standard error that it will say nothing there; what fails is raised."""
+    sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with (folder / "start.log").open("w") as file:
-            os.dup2(file.fileno(), 2)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
