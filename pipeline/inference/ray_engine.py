@@ -37,15 +37,10 @@ NO_PROGRESS = 3600  # seconds without an answer after which a run is given up
 PATIENCE = 10  # seconds for a cluster to answer, and for killed processes to let go of their files
 FOLDER, OWNER = "maskpath-ray-", "owner"  # of a cluster of ours; the process it belongs to
 MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a worker cannot work
-# A cluster of ours answers on this machine alone (the second), and who knows its token. It reports
-# nothing, and its log files are short. Ray reads these when it is imported: where somebody else has
-# imported it before, the cluster has no token.
-OURS = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
+# Ray reads these when it is imported; where somebody else has imported it, they are left out. A
+# cluster of ours answers on this machine alone (the second), and who knows its token.
+OURS = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @contextmanager
@@ -62,12 +57,13 @@ def ray_cluster(
     Raises:
         ValueError: Ray is not installed, no cluster answers, or it has no GPU.
     """
+    variables = dict(QUIET)
     if address is not None:
         _knock(address)
     elif "ray" not in sys.modules:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        for name, value in OURS.items():
-            os.environ.setdefault(name, value)
+        variables |= OURS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
@@ -84,7 +80,7 @@ def ray_cluster(
         if address is None:
             folder = _make_folder()
             options |= {"include_dashboard": False, "_temp_dir": str(folder)}
-        with _stop_signals_kept(), _standard_error_in(folder):
+        with _stop_signals_kept(), _no_standard_error():
             ray.init(address or "local", **options)
         _hush(ray)
         resources = ray.cluster_resources()
@@ -221,15 +217,13 @@ def _stop_signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _standard_error_in(folder: Path | None) -> Iterator[None]:
-    """Ray's C++ says on standard error that it will say nothing there."""
-    if folder is None:
-        yield
-        return
+def _no_standard_error() -> Iterator[None]:
+    """Ray's C++ says on standard error that it will say nothing there; what fails is raised."""
+    sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with (folder / "start.log").open("w") as file:
-            os.dup2(file.fileno(), 2)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
