@@ -56,12 +56,10 @@ def _meeting_place() -> dict[str, Any]:
     store = _torchrun_store(PATIENCE_TO_MEET)
     if store is None:
         return {}
-    place = dist.PrefixStore(f"maskpath/{_attempt()}", store)
-    return {
-        "store": place,
-        "rank": int(os.environ["RANK"]),
-        "world_size": int(os.environ["WORLD_SIZE"]),
-    }
+    own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A machine that joins starts all anew without a new attempt.
+    place = dist.PrefixStore(f"maskpath/{_attempt()}/{count}", store)
+    return {"store": place, "rank": own, "world_size": count}
 
 
 def rank() -> int:
