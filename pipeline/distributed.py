@@ -56,10 +56,11 @@ def _meeting_place() -> dict[str, Any]:
     store = _torchrun_store(PATIENCE_TO_MEET)
     if store is None:
         return {}
-    own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # A machine that joins starts all anew without a new attempt.
-    place = dist.PrefixStore(f"maskpath/{_attempt()}/{count}", store)
-    return {"store": place, "rank": own, "world_size": count}
+    return {
+        "store": dist.PrefixStore(f"maskpath/{_attempt()}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def rank() -> int:
