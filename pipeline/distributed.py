@@ -56,9 +56,8 @@ def _meeting_place() -> dict[str, Any]:
     store = _torchrun_store(PATIENCE_TO_MEET)
     if store is None:
         return {}
-    place = dist.PrefixStore(f"maskpath/{_attempt()}", store)
     return {
-        "store": place,
+        "store": dist.PrefixStore(f"maskpath/{_attempt()}", store),
         "rank": int(os.environ["RANK"]),
         "world_size": int(os.environ["WORLD_SIZE"]),
     }

@@ -123,7 +123,7 @@ def twins(tiny_config, tiny_checkpoint, stores, tmp_path_factory):
             train(stage, load_config(tiny_config, overrides), folder / "one" / stage)
         config = load_config(tiny_config, [*overrides, *LARGER])
         train("multipathnet", config, folder / "one" / "multipathnet_in_parts")
-        outputs = [process.communicate(timeout=240)[0] for process in started]
+        outputs = [process.communicate(timeout=480)[0] for process in started]
     finally:
         torch.set_num_threads(threads)
         for process in started:
@@ -213,7 +213,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(lost, tiny_config, tmp_path
             children = psutil.Process(run.pid).children()
             [process] = [p for p in children if p.environ().get("RANK") == str(lost)]
             process.kill()
-        outputs.append(run.communicate(timeout=240)[0])
+        outputs.append(run.communicate(timeout=480)[0])
         assert run.returncode == 0, outputs[-1]
     assert "of 100" in outputs[1].split("continue with --resume")[1]
     assert_same_weights(tmp_path / "whole", tmp_path / "lost")
