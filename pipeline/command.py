@@ -62,7 +62,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
             raise
         if isinstance(error, BrokenPipeError):
             _close_stdout()
-        line = "error: " + " ".join(_message(error).split())
+        line = "error: " + " ".join(describe_error(error).split())
         if distributed.is_first_to_say(line):
             with suppress(OSError):
                 print(line, file=sys.stderr, flush=True)
@@ -96,7 +96,7 @@ def _close_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _message(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What the error says; the system's own errors as file and reason, without a number."""
     if isinstance(error, BrokenPipeError):
         return "what reads this program's output has ended (broken pipe)"

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,8 +167,8 @@ def is_first_to_say(message: str) -> bool:
     return _first_value(key, own) == own
 
 
-def allowed_at_first(allowed: bool) -> bool:
-    """What the main process was allowed when torchrun started the processes for the first time.
+def allowed_at_first(output: Path, allowed: bool) -> bool:
+    """What the main process was allowed to do in a folder when torchrun started it first.
 
     Those that it has started again, since one was lost or has joined, go on with what the first
     ones did; they may not do what was refused to those. All processes call it.
@@ -175,7 +176,7 @@ def allowed_at_first(allowed: bool) -> bool:
     words = "allowed", "refused"
     first = words[0]
     if is_main():
-        first = _first_value("start", words[0 if allowed or _attempt() else 1])
+        first = _first_value(f"start/{output.absolute()}", words[0 if allowed or _attempt() else 1])
     return gather(first)[0] == words[0]
 
 

@@ -68,6 +68,11 @@ class ImageFiles(Sequence[ImageFile]):
             return ImageFiles(self.ids[index], self.names[index], self.folder)
         return ImageFiles(self.ids[index], self.names.take(pa.array(index)), self.folder)
 
+    def __reduce__(self) -> tuple:
+        """A slice is pickled without the names that it shares with others."""
+        names = self.names.take(pa.array(np.arange(len(self))))
+        return ImageFiles, (self.ids, names, self.folder)
+
 
 class Paths(Sequence[str | Path]):
     """The paths of images."""

@@ -52,7 +52,7 @@ from pipeline.run_lock import locks_output, other_shards
 
 LIST = "list"  # of the settings: which images shards are of
 PROPOSALS = "proposals.json"
-MAX_CHUNK = 32  # images of one task: half a minute on a core
+MAX_CHUNK = 8  # images of one task: what is lost when its worker is killed
 
 
 @locks_output

@@ -27,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 from datasets.files import HOST, is_alive
+from pipeline.command import describe_error
 from pipeline.config import ROOT
 from pipeline.inference.image_files import NETWORK_ERRORS, describe_failure
 from pipeline.inference.memory import keep_freed_blocks
 
 CHUNKS = 32  # for each worker, so that all end at about the same time
-WAVE = 2**20  # items of which Ray knows at once: it keeps a kilobyte or two for each chunk
-NO_PROGRESS = 3600  # seconds without an answer after which a run is given up
+WAVE = 2**15  # chunks of which Ray knows at once: it keeps a kilobyte or two for each
+NO_PROGRESS = 6 * 3600  # seconds without a finished chunk after which a run is given up
 PATIENCE = 10  # seconds for a cluster to answer, and for killed processes to let go of their files
 FOLDER, OWNER = "maskpath-ray-", "owner"  # of a cluster of ours; the process it belongs to
 MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a worker cannot work
@@ -62,8 +63,8 @@ def ray_cluster(
         _knock(address)
     elif "ray" not in sys.modules:
         variables |= OURS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    variables = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(variables)
     try:
         import ray
         import ray.data
@@ -80,8 +81,13 @@ def ray_cluster(
         if address is None:
             folder = _make_folder()
             options |= {"include_dashboard": False, "_temp_dir": str(folder)}
-        with _stop_signals_kept(), _no_standard_error():
-            ray.init(address or "local", **options)
+        else:
+            print(f"joining the cluster of Ray at {address}; it keeps silent at a wrong token")
+        try:
+            with _stop_signals_kept(), _no_standard_error():
+                ray.init(address or "local", **options)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            raise ValueError(f"--engine ray: {error}") from None
         _hush(ray)
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
@@ -89,10 +95,10 @@ def ray_cluster(
             raise ValueError("--engine ray --device cuda: the cluster has no GPU")
         count = workers or max(1, int(gpus if on_gpus else cpus))
         yield lambda load: RayEngine(ray, load, count, cpus / count, on_gpus=on_gpus)
-    except ConnectionError as error:
-        raise ValueError(f"--address {address}: {error}") from None
     finally:
         ray.shutdown()
+        for name in variables:  # the token is this cluster's
+            os.environ.pop(name, None)
         if folder is not None:
             _remove(folder)
 
@@ -110,12 +116,12 @@ class RayEngine:
     ) -> Iterator[pa.Table]:
         """See `Engine`. A ValueError says why no worker can work."""
         size = min(largest, max(1, len(items) // (self._workers * CHUNKS)))
-        for start in range(0, len(items), WAVE):
-            wave = range(start, min(len(items), start + WAVE), size)
+        for start in range(0, len(items), WAVE * size):
+            wave = range(start, min(len(items), start + WAVE * size), size)
             chunks = [{"items": pickle.dumps(items[i : i + size])} for i in wave]
             for table in self._run(work, chunks):
                 if FAILURE in table.column_names:
-                    raise ValueError(f"a worker cannot start: {table[FAILURE][0]}")
+                    raise ValueError(f"a worker cannot work: {table[FAILURE][0]}")
                 is_message = table[MESSAGE].is_valid()
                 for message in table[MESSAGE].filter(is_message).to_pylist():
                     broken.append(message)
@@ -143,8 +149,8 @@ class RayEngine:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         except data.exceptions.ExecutionTimeoutError:
             raise ValueError(
-                f"no worker of Ray has answered for {NO_PROGRESS // 60} minutes: the cluster is "
-                "full, or an image ends every process that comes to it"
+                f"no worker of Ray has finished anything for {NO_PROGRESS // 60} minutes: the "
+                "cluster is full, images take very long, or one ends every process it comes to"
             ) from None
         except self._ray.exceptions.RayActorError as error:  # not one that was killed
             last = str(error).strip().splitlines()[-1]
@@ -166,7 +172,7 @@ class Worker:
         try:
             self._network, _ = load()
         except (ValueError, OSError, *NETWORK_ERRORS) as error:
-            self._failure = str(error)
+            self._failure = describe_error(error)
             if isinstance(error, NETWORK_ERRORS):
                 self._failure = describe_failure(error, None, "lower --workers")
 
@@ -176,7 +182,10 @@ class Worker:
             return pa.table({FAILURE: [self._failure]})
         broken: list[str] = []
         items = pickle.loads(chunk["items"][0].as_py())
-        tables = list(self._work(self._network, items, broken))
+        try:
+            tables = list(self._work(self._network, items, broken))
+        except (ValueError, OSError) as error:
+            return pa.table({FAILURE: [describe_error(error)]})
         tables.append(pa.table({MESSAGE: pa.array(broken, pa.string())}))
         return pa.concat_tables(tables, promote_options="default").combine_chunks()
 

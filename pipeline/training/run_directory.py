@@ -32,7 +32,7 @@ def resumes_run(output: Path, resume: bool) -> bool:
         ValueError: the directory holds a run, and it is neither.
     """
     held = holds_run(output)
-    if not distributed.allowed_at_first(resume or not held):
+    if not distributed.allowed_at_first(output, resume or not held):
         raise ValueError(
             f"{output} already holds a run; add --resume to continue it, or choose another --output"
         )

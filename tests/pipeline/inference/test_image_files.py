@@ -1,5 +1,6 @@
 """Image files for inference: their ids and names, however they are given; reading and memory."""
 
+import pickle
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.inference.image_files import (
     MAX_KEPT,
     NONE_KNOWN,
     ImageFile,
+    ImageFiles,
     common_folder,
     find_images,
     process_images,
@@ -176,3 +178,10 @@ def test_memory_is_given_back_before_another_size(monkeypatch, sides, releases):
     files = [ImageFile(n, str(n), Path(str(n))) for n in range(len(sides))]
     images = process_images(files, lambda *_: calls.count("malloc_trim"), broken=[], advice="")
     assert [count for _, count in images] == releases
+
+
+def test_some_of_many_images_are_pickled_alone():
+    names = pa.array([f"{n:06d}.jpg" for n in range(10_000)])
+    files = ImageFiles(np.arange(10_000), names, "photos")
+    few = pickle.loads(content := pickle.dumps(files[5_000:5_008]))
+    assert len(content) < 2_000 and [*few] == [*files[5_000:5_008]] and few[7].image_id == 5_007

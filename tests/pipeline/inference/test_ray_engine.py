@@ -131,7 +131,9 @@ def test_two_workers_detect_the_same(cluster, shapes_directory, tiny_detector, t
 
 
 @pytest.mark.slow
-def test_images_of_a_killed_worker_are_done_by_another(cluster, many, pids, tmp_path):
+def test_images_of_a_killed_worker_are_done_by_another(cluster, many, pids, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "CHUNKS", 3)  # of four images: some are done when it is killed
+
     def kill_one() -> None:
         wait_for(lambda: any(pids.iterdir()))
         os.kill(int(next(pids.iterdir()).name), signal.SIGKILL)
@@ -161,7 +163,7 @@ def test_an_image_that_ends_every_worker_ends_the_run(cluster, many, tmp_path, m
 
     context = ray.data.DataContext.get_current()
     monkeypatch.setattr(context, "execution_no_progress_timeout_s", 45)
-    with pytest.raises(ValueError, match="no worker of Ray has answered"):
+    with pytest.raises(ValueError, match="no worker of Ray has finished anything"):
         propose_images(None, many, tmp_path / "out", settings={}, engine=cluster(load_deadly))
     assert len(rows_of(tmp_path / "out")) >= COUNT / 2, "what others have done is kept"
 
@@ -201,6 +203,16 @@ def test_a_stopped_run_leaves_no_process_and_goes_on(signum, cluster, many, pids
 
 
 # Without a cluster.
+
+
+def test_an_error_in_a_worker_is_what_it_says(cluster, tmp_path):
+    def work(network, items, broken):
+        raise ValueError("the shard is torn")
+        yield
+
+    engine = cluster(partial(load_slow, tmp_path))
+    with pytest.raises(ValueError, match="^a worker cannot work: the shard is torn$"):
+        list(engine(work, None, [1, 2], [], largest=1))
 
 
 def test_a_worker_that_cannot_load_says_why(tmp_path):
