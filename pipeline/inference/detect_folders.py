@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,12 +114,13 @@ def detect_images(
                 progress.update()
     distributed.barrier()
     # Join the parts to one file of results.
-    broken = list(_joined(list(file_of.values()), "broken")) if distributed.is_main() else []
+    files = list(file_of.values())
+    broken = list(_joined(files, "broken")) if distributed.is_main() else []
     broken = distributed.gather(broken)[0]
     summary = Summary(len(stored) - len(broken), 0, broken)
     if distributed.is_main():
         if summary.done:
-            results = _joined(list(file_of.values()), "results")
+            results = _joined(files, "results")
             write_json(categories_file(output / DETECTIONS), detector.categories)
             store.write_images(images_file(output / DETECTIONS), detector.categories)
             summary.found = write_results(output / DETECTIONS, results)
@@ -140,15 +142,11 @@ def _file_name(part: Part) -> str:
     return f"{part.shard.stem}-{part.group}.json" if part.group else f"{part.shard.stem}.json"
 
 
-def _read(part: AnyPath) -> bytes:
-    return part.read_bytes()
-
-
 def _joined(parts: Sequence[AnyPath], key: str) -> Iterator:
     """What all parts have by a name. Several are read at once: an object store takes its time."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(parts), READERS):
-            for content in pool.map(_read, parts[start : start + READERS]):
+            for content in pool.map(methodcaller("read_bytes"), parts[start : start + READERS]):
                 yield from json.loads(content)[key]
 
 

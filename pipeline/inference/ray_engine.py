@@ -38,10 +38,12 @@ NO_PROGRESS = 6 * 3600  # seconds without a finished chunk after which a run is 
 PATIENCE = 10  # seconds for a cluster to answer, and for killed processes to let go of their files
 FOLDER, OWNER = "maskpath-ray-", "owner"  # of a cluster of ours; the process it belongs to
 MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a worker cannot work
-# Ray reads these when it is imported; where somebody else has imported it, they are left out. A
-# cluster of ours answers on this machine alone (the second), and who knows its token.
-OURS = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# A cluster of ours answers on this machine alone (the second), and who knows its token.
+OURS = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# What of it Ray has read, which it does when it is imported: later clusters of this process need the
+# same. Nothing, where somebody else has imported it.
+_imported_with: dict[str, str] = {}
 
 
 @contextmanager
@@ -58,11 +60,11 @@ def ray_cluster(
     Raises:
         ValueError: Ray is not installed, no cluster answers, or it has no GPU.
     """
-    variables = dict(QUIET)
     if address is not None:
         _knock(address)
     elif "ray" not in sys.modules:
-        variables |= OURS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        _imported_with.update(OURS, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    variables = QUIET if address is not None else QUIET | _imported_with
     variables = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(variables)
     try:

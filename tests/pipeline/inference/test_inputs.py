@@ -13,15 +13,19 @@ from pipeline.evaluation.scores import score_proposals
 from pipeline.inference.image_files import find_images
 from pipeline.inference.proposal_store import ProposalStore
 from tests.coco_json import rectangle
-from tests.pipeline.inference.test_propose_folders import BoxProposer, listing, propose, write_image
+from tests.pipeline.inference.test_propose_folders import (
+    BoxProposer,
+    listing,
+    propose,
+    write_image,
+    write_images,
+)
 from tests.pipeline.test_image_frames import write_image as write_turned
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    for n, name in enumerate(("a.png", "b.png", "inner/c.png")):
-        write_image(tmp_path / "photos" / name, n)
-    return tmp_path / "photos"
+    return write_images(tmp_path / "photos", ("a.png", "b.png", "inner/c.png"))
 
 
 def names(source, **options) -> list[str]:

@@ -20,7 +20,12 @@ from pipeline.inference.image_files import find_images
 from pipeline.inference.proposal_store import ProposalStore
 from pipeline.run_lock import locked_directory
 from tests.pipeline.inference.older_stores import write_older_shard
-from tests.pipeline.inference.test_propose_folders import BoxProposer, propose, write_image
+from tests.pipeline.inference.test_propose_folders import (
+    BoxProposer,
+    propose,
+    write_image,
+    write_images,
+)
 
 NAMES = ["a.png", "b.png", "inner/c.png", "inner/d.png", "e e%20.png"]
 FORK = multiprocessing.get_context("fork")
@@ -28,9 +33,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    for n, name in enumerate(NAMES):
-        write_image(tmp_path / "photos" / name, n)
-    return tmp_path / "photos"
+    return write_images(tmp_path / "photos", NAMES)
 
 
 def rows(output: Path) -> list[dict]:

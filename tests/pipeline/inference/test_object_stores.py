@@ -14,7 +14,7 @@ from datasets.remote import RemotePath, list_files, remove_folder, to_path
 from pipeline.inference.detect import load_detector
 from pipeline.inference.detect_folders import detect_images
 from pipeline.inference.proposal_store import ProposalStore
-from tests.pipeline.inference.test_propose_folders import BoxProposer, propose, write_image
+from tests.pipeline.inference.test_propose_folders import BoxProposer, propose, write_images
 
 NAMES = [f"{n}.png" for n in range(7)]
 CPU = torch.device("cpu")
@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    for n, name in enumerate(NAMES):
-        write_image(tmp_path / "photos" / name, n)
-    return tmp_path / "photos"
+    return write_images(tmp_path / "photos", NAMES)
 
 
 def content(output: str | Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,12 +77,17 @@ def write_image(path: Path, seed: int = 0, share: float = 1) -> None:
     path.write_bytes(data[: round(share * len(data))])
 
 
+def write_images(folder: Path, names: Iterable[str]) -> Path:
+    """The folder, with an image by each name."""
+    for n, name in enumerate(names):
+        write_image(folder / name, n)
+    return folder
+
+
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Five images, one in a folder of its own, and four files that only look like images."""
-    folder = tmp_path / "photos"
-    for n, name in enumerate(GOOD):
-        write_image(folder / name, n)
+    folder = write_images(tmp_path / "photos", GOOD)
     for name, share in zip(BROKEN, (0, 0, 0.5, 0.5), strict=True):
         write_image(folder / name, share=share)
     (folder / "d_text.jpg").write_text("this is no image")

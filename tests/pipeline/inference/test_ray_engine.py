@@ -114,6 +114,14 @@ def test_two_workers_fill_the_same_store(
 
 
 @pytest.mark.slow
+def test_a_process_may_have_clusters_one_after_another():
+    code = f"from {ray_engine.__name__} import ray_cluster as cluster\n"
+    code += "for _ in range(2):\n    with cluster(None, 1, on_gpus=False): print('answers')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.stdout == "answers\n" * 2, done.stderr
+
+
+@pytest.mark.slow
 def test_two_workers_detect_the_same(cluster, shapes_directory, tiny_detector, tmp_path):
     store = ProposalStore(tiny_detector.parents[1] / "proposals" / "train")
     images = shapes_directory / "images" / "train"
