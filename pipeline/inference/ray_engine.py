@@ -41,8 +41,8 @@ MESSAGE, FAILURE = "message", "failure"  # columns: of an item left out; why a w
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 # A cluster of ours answers on this machine alone (the second), and who knows its token.
 OURS = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# What of it Ray has read, which it does when it is imported: later clusters of this process need the
-# same. Nothing, where somebody else has imported it.
+# What of it Ray has read, which it does when it is imported: later clusters of this process need
+# the same. Nothing, where somebody else has imported it.
 _imported_with: dict[str, str] = {}
 
 
