@@ -270,6 +270,12 @@ def add_proposing(parser: argparse.ArgumentParser) -> None:
         "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
     )
     group.add_argument(
+        "--soft-nms",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="with --nms: give them lower scores instead (default: the checkpoint's)",
+    )
+    group.add_argument(
         "--memory",
         type=float,
         metavar="GB",
@@ -289,6 +295,7 @@ def proposing_options(args: argparse.Namespace) -> dict[str, Any]:
         "zoom": args.zoom,
         "refine": args.refine,
         "nms": args.nms,
+        "soft_nms": args.soft_nms,
         "memory": args.memory,
     }
     return {name: value for name, value in options.items() if value is not None}

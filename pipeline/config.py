@@ -281,6 +281,8 @@ class ProposeConfig(ProposalLimit):
     # Mask IoU from which on the lower-scored of two proposals is dropped; null keeps all, as the
     # published AR does.
     nms: float | None = None
+    # With nms: it scores lower instead, so that it comes later (linear Soft-NMS).
+    soft_nms: bool = False
     # GB for maps of the network: what needs more than twice as much goes through it by bands of
     # rows, with the same results; null: .4 on a CPU, a quarter of what is free on CUDA.
     memory: float | None = None
@@ -291,6 +293,8 @@ class ProposeConfig(ProposalLimit):
         require(self, "MIN MAX STEP with MIN <= MAX and STEP > 0", _scale_range, "log2_scales")
         require(self, "between 0 and 1", lambda v: 0 < v < 1, "mask_threshold")
         require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "nms")
+        if self.soft_nms and self.nms is None:
+            raise ValueError("soft_nms needs nms, the mask IoU of near duplicates")
 
 
 @dataclass(frozen=True)

@@ -31,29 +31,29 @@ def paste(patch, logits, shape, threshold):
 
 def run_lengths(mask):
     """COCO's: down the columns, background first."""
-    pixels = mask.T.ravel().astype(np.int8)
-    switches = np.flatnonzero(np.diff(pixels, prepend=0))
-    return np.diff(switches, prepend=0, append=len(pixels)).tolist()
+    switches = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+    return np.diff(switches, prepend=0, append=mask.size).tolist()
 
 
 model, photo, output, drawn = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 settings = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-nms = settings["nms"] or 2  # 2: no masks are too much alike
-picture = cv2.imread(photo)
+nms, soft = settings["nms"] or 2, settings["soft_nms"]  # 2: no masks are too much alike
+waiting, results, picture = [], [], cv2.imread(photo)
 image = np.ascontiguousarray(picture[:, :, ::-1])  # OpenCV has BGR
-kept, results = [], []
 for score, *place in zip(*session.run(None, {"image": image}), strict=True):
     mask = paste(*place, image.shape[:2], settings["mask_threshold"])
-    box, area = cv2.boundingRect(mask.astype(np.uint8)), np.count_nonzero(mask)
-    like = [m for m, a in kept if min(a, area) >= nms * max(a, area)]
-    if area and all(np.count_nonzero(mask & m) < nms * np.count_nonzero(mask | m) for m in like):
-        kept.append((mask, area))  # the best of those that are nearly the same
-        rle = {"size": mask.shape, "counts": run_lengths(mask)}
-        result = {"image_id": 1, "category_id": 1, "score": float(score), "bbox": box}
-        results.append(result | {"segmentation": rle})
-        if len(kept) <= 10:
-            picture[mask] = picture[mask] // 2 + np.random.randint(128, size=3, dtype=np.uint8)
+    waiting.append([float(score), np.count_nonzero(mask), mask])
+while waiting := [each for each in waiting if each[0] * each[1] > 0]:
+    score, area, mask = waiting.pop(max(range(len(waiting)), key=lambda i: waiting[i][0]))
+    for other in (o for o in waiting if min(o[1], area) >= nms * max(o[1], area)):
+        iou = np.count_nonzero(mask & other[2]) / np.count_nonzero(mask | other[2])
+        other[0] *= 1 if iou < nms else 1 - iou if soft else 0
+    result = {"image_id": 1, "category_id": 1, "score": score}
+    rle = {"size": mask.shape, "counts": run_lengths(mask)}
+    results.append(result | {"bbox": cv2.boundingRect(mask.view("u1")), "segmentation": rle})
+    if len(results) <= 10:
+        picture[mask] = picture[mask] // 2 + np.random.randint(128, size=3, dtype=np.uint8)
 with open(output, "w") as file:
     json.dump(results, file)
 cv2.imwrite(drawn, picture)

@@ -50,7 +50,8 @@ def create(
         count, nms_iou = detector.options.num_proposals, None
     else:
         count, nms_iou = None, nms
-    proposes, _ = load_proposer(path, where, num_proposals=count, nms=nms_iou)
+    soft = None if nms_iou is None else False
+    proposes, _ = load_proposer(path, where, num_proposals=count, nms=nms_iou, soft_nms=soft)
     return CvatFunction(proposes, detector, max_shapes)
 
 

@@ -3,7 +3,9 @@
 N: masks of an image, best first.
 """
 
+import heapq
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -23,9 +25,7 @@ def mask_nms(proposals: Proposals, iou: float) -> Proposals:
 
 def kept_by_nms(proposals: Proposals, iou: float) -> np.ndarray:
     """The indices (n,) int64 of those that `mask_nms` does not drop, ascending."""
-    rles = [proposals.rle(i) for i in range(len(proposals))]
-    areas = np.array([coco_mask.area(rle) for rle in rles], np.int64)  # of a list, it fails
-    first, second = _neighbors(proposals.boxes, areas, iou)
+    rles, first, second = _pairs(proposals, iou)
     ends = np.searchsorted(first, np.arange(len(rles) + 1)).tolist()
     alive = np.ones(len(rles), bool)
     for i, rle in enumerate(rles):
@@ -36,6 +36,65 @@ def kept_by_nms(proposals: Proposals, iou: float) -> np.ndarray:
                 ious = coco_mask.iou([rles[j] for j in near.tolist()], [rle], [0])
                 alive[near[ious[:, 0] >= iou]] = False
     return np.flatnonzero(alive)
+
+
+def soft_mask_nms(proposals: Proposals, iou: float) -> Proposals:
+    """Near duplicates score lower, so that they come later (linear Soft-NMS, Bodla et al., 2017).
+
+    The best proposal multiplies the scores of the others whose masks have at least this IoU with
+    its own, in (0, 1], by 1 - IoU; then the best of the others does, and so on. A copy, whose IoU
+    is 1, is dropped.
+    """
+    rles, first, second = _pairs(proposals, iou)
+    ends = np.searchsorted(first, np.arange(len(rles) + 1)).tolist()
+    ious = [np.empty(0)]
+    for i, rle in enumerate(rles):
+        if ends[i] < ends[i + 1]:
+            near = second[ends[i] : ends[i + 1]].tolist()
+            ious.append(coco_mask.iou([rles[j] for j in near], [rle], [0])[:, 0])
+    overlap = np.concatenate(ious)
+    reached = overlap >= iou
+    first, second, overlap = first[reached], second[reached], overlap[reached]
+    # Each one's neighbors, better or worse, and the logarithms of their factors.
+    order = np.argsort(np.concatenate([first, second]), kind="stable")
+    near = np.concatenate([second, first])[order]
+    overlap = np.concatenate([overlap, overlap])[order]
+    with np.errstate(divide="ignore"):  # of a copy
+        factors = np.log1p(-overlap)
+    counts = np.bincount(first, minlength=len(rles)) + np.bincount(second, minlength=len(rles))
+    ends = np.append(0, counts.cumsum()).tolist()
+
+    log_scores = -np.logaddexp(0, -proposals.logits.astype(np.float64))
+    waiting = np.ones(len(rles), bool)
+    lowered, is_copy = ~waiting, ~waiting
+    heap = list(zip((-log_scores).tolist(), range(len(rles)), strict=True))
+    heapq.heapify(heap)
+    while heap:
+        cost, best = heapq.heappop(heap)
+        if not waiting[best] or cost != -log_scores[best]:
+            continue  # an entry from before its score was lowered
+        waiting[best] = False
+        pairs = slice(ends[best], ends[best + 1])
+        is_later = waiting[near[pairs]]
+        later = near[pairs][is_later]
+        log_scores[later] += factors[pairs][is_later]
+        lowered[later] = True
+        copies = later[overlap[pairs][is_later] == 1]
+        is_copy[copies], waiting[copies] = True, False
+        for row in later[waiting[later]].tolist():
+            heapq.heappush(heap, (-log_scores[row], row))
+    logits = proposals.logits.copy()
+    lowered &= ~is_copy
+    logits[lowered] = log_scores[lowered] - np.log(-np.expm1(log_scores[lowered]))
+    rows = np.argsort(-logits, kind="stable")
+    return replace(proposals, logits=logits).take(rows[~is_copy[rows]])
+
+
+def _pairs(proposals: Proposals, iou: float) -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """The masks, and both indices of the pairs that may reach an IoU, see `_neighbors`."""
+    rles = [proposals.rle(i) for i in range(len(proposals))]
+    areas = np.array([coco_mask.area(rle) for rle in rles], np.int64)  # of a list, it fails
+    return rles, *_neighbors(proposals.boxes, areas, iou)
 
 
 def _neighbors(boxes: np.ndarray, areas: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,7 @@ from pipeline.inference.cells import (
     place_patches,
 )
 from pipeline.inference.memory import memory_limit, return_freed_blocks
-from pipeline.inference.nms import mask_nms
+from pipeline.inference.nms import mask_nms, soft_mask_nms
 from pipeline.inference.paste import Pasted, paste
 from pipeline.inference.proposals import Proposals
 from pipeline.networks import load_network
@@ -142,8 +142,11 @@ class Proposer:
             rles=[rle for rle in best.rles if rle],
             num_cut_off=num_cut_off,
         )
-        # Drop near duplicates, on request.
-        return mask_nms(proposals, self.options.nms) if self.options.nms else proposals
+        # Near duplicates are dropped, or come later, on request.
+        if self.options.nms is None:
+            return proposals
+        suppress = soft_mask_nms if self.options.soft_nms else mask_nms
+        return suppress(proposals, self.options.nms)
 
     def _find_best(
         self, best: FoundMasks, bands: list[PyramidScale], limit: int, image_size: tuple[int, int]
@@ -346,6 +349,7 @@ def load_proposer(
     zoom: bool = False,
     refine: bool = True,
     nms: float | None = None,
+    soft_nms: bool | None = None,
     memory: float | None = None,
     precision: str | None = None,
 ) -> tuple[Proposer, dict]:
@@ -369,6 +373,7 @@ def load_proposer(
         "per_megapixel": per_megapixel,
         "log2_scales": asked,
         "nms": nms,
+        "soft_nms": soft_nms,
         "memory": memory,
     }
     options = asdict(override(config.propose, **changes))

@@ -6,7 +6,8 @@ r"""Average recall by the number of training images: whether more images would h
 
 DeepMask and SharpMask are trained by the same recipe, for as many minibatches, on nested subsets of
 the recipe's training images and scored on all of its validation images. A seed is that of the
-subsets and of the training. Started again with the same --work-dir, it continues.
+subsets and of the training. Every subset takes an hour or so on two cores; with --coarse, DeepMask
+alone is trained. Started again with the same --work-dir, it continues.
 """
 
 import json
@@ -24,7 +25,13 @@ from datasets.files import write_atomically
 from pipeline.command import add_config, add_device, run_tool
 from pipeline.data import prepare_data, split_files
 from pipeline.recipe import load_config
-from tools.benchmarks.mask_stages import markdown, over_seeds, recall_of_recipe
+from tools.benchmarks.mask_stages import (
+    add_coarse,
+    markdown,
+    over_seeds,
+    recall_of_recipe,
+    trained_stages,
+)
 from tools.benchmarks.timing import Rows, make_parser, report
 
 
@@ -35,6 +42,7 @@ def main() -> None:
     )
     add_config(parser)
     parser.add_argument("--plot", type=Path, help="picture to write, .svg or .png")
+    add_coarse(parser)
     add_device(parser)
     args = parser.parse_args()
 
@@ -61,7 +69,12 @@ def main() -> None:
             print(f"\n{count} images, seed {seed}", flush=True)
             scores.append(
                 recall_of_recipe(
-                    args.config, output, settings, overrides=args.set, device=args.device
+                    args.config,
+                    output,
+                    settings,
+                    overrides=args.set,
+                    device=args.device,
+                    stages=trained_stages(args),
                 )
             )
         rows[str(count)] = over_seeds(scores)

@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pipeline.command import add_config, add_device, run_tool
 from tools.benchmarks.mask_stages import (
     MASK_STAGES,
+    add_coarse,
     markdown,
     over_seeds,
     recall_of_changed,
     recall_of_recipe,
+    trained_stages,
 )
 from tools.benchmarks.timing import Rows, make_parser, report
 
@@ -46,7 +48,8 @@ THE_RECIPE = "the recipe"
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "weights as trained, not averaged": as_trained,
     "published scales": proposing(log2_scales=[-2.5, 0.5, 0.5]),
-    "near duplicates kept": proposing(nms=None),
+    "near duplicates kept": proposing(nms=None, soft_nms=False),
+    "near duplicates dropped": proposing(soft_nms=False),
 }
 VARIANTS: dict[str, dict[str, str]] = {
     THE_RECIPE: {},
@@ -68,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=[*VARIANTS, *CHANGES], default=[*VARIANTS, *CHANGES]
     )
-    parser.add_argument("--coarse", action="store_true", help="DeepMask alone, its coarse masks")
+    add_coarse(parser)
     add_device(parser)
     args = parser.parse_args()
 
@@ -82,7 +85,7 @@ def main() -> None:
 def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Recall of a variant, with one seed."""
     print(f"\n{name}, seed {seed}", flush=True)
-    stages = MASK_STAGES[:1] if args.coarse else MASK_STAGES
+    stages = trained_stages(args)
     options = {"overrides": args.set, "device": args.device}
     settings = VARIANTS.get(name, {}) | {"seed": str(seed)}
     trained = folder(args.work_dir, name if name in VARIANTS else THE_RECIPE, seed)

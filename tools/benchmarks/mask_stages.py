@@ -1,5 +1,6 @@
 """What benchmarks of both mask stages share: train, score, and the table of several seeds."""
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,16 @@ from tools.benchmarks.timing import Rows
 
 MASK_STAGES = ("deepmask", "sharpmask")
 COLUMNS = [(iou_type, k) for iou_type in ("mask", "box") for k in (10, 100, 1000)]
+
+
+def add_coarse(parser: argparse.ArgumentParser) -> None:
+    """Adds --coarse."""
+    parser.add_argument("--coarse", action="store_true", help="DeepMask alone, its coarse masks")
+
+
+def trained_stages(args: argparse.Namespace) -> Sequence[str]:
+    """Both mask stages, or DeepMask with --coarse."""
+    return MASK_STAGES[:1] if args.coarse else MASK_STAGES
 
 
 def recall_of_recipe(

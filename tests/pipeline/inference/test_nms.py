@@ -1,4 +1,7 @@
-"""NMS of masks equals the loop over all pairs, whatever the sizes and wherever they lie."""
+"""NMS of masks equals the loop over all pairs, whatever the sizes and wherever they lie.
+
+So does Soft-NMS, which lowers scores instead.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.inference import nms
-from pipeline.inference.nms import mask_nms
+from pipeline.inference.nms import mask_nms, soft_mask_nms
 from pipeline.inference.proposals import Proposals
 from tests.pipeline.inference.builders import proposals_of
 
@@ -24,6 +27,28 @@ def check(masks: np.ndarray, limit: float) -> None:
     assert result.rles == [proposals.rles[n] for n in kept]
     np.testing.assert_array_equal(result.boxes, proposals.boxes[kept])
     np.testing.assert_array_equal(result.logits, proposals.logits[kept])
+    check_soft(masks, limit)
+
+
+def check_soft(masks: np.ndarray, limit: float) -> None:
+    proposals = proposals_of(masks, scores=np.linspace(0.9, 0.1, len(masks)))
+    scores = dict(enumerate(proposals.scores))
+    expected = []
+    while scores:
+        best = max(scores, key=lambda n: (scores[n], -n))
+        expected.append((proposals.rles[best], scores.pop(best)))
+        for n in list(scores):
+            union = (masks[n] | masks[best]).sum()
+            iou = (masks[n] & masks[best]).sum() / union if union else 0
+            if iou == 1:
+                del scores[n]
+            elif iou >= limit:
+                scores[n] *= 1 - iou
+    result = soft_mask_nms(proposals, limit)
+    assert (np.diff(result.logits) <= 0).all()
+    found = sorted(zip(result.rles, result.scores, strict=True))
+    assert [rle for rle, _ in found] == [rle for rle, _ in sorted(expected)]
+    np.testing.assert_allclose([s for _, s in found], [s for _, s in sorted(expected)], 1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(0, 12), LIMITS)
@@ -81,3 +106,15 @@ def test_each_mask_meets_only_its_neighbors():
 def test_no_proposals():
     none = Proposals(1, "x", 9, 9, np.empty(0, np.float32), np.empty((0, 4), np.float32), [])
     assert len(mask_nms(none, 0.5)) == 0
+    assert len(soft_mask_nms(none, 0.5)) == 0
+
+
+def test_soft_nms_keeps_sure_and_hopeless_scores_finite():
+    """Scores of 1 and 0 have infinite logits; a copy goes, and nothing becomes NaN."""
+    masks = np.zeros((4, 1, 20), bool)
+    masks[0, :, :10], masks[1, :, :9], masks[2, :, :10], masks[3, :, 15:] = True, True, True, True
+    proposals = proposals_of(masks)
+    proposals.logits = np.array([np.inf, np.inf, np.inf, -np.inf], np.float32)
+    result = soft_mask_nms(proposals, 0.8)
+    assert result.rles == [proposals.rles[n] for n in (0, 1, 3)]
+    np.testing.assert_allclose(result.scores, [1, 0.1, 0], atol=1e-7)
