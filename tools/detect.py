@@ -111,8 +111,8 @@ def main() -> None:
     proposing = proposing_options(args)
     if args.proposals and proposing:
         raise ValueError(
-            "--scales, --zoom, --no-refine, --nms and --memory are for proposals that are made "
-            f"here; {args.proposals} holds some"
+            "--scales, --zoom, --no-refine, --nms, --soft-nms and --memory are for proposals that "
+            f"are made here; {args.proposals} holds some"
         )
     names = (
         "num_proposals", "per_megapixel", "box_voting_iou", "box_refinement_iters", "flip",

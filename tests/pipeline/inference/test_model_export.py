@@ -260,7 +260,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 OTHERS = "torch,torchvision,pycocotools,models,datasets,pipeline,PIL,onnx,onnxscript"
 
 
-def test_the_example_proposes_what_propose_does(onnx_file, checkpoint, tmp_path, call_tool):
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_example_proposes_what_propose_does(onnx_file, checkpoint, tmp_path, call_tool, soft):
     """Scores within 1e-4 and masks with an IoU of .99, for at least 19 of 20 proposals.
 
     A pixel that is rounded otherwise can change a mask at its edge, and so which ones are
@@ -270,15 +271,22 @@ def test_the_example_proposes_what_propose_does(onnx_file, checkpoint, tmp_path,
     photo, out = tmp_path / "photo.png", tmp_path / "out.json"
     image = noise(117, 141)
     cv2.imwrite(str(photo), image)
+    if soft:
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(onnx_file)
+        [said] = [each for each in model.metadata_props if each.key == "soft_nms"]
+        said.value, onnx_file = "true", tmp_path / "soft.onnx"
+        onnx.save(model, onnx_file)
     names = [str(path) for path in (onnx_file, photo, out, tmp_path / "drawn.png")]
     command = [sys.executable, "-c", WITHOUT, OTHERS, str(EXAMPLE), *names]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
     found = json.loads(out.read_text())
     store = ["--images", photo, "--output", tmp_path / "store", "--num-proposals", 40]
     options = ["--checkpoint", checkpoint, "--device", "cpu", "--precision", "fp32"]
+    options += ["--soft-nms"] * soft
     assert call_tool("propose", *store, *options) == 0
     expected = json.loads((tmp_path / "store" / "proposals.json").read_text())
-    assert 5 < len(expected) < 40, "without duplicates"
+    assert len(expected) == 40 if soft else 5 < len(expected) < 40, "without duplicates"
     assert abs(len(found) - len(expected)) <= len(expected) / 20
     for each in found:
         rle = coco_mask.frPyObjects(each["segmentation"], *image.shape[:2])

@@ -16,7 +16,7 @@ from models.deepmask import DeepMask
 from models.sharpmask import SharpMask
 from models.trunk import build_trunk
 from pipeline.inference.cells import best_cells, gather_windows, place_patches
-from pipeline.inference.nms import mask_nms
+from pipeline.inference.nms import mask_nms, soft_mask_nms
 from pipeline.inference.paste import paste
 from pipeline.inference.propose import Proposer, log2_range
 
@@ -243,6 +243,9 @@ def test_nms_in_the_proposer(model, image):
     few = Proposer(model, device=CPU, num_proposals=200, nms=0.5)(image)
     assert 0 < len(few) < len(every)
     assert few.rles == mask_nms(every, 0.5).rles
+    soft = Proposer(model, device=CPU, num_proposals=200, nms=0.5, soft_nms=True)(image)
+    assert len(few) < len(soft) <= len(every)
+    assert soft.rles == soft_mask_nms(every, 0.5).rles
 
 
 def test_more_of_a_larger_image_and_how_many_the_limit_left_out(model, image):

@@ -135,7 +135,13 @@ def test_a_sharpmask_checkpoint_stands_alone_and_gives_deepmasks_masks_unrefined
 def test_settings_tell_refined_from_coarse_and_zoomed_from_not(tiny_sharpmask):
     settings = [
         load_proposer(tiny_sharpmask, CPU, **options)[1]
-        for options in ({}, {"refine": False}, {"zoom": True}, {"nms": 0.5})
+        for options in (
+            {},
+            {"refine": False},
+            {"zoom": True},
+            {"nms": 0.5},
+            {"nms": 0.5, "soft_nms": True},
+        )
     ]
     assert all(a != b for n, a in enumerate(settings) for b in settings[:n])
     assert settings[2]["log2_scales"] == [*settings[0]["log2_scales"], 1.0]
