@@ -105,6 +105,9 @@ class OptimConfig:
     amp: bool = True  # bfloat16 on CUDA, where --precision does not say otherwise
     validate_every: int = 2  # epochs
     validation_batches: int = 500  # minibatches of a validation
+    # The result, best.pt, has the highest metric of all validations; false: of the last one. Of
+    # few validation patches the highest is chance, and it says nothing of ranking.
+    keep_best: bool = True
     save_every_minutes: float = 10.0  # between two writes of last.pt
     log_every: int = 20  # minibatches
 

@@ -315,7 +315,7 @@ class TrainingRun:
         self.validated = self.step
         # A metric that does not exist (no mask patch in the validation set) must not lose the run.
         value = metrics.get(self.stage.best_metric, 0.0)
-        if value > self.best:
+        if value > self.best or not self.optim.keep_best:
             self.best = value
             self._save(BEST)
         self._save(LAST)

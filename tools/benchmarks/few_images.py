@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "no color augmentation": of_both("sampling.jitter_color", "0"),
     "twice the jitter of scale": of_both("sampling.jitter_scale", "0.5"),
     "categories balanced": of_both("sampling.balance_categories", "true"),
-    "one score a patch, as published": {"deepmask.sampling.score_cells": "1"},
+    "scores of five by five cells": {"deepmask.sampling.score_cells": "5"},
     "scores learn IoUs": {"deepmask.sampling.score_targets": "iou"},
     "trunk frozen": {"trunk.frozen_levels": "4"},
     "whole trunk trained": {"trunk.frozen_levels": "0"},
