@@ -219,6 +219,16 @@ def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):
     assert any(p.name.startswith("events") for p in (tiny_run / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, 4), (False, 6)])
+def test_the_result_has_the_best_metric_or_the_last_weights(tiny_recipe, tmp_path, keep_best, kept):
+    optim = {"epochs": 3, "batches_per_epoch": 2, "validate_every": 1, "keep_best": keep_best}
+    config = make_config(tiny_recipe, **optim)
+    stage, values = make_stage("deepmask", config, tmp_path), iter([0.1, 0.3, 0.2])
+    stage.validate = lambda model, device: {stage.best_metric: next(values)}
+    path = fit(stage, config, tmp_path, device=CPU)
+    assert torch.load(path, weights_only=True)["step"] == kept
+
+
 def test_the_published_learning_rates():
     """1e-3 up to epoch 50, 5e-4 up to 120, 1e-4 after."""
     optim = OptimConfig(lr_drops={50: 0.5, 120: 0.1})
