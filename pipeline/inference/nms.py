@@ -45,49 +45,51 @@ def soft_mask_nms(proposals: Proposals, iou: float) -> Proposals:
     its own, in (0, 1], by 1 - IoU; then the best of the others does, and so on. A copy, whose IoU
     is 1, is dropped.
     """
-    rles, first, second = _pairs(proposals, iou)
-    ends = np.searchsorted(first, np.arange(len(rles) + 1)).tolist()
-    ious = [np.empty(0)]
-    for i, rle in enumerate(rles):
-        if ends[i] < ends[i + 1]:
-            near = second[ends[i] : ends[i + 1]].tolist()
-            ious.append(coco_mask.iou([rles[j] for j in near], [rle], [0])[:, 0])
-    overlap = np.concatenate(ious)
-    reached = overlap >= iou
-    first, second, overlap = first[reached], second[reached], overlap[reached]
-    # Each one's neighbors, better or worse, and the logarithms of their factors.
-    order = np.argsort(np.concatenate([first, second]), kind="stable")
-    near = np.concatenate([second, first])[order]
-    overlap = np.concatenate([overlap, overlap])[order]
-    with np.errstate(divide="ignore"):  # of a copy
-        factors = np.log1p(-overlap)
-    counts = np.bincount(first, minlength=len(rles)) + np.bincount(second, minlength=len(rles))
-    ends = np.append(0, counts.cumsum()).tolist()
-
+    ends, near, ious = _near_duplicates(proposals, iou)
     log_scores = -np.logaddexp(0, -proposals.logits.astype(np.float64))
-    waiting = np.ones(len(rles), bool)
+    waiting = np.ones(len(proposals), bool)
     lowered, is_copy = ~waiting, ~waiting
-    heap = list(zip((-log_scores).tolist(), range(len(rles)), strict=True))
+    heap = list(zip((-log_scores).tolist(), range(len(proposals)), strict=True))
     heapq.heapify(heap)
     while heap:
         cost, best = heapq.heappop(heap)
         if not waiting[best] or cost != -log_scores[best]:
-            continue  # an entry from before its score was lowered
+            continue  # its score was lowered since this entry was made
         waiting[best] = False
-        pairs = slice(ends[best], ends[best + 1])
-        is_later = waiting[near[pairs]]
-        later = near[pairs][is_later]
-        log_scores[later] += factors[pairs][is_later]
-        lowered[later] = True
-        copies = later[overlap[pairs][is_later] == 1]
+        pairs = np.arange(ends[best], ends[best + 1])
+        pairs = pairs[waiting[near[pairs]]]
+        copies = near[pairs[ious[pairs] == 1]]
         is_copy[copies], waiting[copies] = True, False
-        for row in later[waiting[later]].tolist():
+        pairs = pairs[ious[pairs] < 1]
+        later = near[pairs]
+        log_scores[later] += np.log1p(-ious[pairs])
+        lowered[later] = True
+        for row in later.tolist():
             heapq.heappush(heap, (-log_scores[row], row))
     logits = proposals.logits.copy()
-    lowered &= ~is_copy
     logits[lowered] = log_scores[lowered] - np.log(-np.expm1(log_scores[lowered]))
     rows = np.argsort(-logits, kind="stable")
     return replace(proposals, logits=logits).take(rows[~is_copy[rows]])
+
+
+def _near_duplicates(proposals: Proposals, iou: float) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """For each mask those with at least this IoU with it, better or worse, and their IoUs.
+
+    Those of mask i are at ends[i] to ends[i + 1] of the two arrays, after `ends` itself.
+    """
+    rles, first, second = _pairs(proposals, iou)
+    starts = np.searchsorted(first, np.arange(len(rles) + 1)).tolist()
+    ious = np.zeros(len(first))
+    for i, rle in enumerate(rles):
+        if starts[i] < starts[i + 1]:
+            pairs = slice(starts[i], starts[i + 1])
+            ious[pairs] = coco_mask.iou([rles[j] for j in second[pairs]], [rle], [0])[:, 0]
+    reached = np.flatnonzero(ious >= iou)
+    masks = np.concatenate([first[reached], second[reached]])
+    order = np.argsort(masks, kind="stable")
+    near = np.concatenate([second[reached], first[reached]])[order]
+    ends = np.searchsorted(masks[order], np.arange(len(rles) + 1)).tolist()
+    return ends, near, np.tile(ious[reached], 2)[order]
 
 
 def _pairs(proposals: Proposals, iou: float) -> tuple[list[dict], np.ndarray, np.ndarray]:

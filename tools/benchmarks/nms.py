@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""NMS of the masks of ever larger images, in seconds of the CPU.
+r"""NMS and Soft-NMS of the masks of ever larger images, in seconds of the CPU.
 
     python tools/benchmarks/nms.py --num-proposals 1000 2500 5000 10000 20000
 
@@ -19,7 +19,7 @@ import pycocotools.mask as coco_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import run_tool
-from pipeline.inference.nms import mask_nms
+from pipeline.inference.nms import mask_nms, soft_mask_nms
 from pipeline.inference.proposals import Proposals
 from tools.benchmarks.synthetic import HEIGHT, OBJECTS, WIDTH, draw_boxes, draw_polygon
 from tools.benchmarks.timing import Calls, Rows, interleave, make_parser, report
@@ -40,12 +40,15 @@ def main() -> None:
         for count in args.num_proposals:
             found = draw_proposals(np.random.default_rng(0), count)
             kept = len(mask_nms(found, iou))
-            calls: Calls = {"": partial(mask_nms, found, iou)}
-            rounds = interleave(calls, rounds=args.rounds, clock=time.process_time)[""]
-            seconds = statistics.median(rounds)
-            rows[f"{count} on {found.width}x{found.height}"] = {
-                "kept": kept, "seconds": seconds, "us a mask": 1e6 * seconds / count
-            }  # fmt: skip
+            calls: Calls = {
+                "NMS": partial(mask_nms, found, iou),
+                "Soft-NMS": partial(soft_mask_nms, found, iou),
+            }
+            rounds = interleave(calls, rounds=args.rounds, clock=time.process_time)
+            row = rows[f"{count} on {found.width}x{found.height}"] = {"kept by NMS": kept}
+            for name, seconds in rounds.items():
+                median = statistics.median(seconds)
+                row |= {f"{name}: seconds": median, f"{name}: us a mask": 1e6 * median / count}
     report(tables, args.output)
 
 
