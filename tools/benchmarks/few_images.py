@@ -60,6 +60,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "scores learn IoUs": {"deepmask.sampling.score_targets": "iou"},
     "trunk frozen": {"trunk.frozen_levels": "4"},
     "whole trunk trained": {"trunk.frozen_levels": "0"},
+    "narrow heads": {
+        "deepmask.reduction": "48",
+        "deepmask.embedding": "128",
+        "deepmask.score_hidden": "256",
+    },
     "half the minibatches": of_both("optim.batches_per_epoch", "150"),
 }
 
