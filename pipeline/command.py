@@ -271,9 +271,9 @@ def add_proposing(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--soft-nms",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
         default=None,
-        help="with --nms: give them lower scores instead (default: the checkpoint's)",
+        help="with --nms: give them lower scores instead",
     )
     group.add_argument(
         "--memory",

@@ -50,8 +50,7 @@ def create(
         count, nms_iou = detector.options.num_proposals, None
     else:
         count, nms_iou = None, nms
-    soft = None if nms_iou is None else False
-    proposes, _ = load_proposer(path, where, num_proposals=count, nms=nms_iou, soft_nms=soft)
+    proposes, _ = load_proposer(path, where, num_proposals=count, nms=nms_iou)
     return CvatFunction(proposes, detector, max_shapes)
 
 

@@ -357,8 +357,8 @@ def load_proposer(
 
     Values that are None are those of the checkpoint's config; `log2_scales` "auto" are those for
     the objects that the network was trained on, whatever its config says. `zoom` adds the scale
-    2^1; without `refine`, a SharpMask gives the coarse masks of its DeepMask. `precision` is as in
-    `choose_precision`. Says which scales were chosen, and why.
+    2^1; without `refine`, a SharpMask gives the coarse masks of its DeepMask. `nms` alone drops
+    near duplicates. `precision` is as in `choose_precision`. Says which scales were chosen and why.
 
     Raises:
         FileNotFoundError or ValueError: no file, another kind of file, or a value out of range.
@@ -373,7 +373,7 @@ def load_proposer(
         "per_megapixel": per_megapixel,
         "log2_scales": asked,
         "nms": nms,
-        "soft_nms": soft_nms,
+        "soft_nms": False if soft_nms is None and nms is not None else soft_nms,
         "memory": memory,
     }
     options = asdict(override(config.propose, **changes))

@@ -147,6 +147,17 @@ def test_settings_tell_refined_from_coarse_and_zoomed_from_not(tiny_sharpmask):
     assert settings[2]["log2_scales"] == [*settings[0]["log2_scales"], 1.0]
 
 
+def test_an_nms_that_is_asked_for_drops_whatever_the_checkpoint_does(tiny_sharpmask, tmp_path):
+    content = load_checkpoint(tiny_sharpmask)
+    content["config"]["propose"] |= {"nms": 0.8, "soft_nms": True}
+    torch.save(content, tmp_path / "soft.pt")
+    chosen = [
+        {k: load_proposer(tmp_path / "soft.pt", CPU, **options)[1][k] for k in ("nms", "soft_nms")}
+        for options in ({}, {"nms": 0.7}, {"nms": 0.7, "soft_nms": True})
+    ]
+    assert [tuple(each.values()) for each in chosen] == [(0.8, True), (0.7, False), (0.7, True)]
+
+
 def test_a_detectors_checkpoint_knows_its_categories(tiny_detector):
     categories = load_checkpoint(tiny_detector)["categories"]
     assert [(c["name"], c["id"]) for c in categories] == list(CATEGORY_IDS.items())
