@@ -46,30 +46,28 @@ def soft_mask_nms(proposals: Proposals, iou: float) -> Proposals:
     is 1, is dropped.
     """
     ends, near, ious = _near_duplicates(proposals, iou)
-    log_scores = -np.logaddexp(0, -proposals.logits.astype(np.float64))
-    waiting = np.ones(len(proposals), bool)
-    lowered, is_copy = ~waiting, ~waiting
-    heap = list(zip((-log_scores).tolist(), range(len(proposals)), strict=True))
+    before = -np.logaddexp(0, -proposals.logits.astype(np.float64))
+    log_scores, waiting, kept = before.copy(), np.ones(len(before), bool), list[int]()
+    heap = list(zip((-before).tolist(), range(len(before)), strict=True))
     heapq.heapify(heap)
     while heap:
         cost, best = heapq.heappop(heap)
         if not waiting[best] or cost != -log_scores[best]:
-            continue  # its score was lowered since this entry was made
+            continue  # a copy, or its score was lowered since this entry was made
         waiting[best] = False
+        kept.append(best)
         pairs = np.arange(ends[best], ends[best + 1])
+        waiting[near[pairs[ious[pairs] == 1]]] = False
         pairs = pairs[waiting[near[pairs]]]
-        copies = near[pairs[ious[pairs] == 1]]
-        is_copy[copies], waiting[copies] = True, False
-        pairs = pairs[ious[pairs] < 1]
         later = near[pairs]
         log_scores[later] += np.log1p(-ious[pairs])
-        lowered[later] = True
         for row in later.tolist():
             heapq.heappush(heap, (-log_scores[row], row))
-    logits = proposals.logits.copy()
+    logits, lowered = proposals.logits.copy(), log_scores < before
     logits[lowered] = log_scores[lowered] - np.log(-np.expm1(log_scores[lowered]))
-    rows = np.argsort(-logits, kind="stable")
-    return replace(proposals, logits=logits).take(rows[~is_copy[rows]])
+    rows = np.array(sorted(kept), np.int64)
+    rows = rows[np.argsort(-logits[rows], kind="stable")]
+    return replace(proposals, logits=logits).take(rows)
 
 
 def _near_duplicates(proposals: Proposals, iou: float) -> tuple[list[int], np.ndarray, np.ndarray]:
