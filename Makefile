@@ -37,7 +37,7 @@ chromium:
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Seven fuzzed tests of 15,000 cases each; prints how many have run.
+# The fuzzed tests, 15,000 cases each; prints how many have run.
 fuzz: setup
 	MASKPATH_FUZZ_CASES=15000 $(BIN)/python -m pytest -m fuzz
 

@@ -63,9 +63,9 @@ class PatchSamplingConfig:
     mask_batch_prob: float = 0.5  # probability that a minibatch is of mask patches
     # Mask patches show all categories equally often (released code), or all objects.
     balance_categories: bool = True
-    # Mask patches are jittered, and with `jitter_positives` positive score patches.
-    jitter_shift: float = 16.0  # pixels of the patch, of those that are jittered
-    jitter_scale: float = 0.25  # log2, of the same
+    # Largest jitter of mask patches, and with `jitter_positives` of positive score patches.
+    jitter_shift: float = 16.0  # pixels of the patch
+    jitter_scale: float = 0.25  # log2
     min_area: float = 100.0  # pixels of the original; smaller objects give no mask patch
     min_side: float = 5.0  # pixels of the original, of the shorter side
     # Positive score patches: exactly on the object (released code), or jittered as mask patches are
@@ -76,9 +76,10 @@ class PatchSamplingConfig:
     # What a score is to be: label, of an object or of none (published); or iou, of the network's
     # mask with the object.
     score_targets: str = "label"
-    score_cells: int = 1  # score patches are larger and have so many by so many cells
-    near_shift: float = 32.0  # pixels of the patch: cells nearer to an object are no negatives
-    near_scale: float = 0.75  # octaves, of the same
+    score_cells: int = 1  # side of the grid of cells that a score patch has; 1: one score
+    # Where score patches have cells: those this near to an object are no negatives.
+    near_shift: float = 32.0  # pixels of the patch
+    near_scale: float = 0.75  # octaves
     negative_distance: float = 48.0  # pixels of the resized image
     negative_scale_distance: float = 2.5  # octaves; objects further off do not reject a negative
     flip: bool = True  # mirror half of the patches

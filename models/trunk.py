@@ -46,7 +46,9 @@ NORM_NAMES = (
 class TrunkConfig:
     """A trunk; see `build_trunk`."""
 
-    name: str = "resnet50"  # one of TRUNKS, in pretraining also one of CIFAR_NETWORKS
+    # resnet18 | 34 | 50 | 101 | 152, vgg11 | 16, densenet121, mobilenet_v2, caffenet, tiny; in
+    # pretraining also one of CIFAR_NETWORKS.
+    name: str = "resnet50"
     # "imagenet", the path of a local state dict or of a run of --stage pretrain, or null.
     weights: str | None = "imagenet"
     # Of a ResNet: torchvision | caffe, as released with the paper: a block's first convolution has

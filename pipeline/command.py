@@ -267,7 +267,10 @@ def add_proposing(parser: argparse.ArgumentParser) -> None:
         help="coarse masks of a SharpMask",
     )
     group.add_argument(
-        "--nms", type=float, metavar="IOU", help="drop masks with this IoU with a better one"
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="drop masks with this IoU with a better one (default: the checkpoint's)",
     )
     group.add_argument(
         "--soft-nms",

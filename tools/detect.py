@@ -48,12 +48,12 @@ KIND = "detections"
 def main() -> None:
     """Detects, or compresses a detector."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", help="a trained MultiPathNet (default: the one in the box)")
+    parser.add_argument("--checkpoint", help="a trained MultiPathNet (default: the one in models/pretrained)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--proposals", type=to_path, help="proposal store of tools/propose.py")
     source.add_argument(
         "--proposal-checkpoint",
-        help="a DeepMask or SharpMask to propose with (default: the one in the box)",
+        help="a DeepMask or SharpMask to propose with (default: the one in models/pretrained)",
     )
     source.add_argument(
         "--compress-fc",
@@ -74,22 +74,26 @@ def main() -> None:
         "--vote",
         type=float,
         metavar="IOU",
-        help="boxes of a class with this IoU are averaged (default: the config's, no voting)",
+        help="boxes of a class with this IoU are averaged (default: the config's)",
     )
     parser.add_argument(
         "--box-refinement-iters",
         "--localisations",
         type=int,
         metavar="N",
-        help="times that detections are fed back as RoIs (default: the config's, 0)",
+        help="times that detections are fed back as RoIs (default: the config's)",
     )
     parser.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
-        help="average with the mirrored image (default: the config's, no)",
+        help="average with the mirrored image (default: the config's)",
     )
     parser.add_argument(
-        "--short-sides", type=int, nargs="+", metavar="PX", help="of the image (default: trained)"
+        "--short-sides",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="of the image (default: the config's, else that of training)",
     )
     add_proposing(parser)
     add_precision(parser, default="auto")

@@ -26,7 +26,7 @@ def main() -> None:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="a trained DeepMask or SharpMask (default: the one in the box); safetensors: any",
+        help="a trained DeepMask or SharpMask (default: the one in models/pretrained); safetensors: any",
     )
     parser.add_argument("--format", required=True, choices=sorted(MODEL_FORMATS))
     parser.add_argument(
