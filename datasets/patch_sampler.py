@@ -200,8 +200,9 @@ class PatchSampler:
         cumulative = np.cumsum(self.mask_weight[start:stop])
 
         def draw_one() -> Patch:
-            i = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-            return self._mask_patch(rng, image, min(start + int(i), stop - 1))
+            # As a float of 64 bits the product is below the sum: it cannot round up to it.
+            i = np.searchsorted(cumulative, rng.random() * float(cumulative[-1]), side="right")
+            return self._mask_patch(rng, image, start + int(i))
 
         return [draw_one() for _ in range(self.config.patches_per_image)]
 

@@ -13,6 +13,7 @@ Letters: n candidates of an image, R RoIs drawn from them, K IoU thresholds.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,9 +96,13 @@ class RoiSampler:
         *,
         config: RoiSamplingConfig | None = None,
         iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS,
+        image_ids: Collection[int] | None = None,
         seed: int = 0,
     ):
         """`iou_thresholds` are the classifiers'; (.5,) is Fast R-CNN.
+
+        `image_ids`: the images that were searched for proposals. Others are not drawn: they would
+        have foreground alone. By default all are.
 
         Raises:
             ValueError: the dataset has no image that could be drawn.
@@ -108,12 +113,18 @@ class RoiSampler:
         self.not_objects = coco.is_crowd | coco.is_difficult
         has_object = np.zeros(len(coco), bool)
         has_object[coco.image_index[~self.not_objects]] = True
+        searched = np.ones(len(coco), bool)
+        if image_ids is not None:
+            searched = np.isin(coco.image_ids, np.fromiter(image_ids, np.int64))
+        chosen = slice(self.config.max_images)
+        self.num_not_searched = int((has_object & ~searched)[chosen].sum())  # with an object
+        has_object &= searched
         drawable = has_object.copy()
         # Only images without an object need a look: the others have a ground-truth box at least.
-        for image in np.flatnonzero(~has_object & ~coco.has_left_out).tolist():
+        for image in np.flatnonzero(searched & ~has_object & ~coco.has_left_out).tolist():
             drawable[image] = len(self.candidates(image)[0]) > 0
-        self.object_images = np.flatnonzero(has_object[: self.config.max_images])
-        self.drawable = np.flatnonzero(drawable[: self.config.max_images])
+        self.object_images = np.flatnonzero(has_object[chosen])
+        self.drawable = np.flatnonzero(drawable[chosen])
         self.empty_images = np.setdiff1d(self.drawable, self.object_images)
         if len(self.drawable) == 0:
             raise ValueError(

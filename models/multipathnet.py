@@ -11,6 +11,7 @@ pooled block. Layers are called by their stride: 4, 8 and 16 are conv3, conv4 an
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -291,19 +292,33 @@ def truncate_linear(layer: nn.Linear, rank: int) -> nn.Sequential:
     Truncated SVD (Girshick, ICCV 2015, section 3.1): W (u x v) becomes U_t (u x t) and S_t V_t^T
     (t x v), so u v multiplications for each RoI become t (u + v).
     """
-    rank = min(rank, *layer.weight.shape)
-    first = nn.Linear(layer.in_features, rank, bias=False)
-    second = nn.Linear(rank, layer.out_features)
+    layers = low_rank(layer, rank)
+    first, second = layers
+    rank = first.out_features
     u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     with torch.no_grad():
         first.weight.copy_(s[:rank, None] * v[:rank])
         second.weight.copy_(u[:, :rank])
         second.bias.copy_(layer.bias)
-    return nn.Sequential(first, second)
+    return layers
 
 
-def compress_towers(model: MultiPathNet, rank: int) -> None:
+def low_rank(layer: nn.Linear, rank: int) -> nn.Sequential:
+    """Two random layers of the given rank, or of the layer's own if that is less."""
+    rank = min(rank, *layer.weight.shape)
+    first = nn.Linear(layer.in_features, rank, bias=False)
+    return nn.Sequential(first, nn.Linear(rank, layer.out_features))
+
+
+def compress_towers(
+    model: MultiPathNet,
+    rank: int,
+    *,
+    replace: Callable[[nn.Linear, int], nn.Module] = truncate_linear,
+) -> None:
     """Replaces fc6 and fc7 of every tower in place, where that saves work.
+
+    Where the weights are to be loaded, `low_rank` saves the decomposition.
 
     Raises:
         ValueError: the network has no such layers.
@@ -316,4 +331,4 @@ def compress_towers(model: MultiPathNet, rank: int) -> None:
             layer = getattr(head, name)
             rows, columns = layer.weight.shape
             if rank * (rows + columns) < rows * columns:
-                setattr(head, name, truncate_linear(layer, rank))
+                setattr(head, name, replace(layer, rank))

@@ -6,6 +6,7 @@ import gc
 import glob
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -329,8 +330,13 @@ def local_path(name: str) -> Path:
 
 
 def _device(name: str) -> str:
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda nor cuda:N")
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("this PyTorch sees no CUDA device; use --device cpu")
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise argparse.ArgumentTypeError(f"{name} is not one of {count} CUDA devices, from 0 on")
     return name

@@ -1,7 +1,7 @@
 """Training and validation data of a config: files, samples, minibatches on the device."""
 
 import itertools
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,9 +171,10 @@ def roi_dataset(
     proposals: ProposalBoxes,
     *,
     seed: int,
+    image_ids: Collection[int] | None = None,
     all_images: bool = False,
 ) -> RoiDataset:
-    """RoIs of annotated images and their proposals.
+    """RoIs of annotated images and their proposals; those of `image_ids` were searched for some.
 
     `all_images`, for validation: whatever `max_images` says, for all IoU thresholds at once, and
     of unchanged scale and colors.
@@ -189,8 +190,18 @@ def roi_dataset(
             sampling, max_images=None, draw_threshold=False, jitter_scale=0.0, jitter_color=0.0
         )
     sampler = RoiSampler(
-        coco, proposals, config=sampling, iou_thresholds=c.iou_thresholds, seed=seed
+        coco,
+        proposals,
+        config=sampling,
+        iou_thresholds=c.iou_thresholds,
+        image_ids=image_ids,
+        seed=seed,
     )
+    if missing := sampler.num_not_searched:
+        distributed.say(
+            f"{coco.path}: {missing} images with objects are left out: the store of proposals does "
+            "not have them"
+        )
     return RoiDataset(
         coco,
         images,

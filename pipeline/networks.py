@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
 from models.classifier import Classifier, trunk_weights
 from models.deepmask import DeepMask, DeepMaskConfig
-from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers
+from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers, low_rank
 from models.sharpmask import SharpMask, SharpMaskConfig
 from models.trunk import Trunk, TrunkConfig, build_trunk
 from pipeline.checkpoint import (
@@ -134,7 +134,7 @@ def make_network(checkpoint: dict[str, Any], config: Any, *, source: str) -> nn.
         return make_classifier(config, num_classes=num_classes)
     model = make_multipathnet(config, num_classes=num_classes)
     if rank := checkpoint.get("compressed_fc"):
-        compress_towers(model, rank)
+        compress_towers(model, rank, replace=low_rank)
     return model
 
 

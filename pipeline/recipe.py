@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from datasets.files import atomic_path
@@ -191,7 +191,9 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
             layers[source] = _with_new_names(_plain_copy(layer, source))
             _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
-            merged = OmegaConf.unsafe_merge(merged, _part_of(layers[source], schema))
+            part = _part_of(layers[source], schema)
+            _empty_mappings(merged, part)
+            merged = OmegaConf.unsafe_merge(merged, part)
     except OmegaConfBaseException as error:
         place = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{source}: {place}{_one_line(error)}") from error
@@ -254,6 +256,18 @@ def _part_of(values: dict, schema: type) -> dict:
             value, section = values[f.name], _dataclass_of(f.type)
             part[f.name] = _part_of(value, section) if section and value is not None else value
     return part
+
+
+def _empty_mappings(config: DictConfig, part: dict) -> None:
+    """Empties the mappings that a layer has, such as `lr_drops`: it replaces them, as any value."""
+    for name, value in part.items():
+        node = config.get(name)
+        if isinstance(value, dict) and isinstance(node, DictConfig):
+            if OmegaConf.get_type(node) is dict:
+                with read_write(config):
+                    config[name] = {}
+            else:
+                _empty_mappings(node, value)
 
 
 def _with_new_names(values: Any) -> Any:

@@ -126,7 +126,7 @@ def write_checkpoints(folder: Path, checkpoint: Path) -> None:
 
 def write_detectors(folder: Path, detector: Path) -> None:
     content = torch.load(detector, weights_only=True)
-    compress_checkpoint(detector, 3, folder / "compressed")
+    compress_checkpoint(detector, 3, folder / "rank3.pt")
     config = config_from_dict(content["config"], source="test")
     trunk = TrunkConfig(name="resnet18", weights=None, width=8)
     section = replace(config.multipathnet, trunk=trunk, head="layer4")

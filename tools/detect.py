@@ -48,7 +48,9 @@ KIND = "detections"
 def main() -> None:
     """Detects, or compresses a detector."""
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", help="a trained MultiPathNet (default: the one in models/pretrained)")
+    parser.add_argument(
+        "--checkpoint", help="a trained MultiPathNet (default: the one in models/pretrained)"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--proposals", type=to_path, help="proposal store of tools/propose.py")
     source.add_argument(

@@ -26,7 +26,8 @@ def main() -> None:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="a trained DeepMask or SharpMask (default: the one in models/pretrained); safetensors: any",
+        help="a trained DeepMask or SharpMask, for safetensors any network (default: the one in "
+        "models/pretrained)",
     )
     parser.add_argument("--format", required=True, choices=sorted(MODEL_FORMATS))
     parser.add_argument(

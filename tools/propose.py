@@ -46,7 +46,8 @@ def main() -> int:
     """Proposes masks; the exit status is 2 if no image could be read."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--checkpoint", help="a trained DeepMask or SharpMask (default: the one in models/pretrained)"
+        "--checkpoint",
+        help="a trained DeepMask or SharpMask (default: the one in models/pretrained)",
     )
     add_images(
         parser,

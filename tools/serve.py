@@ -33,9 +33,12 @@ def main() -> None:
         "--images", nargs="+", default=[], metavar="FOLDER", help="whose images the page lists"
     )
     parser.add_argument(
-        "--checkpoint", help="a trained DeepMask or SharpMask (default: the one in models/pretrained)"
+        "--checkpoint",
+        help="a trained DeepMask or SharpMask (default: the one in models/pretrained)",
     )
-    parser.add_argument("--detector", help="a trained MultiPathNet (default: the one in models/pretrained)")
+    parser.add_argument(
+        "--detector", help="a trained MultiPathNet (default: the one in models/pretrained)"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
     )

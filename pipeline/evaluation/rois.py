@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from datasets.remote import is_uri
 from datasets.rois import RoiDataset
 from models.multipathnet import MultiPathNet
 from pipeline import distributed
@@ -68,6 +69,7 @@ def sample_ap(
     annotations: Path,
     images: Path,
     *,
+    image_ids: set[int],
     num_images: int,
     chosen: Iterable[str] | None = None,
 ) -> float | None:
@@ -76,22 +78,29 @@ def sample_ap(
     The processes share the images; each gets the result of all.
 
     Args:
-        images: the folder that the store's file names are relative to.
+        images: the folder of the store's file names, where the store does not know a folder that
+            is there.
+        image_ids: those of the annotations; others in the store do not count.
         num_images: at least; whole parts of shards are taken.
         chosen: the categories that the detector was trained on, see `CocoInstances.load`.
     """
     store.require_shards()
+    folder = store.settings().get("image_folder")
+    if folder is None or not (is_uri(folder) or Path(folder).is_dir()):
+        folder = images
     parts: list[Part] = []
     ids: set[int] = set()
     for part in store.parts():
-        if len(ids) < num_images:
+        in_part = image_ids & {image["id"] for image in store.images_of(part)}
+        if in_part and len(ids) < num_images:
             parts.append(part)
-            ids |= {image["id"] for image in store.images_of(part)}
+            ids |= in_part
     found: list[dict] = []
     broken: list[str] = []
     for part in parts[distributed.rank() :: distributed.world_size()]:
-        for _, detections in detect_in_part(detector, store, part, images, broken=broken):
-            found += results_of(replace(detections, rles=[]))  # boxes will do
+        for _, detections in detect_in_part(detector, store, part, folder, broken=broken):
+            if detections.image_id in ids:
+                found += results_of(replace(detections, rles=[]))  # boxes will do
     results = [result for of_rank in distributed.gather(found) for result in of_rank]
     messages = [message for of_rank in distributed.gather(broken) for message in of_rank]
     if len(messages) >= len(ids):

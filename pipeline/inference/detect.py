@@ -14,11 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 from datasets.images import Image
 from datasets.resize import normalize, resize_sides, resized_sides
+from datasets.rois import PAD_TO
 from models.inference import optimize_for_inference
 from models.multipathnet import MultiPathNet, compress_towers
 from pipeline.checkpoint import file_sha256, save_checkpoint
@@ -158,14 +160,14 @@ class Detector:
     def _sides(self) -> list[dict[str, Any]]:
         """The arguments of `resize_sides` for each scale of an image."""
         sampling = self.config.sampling
-        short_sides = self.options.short_sides or (sampling.short_side,)
+        # The longer side may be as long as in training, and grows with a longer shorter one.
         return [
             {
                 "short_side": side,
-                "long_side": round(sampling.long_side * side / short_sides[0]),
+                "long_side": round(sampling.long_side * max(1, side / sampling.short_side)),
                 "align_corners": self.config.align_corners,
             }
-            for side in short_sides
+            for side in self.options.short_sides or (sampling.short_side,)
         ]
 
     def _views(self, image: Image) -> list[View]:
@@ -177,6 +179,8 @@ class Detector:
                 pixels = (cv2.flip(scaled, 1) if flip else scaled).astype(np.float32) / 255
                 pixels = normalize(pixels, self.config.pixels)
                 planes = torch.from_numpy(pixels)[None].to(self.device)
+                missing = [max(0, PAD_TO - side) for side in planes.shape[2:]]  # as in training
+                planes = F.pad(planes, (0, missing[1], 0, missing[0]))
                 planes = planes.contiguous(memory_format=torch.channels_last).to(self.dtype)
                 layers = self.model.layers(planes)
                 views.append(
@@ -283,7 +287,8 @@ def _vote(
     voted = boxes.clone()
     for label in labels[kept].unique().tolist():
         rows, voters = labels[kept] == label, labels == label
-        overlaps = box_iou(boxes[rows], candidates[voters]) > min_iou
+        ious = box_iou(boxes[rows], candidates[voters])
+        overlaps = (ious > min_iou) | (ious == 1)  # its own box votes, whatever the limit is
         # In float64: the mean of equal corners is that corner to the bit, within the image.
         weights = overlaps * scores[voters].double()
         means = weights @ candidates[voters].double() / weights.sum(dim=1, keepdim=True)
@@ -319,11 +324,15 @@ def load_detector(
 
 
 def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
-    """Writes a detector's checkpoint with fc6 and fc7 truncated to a rank; returns a line on it.
+    """Writes a detector's checkpoint with fc6 and fc7 truncated to a rank into a file.
+
+    Returns a line on it.
 
     Raises:
-        ValueError: a rank below 1, another checkpoint, or one without such layers.
+        ValueError: a rank below 1, another checkpoint, or one without such layers; or a folder.
     """
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; give a file, such as small.pt")
     if rank < 1:
         raise ValueError(f"--compress-fc must be at least 1, got {rank}")
     model, _, content = load_network(checkpoint, stage="multipathnet")
@@ -337,6 +346,5 @@ def compress_checkpoint(checkpoint: str | Path, rank: int, output: Path) -> str:
         raise ValueError(f"{checkpoint}: {error}") from None
     after = sum(p.numel() for p in model.parameters())
     kept = {name: content[name] for name in ("stage", "config", "categories")}
-    path = output / f"rank{rank}.pt"
-    save_checkpoint(path, kept | {"model": model.state_dict(), "compressed_fc": rank})
-    return f"{path}: {before / 1e6:.2f} M parameters before, {after / 1e6:.2f} M after"
+    save_checkpoint(output, kept | {"model": model.state_dict(), "compressed_fc": rank})
+    return f"{output}: {before / 1e6:.2f} M parameters before, {after / 1e6:.2f} M after"

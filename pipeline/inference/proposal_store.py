@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import feather
 
-from datasets.files import atomic_path, write_json
+from datasets.files import TEMPORARY, atomic_path, write_json
 from datasets.images import APPLY
 from datasets.proposal_boxes import Rows
 from datasets.remote import AnyPath, list_files, remove_folder, to_path
@@ -62,8 +62,11 @@ class ResumableDirectory:
         Settings are of JSON's types. What was made with other ones is deleted with `discard`.
 
         Raises:
-            ValueError: other settings, each of them named.
+            ValueError: other settings, each of them named; or, with `discard`, files of another
+                origin.
         """
+        if discard:
+            self._check_origin(settings)
         changed = self.changed_settings(settings)
         if changed and not discard:
             raise ValueError(
@@ -81,6 +84,20 @@ class ResumableDirectory:
             return []
         found, settings = self.settings(), json.loads(json.dumps(settings))  # tuples become lists
         return [f"{k} {found.get(k)!r} -> {v!r}" for k, v in settings.items() if found.get(k) != v]
+
+    def _check_origin(self, settings: dict) -> None:
+        """Raises a ValueError if the directory holds files of another origin than such a run."""
+        if self.path.exists():
+            is_own = settings.keys() <= self.settings().keys()
+        elif isinstance(self.directory, Path) and self.directory.is_dir():
+            is_own = all(TEMPORARY.fullmatch(entry.name) for entry in self.directory.iterdir())
+        else:
+            is_own = not list_files(self.directory)
+        if not is_own:
+            raise ValueError(
+                f"{self.directory} holds other files; it would be used and then deleted: choose "
+                "another --output or move them"
+            )
 
     def settings(self) -> dict:
         """What the results were made with; empty if that is not known.

@@ -262,11 +262,13 @@ class TrainingRun:
         of_parts = [self._add_gradients(parts, index) for index in range(len(parts))]
         losses = {name: torch.stack([each[name] for each in of_parts]).mean(0)
                   for name in of_parts[0]}  # fmt: skip
-        (broken,) = distributed.any_process(~torch.isfinite(losses["loss"]), device=self.device)
+        finite = torch.isfinite(losses["loss"])
+        if limit := self.optim.clip_gradient:
+            norm = nn.utils.clip_grad_norm_(self.stage.model.parameters(), limit)
+            finite &= torch.isfinite(norm)
+        (broken,) = distributed.any_process(~finite, device=self.device)
         if broken:
             self._stop_on_non_finite(parts, losses)
-        if self.optim.clip_gradient:
-            nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.optim.clip_gradient)
         with self.changing:
             self.half_step = True
             self.optimizer.step()
@@ -297,7 +299,7 @@ class TrainingRun:
             torch.save({"step": self.step, "parts": parts, "losses": values}, temporary)
         words = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise FloatingPointError(
-            f"loss is not finite at step {self.step} ({words}); the minibatch is in {path}; "
+            f"loss or gradient is not finite at step {self.step} ({words}); the minibatch: {path}; "
             f"the last finite weights that were saved are in {self.checkpoints}; "
             f"a lower {self.stage.name}.optim.lr usually helps"
         )
@@ -330,6 +332,11 @@ class TrainingRun:
             save_config(self.config, self.output / "config.yaml")
 
     def _save(self, name: str) -> None:
+        if not self._is_finite():  # a loss can be finite where its gradient is not
+            raise FloatingPointError(
+                f"weights are not finite at step {self.step}; those that were saved before are in "
+                f"{self.checkpoints}; a lower {self.stage.name}.optim.lr usually helps"
+            )
         if distributed.is_main():
             self._write_checkpoint(name)
         distributed.barrier()

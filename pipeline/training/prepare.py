@@ -151,7 +151,8 @@ def _build_sharpmask(config: Config, deepmask: Path | None) -> SharpMaskStage:
 def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStage:
     stores = inputs.proposals
     boxes = {split: ProposalBoxes.load(path) for split, path in inputs.boxes.items()}
-    stage = MultiPathNetStage(config, boxes, stores["val"])
+    image_ids = {split: set(store.images()) for split, store in stores.items()}
+    stage = MultiPathNetStage(config, boxes, stores["val"], image_ids=image_ids)
     check_images(stores["train"], stage.train_data.coco)
     check_images(stores["val"], stage.val_data.coco)
     if inputs.masks is not None:

@@ -278,20 +278,32 @@ class MultiPathNetStage(Stage):
     model: MultiPathNet
 
     def __init__(
-        self, config: Config, proposals: dict[str, ProposalBoxes], val_store: ProposalStore
+        self,
+        config: Config,
+        proposals: dict[str, ProposalBoxes],
+        val_store: ProposalStore,
+        *,
+        image_ids: dict[str, set[int]] | None = None,
     ):
+        """`image_ids`: the images of each split that were searched for proposals."""
         super().__init__(config)
+        searched = image_ids or {}
         c, self.val_store = config.multipathnet, val_store
         if c.validation_images:
             self.best_metric = "sample_ap"
         self.train_data = roi_dataset(
-            c, *load_split(config, "train"), proposals["train"], seed=config.seed
+            c,
+            *load_split(config, "train"),
+            proposals["train"],
+            seed=config.seed,
+            image_ids=searched.get("train"),
         )
         self.val_data = roi_dataset(
             c,
             *load_split(config, "val", like=self.train_data.coco),
             proposals["val"],
             seed=ROI_VALIDATION_SEED,
+            image_ids=searched.get("val"),
             all_images=True,
         )
         coco = self.train_data.coco
@@ -358,6 +370,7 @@ class MultiPathNetStage(Stage):
                 self.val_store,
                 annotations,
                 images,
+                image_ids=set(self.val_data.coco.image_ids.tolist()),
                 num_images=c.validation_images,
                 chosen=self.config.data.categories,
             )

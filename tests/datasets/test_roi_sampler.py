@@ -183,6 +183,16 @@ def test_images_without_an_object_give_background_and_those_without_a_proposal_f
     assert (background.labels == 0).all() and len(np.unique(background.rois, axis=0)) == 64
 
 
+def test_images_that_were_not_searched_for_proposals_are_not_drawn(tmp_path):
+    """A store that is not complete: an image without proposals would have foreground alone."""
+    coco = load(tmp_path / "a.json", [(image, 7, OBJECT, False) for image in (1, 2, 3)])
+    proposals = proposals_of({1: [OBJECT], 3: [OBJECT], 4: [OBJECT]})
+    sampler = RoiSampler(coco, proposals, image_ids={1, 2, 4})  # none was found in image 2
+    assert sampler.drawable.tolist() == [0, 1, 3] and sampler.object_images.tolist() == [0, 1]
+    assert sampler.num_not_searched == 1
+    assert RoiSampler(coco, proposals).num_not_searched == 0
+
+
 def test_images_without_an_object_are_half_of_the_samples_at_most(tmp_path):
     coco = load(tmp_path / "a.json", [(1, 7, OBJECT, False)], images=9)
     sampler = RoiSampler(coco, proposals_of({image: [OBJECT] for image in range(1, 10)}))

@@ -118,3 +118,17 @@ def test_a_pipeline_refuses_a_batch_of_its_last_stage_before_anything_is_read(
     with pytest.raises(ValueError, match=r"multipathnet.optim.batch_size 4 .* processes 8; .*=8"):
         run_pipeline("configs/coco.yaml", tmp_path / "run", overrides=[], device=CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mapping_replaces_the_one_before_like_any_value(tmp_path):
+    """The rate of an epoch is that of the last drop: one that was not asked for would undo them."""
+    (tmp_path / "a.yaml").write_text("deepmask: {optim: {lr_drops: {30: 0.1}}}\n")
+
+    def drops(*overrides: str) -> dict:
+        return load_config(tmp_path / "a.yaml", [*overrides]).deepmask.optim.lr_drops
+
+    assert Config().deepmask.optim.lr_drops == {50: 0.5, 120: 0.1}
+    assert drops() == {30: 0.1}
+    assert drops("deepmask.optim.lr_drops={60: 0.2}") == {60: 0.2}
+    assert drops("deepmask.optim.lr_drops={}") == {}
+    assert drops("deepmask.optim.lr=0.1") == {30: 0.1}

@@ -231,3 +231,21 @@ def test_an_empty_store_is_valid(tmp_path):
     store = ProposalStore(tmp_path)
     assert list(store) == [] and store.images() == {} and store.shards() == []
     assert json.loads(store.write_json().read_text()) == [] and store.count() == 0
+
+
+@pytest.mark.parametrize("content", ["photo.jpg", "folder/photo.jpg", "settings.json"])
+def test_a_directory_of_somebody_else_is_not_discarded(tmp_path, content):
+    """Detection deletes its parts at the end, and photographs may lie in a folder of that name."""
+    file = tmp_path / "parts" / content
+    file.parent.mkdir(parents=True)
+    file.write_text('{"editor": "vim"}')
+    with pytest.raises(ValueError, match="parts holds other files"):
+        ResumableDirectory(tmp_path / "parts").open_for({"nms": 0.3}, discard=True)
+    assert file.read_text() == '{"editor": "vim"}'
+
+
+def test_a_directory_whose_first_file_was_not_finished_is_opened(tmp_path):
+    (tmp_path / ".settings.json.host.123.tmp").touch()
+    directory = ResumableDirectory(tmp_path)
+    directory.open_for({"nms": 0.3}, discard=True)
+    assert directory.settings() == {"nms": 0.3}

@@ -190,6 +190,39 @@ def test_a_loss_that_is_not_finite_stops_with_the_minibatch_saved(tiny_recipe, t
     assert all(torch.equal(v, before[k]) for k, v in stage.model.state_dict().items())
 
 
+class FiniteWithoutGradient(torch.autograd.Function):
+    """A loss as it is, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_weights_that_are_not_finite_are_not_saved_over_those_that_were(
+    tiny_recipe, tmp_path, clip
+):
+    optim = {"clip_gradient": clip, "batches_per_epoch": 1}  # validated and saved at every step
+    train("deepmask", make_config(tiny_recipe, **optim), tmp_path / "run")
+    config = make_config(tiny_recipe, **optim, epochs=2)
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    stage = make_stage("deepmask", config, tmp_path / "run")
+    losses = stage.losses
+
+    def without_gradient(model, batch):
+        values = losses(model, batch)
+        return values | {"loss": FiniteWithoutGradient.apply(values["loss"])}
+
+    stage.losses = without_gradient
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        fit(stage, config, tmp_path / "run", device=CPU, resume=True)
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+
+
 def test_some_broken_images_do_not_stop_a_run_and_too_many_do(capsys):
     files = BrokenFiles(40, 0.05)
     for _ in range(2):

@@ -4,6 +4,7 @@ Mistakes of the command line are in tests/test_user_errors.py.
 """
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -320,3 +321,21 @@ def test_the_best_detector_may_be_that_of_the_highest_ap(tiny_config, stores, tm
     assert set(truth.getImgIds()) == ids
     scores = evaluate_detections(truth, [r for d in found for r in results_of(d)])
     assert line["sample_ap"] == pytest.approx(scores.metrics()["box"]["AP"])
+
+
+def test_a_store_may_have_more_images_than_are_annotated(tiny_config, stores, tmp_path, capsys):
+    """Its other images do not count; an annotated one that it lacks is left out."""
+    config = load_config(tiny_config)
+    truth = json.loads(Path(config.data.val.annotations).read_text())
+    gone = truth["images"].pop(0)["id"]
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] != gone]
+    first = truth["annotations"][0]
+    (image,) = [image for image in truth["images"] if image["id"] == first["image_id"]]
+    truth["images"].append(image | {"id": 999})
+    truth["annotations"].append(first | {"id": 999, "image_id": 999})
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    options = [f"data.val.annotations={tmp_path / 'val.json'}", "multipathnet.validation_images=9"]
+    train("multipathnet", load_config(tiny_config, [*stores, *options]), tmp_path / "run")
+    (line,) = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["split"] == "val"]
+    assert "sample_ap" in line
+    assert "val.json: 1 images with objects are left out" in capsys.readouterr().out
