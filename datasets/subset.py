@@ -1,7 +1,7 @@
 """A small COCO-format dataset cut out of a large one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ def cut_subset(
     images: str | Path,
     output: str | Path,
     *,
-    num_images: int,
+    num_images: int | None = None,
+    image_ids: Sequence[int] | None = None,
     split: str = "train",
     seed: int = 0,
 ) -> tuple[Path, list[str]]:
-    """Copies `num_images` images and their annotations.
+    """Copies `num_images` images, or those of some ids, and their annotations.
 
     Writes `images/{split}/...` and, last, `annotations/instances_{split}.json`: the large json
     without the other images and their annotations, with the names of the files as they are.
@@ -35,7 +36,8 @@ def cut_subset(
 
     Raises:
         FileNotFoundError: no such annotations or image folder.
-        ValueError: not COCO, a json of that name is there already, or too few images can be read.
+        ValueError: not COCO, a json of that name is there already, an id that is not in it, or too
+            few images can be read.
     """
     images, folder = Path(images), Path(output) / "images" / split
     path = Path(output) / "annotations" / f"instances_{split}.json"
@@ -46,7 +48,11 @@ def cut_subset(
     coco = CocoInstances.load(annotations)
     if message := coco.find_files(images):
         print(message)
-    if not 1 <= num_images <= len(coco):
+    if image_ids is not None:
+        if unknown := sorted(set(image_ids) - set(coco.image_ids.tolist())):
+            raise ValueError(f"{coco.path} has no image of the id {unknown[0]}")
+        num_images = len(set(image_ids))
+    if num_images is None or not 1 <= num_images <= len(coco):
         raise ValueError(f"{num_images} images were asked for; {coco.path} lists {len(coco)}")
     if seed < 0:
         raise ValueError(f"the seed must not be negative, got {seed}")
@@ -62,7 +68,10 @@ def cut_subset(
         write_atomically(target, source.read_bytes())
         return True
 
-    rows = choose_images(coco, num_images, seed=seed, accept=copy)
+    if image_ids is None:
+        rows = choose_images(coco, num_images, seed=seed, accept=copy)
+    else:
+        rows = list(filter(copy, np.flatnonzero(np.isin(coco.image_ids, image_ids)).tolist()))
     if len(rows) < num_images:
         raise ValueError(
             f"{images}: only {len(rows)} of the {num_images} images asked for can be read; "
@@ -110,3 +119,20 @@ def choose_images(
                 num_chosen += shows[:, row]
                 progress.update()
     return sorted(chosen)
+
+
+def read_ids(path: str | Path) -> list[int]:
+    """The whole numbers of a text file, between spaces or line feeds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else, or nothing.
+    """
+    words = Path(path).read_text(errors="replace").split()
+    try:
+        ids = [int(word) for word in words]
+    except ValueError as error:
+        raise ValueError(f"{path} must hold image ids, whole numbers: {error}") from None
+    if not ids:
+        raise ValueError(f"{path} holds no image id")
+    return ids

@@ -172,6 +172,13 @@ def _load_checked(network: nn.Module, name: str, weights: str | Path, *, whole: 
     network.load_state_dict({key: state[key] for key in expected}, strict=False)
 
 
+def has_last_stage(name: str, weights: str | Path) -> bool:
+    """Whether a file of weights has those of the stage after the trunk."""
+    stage = CUT_AWAY[name.rstrip("0123456789")]
+    keys = (key for key in read_state_dict(weights) if not key.startswith(CLASSIFIERS))
+    return any(key.startswith(stage) for key in keys)
+
+
 def load_file(path: str | Path) -> Any:
     """The content of a PyTorch file, its tensors on the CPU.
 

@@ -64,6 +64,15 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is a folder without checkpoints/{BEST}{hint}")
 
 
+def find_proposer_beside(run: Path) -> Path | None:
+    """The best SharpMask, or else DeepMask, of the runs beside a run's folder."""
+    for stage in ("sharpmask", "deepmask"):
+        path = run.parent / stage / "checkpoints" / BEST
+        if path.is_file():
+            return path
+    return None
+
+
 def read_checkpoint(path: Path) -> Any:
     """The content of a checkpoint's file, unchecked; of weights for the hub, with the config.json.
 

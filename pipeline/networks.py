@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.backbone import has_last_stage
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
 from models.classifier import Classifier, trunk_weights
 from models.deepmask import DeepMask, DeepMaskConfig
 from models.multipathnet import MultiPathNet, MultiPathNetConfig, compress_towers, low_rank
 from models.sharpmask import SharpMask, SharpMaskConfig
 from models.trunk import Trunk, TrunkConfig, build_trunk
+from pipeline import distributed
 from pipeline.checkpoint import (
     check_weights,
     find_checkpoint,
@@ -64,6 +66,15 @@ def make_multipathnet(
     settings = settings_of(MultiPathNetConfig, c)
     model = build_multipathnet(trunk, num_classes=num_classes, **settings)
     _fill(model.trunk, weights)
+    if (
+        pretrained
+        and c.head == "layer4"
+        and c.trunk.weights not in (None, "imagenet")
+        and (trunk.weights is None or not has_last_stage(trunk.name, trunk.weights))
+    ):
+        distributed.say(
+            f"head layer4 starts from random weights: {c.trunk.weights} ends before that stage"
+        )
     return model
 
 

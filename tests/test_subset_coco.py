@@ -162,3 +162,23 @@ def test_rare_categories_are_covered(seed):
     found = Counter(category for row in rows for category in shown[row])
     assert set(found) == set(range(10))
     assert found[0] >= 8  # most of the half that is drawn from all
+
+
+def test_images_of_ids_are_cut_in_the_order_of_the_json(large, tmp_path, call_tool):
+    annotations, images = large
+    (tmp_path / "ids.txt").write_text("7 3\n5\n3\n")
+    common = ("--annotations", annotations, "--images", images, "--output", tmp_path / "mini")
+    assert call_tool("subset_coco", *common, "--image-ids", tmp_path / "ids.txt") == 0
+    small = read(tmp_path / "mini" / "annotations" / "instances_train.json")
+    whole = [image["id"] for image in read(annotations)["images"]]
+    assert [image["id"] for image in small["images"]] == [n for n in whole if n in (3, 5, 7)]
+    assert {a["image_id"] for a in small["annotations"]} == {3, 5, 7}
+
+
+def test_an_unreadable_image_of_the_ids_is_an_error(large, tmp_path):
+    annotations, images = large
+    file = images / read(annotations)["images"][2]["file_name"]
+    ids = [image["id"] for image in read(annotations)["images"][:4]]
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"only 3 of the 4 images .*{file.name}"):
+        cut_subset(annotations, images, tmp_path / "mini", image_ids=ids)

@@ -118,6 +118,7 @@ def write_checkpoints(folder: Path, checkpoint: Path) -> None:
     for name, value in contents.items():
         torch.save(value, folder / name)
     (folder / "text.pt").write_text("no checkpoint")
+    (folder / "ids.txt").write_text("12345\n")
     for run, last in (("broken_run", "text.pt"), ("other_run", "sharpmask.pt")):
         (folder / run / "checkpoints").mkdir(parents=True)
         shutil.copy(folder / last, folder / run / "checkpoints" / "last.pt")

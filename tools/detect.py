@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.remote import to_path
 from pipeline import distributed
+from pipeline.checkpoint import find_checkpoint, find_proposer_beside
 from pipeline.command import (
     add_device,
     add_engine,
@@ -55,7 +56,8 @@ def main() -> None:
     source.add_argument("--proposals", type=to_path, help="proposal store of tools/propose.py")
     source.add_argument(
         "--proposal-checkpoint",
-        help="a DeepMask or SharpMask to propose with (default: the one in models/pretrained)",
+        help="a DeepMask or SharpMask to propose with (default: of the runs beside --checkpoint, "
+        "else the one in models/pretrained)",
     )
     source.add_argument(
         "--compress-fc",
@@ -137,9 +139,14 @@ def main() -> None:
         precision = precision_name(detector.dtype)  # measured once for all
         store = ProposalStore(args.proposals or args.output / "proposals")
         if args.proposals is None:
+            beside = None
+            if args.checkpoint:
+                beside = find_proposer_beside(find_checkpoint(checkpoint).resolve().parent.parent)
+            proposes = args.proposal_checkpoint or beside or pretrained_checkpoint("sharpmask")
+            distributed.say(f"proposals by {proposes}")
             load_other = partial(
                 load_proposer,
-                args.proposal_checkpoint or pretrained_checkpoint("sharpmask"),
+                proposes,
                 device,
                 num_proposals=detector.options.num_proposals,
                 per_megapixel=detector.options.per_megapixel,

@@ -6,7 +6,8 @@ r"""Cuts a small COCO-format dataset out of a full download: some images and the
     python tools/subset_coco.py --annotations annotations/instances_val2017.json \
         --images val2017 --num-images 80 --split val --output data/my-mini
 
-Half of the images are drawn from all, the others so that rare categories are there as well.
+Half of the images are drawn from all, the others so that rare categories are there as well. Those
+that the weights in the box were trained and scored on are named in models/pretrained: --image-ids.
 """
 
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.coco import CocoInstances
-from datasets.subset import cut_subset
+from datasets.subset import cut_subset, read_ids
 from pipeline.command import local_path, make_parser, run_tool
 
 
@@ -27,12 +28,19 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=local_path, help="gets annotations/ and images/"
     )
-    parser.add_argument("--num-images", required=True, type=int)
-    parser.add_argument("--split", default="train", help="name in the new json and image folder")
-    parser.add_argument("--seed", type=int, default=0, help="other images")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--num-images", type=int, help="so many, with rare categories more often")
+    which.add_argument("--image-ids", metavar="TXT", help="those of the ids in this file")
+    parser.add_argument(
+        "--split", default="train", help="name in the new json and image folder (default: train)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="other images (default: 0)")
     args = parser.parse_args()
 
-    path, broken = cut_subset(**vars(args))
+    options = vars(args)
+    if args.image_ids is not None:
+        options["image_ids"] = read_ids(args.image_ids)
+    path, broken = cut_subset(**options)
     for message in broken:
         print(f"left out: {message}")
     print(CocoInstances.load(path).summary())

@@ -200,6 +200,8 @@ def score_patches(
         raise FileNotFoundError(f"image folder {images} does not exist")
     model, config, content = load_network(checkpoint, stage=("deepmask", "sharpmask"))
     c, coco = config.deepmask, CocoInstances.load(annotations, chosen)
+    if coco.federated:  # some of the negatives show objects
+        distributed.say(coco.summary())
     find_files(coco, images)
     folder = survey_split(coco, images, config.data, "patches")
     data = patch_dataset(

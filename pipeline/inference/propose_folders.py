@@ -4,6 +4,7 @@ An interrupted run, started again, does what is left. Processes share the images
 """
 
 import itertools
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from datasets.images import (
 )
 from datasets.large_images import read_georeference
 from datasets.progress import progress_bar
-from datasets.remote import AnyPath, RemotePath, list_files
+from datasets.remote import AnyPath, RemotePath, is_uri, list_files
 from pipeline import distributed
 from pipeline.inference.engines import Engine, in_this_process
 from pipeline.inference.folder_report import DRAWN, Summary, check_draw, report
@@ -52,6 +53,7 @@ from pipeline.run_lock import locks_output, other_shards
 
 LIST = "list"  # of the settings: which images shards are of
 PROPOSALS = "proposals.json"
+MAX_LOOKED_AT = 1000  # of the images that are done: looking at millions takes minutes
 MAX_CHUNK = 8  # images of one task: what is lost when its worker is killed
 
 
@@ -130,7 +132,10 @@ def propose_images(
     if shard:
         _agree_on_list(store, listed)
         files = listed[shard[0] - 1 :: shard[1]]
-    todo = choose(files, np.flatnonzero(~np.isin(ids_of(files), known["image_id"].to_numpy())))
+    is_done = np.isin(ids_of(files), known["image_id"].to_numpy())
+    todo = choose(files, np.flatnonzero(~is_done))
+    if distributed.is_main():
+        _say_what_changed(store, choose(files, np.flatnonzero(is_done)[:MAX_LOOKED_AT]))
     quantized = None
     if todo and backend == "openvino-int8":
         assert isinstance(store.directory, Path)
@@ -222,6 +227,23 @@ def _choose_frame(
     return distributed.gather(exif)[0]
 
 
+def _say_what_changed(store: ProposalStore, files: Sequence[ImageFile]) -> None:
+    """Says if images were changed after their proposals were made, which stay as they are."""
+    written = np.array([time for _, time in store.stamps().values()], np.int64)
+    done = store.catalog()
+    times = dict(zip(done["image_id"].to_pylist(), written[done["shard"].to_numpy()], strict=True))
+    changed = []
+    for file in files:
+        with suppress(OSError):
+            if not is_uri(file.path) and os.stat(file.path).st_mtime_ns > times[file.image_id]:
+                changed.append(file.file_name)
+    if changed:
+        distributed.say(
+            f"{len(changed)} images are newer than their proposals, such as {changed[0]}: delete "
+            f"{store.directory} or choose another --output to make new ones"
+        )
+
+
 def _is_newer(name: str, store: ProposalStore) -> bool:
     """Whether a file of the store's folder is there and no shard is newer."""
     _, written = list_files(store.directory).get(name, (0, -1))
@@ -299,5 +321,9 @@ def _draw(
     for proposals in itertools.islice(store, distributed.rank(), None, distributed.world_size()):
         if proposals.file_name in paths:
             with suppress(ImageError):  # the file has gone since its proposals were made
-                picture = draw_proposals(read(paths[proposals.file_name]), proposals, count)
+                image = read(paths[proposals.file_name])
+                if image.shape[:2] != (proposals.height, proposals.width):
+                    print(f"not drawn: {proposals.file_name} has another size than its proposals")
+                    continue
+                picture = draw_proposals(image, proposals, count)
                 save_in_folder(picture, store.directory / DRAWN, proposals.file_name)

@@ -14,7 +14,7 @@ import torch
 from datasets.coco import CocoInstances
 from datasets.proposal_boxes import ProposalBoxes
 from pipeline import distributed
-from pipeline.checkpoint import BEST, load_checkpoint, load_weights
+from pipeline.checkpoint import BEST, find_proposer_beside, load_checkpoint, load_weights
 from pipeline.config import PRETRAIN, Config
 from pipeline.data import check_categories, prepare_data, split_files
 from pipeline.inference.proposal_store import ProposalStore
@@ -206,10 +206,8 @@ def find_proposer(config: Config, output: Path) -> Path:
     """The network that proposes for a detector: `init.proposer`, or of the runs beside it."""
     if config.init.proposer:
         return find_path(config.init.proposer, key="init.proposer")
-    for name in ("sharpmask", "deepmask"):
-        path = output.parent / name / "checkpoints" / BEST
-        if path.is_file():
-            return path
+    if path := find_proposer_beside(output):
+        return path
     raise FileNotFoundError(
         f"no proposals and no network to make them: {output.parent} holds no sharpmask or deepmask "
         "run; name proposal stores by --set init.train_proposals=DIR init.val_proposals=DIR, or a "

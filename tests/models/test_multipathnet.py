@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_pool
 
 from models import multipathnet
+from models.backbone import has_last_stage
 from models.boxes import decode_boxes
 from models.build import build_multipathnet
 from models.multipathnet import (
@@ -356,3 +357,16 @@ def test_the_last_stage_of_mobilenet_is_a_head(tmp_path):
     expected = network.features[14:](block).mean((2, 3))
     assert expected.shape[1] == network.last_channel == model.cls_score.in_features
     torch.testing.assert_close(model.towers[0].head(block), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_weights_may_end_before_the_last_stage(name, tmp_path):
+    """As those of a trunk do: a head layer4 is then random, which training says."""
+    whole = torchvision.models.get_model(name, weights=None).state_dict()
+    last = ("layer4.", "fc.", "features.18.", "features.17.", "features.16.", "features.15.")
+    cut = {
+        k: v for k, v in whole.items() if not k.startswith((*last, "features.14.", "classifier"))
+    }
+    for weights, has_it in ((whole, True), (cut, False)):
+        torch.save(weights, tmp_path / "weights.pth")
+        assert has_last_stage(name, tmp_path / "weights.pth") == has_it

@@ -1,6 +1,7 @@
 """Detection in images: perfect networks score 1, chunks and views agree, masks stay with boxes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -179,6 +180,20 @@ def test_a_compressed_detector_is_smaller_and_detects(tiny_detector, scene, tmp_
     assert sizes[0] < sizes[1]
     found = small(*scene)
     assert len(found) and set(found.rles) <= set(scene[1].rles)
+
+
+def test_a_detector_of_ones_own_takes_the_proposer_of_the_run_beside_it(
+    tiny_detector, tiny_sharpmask, shapes_directory, tmp_path, call_tool, capsys
+):
+    """As its training did; the networks of the project only where there is none."""
+    for name, checkpoint in (("multipathnet", tiny_detector), ("sharpmask", tiny_sharpmask)):
+        shutil.copytree(checkpoint.parent, tmp_path / "runs" / name / "checkpoints")
+    image = next((shapes_directory / "images" / "val").iterdir())
+    detector = tmp_path / "runs" / "multipathnet"
+    common = ("--images", image, "--device", "cpu", "--checkpoint", detector)
+    assert call_tool("detect", *common, "--output", tmp_path / "found") == 0
+    beside = tmp_path / "runs" / "sharpmask" / "checkpoints" / "best.pt"
+    assert f"proposals by {beside}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("height", [1, 9, 31])

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from multiprocessing import get_context
@@ -324,3 +325,19 @@ def test_json_and_pictures_are_written_if_asked_for(photos, tmp_path):
 
 
 # Detections.
+
+
+def test_a_photograph_that_was_replaced_is_named_and_not_drawn_on(tmp_path, capsys):
+    """Its proposals are of the old one, and stay; of another size they cannot be drawn."""
+    photo, store = tmp_path / "photo.png", tmp_path / "store"
+    cv2.imwrite(str(photo), np.zeros((20, 30, 3), np.uint8))
+    propose_images(BoxProposer(), photo, store, settings=SETTINGS, draw=2)
+    assert "newer" not in capsys.readouterr().out
+    picture = (store / "drawn" / "photo.png.jpg").read_bytes()
+    cv2.imwrite(str(photo), np.zeros((9, 8, 3), np.uint8))
+    os.utime(photo, (time.time() + 9, time.time() + 9))
+    propose_images(BoxProposer(), photo, store, settings=SETTINGS, draw=2)
+    out = capsys.readouterr().out
+    assert "1 images are newer than their proposals, such as photo.png" in out
+    assert "not drawn: photo.png has another size than its proposals" in out
+    assert (store / "drawn" / "photo.png.jpg").read_bytes() == picture
