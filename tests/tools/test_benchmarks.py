@@ -18,6 +18,7 @@ from tools.benchmarks import (
     data_curve,
     gallery,
     nms,
+    pyramids,
     run_all,
     scoring,
     speed,
@@ -93,6 +94,16 @@ def measure(monkeypatch, tmp_path):
         return json.loads((tmp_path / "figures.json").read_text())
 
     return call
+
+
+def test_recall_and_seconds_of_pyramids(measure, tiny_sharpmask, shapes_directory):
+    data = f"--annotations {shapes_directory / 'annotations' / 'instances_val.json'} "
+    data += f"--images {shapes_directory / 'images' / 'val'} --checkpoint {tiny_sharpmask}"
+    (table,) = measure(pyramids.main, f"{data} --precisions fp32 --num-timed 1").values()
+    assert list(table) == pyramids.PYRAMIDS
+    for row in table.values():
+        assert row.pop("fp32, s") > 0
+        assert len(row) == 6 and all(0 <= value <= 100 for value in row.values())
 
 
 def test_speed_at_a_tiny_size(measure, capsys):
