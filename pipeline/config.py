@@ -16,7 +16,7 @@ from datasets.patch_sampler import PatchSamplingConfig
 from datasets.resize import PixelConfig
 from datasets.roi_sampler import RoiSamplingConfig
 from datasets.shapes import SceneConfig
-from models.backbone import CAFFE, WITH_LAST_STAGE
+from models.backbone import WITH_LAST_STAGE
 from models.cifar import CIFAR_NETWORKS
 from models.deepmask import DeepMaskConfig
 from models.multipathnet import MultiPathNetConfig
@@ -233,11 +233,6 @@ class MultiPathNetStageConfig(MultiPathNetConfig):
             raise ValueError(
                 f"head layer4 is the last stage of a ResNet or MobileNetV2, and {self.trunk.name} "
                 "is none; use head fc"
-            )
-        if self.pixels.bgr and self.trunk.style == CAFFE and self.trunk.weights is not None:
-            raise ValueError(
-                "pixels.bgr must be false with trunk.style caffe, whose weights are converted to "
-                "RGB when they are read"
             )
         if self.sampling.bg_iou_low >= self.iou_thresholds[0]:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbone import has_last_stage
+from models.backbone import CAFFE, has_last_stage
 from models.build import build_deepmask, build_multipathnet, build_sharpmask
 from models.classifier import Classifier, trunk_weights
 from models.deepmask import DeepMask, DeepMaskConfig
@@ -60,8 +60,17 @@ def make_sharpmask(config: Config | MaskNetworkConfig) -> SharpMask:
 def make_multipathnet(
     config: Config, *, num_classes: int, pretrained: bool = False
 ) -> MultiPathNet:
-    """The detector of a config; all is random unless it is to be `pretrained`."""
+    """The detector of a config; all is random unless it is to be `pretrained`.
+
+    Raises:
+        ValueError or FileNotFoundError: weights that do not fit the settings, or no such file.
+    """
     c = config.multipathnet
+    if pretrained and c.trunk.weights and c.trunk.style == CAFFE and c.pixels.bgr:
+        raise ValueError(
+            "multipathnet.pixels.bgr must be false with trunk.style caffe, whose weights are "
+            "converted to RGB when they are read"
+        )
     trunk, weights = _trunk(c.trunk, pretrained, key="multipathnet.trunk.weights")
     settings = settings_of(MultiPathNetConfig, c)
     model = build_multipathnet(trunk, num_classes=num_classes, **settings)
