@@ -294,6 +294,7 @@ def truncate_linear(layer: nn.Linear, rank: int) -> nn.Sequential:
     """
     layers = low_rank(layer, rank)
     first, second = layers
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
     rank = first.out_features
     u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     with torch.no_grad():

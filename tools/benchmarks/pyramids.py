@@ -60,23 +60,26 @@ def measure(pyramid: str, args: argparse.Namespace) -> dict[str, float]:
     sizes = list(map(tuple, coco.image_sizes.tolist()))
     ((usual, _),) = Counter(sizes).most_common(1)
     timed = [file for file, size in zip(files, sizes, strict=True) if size == usual]
+    low, high, step = map(float, pyramid.split())
     row: dict[str, float] = {}
     for precision in args.precisions:
         proposer, _ = load_proposer(
             args.checkpoint or pretrained_checkpoint("sharpmask"),
             torch.device("cpu"),
-            log2_scales=tuple(map(float, pyramid.split())),
+            log2_scales=(low, high, step),
             precision="fp32" if precision == INT8 else precision,
         )
         if precision == INT8:
             name = pyramid.replace(" ", "_")
             run_in_8_bits(proposer, files, args.work_dir / name / "dense.xml")
         if not row:
-            truth = load_ground_truth(args.annotations)
+            truth = load_ground_truth(args.annotations, needs_object=True)
             metrics = evaluate_proposals(truth, proposed(proposer, coco, files)).metrics()
             for iou_type in ("mask", "box"):
                 for k in (10, 100, 1000):
-                    row[f"{iou_type} AR@{k}"] = 100 * metrics[iou_type][f"AR@{k}"]
+                    value = metrics[iou_type][f"AR@{k}"]
+                    assert value is not None  # there is an object
+                    row[f"{iou_type} AR@{k}"] = 100 * value
         row[f"{precision}, s"] = seconds(proposer, timed[: args.num_timed])
     return row
 
