@@ -213,6 +213,17 @@ class ProposalStore(ResumableDirectory):
         """
         return {image["id"]: image for image in _images(self.catalog())}
 
+    def times(self, image_ids: np.ndarray) -> dict[int, int]:
+        """When the shards of some images were last changed, in ns, by image id."""
+        catalog = self.catalog()
+        # Those of the catalog's own shards: another process may have written more since.
+        stamps = json.loads(catalog.schema.metadata[STAMPS_KEY])
+        written = [time for _, time in stamps.values()]
+        rows = catalog.select(["image_id", "shard"]).filter(
+            np.isin(catalog["image_id"].to_numpy(), image_ids)
+        )
+        return {row["image_id"]: written[row["shard"]] for row in rows.to_pylist()}
+
     def images_of(self, part: AnyPath | Part) -> list[dict]:
         """The images that a shard, or a part of one, covers, also those without a proposal."""
         shard, group = part if isinstance(part, Part) else (part, None)

@@ -229,10 +229,7 @@ def _choose_frame(
 
 def _say_what_changed(store: ProposalStore, files: Sequence[ImageFile]) -> None:
     """Says if images were changed after their proposals were made, which stay as they are."""
-    written = np.array([time for _, time in store.stamps().values()], np.int64)
-    done = store.catalog()
-    times = dict(zip(done["image_id"].to_pylist(), written[done["shard"].to_numpy()], strict=True))
-    changed = []
+    times, changed = store.times(ids_of(files)), []
     for file in files:
         with suppress(OSError):
             if not is_uri(file.path) and os.stat(file.path).st_mtime_ns > times[file.image_id]:
