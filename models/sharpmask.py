@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deepmask import DeepMask, convolve_rows
+from models.deepmask import DeepMask, convolve_rows, resize_mask_logits
 from models.settings import require, require_one_of
 from models.trunk import STRIDES
 
@@ -194,7 +194,8 @@ class SharpMask(nn.Module):
         outputs = {}
         if head in ("mask", "both"):
             windows = self.horizontal_maps(self.crop_windows(features))
-            outputs["mask_logits"] = self.refine(embedding.flatten(1), windows)
+            logits = self.refine(embedding.flatten(1), windows)
+            outputs["mask_logits"] = resize_mask_logits(logits, self.patch_size)
         if head in ("score", "both"):
             with torch.no_grad():
                 outputs["score_logits"] = self.deepmask.score(embedding, center).flatten()
@@ -217,7 +218,7 @@ class SharpMask(nn.Module):
         ]
 
     def refine(self, embeddings: Tensor, windows: list[Tensor]) -> Tensor:
-        """Mask logits (N, P, P) of embeddings (N, E).
+        """Mask logits (N, S, S) of embeddings (N, E); S is P, or P / 2^(4 - n) of n modules.
 
         `windows` are for each module (N, c, s, s) of its horizontal map, s = F 2^(i - 1).
         """
@@ -226,11 +227,7 @@ class SharpMask(nn.Module):
         mask = mask.contiguous(memory_format=torch.channels_last)
         for i, (module, window) in enumerate(zip(self.refinements, windows, strict=True)):
             mask = module(window, mask, double=i > 0)
-        logits = convolve_doubled(self.predict, mask)
-        if logits.shape[-1] != self.patch_size:
-            size = (self.patch_size, self.patch_size)
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits[:, 0]
+        return convolve_doubled(self.predict, mask)[:, 0]
 
 
 def convolve_doubled(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ class Proposer:
 
     @torch.inference_mode()
     def decode(self, pyramid: Sequence[PyramidScale], cells: Tensor) -> Tensor:
-        """Mask logits (n, M, M) of cells, or (n, P, P) when refined.
+        """Mask logits (n, M, M) of cells; when refined, M is `SharpMask.refine`'s S.
 
         Args:
             cells: (n, 3) int64 of map, row, column. All go through the network together, since one

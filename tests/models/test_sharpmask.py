@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.deepmask import DeepMask
+from models.deepmask import DeepMask, resize_mask_logits
 from models.sharpmask import SharpMask, conv3x3, convolve_doubled
 from models.trunk import build_trunk
 
@@ -38,7 +38,15 @@ def test_mask_has_the_resolution_of_the_patch_for_every_trunk(trunk):
 def test_fewer_modules_and_both_schedules(num_modules, widths):
     model = SharpMask(small_deepmask(), km=16, ks=32, widths=widths, num_modules=num_modules)
     assert len(model.refinements) == num_modules
-    assert model(torch.randn(1, 3, 96, 96))["mask_logits"].shape == (1, 64, 64)
+    patches = torch.randn(1, 3, 96, 96)
+    refined = model(patches)["mask_logits"]
+    assert refined.shape == (1, 64, 64)
+    # Proposals have what the last module saw, which is not made larger before it is pasted.
+    features = model.deepmask.trunk(patches)
+    embedding = model.deepmask.embed(model.deepmask.crop_center(features[-1])).flatten(1)
+    logits = model.refine(embedding, model.horizontal_maps(model.crop_windows(features)))
+    assert logits.shape == (1, 4 << num_modules, 4 << num_modules)
+    torch.testing.assert_close(resize_mask_logits(logits, 64), refined)
     last = model.predict.in_channels
     assert last == (16 if widths == "constant" else 16 // 2**num_modules)
 
