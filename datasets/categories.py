@@ -1,7 +1,7 @@
 """Categories of two sources, matched by name and id: of two data sets, or of a detector and one."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count as count_from
 from itertools import zip_longest
 
@@ -39,6 +39,7 @@ def use_categories(
     *,
     source: str,
     keep_others: bool = False,
+    taken: Collection[int] = (),
 ) -> str:
     """Gives annotations the ids and the order of these categories, whose names are by id.
 
@@ -48,6 +49,7 @@ def use_categories(
         source: whose categories they are, for messages.
         keep_others: if all of these are found, the annotations' others stay, for scores: a detector
             may know a part of the categories.
+        taken: more ids that such others may not have, since results of another category have them.
 
     Returns:
         A line on what differed; empty if nothing did.
@@ -63,9 +65,10 @@ def use_categories(
     num_objects = np.bincount(coco.category_index, minlength=len(own)).tolist()
     lacking = sorted(categories.keys() - matched.values())
     if keep_others and not lacking:
-        free = count_from(max([*categories, *own]) + 1)
+        taken = {*categories, *taken}
+        free = count_from(max([*taken, *own]) + 1)
         others = {id_: name for id_, name in own.items() if id_ not in matched}
-        matched |= {id_: next(free) if id_ in categories else id_ for id_ in others}
+        matched |= {id_: next(free) if id_ in taken else id_ for id_ in others}
         categories = {**categories, **{matched[id_]: name for id_, name in others.items()}}
     missing = [named(id_, categories[id_]) for id_ in lacking]
     unknown = []

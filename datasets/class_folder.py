@@ -8,8 +8,26 @@ from torchvision.datasets import ImageFolder
 from datasets.images import SUFFIXES
 
 
+class _VisibleFolder(ImageFolder):
+    """As torchvision's, without hidden files and folders."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Names, sorted, and their rows."""
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: row for row, name in enumerate(names)}
+
+
+def _is_image(name: str) -> bool:
+    path = Path(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 class ClassFolder:
     """The images below a folder; the folder that an image is in, at the top, is its class.
+
+    Hidden files and folders are none, such as those of Jupyter and macOS.
 
     Attributes:
         path: of the folder.
@@ -26,9 +44,7 @@ class ClassFolder:
             ValueError: no such folder, a class without images, or one that `classes` lacks.
         """
         try:
-            found = ImageFolder(
-                str(path), is_valid_file=lambda name: Path(name).suffix.lower() in SUFFIXES
-            )
+            found = _VisibleFolder(str(path), is_valid_file=_is_image)
         except FileNotFoundError as error:
             raise ValueError(f"{path} is no folder of class folders: {error}") from error
         self.path, self.classes = str(path), classes or found.classes

@@ -100,7 +100,7 @@ class PatchSamplingConfig:
             raise ValueError(f"score_cells must be greater than 0, got {self.score_cells}")
         for name in ("jitter_shift", "jitter_scale", "min_area", "min_side", "negative_distance",
                      "negative_scale_distance", "near_shift", "near_scale"):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not -math.inf < low <= high < math.inf:
             raise ValueError(

@@ -32,9 +32,10 @@ def crop_patch(image: np.ndarray, patch: Patch, size: int) -> np.ndarray:
     """The pixels of an image (H, W, 3) uint8 that a patch covers; gray .5 outside the image.
 
     Returns:
-        (size, size, 3) float32 in [0, 1], mirrored if the patch says so.
+        (size, size, 3) float32 in [0, 1], with colors changed and mirrored if the patch says so.
     """
     pixels = _resample(image, patch, size).astype(np.float32) / 255
+    pixels = change_colors(pixels, patch.colors)  # not the gray, which is always the same
     inside = _coverage(image.shape, patch, size)
     if inside is not None:
         pixels = inside[..., None] * pixels + (1 - inside[..., None]) * np.float32(GRAY)
@@ -166,8 +167,7 @@ class PatchDataset(TrainingDataset):
             largest = self.input_size / MIN_CROP
             patches = [replace(p, scale=min(p.scale, largest)) for p in patches]
         size = self.input_size + (0 if head == MASK else self.cells_size)
-        crops = [change_colors(crop_patch(image, p, size), p.colors) for p in patches]
-        pixels = np.stack([normalize(crop) for crop in crops])
+        pixels = np.stack([normalize(crop_patch(image, p, size)) for p in patches])
         item: dict[str, Any] = {"patches": torch.from_numpy(pixels), "broken": broken}
         if head == MASK:
             sizes = {"patch_size": self.patch_size, "target_size": self.target_size}

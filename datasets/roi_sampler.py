@@ -55,7 +55,7 @@ class RoiSamplingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
-        if self.jitter_scale < 0:
+        if not 0 <= self.jitter_scale < math.inf:
             raise ValueError(f"jitter_scale must be at least 0, got {self.jitter_scale}")
         for name in ("fg_fraction", "bg_iou_low", "crowd_overlap", "jitter_color"):
             if not 0 <= getattr(self, name) <= 1:

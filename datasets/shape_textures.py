@@ -90,7 +90,7 @@ def draw_background(rng: Generator, height: int, width: int) -> np.ndarray:
     for _ in range(rng.integers(0, 3)):
         blend(canvas, texture(rng, height, width), _region(rng, height, width))
     for _ in range(rng.integers(3, 8)):
-        h, w = rng.integers(24, 140, 2).tolist()
+        h, w = np.minimum(rng.integers(24, 140, 2), [height - 1, width - 1]).tolist()
         top, left = rng.integers(0, height - h), rng.integers(0, width - w)
         crop = canvas[top : top + h, left : left + w]
         opacity = _spot(rng, h, w)

@@ -64,6 +64,14 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is a folder without checkpoints/{BEST}{hint}")
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run, or of the weights for the hub, that a file is of; else the file."""
+    checkpoint = checkpoint.resolve()
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    return checkpoint.parent if checkpoint.name == HUB_WEIGHTS else checkpoint
+
+
 def find_proposer_beside(run: Path) -> Path | None:
     """The best SharpMask, or else DeepMask, of the runs beside a run's folder."""
     for stage in ("sharpmask", "deepmask"):

@@ -217,8 +217,9 @@ def choose_results(args: argparse.Namespace, kind: str) -> None:
     if args.draw is None:
         args.draw = NUM_DRAWN if args.output is None else 0
     if args.output is None:
-        first = to_path(args.images[0] if args.images else args.proposals)
-        named = first.parent if glob.has_magic(first.name) else first
+        named = to_path(args.images[0] if args.images else args.proposals)
+        while glob.has_magic(named.name):
+            named = named.parent
         args.output = Path("runs", kind, named.resolve().stem or "images")
 
 

@@ -147,17 +147,17 @@ class SyncNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         values = x.float()
-        moments = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
-        mean, square = sum_over_processes(moments / world_size())
-        var = square - mean.square()
+        # One after the other: a difference of squares would lose a small variance.
+        mean = sum_over_processes(values.mean((0, 2, 3)) / world_size())
+        deviations = values - mean[:, None, None]
+        var = sum_over_processes(deviations.square().mean((0, 2, 3)) / world_size())
         with torch.no_grad():
             count = x.numel() / len(mean) * world_size()
             self.get_buffer("running_mean").lerp_(mean, self.momentum or 0.0)
             self.get_buffer("running_var").lerp_(var * count / (count - 1), self.momentum or 0.0)
             self.get_buffer("num_batches_tracked").add_(1)
         scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return (deviations * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def is_first_to_say(message: str) -> bool:

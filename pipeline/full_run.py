@@ -61,6 +61,13 @@ def run_pipeline(
             f"init.weights {config.init.weights} is of one stage, and {len(config.stages)} are to "
             "run; fine-tune a stage by tools/train_stage.py"
         )
+    if "multipathnet" in config.stages:
+        for name in ("proposer", "train_proposals", "val_proposals"):
+            if value := getattr(config.init, name):
+                raise ValueError(
+                    f"init.{name} {value}: the detector of this run is for the proposals of its "
+                    "SharpMask; train one for others by tools/train_stage.py"
+                )
     for name in config.stages:  # before hours of training
         check_batch(config, name)
     prepare_data(config)

@@ -191,6 +191,7 @@ def _resolve(layers: dict[str, Any], schema: type) -> Any:
             layers[source] = _with_new_names(_plain_copy(layer, source))
             _read_auto(layers[source], source)
             _check_keys(layers[source], Config, prefix="", source=source)
+            _refuse_other_words(layers[source], source)
             part = _part_of(layers[source], schema)
             _empty_mappings(merged, part)
             merged = OmegaConf.unsafe_merge(merged, part)
@@ -307,6 +308,17 @@ def _read_auto(values: Any, source: str) -> None:
         elif isinstance(value, str) if is_scales else type(value) is not int or value <= 0:
             words = "MIN MAX STEP" if is_scales else "a number of pixels"
             raise ValueError(f"{source}: {key} must be {words} or auto, got {cut(repr(value))}")
+
+
+def _refuse_other_words(values: Any, source: str) -> None:
+    """Names of categories that YAML reads as no text, such as no and 1e3, would be others."""
+    section = _section_with(values, "data.categories") or {}
+    names = section.get("categories")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, bool | float):
+            raise ValueError(
+                f"{source}: data.categories: YAML reads a name as {name}; write it in quotes"
+            )
 
 
 def _instantiate(schema: type, node: Mapping, *, prefix: str = "") -> Any:

@@ -11,6 +11,7 @@ from datasets.categories import match_categories, use_categories
 from datasets.coco import CocoInstances
 from datasets.shapes import CATEGORY_IDS
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.inference.coco_json import categories_file
 from pipeline.recipe import load_config
 from pipeline.training.engine import TrainingRun
@@ -115,6 +116,17 @@ def test_what_cannot_be_matched_is_refused_with_the_difference(tmp_path):
     assert "unknown there 'c2' (id 2) of 1 annotations, id 2 is 'x\\ny' there" in str(error.value)
     assert "missing here 'x\\ny' (id 2), 'z' (id 3)" in str(error.value)
     assert "\n" not in str(error.value) and (coco.category_index == before).all()
+
+
+def test_a_chosen_category_that_a_detector_lacks_has_no_id_of_the_detectors(tmp_path):
+    """Its results of other categories would count as the chosen one's."""
+    boxes = [rectangle(n, 1, n, 5 * n, 5, 20, 20) for n in (1, 2)]
+    path = tmp_path / "a.json"
+    write_coco(path, {1: (60, 60)}, boxes, [1, 2])
+    for chosen, known in ((["c1"], {}), (["c1", "c2"], {"c2": 7})):
+        truth = load_ground_truth(path, chosen=chosen, categories={1: "x", 3: "y", 7: "c2"})
+        ids = {each["name"]: each["id"] for each in truth.dataset["categories"]}
+        assert ids.pop("c1") not in (1, 3, 7) and ids == known
 
 
 # Training.

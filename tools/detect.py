@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.image_survey import AUTO
+from datasets.images import MAX_PIXELS
 from datasets.remote import to_path
 from pipeline import distributed
-from pipeline.checkpoint import find_checkpoint, find_proposer_beside
+from pipeline.checkpoint import find_checkpoint, find_proposer_beside, run_of
 from pipeline.command import (
     add_device,
     add_engine,
@@ -116,6 +118,11 @@ def main() -> None:
     choose_results(args, KIND)
     if args.proposals and args.annotations:
         raise ValueError("--annotations goes with --proposal-checkpoint; a store has its image ids")
+    if args.proposals and (args.exif, args.max_pixels) != (AUTO, MAX_PIXELS):
+        raise ValueError(
+            f"--exif and --max-pixels are for proposals that are made here; {args.proposals} says "
+            "how its images were read"
+        )
     proposing = proposing_options(args)
     if args.proposals and proposing:
         raise ValueError(
@@ -141,7 +148,7 @@ def main() -> None:
         if args.proposals is None:
             beside = None
             if args.checkpoint:
-                beside = find_proposer_beside(find_checkpoint(checkpoint).resolve().parent.parent)
+                beside = find_proposer_beside(run_of(find_checkpoint(checkpoint)))
             proposes = args.proposal_checkpoint or beside or pretrained_checkpoint("sharpmask")
             distributed.say(f"proposals by {proposes}")
             load_other = partial(

@@ -64,11 +64,14 @@ def load_ground_truth(
     ):
         _say_once(instances.summary())
     if categories is not None:
+        taken = categories.keys()
         if chosen is not None:  # the detector's others are not scored
             own = dict(zip(instances.category_ids.tolist(), instances.category_names, strict=True))
             matched = match_categories(own, categories).values()
             categories = {id_: name for id_, name in categories.items() if id_ in matched}
-        line = use_categories(instances, categories, source="the detector", keep_others=True)
+        line = use_categories(
+            instances, categories, source="the detector", keep_others=True, taken=taken
+        )
         _say_once(line)
     if needs_object and instances.is_crowd.all():
         raise ValueError(f"{annotations}: no object to score against: {instances.why_none()}")

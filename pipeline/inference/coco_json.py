@@ -49,7 +49,10 @@ def load_results(path: str | AnyPath) -> list:
 
 
 def _repair(result: Any) -> None:
-    """Makes ids that are 3.0 whole, in place, and counts that are the text of Python's bytes."""
+    """Makes ids that are 3.0 whole, in place, and counts strings of RLE.
+
+    Counts may be the text of Python's bytes, or run lengths.
+    """
     if not isinstance(result, dict):
         return
     for key in ("image_id", "category_id"):
@@ -61,6 +64,17 @@ def _repair(result: Any) -> None:
             mask["counts"] = encode_counts(counts)
         if isinstance(size := mask.get("size"), list):
             mask["size"] = list(map(whole, size))
+        if _are_run_lengths(mask.get("counts"), mask.get("size")):
+            mask["counts"] = coco_mask.frPyObjects(mask, *mask["size"])["counts"]
+
+
+def _are_run_lengths(counts: Any, size: Any) -> bool:
+    """Whether runs, background first, fill an image of this size."""
+    if not isinstance(counts, list) or not isinstance(size, list) or len(size) != 2:
+        return False
+    if not all(_is_whole(each) and each >= 0 for each in (*counts, *size)):
+        return False
+    return sum(counts) == size[0] * size[1]
 
 
 def categories_file(results: str | AnyPath) -> AnyPath:
@@ -328,7 +342,7 @@ def _problem(result: dict, image: dict, *, needs_mask: bool) -> str | None:
     if has_box and not needs_mask:
         return None
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
-        return "segmentation must be a compressed RLE (size, counts)"
+        return "segmentation must be an RLE (size, counts) whose runs fill the image"
     height, width = image["height"], image["width"]
     if mask.get("size") not in ([height, width], (height, width)):
         return f"segmentation is of size {mask.get('size')!r:.40}, the image of {[height, width]}"

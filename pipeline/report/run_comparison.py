@@ -129,7 +129,10 @@ def read_run(path: Path, label: str) -> ComparedRun:
         try:
             config = load_config(written[0])
             run.settings = flatten(config_to_dict(config))
-            run.dataset = *split_files(config, "val"), config.data.categories
+            annotations, images = split_files(config, "val")
+            if not annotations.is_file():  # shapes, which training draws
+                raise FileNotFoundError(f"{annotations} does not exist")
+            run.dataset = annotations, images, config.data.categories
         except (ValueError, OSError) as error:
             run.why_not = str(error)
     for name in stages:
@@ -241,10 +244,16 @@ def galleries(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
     annotations, images, chosen = known[0].dataset or (Path(), Path(), None)
     same = []
     for run in known:
-        if run.dataset and filecmp.cmp(run.dataset[0], annotations, shallow=False):
+        assert run.dataset is not None
+        what = None
+        if not filecmp.cmp(run.dataset[0], annotations, shallow=False):
+            what = "annotations"
+        elif run.dataset[2] != chosen:
+            what = "data.categories"
+        if what is None:
             same.append((run.label, Run(run.path, annotations, images, chosen)))
         else:
-            run.dataset, run.why_not = None, f"its annotations are not those of {known[0].label}"
+            run.dataset, run.why_not = None, f"its {what} are not those of {known[0].label}"
     stages = [s for s in STAGES if all((run.directory / s).is_dir() for _, run in same)]
     # Of two stages of masks, the last is enough.
     shown = stages[-2:] if DETECTOR in stages else stages[-1:]

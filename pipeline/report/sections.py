@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from datasets.categories import use_categories
 from datasets.coco import CocoInstances
 from datasets.images import APPLY, IGNORE, ImageFolder
@@ -31,6 +33,8 @@ PRECISION_FILES = {
     "by_proposals": "AP by number of proposals",
     "categories": "AP by category",
 }
+
+OTHER_BEST_METRICS = ("sample_ap", "accuracy")  # where training measures them, they choose
 
 
 def read_json(path: Path) -> Any:
@@ -94,7 +98,6 @@ def read_stage(
     """What all sections have."""
     records = run.read(f"{name}/metrics.jsonl", "training curves", read_metrics) or []
     rates = metric_values(records, "train", f"{stage.samples}_per_second")[1]
-    validation = dict(zip(*metric_values(records, "val", stage.best_metric), strict=True))
     losses = {key for r in records for key in r if key.endswith("_loss") and r["split"] == "train"}
     values = {loss: metric_values(records, "train", loss)[1] for loss in losses}
     return {
@@ -104,13 +107,24 @@ def read_stage(
             "steps": max((record["step"] for record in records), default=None),
             "epochs": records[-1]["epoch"] if records else None,
             "losses": {loss: (v[0], v[-1]) for loss, v in values.items() if v},  # first, last
-            "best_step": max(validation, key=lambda step: validation[step], default=None),
+            "best_step": _best_step(records, stage, run.directory / name / "config.yaml"),
             "samples": stage.samples,
             "samples_per_second": statistics.median(rates) if rates else None,
         },
         **{n: run.read(f"{name}/scores/{n}.json", purpose) for n, purpose in scores.items()},
         "settings": run.read_settings(f"{name}/config.yaml"),
     }
+
+
+def _best_step(records: list[dict], stage: type[Stage], config: Path) -> int | None:
+    """The step that the best checkpoint is of, as training chose it; None without validation."""
+    measured = {key for record in records if record["split"] == "val" for key in record}
+    metric = next((m for m in OTHER_BEST_METRICS if m in measured), stage.best_metric)
+    steps, values = metric_values(records, "val", metric)
+    settings = (yaml.safe_load(config.read_text()) if config.is_file() else None) or {}
+    if steps and not settings.get(config.parent.name, {}).get("optim", {}).get("keep_best", True):
+        return steps[-1]
+    return max(zip(values, steps, strict=True), default=(0, None))[1]
 
 
 def read_mask_stage(run: Run, name: str) -> dict[str, Any]:

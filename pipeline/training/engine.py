@@ -100,10 +100,10 @@ class TrainingRun:
         if last is not None:
             state = load_checkpoint(last, stage=self.stage.name)
             changes = self._restore(state, str(last))
-            if precision in (None, "auto") and self.optim.amp:
+            amp = f"{self.stage.name}.optim.amp "
+            if precision in (None, "auto") and not any(c.startswith(amp) for c in changes):
                 precision = state.get("precision")
-            if last.name == LAST:
-                self.saved = self.step
+            self.saved = self.step if last.name == LAST else -1
         dtype = choose_precision(
             precision, self.stage.trunk, self.device, amp=self.optim.amp, train=True
         )
@@ -317,7 +317,7 @@ class TrainingRun:
         self.validated = self.step
         # A metric that does not exist (no mask patch in the validation set) must not lose the run.
         value = metrics.get(self.stage.best_metric, 0.0)
-        if value > self.best or not self.optim.keep_best:
+        if value >= self.best or not self.optim.keep_best:  # of equal ones, the one trained longest
             self.best = value
             self._save(BEST)
         self._save(LAST)

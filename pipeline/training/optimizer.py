@@ -31,7 +31,10 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
 
 
 def average_weights(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A moving average of a model's weights, updated after each step; None without a decay."""
+    """A moving average of a model's weights, updated after each step; None without a decay.
+
+    Live batch norm's statistics are averaged, too: those of other weights do not fit the average.
+    """
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

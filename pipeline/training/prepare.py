@@ -43,13 +43,15 @@ class StageInputs:
     """What a stage starts from.
 
     Attributes:
-        weights: checkpoint that fills the whole network.
+        filled: whether a checkpoint, that of the run or `weights`, fills the whole network.
+        weights: the one that a fine-tuned network starts from.
         masks: checkpoint of the DeepMask that a SharpMask is built on, or of the mask network whose
             trunk a detector starts from.
         proposals: stores of the "train" and "val" images, for a detector.
         boxes: the files of their boxes, see `ProposalBoxes`.
     """
 
+    filled: bool = False
     weights: Path | None = None
     masks: Path | None = None
     proposals: dict[str, ProposalStore] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
     if name == "multipathnet":  # before proposals are made
         check_categories(config)
     weights = masks = None
-    begun = find_begun(output) is not None  # its checkpoint fills the whole network
+    begun = find_begun(output) is not None
     if config.init.weights is not None and not begun:
         if name == "sharpmask" and config.init.deepmask:
             raise ValueError(
@@ -114,7 +116,7 @@ def prepare_stage(name: str, config: Config, output: Path, device: torch.device)
         boxes = {s: write_boxes(config, s, output, store) for s, store in proposals.items()}
         if config.multipathnet.trunk.weights == "deepmask" and not filled:
             masks = find_proposer(config, output)
-    return StageInputs(weights, masks, proposals, boxes)
+    return StageInputs(filled, weights, masks, proposals, boxes)
 
 
 def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
@@ -125,9 +127,9 @@ def build_stage(name: str, config: Config, inputs: StageInputs) -> Stage:
     """
     stage: Stage
     if name == PRETRAIN:
-        stage = PretrainStage(config)
+        stage = PretrainStage(config, filled=inputs.filled)
     elif name == "deepmask":
-        stage = DeepMaskStage(config)
+        stage = DeepMaskStage(config, filled=inputs.filled)
     elif name == "sharpmask":
         stage = _build_sharpmask(config, inputs.masks)
     else:
@@ -152,7 +154,9 @@ def _build_multipathnet(config: Config, inputs: StageInputs) -> MultiPathNetStag
     stores = inputs.proposals
     boxes = {split: ProposalBoxes.load(path) for split, path in inputs.boxes.items()}
     image_ids = {split: set(store.images()) for split, store in stores.items()}
-    stage = MultiPathNetStage(config, boxes, stores["val"], image_ids=image_ids)
+    stage = MultiPathNetStage(
+        config, boxes, stores["val"], image_ids=image_ids, filled=inputs.filled
+    )
     check_images(stores["train"], stage.train_data.coco)
     check_images(stores["val"], stage.val_data.coco)
     if inputs.masks is not None:

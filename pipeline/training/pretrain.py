@@ -28,15 +28,16 @@ class PretrainStage(Stage):
     samples, best_metric = "images", "accuracy"
     model: Classifier
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, filled: bool = False):
+        """`filled`: a checkpoint will fill the network, which needs no weights before."""
         super().__init__(config)
         self.train_data = self._crops("train", seed=config.seed)
         crops = self.train_data.crops
         self.val_data = self._crops("val", seed=CROP_VALIDATION_SEED, like=crops)
         self.metadata = {"categories": crops.categories}
         torch.manual_seed(config.seed)
-        num_classes, pretrained = len(crops.categories), config.init.weights is None
-        self.model = make_classifier(config, num_classes=num_classes, pretrained=pretrained)
+        num_classes = len(crops.categories)
+        self.model = make_classifier(config, num_classes=num_classes, pretrained=not filled)
 
     def _crops(self, split: str, *, seed: int, like: LabeledCrops | None = None) -> CropDataset:
         c, data = self.config.pretrain, self.config.data

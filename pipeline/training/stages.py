@@ -142,8 +142,13 @@ class Stage:
 
 
 def check_batch(config: Config, stage: str) -> None:
-    """Raises a ValueError if a stage's minibatches cannot be cut into equal parts."""
+    """Raises a ValueError if minibatches are not what a stage learns from, cut into equal parts."""
     section = getattr(config, stage)
+    if stage == "sharpmask" and section.sampling.mask_batch_prob != 1:
+        raise ValueError(
+            f"sharpmask.sampling.mask_batch_prob must be 1, got {section.sampling.mask_batch_prob}"
+            ": the refinement learns from masks alone"
+        )
     size, parts = section.optim.batch_size, section.optim.accumulate
     is_of_patches = stage in ("deepmask", "sharpmask")
     factors = {
@@ -189,13 +194,14 @@ class PatchStage(Stage):
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches, in parts as in training."""
+        parts = distributed.world_size() * self.optim.accumulate
         heads = validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob)
         return evaluate_patches(
             model,
             self.val_data,
             device,
-            heads=[head for head in heads for _ in range(self.optim.accumulate)],
-            batch_size=self.optim.batch_size // self.optim.accumulate,
+            heads=[head for head in heads for _ in range(parts)],
+            batch_size=self.optim.batch_size // parts,
             workers=self.config.data.workers,
         )
 
@@ -207,9 +213,10 @@ class DeepMaskStage(PatchStage):
     model: DeepMask
     idle_parameters = True  # either head, in a minibatch of the other
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, filled: bool = False):
+        """`filled`: a checkpoint will fill the network, which needs no weights before."""
         super().__init__(config, target_size=config.deepmask.target_size)
-        self.model = make_deepmask(config, pretrained=config.init.weights is None)
+        self.model = make_deepmask(config, pretrained=not filled)
         for level in self.model.trunk.levels[: config.trunk.frozen_levels]:
             level.requires_grad_(False)
 
@@ -247,7 +254,8 @@ class DeepMaskStage(PatchStage):
                 areas=part["iou_areas"],
                 threshold=self.config.propose.mask_threshold,
             )
-        return cell_score_loss(outputs["score_logits"], part["labels"], part["counts"], ious)
+        logits = outputs["score_logits"].view(part["labels"].shape)  # of one cell, without its axes
+        return cell_score_loss(logits, part["labels"], part["counts"], ious)
 
 
 class SharpMaskStage(PatchStage):
@@ -284,8 +292,13 @@ class MultiPathNetStage(Stage):
         val_store: ProposalStore,
         *,
         image_ids: dict[str, set[int]] | None = None,
+        filled: bool = False,
     ):
-        """`image_ids`: the images of each split that were searched for proposals."""
+        """
+        Args:
+            image_ids: the images of each split that were searched for proposals.
+            filled: a checkpoint will fill the network, which needs no weights before.
+        """
         super().__init__(config)
         searched = image_ids or {}
         c, self.val_store = config.multipathnet, val_store
@@ -314,9 +327,8 @@ class MultiPathNetStage(Stage):
             ]
         }
         torch.manual_seed(config.seed)
-        self.model = make_multipathnet(
-            config, num_classes=len(coco.category_ids), pretrained=config.init.weights is None
-        )
+        num_classes = len(coco.category_ids)
+        self.model = make_multipathnet(config, num_classes=num_classes, pretrained=not filled)
         mean, std = delta_statistics(self.train_data, seed=config.seed)
         self.model.set_delta_statistics(mean, std)
         for level in self.model.trunk.levels[: c.trunk.frozen_levels]:

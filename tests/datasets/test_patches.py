@@ -54,6 +54,14 @@ def test_gray_begins_exactly_at_the_image_border():
     assert np.allclose(half[:15], 0.5) and np.isclose(half[15], 0.75) and np.allclose(half[16:], 1)
 
 
+def test_colors_change_in_the_image_and_not_around_it():
+    image = np.full((40, 40, 3), 255, np.uint8)
+    patch = replace(patch_at(0, 20, 1.0), colors=ColorFactors(0.6, 1.3, 0.8))
+    pixels = crop_patch(image, patch, 32)
+    assert np.allclose(pixels[:, :16], 0.5)
+    assert np.allclose(pixels[:, 16:], 0.6, atol=1e-6)  # a contrast of one color is none
+
+
 @given(st.floats(-2, 1.5), st.floats(-30, 30), st.floats(-30, 30), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
 def test_targets_agree_with_rasterizing_at_8x_and_averaging(log2_scale, dx, dy, seed):

@@ -178,6 +178,14 @@ def test_a_scene_of_many_small_objects():
     assert min(sides) < 9 and max(sides) <= 21
 
 
+@pytest.mark.parametrize("side", [16, 100])
+def test_images_smaller_than_a_spot_of_their_background(side):
+    scene = SceneConfig((side, side + 20), (side, side), (1, 2), (5.0, 7.0, 9.0))
+    for seed in range(20):
+        image, _ = render(np.random.default_rng(seed), scene)
+        assert min(image.shape[:2]) == side and image.std() > 1
+
+
 def test_another_scene_replaces_the_dataset(tmp_path):
     usual = write_shapes(tmp_path, num_images=1, seed=0)
     text = usual.read_text()

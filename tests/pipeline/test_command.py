@@ -1,5 +1,6 @@
 """What all tools do: the locale's names of files, one line for a mistake."""
 
+import argparse
 import errno
 import os
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from pipeline import run_lock
-from pipeline.command import run_tool
+from pipeline.command import choose_results, run_tool
 
 
 def test_in_the_c_locale_a_tool_starts_again_with_names_in_utf8(monkeypatch):
@@ -39,6 +40,22 @@ def tell(error: Exception) -> None:
     with pytest.raises(SystemExit) as end:
         run_tool(main)
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [
+        ("photos", "photos"),
+        ("a/photo.jpg", "photo"),
+        ("photos/*.jpg", "photos"),
+        ("photos/*/*.jpg", "photos"),
+        ("photos/**/[ab]/?.jpg", "photos"),
+    ],
+)
+def test_results_are_named_by_what_is_no_pattern(images, name):
+    args = argparse.Namespace(images=[images], proposals=None, output=None, draw=None)
+    choose_results(args, "proposals")
+    assert args.output == Path("runs", "proposals", name)
 
 
 @pytest.mark.parametrize("has_store", [True, False])

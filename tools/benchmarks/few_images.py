@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.command import add_config, add_device, run_tool
+from pipeline.recipe import config_to_dict, flatten, load_config
 from tools.benchmarks.mask_stages import (
     MASK_STAGES,
     add_coarse,
@@ -51,6 +52,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "near duplicates kept": proposing(nms=None, soft_nms=False),
     "near duplicates dropped": proposing(soft_nms=False),
 }
+# What the recipe must have set for a change to change something.
+NEEDED = {
+    "weights as trained, not averaged": "deepmask.optim.ema_decay",
+    "near duplicates kept": "propose.nms",
+    "near duplicates dropped": "propose.nms",
+}
 VARIANTS: dict[str, dict[str, str]] = {
     THE_RECIPE: {},
     "no color augmentation": of_both("sampling.jitter_color", "0"),
@@ -74,17 +81,25 @@ def main() -> None:
     parser = make_parser(__doc__, seeds=1, work_dir=Path("runs/few_images"))
     add_config(parser)
     parser.add_argument(
-        "--variants", nargs="+", choices=[*VARIANTS, *CHANGES], default=[*VARIANTS, *CHANGES]
+        "--variants",
+        nargs="+",
+        choices=[*VARIANTS, *CHANGES],
+        help="default: all that differ from the recipe",
     )
     add_coarse(parser)
     add_device(parser)
     args = parser.parse_args()
 
+    settings = flatten(config_to_dict(load_config(args.config, args.set)))
+    without = {name for name, key in NEEDED.items() if settings[key] is None}
+    if args.variants and (same := without & set(args.variants)):
+        name = same.pop()
+        raise ValueError(f"--variants {name!r} is the recipe itself: {NEEDED[name]} is null")
     rows: Rows = {}
-    for name in args.variants:
+    for name in args.variants or [*VARIANTS, *(each for each in CHANGES if each not in without)]:
         rows[name] = over_seeds([measure(name, seed, args) for seed in range(args.seeds)])
         print(f"\n{markdown(rows, 'variant')}", flush=True)
-    report({"variants": rows}, args.output)
+        report({"variants": rows}, args.output)  # each takes long
 
 
 def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:

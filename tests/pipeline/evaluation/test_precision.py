@@ -1,6 +1,7 @@
 """AP and AR of detections: against pycocotools, and against values worked out by hand."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from pycocotools.coco import COCO
 
 from pipeline.evaluation.ground_truth import IOU_TYPES, load_ground_truth
 from pipeline.evaluation.precision import METRICS, evaluate_detections, voc_ap
+from pipeline.inference.coco_json import load_results
 from tests.pipeline.evaluation import scenes
 from tests.pipeline.evaluation.scenes import make_truth, random_scene, result, without
 from tests.real_data import COCO_MINI_VAL
@@ -103,13 +105,32 @@ MISTAKES = {
     "negative box": (GOOD | {"bbox": [1, 2, -3, 4]}, "not negative"),
     "infinite box": (GOOD | {"bbox": [1, 2, math.inf, 4]}, "four finite numbers"),
     "lost mask": (WITHOUT_MASK, "has no segmentation, while results[0] has"),
-    "polygon": (GOOD | {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "compressed RLE"),
+    "polygon": (GOOD | {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "an RLE"),
+    "runs": (GOOD | {"segmentation": MASK_OF_SIZE | {"counts": [1, 2]}}, "runs fill the image"),
     "mask size": (GOOD | {"segmentation": {"size": 5, "counts": "I0"}}, "of size 5"),
     "short mask": (GOOD | {"segmentation": MASK_OF_SIZE | {"counts": "I0"}}, "do not fill"),
     "odd mask": (GOOD | {"segmentation": MASK_OF_SIZE | {"counts": "\ud800~"}}, "do not fill"),
     "new mask": (GOOD, "has a segmentation, while results[0] has none"),
     "neither": (WITHOUT_MASK | {"bbox": None}, "has neither a bbox nor a segmentation"),
 }
+
+
+def test_masks_may_be_run_lengths(tmp_path):
+    """As pycocotools takes them, too."""
+    path, results = random_scene(tmp_path, 0, per_image=40)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps([r | {"segmentation": run_lengths_of(r)} for r in results]))
+    strings, lengths = (
+        evaluate_detections(load_ground_truth(path), r) for r in (results, load_results(file))
+    )
+    assert strings.metrics() == lengths.metrics()
+
+
+def run_lengths_of(found: dict) -> dict:
+    mask = mask_utils.decode(found["segmentation"])
+    pixels = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(pixels, prepend=0))
+    return {"size": list(mask.shape), "counts": np.diff([0, *edges, pixels.size]).tolist()}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -17,6 +17,7 @@ from datasets.coco import CocoInstances
 from datasets.images import read_image
 from datasets.roi_sampler import RoiSamplingConfig
 from models.multipathnet import MultiPathNet
+from pipeline.checkpoint import find_proposer_beside, run_of
 from pipeline.config import DetectConfig, MultiPathNetStageConfig
 from pipeline.evaluation.ground_truth import load_ground_truth
 from pipeline.evaluation.precision import evaluate_detections
@@ -189,11 +190,15 @@ def test_a_detector_of_ones_own_takes_the_proposer_of_the_run_beside_it(
     for name, checkpoint in (("multipathnet", tiny_detector), ("sharpmask", tiny_sharpmask)):
         shutil.copytree(checkpoint.parent, tmp_path / "runs" / name / "checkpoints")
     image = next((shapes_directory / "images" / "val").iterdir())
-    detector = tmp_path / "runs" / "multipathnet"
-    common = ("--images", image, "--device", "cpu", "--checkpoint", detector)
+    run = tmp_path / "runs" / "multipathnet"
+    common = ("--images", image, "--device", "cpu", "--checkpoint", run)
     assert call_tool("detect", *common, "--output", tmp_path / "found") == 0
     beside = tmp_path / "runs" / "sharpmask" / "checkpoints" / "best.pt"
     assert f"proposals by {beside}" in capsys.readouterr().out
+    for file in ("multipathnet/model.safetensors", "multipathnet.pt"):  # for the hub, and packed
+        assert find_proposer_beside(run_of(tmp_path / "runs" / file)) == beside
+    for file in ("x/multipathnet/model.safetensors", "x/multipathnet.pt"):
+        assert find_proposer_beside(run_of(tmp_path / "runs" / file)) is None
 
 
 @pytest.mark.parametrize("height", [1, 9, 31])

@@ -118,7 +118,49 @@ def test_three_runs_and_other_validation_images(runs, tmp_path):
     assert "Only a, b <i>: the others have none." in page.text
 
 
-@pytest.mark.parametrize("config", [None, "seed: {", "data: {val: {annotations: nowhere.json}}"])
+def test_runs_of_other_categories_have_no_pictures_in_common(runs, tmp_path):
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    config["data"]["categories"] = ["bar"]
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    page = page_of(runs, tmp_path / "x.html")
+    assert "No pictures of b <i>: its data.categories are not those of a." in page.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "keep_best", "values", "best"),
+    [
+        ("deepmask", True, {"iou_above_0.7": [0.5, 0.7, 0.6]}, 20),
+        ("deepmask", True, {"iou_above_0.7": [0.0, 0.0, 0.0]}, 30),
+        ("deepmask", False, {"iou_above_0.7": [0.5, 0.7, 0.6]}, 30),
+        ("multipathnet", True, {"roi_accuracy": [0.8, 0.7, 0.6], "sample_ap": [0.1, 0.3, 0]}, 20),
+        ("pretrain", True, {"accuracy": [0.1, 0.2, 0.3]}, 30),
+    ],
+)
+def test_the_best_step_is_that_of_the_checkpoint(tmp_path, stage, keep_best, values, best):
+    lines = [
+        {"split": "val", "step": 10 * n, "epoch": n, **{k: v[n - 1] for k, v in values.items()}}
+        for n in (1, 2, 3)
+    ]
+    losses = {"class_loss": 1.0} if stage == "multipathnet" else {}
+    lines.insert(0, {"split": "train", "step": 1, "epoch": 0, **losses})
+    folder = tmp_path / stage
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {stage: {"optim": {"keep_best": keep_best}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    [section] = read_run(folder, "run").sections.values()
+    assert section["training"]["best_step"] == best
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "data: {shapes: {directory: nowhere}}",
+        "seed: {",
+        "data: {val: {annotations: nowhere.json}}",
+    ],
+)
 def test_runs_without_their_images_or_config(runs, tmp_path, config):
     for run in runs:
         (run / "config.yaml").unlink()

@@ -252,14 +252,31 @@ def test_a_run_leaves_config_checkpoints_metrics_and_curves(tiny_run):
     assert any(p.name.startswith("events") for p in (tiny_run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("keep_best", "kept"), [(True, 4), (False, 6)])
-def test_the_result_has_the_best_metric_or_the_last_weights(tiny_recipe, tmp_path, keep_best, kept):
+@pytest.mark.parametrize(
+    ("keep_best", "metrics", "kept"),
+    [(True, [0.1, 0.3, 0.2], 4), (False, [0.1, 0.3, 0.2], 6), (True, [0, 0, 0], 6)],
+)
+def test_the_result_has_the_best_metric_or_the_last_weights(
+    tiny_recipe, tmp_path, keep_best, metrics, kept
+):
+    """Of equal metrics, too, such as none above an IoU, the later one's."""
     optim = {"epochs": 3, "batches_per_epoch": 2, "validate_every": 1, "keep_best": keep_best}
     config = make_config(tiny_recipe, **optim)
-    stage, values = make_stage("deepmask", config, tmp_path), iter([0.1, 0.3, 0.2])
+    stage, values = make_stage("deepmask", config, tmp_path), iter(metrics)
     stage.validate = lambda model, device: {stage.best_metric: next(values)}
     path = fit(stage, config, tmp_path, device=CPU)
     assert torch.load(path, weights_only=True)["step"] == kept
+
+
+def test_a_resumed_run_keeps_its_precision_unless_amp_is_changed(tiny_recipe, tmp_path):
+    def train_on(epochs, amp, **options):
+        optim = {"epochs": epochs, "batches_per_epoch": 2, "amp": amp}
+        train("deepmask", make_config(tiny_recipe, **optim), tmp_path, **options)
+        return last_checkpoint(tmp_path)["precision"]
+
+    assert train_on(1, False, precision="bf16") == "bf16"
+    assert train_on(2, False, resume=True) == "bf16"
+    assert train_on(3, True, resume=True) == "fp32"  # on a CPU, where none is named
 
 
 def test_the_published_learning_rates():

@@ -1,6 +1,9 @@
 """Pretraining: crops in, a classifier that learns, and its trunk in the later stages."""
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from datasets.class_folder import ClassFolder
 from datasets.coco import CocoInstances
 from datasets.crops import CropConfig, LabeledCrops
 from datasets.images import read_image
@@ -18,6 +22,7 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.networks import load_network, make_deepmask, make_multipathnet
 from pipeline.recipe import config_from_dict
+from pipeline.training.optimizer import average_weights
 from pipeline.training.run_log import read_metrics
 from tests.pipeline.training.runs import CPU, interrupt, last_checkpoint, make_stage, train
 
@@ -162,6 +167,17 @@ def test_class_folders_and_a_json_give_the_same_batches(recipe, class_folders, t
     assert stages[0].validate(stages[0].model, CPU) == stages[1].validate(stages[1].model, CPU)
 
 
+def test_hidden_files_and_folders_are_no_class_and_no_image(class_folders, tmp_path):
+    """Jupyter writes .ipynb_checkpoints, and macOS ._NAME."""
+    folder = shutil.copytree(class_folders["train"], tmp_path / "train")
+    (hidden := folder / ".ipynb_checkpoints").mkdir()
+    image = next(folder.rglob("*.png"))
+    shutil.copy(image, hidden / "0-checkpoint.png")
+    (image.parent / f"._{image.name}").write_bytes(b"resource fork")
+    one, other = ClassFolder(class_folders["train"]), ClassFolder(folder)
+    assert one.classes == other.classes and len(one) == len(other)
+
+
 def test_crops_are_squares_with_context_without_crowds_and_tiny_objects(shapes_directory):
     path = shapes_directory / "annotations" / "instances_train.json"
     coco = CocoInstances.load(path)
@@ -186,31 +202,50 @@ def test_crops_in_validation_are_of_the_center():
     assert crop.shape == (3, 20, 20) and crop.min() > 2  # white
 
 
-def test_batch_norm_counts_the_minibatches_of_all_processes(monkeypatch):
-    """Two processes that see half a minibatch each compute what one with the whole does."""
+@pytest.mark.parametrize(("mean", "deviation", "atol"), [(1, 2, 1e-5), (30, 0.03, 1e-3)])
+def test_batch_norm_counts_the_minibatches_of_all_processes(mean, deviation, atol, monkeypatch):
+    """Two processes, threads here, see half a minibatch each, and compute what one does."""
     torch.manual_seed(0)
-    x, weight = torch.randn(8, 3, 5, 5) * 2 + 1, torch.randn(8, 3, 5, 5)
-    one, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    distributed._synchronize_norms(nn.Sequential(norm), CPU)
+    x, weight = torch.randn(8, 3, 5, 5) * deviation + mean, torch.randn(8, 3, 5, 5)
+    one, norms = nn.BatchNorm2d(3), [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    for norm in norms:
+        distributed._synchronize_norms(nn.Sequential(norm), CPU)
+    barrier, parts = threading.Barrier(2, timeout=30), dict[int, torch.Tensor]()
+
+    def exchange(part: torch.Tensor) -> torch.Tensor:
+        parts[threading.get_ident()] = part
+        barrier.wait()
+        total = sum(parts.values())
+        barrier.wait()
+        return total
+
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    moments: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "sum_over_processes", exchange)
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    monkeypatch.setattr(
-        distributed, "sum_over_processes", lambda part: moments.append(part) or part
-    )
-    for part in leaves[1].chunk(2):
-        norm(part)
-    norm.reset_running_stats()
-    monkeypatch.setattr(distributed, "sum_over_processes", lambda part: sum(moments))
-    halves = leaves[1].chunk(2)
-    expected, parts = one(leaves[0]), [norm(halves[0])]
-    for name, value in one.named_buffers():  # before the second half: a process sees one
-        torch.testing.assert_close(norm.get_buffer(name), value)
-    parts.append(norm(halves[1]))
-    torch.testing.assert_close(torch.cat(parts), expected)
+    with ThreadPoolExecutor(2) as threads:
+        halves = list(threads.map(lambda norm, half: norm(half), norms, leaves[1].chunk(2)))
+    expected = one(leaves[0])
+    torch.testing.assert_close(torch.cat(halves), expected, rtol=1e-5, atol=atol)
+    for name, value in one.named_buffers():
+        torch.testing.assert_close(norms[0].get_buffer(name), value)
     (expected * weight).sum().backward()
-    sum((part * w).sum() for part, w in zip(parts, weight.chunk(2), strict=True)).backward()
-    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    (torch.cat(halves) * weight).sum().backward()
+    theirs = leaves[0].grad * deviation  # the gradient grows as the deviation shrinks
+    torch.testing.assert_close(leaves[1].grad * deviation, theirs, rtol=1e-5, atol=atol)
+
+
+def test_averaged_weights_have_averaged_statistics():
+    """Batch norm's mean and variance of the trained weights do not fit the average."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    average = average_weights(network, 0.75)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    average.update_parameters(network)  # the first one copies
+    for value in (*network.parameters(), network[1].running_mean, network[1].running_var):
+        value.data += 1
+    average.update_parameters(network)
+    for name, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, before[name] + 0.25)
 
 
 def test_crops_vary_with_the_sample_and_nothing_else_is_drawn(recipe, tmp_path):

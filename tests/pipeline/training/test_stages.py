@@ -6,11 +6,13 @@ Mistakes of the command line are in tests/test_user_errors.py.
 import copy
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from datasets.images import read_image
 from datasets.proposal_boxes import ProposalBoxes
@@ -29,7 +31,7 @@ from pipeline.torch7.convert import convert_file
 from pipeline.training.engine import fit
 from pipeline.training.prepare import CATEGORY_WEIGHTS, find_proposals, write_boxes
 from pipeline.training.run_log import read_metrics
-from tests.pipeline.training.runs import CPU, make_stage, train
+from tests.pipeline.training.runs import CPU, interrupt, last_checkpoint, make_stage, train
 from tests.real_data import TORCH7, skip_without
 
 STAGES = ("deepmask", "sharpmask", "multipathnet")
@@ -225,6 +227,35 @@ def test_fine_tuning_starts_from_a_checkpoint_of_the_stage(
     train(name, config, tmp_path / name, resume=True)
     again = load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"]
     assert equal_names(again, trained["model"]) == again.keys()
+
+
+@pytest.mark.parametrize("name", ["deepmask", "multipathnet"])
+def test_a_run_is_resumed_without_the_weights_that_its_trunk_began_with(
+    name, tiny_config, stores, tmp_path
+):
+    trunk = tmp_path / "resnet18.pth"
+    torch.save(resnet18().state_dict(), trunk)
+    prefix = "multipathnet." if name == "multipathnet" else ""
+    overrides = [*stores, f"{prefix}trunk.name=resnet18", f"{prefix}trunk.weights={trunk}"]
+    config = load_config(tiny_config, overrides)
+    interrupt(name, config, tmp_path / "run", steps=1)
+    trunk.unlink()
+    train(name, config, tmp_path / "run", resume=True)
+    assert last_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_scores_of_one_cell_learn_from_parts_without_an_object(tiny_config, tmp_path):
+    """They have the shape of the others', and their cells are of none."""
+    sampling = {"score_targets": "iou", "patches_per_image": 1, "mask_batch_prob": 0}
+    settings = [f"deepmask.sampling.{key}={value}" for key, value in sampling.items()]
+    optim = ["deepmask.optim.batch_size=16", "deepmask.optim.accumulate=16"]
+    stage = make_stage("deepmask", load_config(tiny_config, [*settings, *optim]), tmp_path)
+    with closing(stage.training_batches(range(1), CPU)) as batches:
+        parts = next(batches)
+    without = [part for part in parts if not len(part["decode"])]
+    assert 0 < len(without) < len(parts)
+    for part in parts:
+        assert torch.isfinite(stage.losses(stage.model, part)["loss"])
 
 
 def test_a_detector_of_other_categories_gets_new_outputs(
