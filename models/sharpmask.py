@@ -36,7 +36,7 @@ class SharpMaskConfig:
     ks: int = 32  # channels of the skip features S^1
     widths: str = "halving"  # of km and ks: halving (at each module) | constant (paper, section 4)
     merge: str = "sum"  # sum (released) | concat (paper): the same function, see RefinementModule
-    num_modules: int = 4  # with fewer than 4 the last mask is upsampled bilinearly
+    num_modules: int = 4  # each fewer halves the masks' resolution, which is the patch's with 4
     horizontal_widths: tuple[int, int, int, int] = (64, 64, 64, 32)  # first layer of H_1 to H_4
 
     def __post_init__(self) -> None:
