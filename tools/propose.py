@@ -102,7 +102,7 @@ def main() -> int:
             per_megapixel=args.per_megapixel,
             **proposing_options(args),
         )
-        proposer, settings = load(precision=args.precision if args.backend == "torch" else "fp32")
+        proposer, settings = load(precision=args.precision)
         summary = propose_images(
             proposer,
             args.images,

@@ -4,6 +4,7 @@ Called as `DenseNetwork` is, it returns nearly the same.
 """
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets.images import Image, ImageError, open_image
+from models.sharpmask import DenseNetwork
 from pipeline import distributed
 from pipeline.inference.memory import NUM_PRIMITIVES
 from pipeline.inference.propose import Proposer
@@ -35,7 +37,8 @@ def run_in_8_bits(
 ) -> None:
     """Has a proposer run its network in 8 bits, kept in an .xml file for later runs.
 
-    It is calibrated on some of the images, spread evenly, each at a random scale.
+    It is calibrated on some of the images, spread evenly, each at a random scale. What masks are
+    decoded with stays as it is, in full or half precision.
 
     Raises:
         ValueError: not on a CPU, OpenVINO is not installed, or no image can be read.
@@ -45,6 +48,7 @@ def run_in_8_bits(
     if distributed.is_main() and not path.exists():
         count = min(CALIBRATION_IMAGES, len(images))
         print(f"calibrating the network in 8 bits on {count} images", flush=True)
+        assert isinstance(proposer.dense, DenseNetwork)
         quantize(proposer.dense, _calibration_samples(proposer, images, read), path)
     distributed.barrier()
     proposer.dense = QuantizedNetwork(path)
@@ -62,15 +66,16 @@ def _calibration_samples(
             yield proposer.scale(image, min(log2_scale, largest))[0]
 
 
-def quantize(network: Callable, samples: Iterable[Tensor], path: Path) -> None:
+def quantize(network: nn.Module, samples: Iterable[Tensor], path: Path) -> None:
     """Writes the network with 8-bit weights and activations: an .xml file, a .bin file beside it.
 
-    The samples (1, 3, H, W) give the ranges of the activations.
+    The samples (1, 3, H, W) give the ranges of the activations. The network may be in bfloat16.
 
     Raises:
         ValueError: OpenVINO is not installed, or there are no samples.
     """
-    images = [pixels.permute(0, 2, 3, 1).contiguous() for pixels in samples]  # (1, H, W, 3)
+    images = [_to_rows(pixels) for pixels in samples]
+    network = copy.deepcopy(network).float()
     if not images:
         raise ValueError("no image could be read that the network in 8 bits is calibrated on")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +119,18 @@ class QuantizedNetwork:
         self._request = network.create_infer_request()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """As `DenseNetwork.forward`."""
-        image = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        """As `DenseNetwork.forward`, maps in the type of the pixels."""
+        image = _to_rows(pixels).numpy()
         outputs = map(torch.from_numpy, self._request.infer([image], share_inputs=True).values())
-        return tuple(map_.permute(0, 3, 1, 2) if map_.ndim == 4 else map_ for map_ in outputs)
+        return tuple(
+            map_.permute(0, 3, 1, 2).to(pixels.dtype) if map_.ndim == 4 else map_
+            for map_ in outputs
+        )
+
+
+def _to_rows(pixels: Tensor) -> Tensor:
+    """(1, 3, H, W) to (1, H, W, 3) float32."""
+    return pixels.permute(0, 2, 3, 1).float().contiguous()
 
 
 def _channels_last(openvino: Any, model: Any) -> Any:

@@ -67,7 +67,7 @@ def measure(pyramid: str, args: argparse.Namespace) -> dict[str, float]:
             args.checkpoint or pretrained_checkpoint("sharpmask"),
             torch.device("cpu"),
             log2_scales=(low, high, step),
-            precision="fp32" if precision == INT8 else precision,
+            precision="auto" if precision == INT8 else precision,  # masks are decoded in it
         )
         if precision == INT8:
             name = pyramid.replace(" ", "_")

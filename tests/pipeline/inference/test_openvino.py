@@ -58,6 +58,19 @@ def test_the_quantized_network_agrees_on_all_sizes(proposer, inputs, tmp_path):
             assert torch.equal(found, each), "outputs outlive the next image"
 
 
+def test_maps_of_a_network_in_half_precision_stay_in_it(tiny_sharpmask, inputs, tmp_path):
+    """Its 8 bits are those of the network in full precision, scores in full precision, too."""
+    half, _ = load_proposer(tiny_sharpmask, CPU, precision="bf16")
+    quantize(half.dense, [pixels.bfloat16() for pixels in inputs], tmp_path / "dense.xml")
+    network = QuantizedNetwork(tmp_path / "dense.xml")
+    with torch.inference_mode():
+        outputs, expected = (f(inputs[0].bfloat16()) for f in (network, half.dense))
+    assert [each.dtype for each in outputs] == [each.dtype for each in expected]
+    for found, each in zip(outputs, expected, strict=True):
+        found, each = found.float(), each.float()
+        assert (found - each).norm() <= 0.25 * (each - each.mean()).norm()
+
+
 def test_depthwise_convolutions_run_at_any_size(tmp_path):
     """In 8 bits, OpenVINO 2026.4 ends the process at some sizes, so they stay as they are."""
     trunk = build_trunk("mobilenet_v2")
