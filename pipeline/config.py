@@ -78,10 +78,6 @@ class DataConfig:
         require(self, "at least 0", lambda v: v >= 0, "workers")
         require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "max_broken_fraction")
         require_one_of(self, "exif", EXIF_CHOICES)
-        if self.shapes is not None and (self.train, self.val) != (SplitConfig(), SplitConfig()):
-            raise ValueError(
-                "shapes must be null where train and val name files; add data.shapes=null"
-            )
         require(self, "from 1 to 2^30", lambda v: 0 < v <= MAX_READABLE_PIXELS, "max_pixels")
 
 

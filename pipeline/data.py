@@ -37,8 +37,17 @@ from pipeline.recipe import find_path
 
 
 def prepare_data(config: Config) -> None:
-    """Writes the synthetic dataset when the config asks for it and it is not there yet."""
-    shapes = config.data.shapes
+    """Writes the synthetic dataset when the config asks for it and it is not there yet.
+
+    Raises:
+        ValueError: the config names files, too.
+    """
+    data, shapes = config.data, config.data.shapes
+    if shapes is not None and (data.train, data.val) != (SplitConfig(), SplitConfig()):
+        raise ValueError(
+            "data.shapes must be null where data.train and data.val name files; add --set "
+            "data.shapes=null"
+        )
     if shapes is not None and distributed.is_main():
         for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
             directory = _shapes_directory(shapes)
