@@ -196,9 +196,8 @@ def test_a_detector_of_ones_own_takes_the_proposer_of_the_run_beside_it(
     beside = tmp_path / "runs" / "sharpmask" / "checkpoints" / "best.pt"
     assert f"proposals by {beside}" in capsys.readouterr().out
     for file in ("multipathnet/model.safetensors", "multipathnet.pt"):  # for the hub, and packed
-        assert find_proposer_beside(run_of(tmp_path / "runs" / file)) == beside
-    for file in ("x/multipathnet/model.safetensors", "x/multipathnet.pt"):
-        assert find_proposer_beside(run_of(tmp_path / "runs" / file)) is None
+        places = (run_of(tmp_path / "runs" / folder / file) for folder in ("", "x"))
+        assert [find_proposer_beside(place) for place in places] == [beside, None]
 
 
 @pytest.mark.parametrize("height", [1, 9, 31])
