@@ -97,6 +97,7 @@ def read_stage(
 ) -> dict[str, Any]:
     """What all sections have."""
     records = run.read(f"{name}/metrics.jsonl", "training curves", read_metrics) or []
+    settings = run.read_settings(config := f"{name}/config.yaml")
     rates = metric_values(records, "train", f"{stage.samples}_per_second")[1]
     losses = {key for r in records for key in r if key.endswith("_loss") and r["split"] == "train"}
     values = {loss: metric_values(records, "train", loss)[1] for loss in losses}
@@ -107,22 +108,29 @@ def read_stage(
             "steps": max((record["step"] for record in records), default=None),
             "epochs": records[-1]["epoch"] if records else None,
             "losses": {loss: (v[0], v[-1]) for loss, v in values.items() if v},  # first, last
-            "best_step": _best_step(records, stage, run.directory / name / "config.yaml"),
+            "best_step": _best_step(records, stage, _keeps_best(name, settings[config])),
             "samples": stage.samples,
             "samples_per_second": statistics.median(rates) if rates else None,
         },
         **{n: run.read(f"{name}/scores/{n}.json", purpose) for n, purpose in scores.items()},
-        "settings": run.read_settings(f"{name}/config.yaml"),
+        "settings": settings,
     }
 
 
-def _best_step(records: list[dict], stage: type[Stage], config: Path) -> int | None:
+def _keeps_best(name: str, config: str | None) -> bool:
+    """Whether the stage's config, a text if it is there, says so; it does by default."""
+    try:
+        return bool(yaml.safe_load(config or "")[name]["optim"]["keep_best"])
+    except (yaml.YAMLError, KeyError, TypeError):  # damaged, or older than the setting
+        return True
+
+
+def _best_step(records: list[dict], stage: type[Stage], keeps_best: bool) -> int | None:
     """The step that the best checkpoint is of, as training chose it; None without validation."""
     measured = {key for record in records if record["split"] == "val" for key in record}
     metric = next((m for m in OTHER_BEST_METRICS if m in measured), stage.best_metric)
     steps, values = metric_values(records, "val", metric)
-    settings = (yaml.safe_load(config.read_text()) if config.is_file() else None) or {}
-    if steps and not settings.get(config.parent.name, {}).get("optim", {}).get("keep_best", True):
+    if steps and not keeps_best:
         return steps[-1]
     return max(zip(values, steps, strict=True), default=(0, None))[1]
 

@@ -82,6 +82,11 @@ class Stage:
         """The network's trunk."""
         return next(module for module in self.model.modules() if isinstance(module, Trunk))
 
+    @property
+    def num_parts(self) -> int:
+        """Of a minibatch, over all processes."""
+        return distributed.world_size() * self.optim.accumulate
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters to train, with a factor on the learning rate and their weight decay.
 
@@ -194,7 +199,7 @@ class PatchStage(Stage):
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """Patch metrics on `validation_batches` minibatches, in parts as in training."""
-        parts = distributed.world_size() * self.optim.accumulate
+        parts = self.num_parts
         heads = validation_heads(self.optim.validation_batches, self.sampling.mask_batch_prob)
         return evaluate_patches(
             model,
@@ -357,7 +362,7 @@ class MultiPathNetStage(Stage):
 
     def validate(self, model: Any, device: torch.device) -> dict[str, float]:
         """RoI metrics on `validation_batches` minibatches, AP on `validation_images`."""
-        parts = distributed.world_size() * self.optim.accumulate
+        parts = self.num_parts
         metrics = evaluate_rois(
             model,
             self.val_data,

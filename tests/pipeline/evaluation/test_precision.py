@@ -105,7 +105,7 @@ MISTAKES = {
     "negative box": (GOOD | {"bbox": [1, 2, -3, 4]}, "not negative"),
     "infinite box": (GOOD | {"bbox": [1, 2, math.inf, 4]}, "four finite numbers"),
     "lost mask": (WITHOUT_MASK, "has no segmentation, while results[0] has"),
-    "polygon": (GOOD | {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "an RLE"),
+    "polygon": (GOOD | {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "must be an RLE"),
     "runs": (GOOD | {"segmentation": MASK_OF_SIZE | {"counts": [1, 2]}}, "runs fill the image"),
     "mask size": (GOOD | {"segmentation": {"size": 5, "counts": "I0"}}, "of size 5"),
     "short mask": (GOOD | {"segmentation": MASK_OF_SIZE | {"counts": "I0"}}, "do not fill"),

@@ -150,6 +150,9 @@ def test_the_best_step_is_that_of_the_checkpoint(tmp_path, stage, keep_best, val
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     [section] = read_run(folder, "run").sections.values()
     assert section["training"]["best_step"] == best
+    (folder / "config.yaml").write_text("seed: {")  # as of an interrupted copy
+    [section] = read_run(folder, "run").sections.values()
+    assert section["training"]["best_step"] == (best if keep_best else 20)
 
 
 @pytest.mark.parametrize(
